@@ -1,0 +1,159 @@
+"""The output folder: local disk, s3:// or gs://, through pyarrow.fs; every file appears whole or not at all.
+
+A file is written aside and published in one step: locally a hidden `.partial` file, fsync and rename;
+on an object store a local temporary file and one upload, which becomes visible when it completes.
+Names are always relative to the root, with '/'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+
+class StoreError(Exception):
+    """The output cannot be written or read: ends the run with one sentence, never a video's error row."""
+
+
+class Store:
+    """Files below one root.
+
+    Args:
+        root: a folder (created by the first write) or an `s3://bucket/prefix` / `gs://bucket/prefix`.
+    """
+
+    def __init__(self, root: str):
+        self.local = "://" not in root
+        if self.local:
+            self.root = str(Path(root).absolute())
+            self.fs: pafs.FileSystem = pafs.LocalFileSystem()
+        else:
+            try:
+                self.fs, self.root = pafs.FileSystem.from_uri(root)
+            except (pa.ArrowException, OSError, ValueError) as e:
+                raise StoreError(f"output {root}: {e}; use a folder, s3://bucket/… or gs://bucket/…") from e
+
+    def __repr__(self) -> str:
+        return f"Store({self.root!r})"
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+    @contextlib.contextmanager
+    def writer(self, name: str) -> Iterator[IO[bytes]]:
+        """A binary file that appears under `name` when the block ends well; nothing appears otherwise.
+
+        Raises StoreError when the disk is full or the output not writable.
+        """
+        final = Path(self.path(name))
+        temp: Path | None = None
+        try:
+            if self.local:
+                final.parent.mkdir(parents=True, exist_ok=True)
+                temp = final.with_name(f".{final.name[:80]}.{uuid.uuid4().hex[:8]}.partial")
+            else:
+                temp = Path(tempfile.mkdtemp(prefix="clipmill-")) / "upload.partial"
+            with open(temp, "wb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            if self.local:
+                os.replace(temp, final)
+                _fsync_dir(final.parent)
+            else:
+                with open(temp, "rb") as src, self.fs.open_output_stream(self.path(name)) as dst:
+                    shutil.copyfileobj(src, dst, 8 << 20)
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+                raise StoreError(f"cannot write {self.path(name)}: {e.strerror}; {_fix(e.errno)}") from e
+            raise
+        finally:
+            if temp is not None:
+                temp.unlink(missing_ok=True)
+                if not self.local:
+                    temp.parent.rmdir()
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        with self.writer(name) as f:
+            f.write(data)
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        with self.writer(name) as f:
+            pq.write_table(table, f, compression="zstd")
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.fs.open_input_file(self.path(name)) as f:
+            return f.read()
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        with self.fs.open_input_file(self.path(name)) as f:
+            return pq.read_table(f, columns=columns)
+
+    def open(self, name: str) -> pa.NativeFile:
+        """Random access, for byte ranges."""
+        return self.fs.open_input_file(self.path(name))
+
+    def exists(self, name: str) -> bool:
+        return self.fs.get_file_info(self.path(name)).type != pafs.FileType.NotFound
+
+    def list(self, folder: str = "", suffix: str = "") -> list[str]:
+        """Published files below a folder, relative to the root, sorted; hidden (partial) ones left out."""
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=True)
+        names = (i.path[len(self.root) :].lstrip("/") for i in self.fs.get_file_info(selector) if i.is_file)
+        return sorted(n for n in names if n.endswith(suffix) and not n.rsplit("/", 1)[-1].startswith("."))
+
+    def size(self, name: str) -> int:
+        return self.fs.get_file_info(self.path(name)).size
+
+    def delete(self, name: str) -> None:
+        self.fs.delete_file(self.path(name))
+
+    def sweep(self) -> None:
+        """Remove what killed writers left behind (local only; object stores leave nothing visible)."""
+        if self.local and Path(self.root).is_dir():
+            for path in Path(self.root).rglob(".*.partial"):
+                path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One driver at a time (local only): a second one gets a StoreError, a dead one's lock is gone."""
+        if not self.local:
+            yield
+            return
+        try:
+            Path(self.root).mkdir(parents=True, exist_ok=True)
+            f = open(Path(self.root) / ".lock", "w")
+        except OSError as e:
+            raise StoreError(f"cannot write to {self.root}: {e.strerror}; {_fix(e.errno)}") from e
+        with f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                raise StoreError(f"{self.root} is in use by another clipmill; wait for it or stop it") from e
+            yield
+
+
+def _fix(code: int | None) -> str:
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space and run the same command again, finished work is kept"
+    return "choose an output folder you may write to"
+
+
+def _fsync_dir(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
