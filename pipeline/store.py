@@ -37,9 +37,10 @@ class Store:
     def __init__(self, root: str):
         self.local = "://" not in root
         if self.local:
-            self.root = str(Path(root).absolute())
+            self.root = self.uri = str(Path(root).absolute())
             self.fs: pafs.FileSystem = pafs.LocalFileSystem()
         else:
+            self.uri = root
             try:
                 self.fs, self.root = pafs.FileSystem.from_uri(root)
             except (pa.ArrowException, OSError, ValueError) as e:
@@ -70,7 +71,7 @@ class Store:
                 f.flush()
                 os.fsync(f.fileno())
             if self.local:
-                os.replace(temp, final)
+                temp.replace(final)
                 _fsync_dir(final.parent)
             else:
                 with open(temp, "rb") as src, self.fs.open_output_stream(self.path(name)) as dst:
@@ -134,7 +135,7 @@ class Store:
             return
         try:
             Path(self.root).mkdir(parents=True, exist_ok=True)
-            f = open(Path(self.root) / ".lock", "w")
+            f = open(Path(self.root) / ".lock", "w")  # noqa: SIM115 (closed below, after the lock is tried)
         except OSError as e:
             raise StoreError(f"cannot write to {self.root}: {e.strerror}; {_fix(e.errno)}") from e
         with f:

@@ -1,0 +1,46 @@
+"""The `clipmill` command: one word picks the job; each job is a file here and imports only what it needs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+JOBS = {
+    "curate": "raw videos in, captioned WebDataset shards out",
+    "shard": "decide again on a finished run and re-pack, without any model",
+    "report": "one HTML page of a run: funnel, histograms, contact sheets, errors",
+    "train": "train the latent video diffusion model or the VLM on a run's shards",
+    "doctor": "what is installed, which models a recipe needs, GPUs, the cluster",
+    "demo": "all of it on a minute of real footage",
+}
+
+HELP = """usage: clipmill JOB [options]
+
+clipmill turns raw videos into captioned clips and trains models on them.
+
+{jobs}
+
+Start with:   clipmill demo
+Your videos:  clipmill curate my_videos/ --recipe embedded --out run/
+More:         clipmill JOB --help
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP.format(jobs="\n".join(f"  {name:8} {what}" for name, what in JOBS.items())))
+        return 0 if args else 2
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"clipmill {version('clipmill')}")
+        return 0
+    if args[0] not in JOBS:
+        print(f"clipmill: no job named {args[0]!r}; the jobs are {', '.join(JOBS)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"jobs.{args[0]}").main(args[1:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

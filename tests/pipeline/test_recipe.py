@@ -1,0 +1,63 @@
+"""Recipes: every mistake is one sentence that names the key, before any work."""
+
+import pytest
+
+from pipeline import recipe
+
+
+@pytest.mark.parametrize("name", recipe.bundled())
+def test_every_bundled_recipe_is_valid(name: str):
+    assert recipe.load(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("decode.foo=1", ["decode.foo", "unknown key", "sample_fps"]),
+        ("nope=1", ["nope", "unknown key", "decode"]),
+        ("decode.sample_fps=fast", ["decode.sample_fps", "number", "'fast'"]),
+        ("decode.sample_fps=-1", ["decode.sample_fps", "greater than 0"]),
+        ("shots.detector=magic", ["shots.detector", "transnetv2"]),
+        ("captions.0.kind=magic", ["captions.0", "magic", "tags"]),
+        ("captions.9.kind=tags", ["captions.9", "not an item"]),
+        ("decode", ["key=value"]),
+        ("decode.sample_fps.x=1", ["decode.sample_fps", "number"]),
+        ("cut.crf=[", ["not valid YAML"]),
+    ],
+)
+def test_a_wrong_override_names_the_key_and_the_fault(override: str, says: list[str]):
+    with pytest.raises(recipe.RecipeError) as e:
+        recipe.load("embedded", [override])
+    for text in says:
+        assert text in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_an_unknown_recipe_lists_the_known_ones():
+    with pytest.raises(recipe.RecipeError, match="embedded"):
+        recipe.load("pandas70m")
+
+
+def test_a_broken_file_is_one_sentence(tmp_path):
+    (tmp_path / "r.yaml").write_text("a: [1\nb: }")
+    with pytest.raises(recipe.RecipeError, match="not valid YAML") as e:
+        recipe.load(str(tmp_path / "r.yaml"))
+    assert "\n" not in str(e.value)
+    (tmp_path / "r.yaml").write_text("- a\n- b\n")
+    with pytest.raises(recipe.RecipeError, match="mapping"):
+        recipe.load(str(tmp_path / "r.yaml"))
+
+
+def test_overrides_reach_lists_maps_and_sections_that_were_left_out():
+    r = recipe.load(
+        "embedded", ["decide.rules.new={column: duration_s, max: 9}", "resources.shots.gpus=0.25"]
+    )
+    assert r.decide.rules["new"].max == 9
+    assert r.resources["shots"].gpus == 0.25
+
+
+def test_the_measure_key_changes_with_what_is_measured_and_not_with_what_is_decided():
+    base = recipe.load("embedded").measure_key()
+    assert recipe.load("embedded", ["cut.crf=30"]).measure_key() != base
+    assert recipe.load("embedded", ["decide.duplicates.enabled=false", "shards.seed=7"]).measure_key() == base
+    assert recipe.load("embedded", ["resources.shots.cpus=2", "name=other"]).measure_key() == base
