@@ -29,6 +29,7 @@ class Ledger:
     at: dict[str, tuple[str, str]] = field(default_factory=dict)  # unit → (source, stage) in work
     deaths: dict[str, int] = field(default_factory=dict)  # source → workers that died on it
     errors: int = 0
+    fatal: str | None = None  # why the whole run must end
     beat: float = field(default_factory=time.monotonic)
 
     def begin(self, unit: str) -> tuple[str, str, int] | None:
@@ -64,9 +65,13 @@ class Ledger:
         count.busy_s += busy_s
         self.errors += errors
 
-    def snapshot(self) -> tuple[dict[str, StageCount], int, float]:
-        """Counts, errors, and seconds since a worker was last heard of."""
-        return self.stages, self.errors, time.monotonic() - self.beat
+    def stop(self, why: str) -> None:
+        """A worker met trouble that is no video's fault."""
+        self.fatal = why
+
+    def snapshot(self) -> tuple[dict[str, StageCount], int, float, str | None]:
+        """Counts, errors, seconds since a worker was last heard of, and why the run must end."""
+        return self.stages, self.errors, time.monotonic() - self.beat, self.fatal
 
 
 class Display:

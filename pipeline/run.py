@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import pickle
 import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -272,10 +273,10 @@ def run_ray(
     address: str | None,
 ) -> None:
     """Every unit through every stage on Ray Data. Raises RunError when the cluster is lost or a worker fails."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
     import ray.data
 
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     ray.init(
         address=address,
         include_dashboard=False if address is None else None,
@@ -289,7 +290,8 @@ def run_ray(
         fitted = fit(pools(stages, resources), total.get("CPU", 1), total.get("GPU", 0))
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        context.print_on_execution_start = False
+        for name in ("ray", "ray.data"):  # the ledger tells what a person wants to know
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         ledger = ray.remote(Ledger).options(num_cpus=0, max_restarts=-1).remote()
         rows = [{"unit": pickle.dumps(u, protocol=5)} for u in units]
         ds = ray.data.from_items(rows, override_num_blocks=min(len(rows), 10_000))
@@ -332,22 +334,32 @@ class RayWorker:
     def __call__(self, batch: Any) -> Any:
         import pyarrow as pa
 
-        videos = self.worker.run(pickle.loads(batch["unit"][0].as_py()), self.ledger)
+        try:
+            videos = self.worker.run(pickle.loads(batch["unit"][0].as_py()), self.ledger)
+        except StoreError as e:
+            self.ledger.stop(str(e))
+            raise
         blob = b"" if self.last else pickle.dumps(videos, protocol=5)
         return pa.table({"unit": pa.array([blob], pa.large_binary())})
 
 
 class RemoteLedger:
-    """A Ledger in another process. Reports are not waited for, and a lost ledger stops no worker."""
+    """A Ledger in another process. Counts are not waited for, and a lost ledger stops no worker."""
 
     def __init__(self, actor: Any, ray: Any):
         self.actor, self.ray = actor, ray
 
-    def begin(self, unit: str) -> tuple[str, str, int] | None:
+    def _ask(self, method: str, *args: Any) -> Any:
         try:
-            return self.ray.get(self.actor.begin.remote(unit), timeout=60)
+            return self.ray.get(getattr(self.actor, method).remote(*args), timeout=60)
         except (self.ray.exceptions.RayError, TimeoutError):
             return None
+
+    def begin(self, unit: str) -> tuple[str, str, int] | None:
+        return self._ask("begin", unit)
+
+    def stop(self, why: str) -> None:
+        self._ask("stop", why)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args: getattr(self.actor, name).remote(*args) and None
@@ -368,11 +380,11 @@ def _consume(ds: Any, ledger: Any, display: Display) -> None:
 
     thread = threading.Thread(target=pull, daemon=True)
     thread.start()
-    heard = time.monotonic()
+    heard, fatal = time.monotonic(), None
     while thread.is_alive():
         thread.join(0.5)
         with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-            stages, errors, silence = ray.get(ledger.snapshot.remote(), timeout=10)
+            stages, errors, silence, fatal = ray.get(ledger.snapshot.remote(), timeout=10)
             display.update(stages, errors, final=not thread.is_alive())
             heard = time.monotonic() - silence
         if time.monotonic() - heard > SILENCE_S:
@@ -380,24 +392,10 @@ def _consume(ds: Any, ledger: Any, display: Display) -> None:
                 f"no worker was heard of for {SILENCE_S:.0f} s: the Ray cluster is lost; run the same command again, "
                 "finished work is kept"
             )
+    if fatal:
+        raise StoreError(fatal)
     if problem:
-        raise _cause(problem[0])
-
-
-def _cause(e: BaseException) -> BaseException:
-    """The StoreError a worker died of, or a RunError that names what Ray said."""
-    for nested in _chain(e):
-        if isinstance(nested, StoreError):
-            return StoreError(str(nested).split("\n")[-1])
-    if isinstance(e, KeyboardInterrupt):
-        return e
-    last = str(e).strip().splitlines()
-    return RunError(
-        f"the run stopped: {last[-1] if last else type(e).__name__}; run the same command again, finished work is kept"
-    )
-
-
-def _chain(e: BaseException | None) -> Iterator[BaseException]:
-    while e is not None:
-        yield e
-        e = getattr(e, "cause", None) or e.__cause__
+        lines = str(problem[0]).strip().splitlines() or [type(problem[0]).__name__]
+        raise RunError(
+            f"the run stopped: {lines[-1]}; run the same command again, finished work is kept"
+        ) from problem[0]
