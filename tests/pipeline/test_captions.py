@@ -1,0 +1,408 @@
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from pipeline import captioners_baseline as baseline
+from pipeline import captioners_transformers as transformer
+from pipeline import captions, recipe
+from pipeline.captions import Captioner, CaptionStage, sentences, spread
+from pipeline.record import Caption
+from tests.fixtures import tiny_vlm
+from tests.fixtures.clips import noise, plain, video
+
+
+def section(**values):
+    return recipe.parse({"name": "test", "captions": [values]}, [], "test").captions[0]
+
+
+def run(stage, videos):
+    stage.setup()
+    return [c.captions for v in stage(videos) for c in v.clips]
+
+
+# ---------------------------------------------------------------- the stage
+
+
+class Loud(Captioner):
+    """Says what it is told, and fails on blue pictures."""
+
+    name = "loud"
+    batch = 3
+
+    def caption_batch(self, video, clips):
+        seen = [captions.pictures(video, clip, 1)[0] for clip in clips]
+        if any(s[..., 2].mean() > 200 for s in seen):
+            raise RuntimeError("blue\nis too much")
+        return [f"{s[..., 0].mean():.0f}" for s in seen]
+
+
+@pytest.fixture
+def loud(tmp_path):
+    (tmp_path / "loud.py").write_text("from tests.pipeline.test_captions import Loud\n")
+    return CaptionStage(section(kind="python", captioner=f"{tmp_path}/loud.py:Loud"))
+
+
+def test_calling_again_gives_what_one_call_gives_and_keeps_the_order(loud):
+    v = video([plain("800000")] * 4, [(0, 2), (2, 4)])
+    v.clips[0].captions = [Caption("first", "x"), Caption("loud", "old"), Caption("last", "y")]
+    once = copy.deepcopy(run(loud, [v]))
+    assert [c.model for c in once[0]] == ["first", "loud", "last"]
+    assert once[0][1].text == "128"
+    assert run(loud, [v]) == once
+
+
+def test_a_failing_clip_is_an_error_with_its_reason_and_its_batch_is_not(loud):
+    v = video(
+        [plain("800000"), plain("0000ff"), plain("900000"), plain("a00000")], [(i, i + 1) for i in range(4)]
+    )
+    for _ in range(2):  # the second time says it once, too
+        said = [c[0] for c in run(loud, [v])]
+        assert [(c.text, c.outcome) for c in said] == [
+            ("128", "ok"), ("", "error"), ("144", "ok"), ("160", "ok"),
+        ]  # fmt: skip
+        assert v.warnings == [f"caption:loud: clip {v.clips[1].clip_id}: RuntimeError: blue is too much"]
+        assert v.error is None
+
+
+def test_nothing_to_say_is_empty_and_white_space_is_single():
+    class Spaces(Captioner):
+        name = "spaces"
+
+        def caption(self, video, clip):
+            return " \n" if clip.start_frame else " a\n\t b "
+
+    stage = CaptionStage(section(kind="tags"))
+    stage.model, stage.captioner = "spaces", Spaces()
+    v = video([plain("000000")] * 2, [(0, 1), (1, 2)])
+    assert [(c.captions[0].text, c.captions[0].outcome) for c in stage([v])[0].clips] == [
+        ("a b", "ok"),
+        ("", "empty"),
+    ]
+
+
+def test_only_frames_inside_the_clip_are_looked_at():
+    v = video([plain(f"{10 * i:02x}0000") for i in range(10)], [(9, 21), (21, 24)], every=3)
+    assert [s.frame for s in captions.samples(v, v.clips[0])] == [9, 12, 15, 18]
+    assert [s.frame for s in captions.samples(v, v.clips[1])] == [21]
+    assert captions.pictures(v, v.clips[1], 4)[0].shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize(("m", "n"), [(m, n) for m in (0, 1, 2, 3, 7, 8, 30) for n in (1, 2, 4, 8)])
+def test_spread_takes_distinct_items_in_order_the_ends_as_far_as_the_middle(m, n):
+    got = spread(range(m), n)
+    assert len(got) == min(m, n)
+    assert got == sorted(set(got))
+    if got:
+        assert abs(got[0] - (m - 1 - got[-1])) <= 1
+
+
+def test_two_captioners_of_one_name_are_refused():
+    twice = {"kind": "transformers", "model": "a/b"}
+    r = recipe.parse({"name": "x", "captions": [twice, twice | {"name": "other"}, twice]}, [], "x")
+    assert [s.name for s in captions.caption_stages(r.captions[:2])] == ["caption:a/b", "caption:other"]
+    with pytest.raises(recipe.RecipeError, match=r"captions\.2: 'a/b' is there already"):
+        captions.caption_stages(r.captions)
+
+
+def test_embedded_captioners_need_no_download_and_no_heavy_import():
+    code = (
+        "import sys, pipeline.captions as c, pipeline.recipe as r\n"
+        "stages = c.caption_stages(r.load('embedded').captions)\n"
+        "said = [c.build(s.section).check() for s in stages]\n"
+        "print([s.model for s in stages])\n"
+        "print([m for m in ('torch', 'cv2', 'transformers', 'ray') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    names = ["tags-baseline", "colour-motion-baseline", "on-screen-text-baseline"]
+    assert out.splitlines() == [str(names), "[]"]
+
+
+# ---------------------------------------------------------------- a captioner of one's own
+
+
+def test_the_example_in_the_docstring_works(tmp_path):
+    example = re.search(r"# shape\.py\n(.*?)\n\n    # recipe\.yaml\n(.*?)\n\n", captions.__doc__, re.DOTALL)
+    code, line = (textwrap.dedent(f"    {g.strip()}") for g in example.groups())
+    assert len(code.splitlines()) <= 10
+    (tmp_path / "shape.py").write_text(code)
+    (tmp_path / "r.yaml").write_text(line.replace("shape.py", f"{tmp_path}/shape.py"))
+    stages = captions.caption_stages(recipe.load(str(tmp_path / "r.yaml")).captions)
+    v = video([plain("000000", 48, 64)])
+    assert run(stages[0], [v]) == [[Caption("shape-baseline", "A wide picture.")]]
+
+
+@pytest.mark.parametrize(
+    ("captioner", "message"),
+    [
+        ("nowhere.py:A", "cannot be imported"),
+        ("no.such.module:A", "cannot be imported"),
+        ("NoColon", "cannot be imported"),
+        ("pipeline.captions:NoClass", "has no class 'NoClass'"),
+        ("pipeline.record:Clip", "has no class 'Clip' made from"),
+        ("pipeline.captions:Captioner", "has no name"),
+    ],
+)
+def test_a_captioner_that_cannot_be_had_is_one_clear_sentence(captioner, message):
+    with pytest.raises(recipe.RecipeError, match=message):
+        captions.caption_stages([section(kind="python", captioner=captioner)])
+
+
+# ---------------------------------------------------------------- tags
+
+
+class Net:
+    """Stands for EfficientNet: one list of tags a frame."""
+
+    def __init__(self, *frames):
+        self.frames = frames
+
+    def tags(self, images, top):
+        return [list(frame.items()) for frame in self.frames]
+
+
+@pytest.mark.parametrize(
+    ("frames", "caption"),
+    [
+        ([{"tabby": 0.9, "tiger cat": 0.05}], "The video shows a tabby."),
+        ([{"tabby": 0.9}, {"tabby": 0.1, "hourglass": 0.9}], "The video shows a tabby and an hourglass."),
+        ([{"tabby": 0.9}, {"ox": 0.33}, {"unicycle": 0.36}], "The video may show a tabby, a unicycle or an ox."),
+        ([{"sunglasses": 0.99}], "The video shows sunglasses."),
+        ([{"tabby": 0.09}], ""),
+        ([], ""),
+    ],
+)  # fmt: skip
+def test_tags_state_what_is_sure_and_hedge_what_is_not(frames, caption):
+    captioner = baseline.Tags(section(kind="tags", sure=0.4, unsure=0.1))
+    captioner.net = Net(*frames)
+    v = video([plain("000000")] * 4)
+    assert captioner.caption(v, v.clips[0]) == caption
+
+
+def test_real_tags_do_not_depend_on_the_other_clips():
+    stage = CaptionStage(section(kind="tags", unsure=0.01))
+    pictures = [noise(i) for i in range(4)]
+    together = run(stage, [video(pictures, [(0, 2), (2, 4)])])
+    alone = [run(stage, [video(pictures, [clip])])[0] for clip in ((0, 2), (2, 4))]
+    assert together == alone
+    assert all(re.fullmatch(r"The video (may show|shows) an? .*\.", c[0].text) for c in together)
+
+
+def test_every_imagenet_label_gets_the_article_its_sound_asks_for():
+    from torchvision.models import EfficientNet_B0_Weights
+
+    labels = EfficientNet_B0_Weights.IMAGENET1K_V1.meta["categories"]
+    said = {label: baseline.with_article(label).removesuffix(label).strip() for label in labels}
+    an = ("ant", "hourglass", "iPod", "umbrella", "Old English sheepdog", "ox", "espresso maker")
+    assert {"an"} == {said[x] for x in an}
+    assert {"a"} == {said[x] for x in ("unicycle", "European gallinule", "horse cart", "yurt", "zebra")}
+    assert {""} == {said[x] for x in ("sunglasses", "parallel bars", "binoculars", "espresso", "hay")}
+
+
+# ---------------------------------------------------------------- colours and camera
+
+
+@pytest.mark.parametrize(
+    ("hex_", "name"),
+    [
+        ("000000", "black"), ("ffffff", "white"), ("708090", "grey"), ("c0c0c0", "grey"), ("dc143c", "red"),
+        ("800000", "red"), ("ffa500", "orange"), ("a0522d", "brown"), ("d2b48c", "beige"), ("ffd700", "yellow"),
+        ("f0e68c", "yellow"), ("228b22", "green"), ("808000", "green"), ("adff2f", "green"),
+        ("008080", "turquoise"), ("00ffff", "turquoise"), ("000080", "blue"), ("87ceeb", "blue"),
+        ("4682b4", "blue"), ("800080", "purple"), ("4b0082", "purple"), ("ff69b4", "pink"), ("fa8072", "pink"),
+    ],
+)  # fmt: skip
+def test_css_colours_are_called_by_the_basic_term_of_their_family(hex_, name):
+    shares, _ = baseline.colours([plain(hex_)])
+    assert shares == {name: 1.0}
+
+
+def test_lab_is_cielab():
+    rgb = np.random.default_rng(0).integers(0, 256, (200, 3), dtype=np.uint8)
+    v = rgb / 255
+    linear = np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
+    m = [
+        [0.4124564, 0.3575761, 0.1804375],
+        [0.2126729, 0.7151522, 0.072175],
+        [0.0193339, 0.119192, 0.9503041],
+    ]
+    t = linear @ np.array(m).T / [0.95047, 1.0, 1.08883]
+    f = np.where(t > (6 / 29) ** 3, np.cbrt(t), t / (3 * (6 / 29) ** 2) + 4 / 29)
+    expected = np.stack(
+        [116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1
+    )  # CIE 15:2004, eq. 8.3–8.6
+    assert np.abs(baseline._lab(rgb) - expected).max() < 1.0  # OpenCV interpolates its tables
+
+
+def test_shares_and_light_are_those_of_the_pixels():
+    half = np.concatenate([plain("000000", 48, 36), plain("ffffff", 48, 12)], 1)
+    shares, light = baseline.colours([half, half])
+    assert shares == {"black": 0.75, "white": 0.25}
+    assert light == pytest.approx(25, abs=0.1)
+
+
+MOTION = {"pan_x": 0.0, "pan_y": 0.0, "zoom": 0.0, "motion": 0.01, "motion_object": 0.01}
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("scores", "sentence"),
+    [
+        ({}, "the camera holds still"),
+        ({"motion_object": 0.0, "motion": 0.001}, "the camera holds still and nothing moves"),
+        ({"motion_object": 0.2, "motion": 0.2}, "the camera holds still while much moves"),
+        ({"motion": 0.05}, ""),  # it shakes
+        ({"motion_object": 0.2, "motion": 0.25}, "there is much movement"),
+        ({"pan_x": 0.006}, ""),  # neither a pan nor a still camera for sure
+        ({"pan_x": 0.1}, "the camera pans to the right"),
+        ({"pan_x": -0.03, "pan_y": 0.005}, "the camera pans slowly to the left"),
+        ({"pan_x": 0.9, "zoom": -0.1}, "the camera pans quickly to the right while the view widens"),
+        ({"pan_y": -0.1}, "the camera tilts up"),
+        ({"pan_y": 0.1, "pan_x": 0.01}, "the camera tilts down"),
+        ({"pan_x": 0.1, "pan_y": 0.1}, "the camera moves to the right and down"),
+        ({"zoom": 0.1}, "the view closes in"),
+        ({"pan_x": NAN, "pan_y": NAN, "zoom": NAN, "motion": NAN, "motion_object": NAN}, ""),
+    ],
+)
+def test_camera_motion_is_told_as_measured(scores, sentence):
+    assert baseline.camera(MOTION | scores) == sentence
+
+
+def test_unmeasured_motion_is_not_told():
+    v = video([plain("16264f")] * 4)
+    stage = CaptionStage(section(kind="colour_motion"))
+    assert run(stage, [v])[0][0].text == "A dark picture mostly in blue."
+    v.clips[0].scores = MOTION | {"pan_x": 0.1}
+    assert run(stage, [v])[0][0].text == "A dark picture mostly in blue; the camera pans to the right."
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ({"blue": 0.9, "red": 0.1}, "mostly in blue"),
+        ({"blue": 0.6, "red": 0.3, "grey": 0.1}, "mostly in blue with some red"),
+        ({"blue": 0.4, "red": 0.3, "grey": 0.2, "pink": 0.1}, "in blue, red and grey"),
+        ({"blue": 0.12, "red": 0.11}, "in blue"),
+    ],
+)
+def test_palette_names_what_takes_room(shares, words):
+    assert baseline.palette(shares) == words
+
+
+# ---------------------------------------------------------------- text on screen
+
+
+def test_text_is_quoted_most_prominent_first_and_cut():
+    v = video([plain("000000")])
+    stage = CaptionStage(section(kind="on_screen_text", lines=3))
+    assert [(c[0].text, c[0].outcome) for c in run(stage, [v])] == [("", "empty")]
+    v.clips[0].text = ["SALE", " ", "50 %\n off", "SALE", "x" * 100, "fourth"]
+    said = run(stage, [v])[0][0].text
+    assert said == f"The text on screen reads “SALE”, “50 % off” and “{'x' * 79}…”."
+
+
+# ---------------------------------------------------------------- transformers models
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return str(tiny_vlm.llava_onevision(tmp_path_factory.mktemp("llava")))
+
+
+def vlm(model, **values):
+    return CaptionStage(
+        section(kind="transformers", model=model, name="tiny", max_new_tokens=6, frames=3, **values)
+    )
+
+
+def test_a_vlm_captions_each_clip_alike_whatever_else_is_in_the_unit(llava):
+    stage = vlm(llava, batch=2)
+    assert stage.name == "caption:tiny"
+    videos = [video([noise(10 * j + i) for i in range(9)], [(0, 4), (4, 6), (6, 9)]) for j in range(2)]
+    together = run(stage, copy.deepcopy(videos))
+    assert together == [c for v in videos for c in run(stage, [copy.deepcopy(v)])]
+    assert len({c[0].text for c in together}) == 6
+    assert {c[0].model for c in together} == {"tiny"}
+
+
+def test_a_clip_between_two_samples_is_empty_not_made_up(llava):
+    v = video([noise(i) for i in range(3)], [(0, 10), (11, 19)], every=10)
+    assert [c[0].outcome for c in run(vlm(llava), [v])] == ["truncated", "empty"]
+
+
+def test_an_image_model_sees_one_frame_of_the_middle_drawn_by_the_clips_id():
+    v = video([noise(0)] * 100, [(0, 100)])
+    clip, inside = v.clips[0], captions.samples(v, v.clips[0])
+    seen = set()
+    for i in range(300):
+        clip.clip_id = f"{7919 * i:020x}"
+        frame = transformer.middle(clip, inside).frame
+        assert frame == transformer.middle(clip, inside).frame
+        seen.add(frame)
+    assert seen == set(range(30, 71))
+    assert transformer.middle(clip, inside[:2]).frame == 1  # none in the middle: the nearest
+
+
+def test_frames_are_told_their_own_time(llava):
+    v = video([noise(i) for i in range(8)], [(2, 8)], fps=4)
+    v.frames.pts, v.frames.end_pts = v.frames.pts + 1000, v.frames.end_pts + 1000  # a delayed start
+    v.clips = [v.clip(2, 8)]
+    stage = vlm(llava)
+    stage.captioner = captions.build(stage.section)
+    look = stage.captioner._look(v, v.clips[0])
+    assert look.times_s == pytest.approx([0.25, 0.75, 1.25])  # frames 3, 5, 7, four a second
+    assert look.duration_s == pytest.approx(1.5)
+
+
+def test_the_prompt_with_its_context_is_kept(llava):
+    meta = {"title": "A  cat", "subtitles": "so it  jumps", "url": "x", "description": " "}
+    plain_prompt = run(vlm(llava, prompt="Say."), [video([noise(0)], meta=meta)])[0][0].prompt
+    assert plain_prompt == "Say."
+    prompt = run(vlm(llava, prompt="Say.", context=True), [video([noise(0)], meta=meta)])[0][0].prompt
+    assert prompt.splitlines()[0] == "Say."
+    assert prompt.splitlines()[2:] == ["Title: A cat", "Subtitles: so it jumps"]
+    assert run(vlm(llava, prompt="Say.", context=True), [video([noise(0)])])[0][0].prompt == "Say."
+
+
+@pytest.mark.parametrize(
+    ("text", "complete", "expected"),
+    [
+        ("A dog runs. It ba", False, ("A dog runs.", "ok")),
+        ("A dog ru", False, ("A dog ru", "truncated")),
+        ("A dog runs. It barks.", True, ("A dog runs.", "ok")),
+        ("", True, ("", "ok")),
+    ],
+)
+def test_a_first_sentence_is_whole_although_the_answer_was_cut_off(text, complete, expected):
+    from models.vlm_captioner import Answer
+
+    captioner = captions.build(section(kind="transformers", model="a/b", first_sentence=True))
+    caption = captioner._caption(Answer(text, complete, ""))
+    assert (caption.text, caption.outcome) == expected
+
+
+def test_a_missing_model_is_a_recipe_error_before_any_work():
+    with pytest.raises(recipe.RecipeError, match=r"captions: model '\./none': no such folder"):
+        captions.check([section(kind="transformers", model="./none")])
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", []),
+        ("One", ["One"]),
+        ("One. Two!  Three?", ["One.", "Two!", "Three?"]),
+        ('He says "go." Then Dr. Who runs.', ['He says "go."', "Then Dr. Who runs."]),
+        ("J. Smith ran 2.5 km. He won.", ["J. Smith ran 2.5 km.", "He won."]),
+        ("Wait… what? Yes, e.g. this.", ["Wait…", "what?", "Yes, e.g. this."]),
+        ("一只狗。它跑了！", ["一只狗。", "它跑了！"]),
+    ],
+)  # fmt: skip
+def test_sentences(text, parts):
+    assert sentences(text) == parts

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline import choose, recipe
+from pipeline.choose import ChooseStage, best, consensus, similarity
+from pipeline.record import CAPTION, Caption
+from tests.fixtures.clips import noise, video
+
+TEXTS = [
+    "A brown dog runs over the green grass.",
+    "The dog is running over grass.",
+    "Two dogs on the grass",
+    "A red car drives past a house; a red car!",
+    "The text on screen reads “SALE”.",
+    "",
+    "the of and",
+]
+
+
+def row(text, outcome="ok", **scores):
+    return {"model": "m", "text": text, "outcome": outcome, "prompt": "", "scores": scores}
+
+
+# ---------------------------------------------------------------- the choice
+
+
+@pytest.mark.parametrize(
+    ("rows", "index"),
+    [
+        ([], None),
+        ([row("", "empty"), row("", "error")], None),
+        ([row("", "empty", consensus=0.9), row("a", consensus=0.0)], 1),
+        ([row("a", consensus=0.2), row("b", consensus=0.3), row("c", consensus=0.1)], 1),
+        ([row("a", consensus=0.2), row("b", consensus=0.2)], 0),
+        ([row("a"), row("b")], 0),
+        ([row("a"), row("b", consensus=0.0)], 1),
+        ([row("a", consensus=float("nan")), row("b", consensus=0.0)], 1),
+        ([row("a", "truncated", consensus=0.9), row("b", consensus=0.1)], 1),
+        ([row("a", "truncated", consensus=0.1), row("b", "truncated", consensus=0.2)], 1),
+        ([row("a", "error", consensus=0.9), row("b")], 1),
+        ([row("a", clip_score=2.0, consensus=0.1), row("b", consensus=0.2)], 1),
+    ],
+)
+def test_the_best_is_the_highest_then_the_earliest_never_an_empty_one(rows, index):
+    assert best(rows, "consensus") == index
+
+
+def test_each_method_reads_its_own_score():
+    rows = [row("a", consensus=0.9, clip_score=0.1), row("b", consensus=0.1, clip_score=0.9)]
+    assert [best(rows, m) for m in ("consensus", "open_clip")] == [0, 1]
+
+
+def test_the_choice_is_the_same_on_rows_read_back_from_parquet(tmp_path):
+    import pyarrow.parquet as pq
+
+    scores = [0.123456, 0.123457, 0.123457, 0.0]  # neighbours at the kept precision stay apart in float32
+    rows = [row(str(i), consensus=s) for i, s in enumerate(scores)]
+    stored = [r | {"scores": list(r["scores"].items())} for r in rows]
+    pq.write_table(pa.table({"captions": pa.array([stored], pa.list_(CAPTION))}), tmp_path / "x.parquet")
+    read = pq.read_table(tmp_path / "x.parquet")["captions"][0].as_py()
+    assert best(read, "consensus") == best(rows, "consensus") == 1
+
+
+def test_choosing_imports_nothing_heavy():
+    code = (
+        "import sys, pipeline.choose\n"
+        "heavy = ('torch', 'transformers', 'open_clip', 'cv2', 'av', 'ray', 'onnxruntime')\n"
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+# ---------------------------------------------------------------- agreement
+
+
+def brute_force(a, b):
+    """Cosine of (1 + ln tf) vectors over an explicit vocabulary of stop-word-free 1-2-grams, in numpy."""
+
+    def grams(text):
+        kept = choose.words(text)
+        return kept + [f"{kept[i]} {kept[i + 1]}" for i in range(len(kept) - 1)]
+
+    vocabulary = sorted({*grams(a), *grams(b)})
+    u, v = (np.array([grams(t).count(g) for g in vocabulary], float) for t in (a, b))
+    u, v = (np.where(x > 0, 1 + np.log(np.maximum(x, 1)), 0) for x in (u, v))
+    norm = np.linalg.norm(u) * np.linalg.norm(v)
+    return u @ v / norm if norm else 0.0
+
+
+def test_similarity_is_the_cosine_of_weighted_words_and_pairs():
+    for a, b in itertools.product(TEXTS, TEXTS):
+        assert similarity(a, b) == pytest.approx(brute_force(a, b), abs=1e-12)
+        assert similarity(a, b) == similarity(b, a)
+
+
+def test_similarity_by_hand():
+    assert similarity("red dog", "A red cat.") == pytest.approx(1 / 3)  # red | dog, cat, both pairs
+    assert similarity("a dog runs", "Dogs run") == pytest.approx(1)
+    assert similarity("dog dog", "dog") == pytest.approx((1 + math.log(2)) / math.hypot(1 + math.log(2), 1))
+    assert similarity("The video shows a bus.", "This clip shows an opera glass") == 0
+    assert similarity("", "a dog") == similarity("the of", "the of") == 0
+
+
+def test_consensus_is_the_mean_over_the_other_texts_that_say_something():
+    scores = consensus(TEXTS)
+    for i, text in enumerate(TEXTS):
+        others = [t for j, t in enumerate(TEXTS) if j != i and t]
+        if text:
+            assert scores[i] == pytest.approx(np.mean([brute_force(text, t) for t in others]), abs=1e-12)
+        else:
+            assert scores[i] is None
+    assert consensus(["a dog", "", ""]) == [None, None, None]
+
+
+def test_consensus_does_not_depend_on_the_order_of_captioners():
+    expected = dict(zip(TEXTS, consensus(TEXTS), strict=True))
+    for order in itertools.islice(itertools.permutations(TEXTS), 0, 5040, 97):
+        assert dict(zip(order, consensus(order), strict=True)) == expected
+
+
+def test_what_most_say_wins():
+    texts = ["A cat sits on a sofa.", "A dog runs over grass.", "A dog is running.", "The dog runs on grass"]
+    assert best([row(t, consensus=s) for t, s in zip(texts, consensus(texts), strict=True)], "consensus") != 0
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def said(v, *texts):
+    for clip in v.clips:
+        clip.captions = [Caption(f"m{i}", t, "ok" if t else "empty") for i, t in enumerate(texts)]
+    return v
+
+
+def test_the_stage_scores_every_caption_and_again_the_same():
+    stage = ChooseStage(recipe.Choose())
+    stage.setup()
+    v = said(video([noise(0)] * 2, [(0, 1), (1, 2)]), "red dog", "a red cat", "")
+    v.clips[0].captions[2].scores = {"consensus": 0.5, "other": 1.0}  # from when it was not empty
+    once = copy.deepcopy(stage([v])[0].clips)
+    assert [c.scores for c in once[0].captions] == [
+        {"consensus": 0.333333},
+        {"consensus": 0.333333},
+        {"other": 1.0},
+    ]
+    assert stage([v])[0].clips == once
+
+
+def test_clip_scores_are_put_beside_the_consensus_and_come_from_the_clips_own_frames():
+    class Scorer:
+        def __call__(self, frames, texts):
+            return [f[0, 0, 0] / 100 + len(t) for t in texts for f in frames[:1]]
+
+    stage = ChooseStage(recipe.Choose(method="open_clip", pretrained="x", frames=1))
+    stage.scorer = Scorer()
+    grey = np.full((16, 16, 3), 100, np.uint8)
+    v = said(video([grey, grey // 2], [(0, 1), (1, 2)]), "One. Two.", "", "One")
+    stage([v])
+    scores = [[c.scores.get("clip_score") for c in clip.captions] for clip in v.clips]
+    assert scores == [[3.0, None, 2.0], [2.5, None, 1.5]]
+    assert all("consensus" in c.scores for c in v.clips[0].captions if c.text)
+
+
+def test_missing_weights_are_a_recipe_error_before_any_work():
+    assert choose.check(recipe.Choose()) == "needs no model"
+    for pretrained in ("", "no_such_tag", "/no/such/file.pt"):
+        with pytest.raises(
+            recipe.RecipeError, match=r"choose: open_clip ViT-B-32.*neither a weights file nor"
+        ):
+            choose.check(recipe.Choose(method="open_clip", pretrained=pretrained))
