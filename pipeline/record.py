@@ -29,8 +29,10 @@ class Source:
     name: str  # path below the SOURCE argument it came from; salts the clip ids
     meta: dict[str, str] = field(default_factory=dict)  # title, description, subtitles, … of the list's row
     intervals: tuple[tuple[float, float], ...] | None = None  # given clips, seconds: no splitting
+    interval_meta: tuple[dict[str, str], ...] = ()  # metadata of each given clip, aligned with `intervals`
     size: int | None = None  # bytes, where listing knows it
     member: tuple[int, int] | None = None  # (offset, size) of the video inside a tar
+    problem: str | None = None  # why listing it failed, one sentence; fetching it raises this
 
 
 @dataclass
@@ -103,6 +105,7 @@ class Clip:
     embeddings: dict[str, np.ndarray] = field(default_factory=dict)
     text: list[str] = field(default_factory=list)  # what OCR read, most prominent first
     media: Media | None = None
+    meta: dict[str, str] = field(default_factory=dict)  # its own (Source.interval_meta), over the source's
 
     @property
     def duration_s(self) -> float:
@@ -132,7 +135,7 @@ class Video:
     duration_s: float = 0.0  # first PTS to the end of the last frame
     time_base: Fraction = Fraction(1, 90000)
     rotation: int = 0  # degrees counter-clockwise that make the stored picture upright: 0, 90, 180, 270
-    sar: Fraction = Fraction(1)  # shape of one pixel, width ÷ height
+    sar: Fraction = Fraction(1)  # shape of one upright pixel, width ÷ height
     pix_fmt: str = ""
     frames: Frames | None = None
     shots: list[Shot] = field(default_factory=list)
@@ -320,7 +323,7 @@ def clip_row(v: Video, c: Clip, scores: list[str], embeddings: dict[str, int]) -
             for k in c.captions
         ],
         "text": c.text,
-        "meta": list(v.source.meta.items()),
+        "meta": list((v.source.meta | c.meta).items()),
         "media_tar": c.media.tar,
         "media_offset": c.media.offset,
         "media_size": c.media.size,

@@ -25,9 +25,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline import commit, sources
+from pipeline.decide import check_rules
 from pipeline.progress import Display, Ledger
 from pipeline.recipe import Recipe
-from pipeline.record import Source, Video
+from pipeline.record import Source, Video, clip_schema
 from pipeline.stages import Resources, Stage, StageError, build, fail, produced, run_stage
 from pipeline.store import Store, StoreError
 
@@ -154,7 +155,9 @@ def _process(
     workers: int | None,
 ) -> None:
     stages = build(recipe, store.uri)
-    stages.append(commit.CommitStage(store.uri, produced(stages)))
+    columns = produced(stages)
+    check_rules(recipe.decide.rules, clip_schema(columns.scores, columns.embeddings))
+    stages.append(commit.CommitStage(store.uri, columns))
     resources = {s.name: _resources(s, recipe, workers) for s in stages}
     unknown = set(recipe.resources) - set(resources)
     if unknown:

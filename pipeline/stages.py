@@ -67,6 +67,7 @@ def build(recipe: Recipe, out: str) -> list[Stage]:
     from pipeline.events import EventStage
     from pipeline.scores import ScoreStage
     from pipeline.shots import ShotStage
+    from pipeline.signature import SignatureStage
     from pipeline.text import TextStage
 
     stages: list[Stage] = [
@@ -75,6 +76,7 @@ def build(recipe: Recipe, out: str) -> list[Stage]:
         EventStage(recipe.events),
         CutStage(recipe.cut, out),
         ScoreStage(recipe.scores),
+        SignatureStage(),
     ]
     if recipe.scores.text.enabled:
         stages.append(TextStage(recipe.scores.text))

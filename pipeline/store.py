@@ -14,9 +14,10 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -77,14 +78,18 @@ class Store:
                 with open(temp, "rb") as src, self.fs.open_output_stream(self.path(name)) as dst:
                     shutil.copyfileobj(src, dst, 8 << 20)
         except OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-                raise StoreError(f"cannot write {self.path(name)}: {e.strerror}; {_fix(e.errno)}") from e
+            self._blame(e, name)
             raise
         finally:
             if temp is not None:
                 temp.unlink(missing_ok=True)
                 if not self.local:
                     temp.parent.rmdir()
+
+    def _blame(self, e: OSError, name: str) -> None:
+        """Raise StoreError where the output, and not the caller, is at fault."""
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise StoreError(f"cannot write {self.path(name)}: {e.strerror}; {_fix(e.errno)}") from e
 
     def write_bytes(self, name: str, data: bytes) -> None:
         with self.writer(name) as f:
@@ -100,7 +105,7 @@ class Store:
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         with self.fs.open_input_file(self.path(name)) as f:
-            return pq.read_table(f, columns=columns)
+            return pq.ParquetFile(f).read(columns)  # pq.read_table would import all of pyarrow.dataset
 
     def open(self, name: str) -> pa.NativeFile:
         """Random access, for byte ranges."""
@@ -121,10 +126,52 @@ class Store:
     def delete(self, name: str) -> None:
         self.fs.delete_file(self.path(name))
 
-    def sweep(self) -> None:
+    def delete_folder(self, name: str) -> None:
+        """Delete a folder and all below it, where there is one."""
+        if self.fs.get_file_info(self.path(name)).type == pafs.FileType.Directory:
+            self.fs.delete_dir(self.path(name))
+
+    def replace_folder(self, new: str, final: str, last: str) -> None:
+        """`new` takes the place of `final`; called again after a kill it goes on where it stopped.
+
+        Locally two renames. On an object store file by file, copied there: the file `last`, without which
+        the folder counts as unfinished, leaves the old folder first and enters the new one last.
+        """
+        if self.local:
+            self.delete_folder(f"{final}.old")
+            if self.exists(final):
+                Path(self.path(final)).rename(self.path(f"{final}.old"))
+            Path(self.path(new)).rename(self.path(final))
+            _fsync_dir(Path(self.root))
+            self.delete_folder(f"{final}.old")
+            return
+        coming = [n.removeprefix(f"{new}/") for n in self.list(new)]
+        gone = {n.removeprefix(f"{final}/") for n in self.list(final)} - set(coming)
+        if self.exists(f"{final}/{last}"):
+            self.delete(f"{final}/{last}")
+        for name in [n for n in coming if n != last] + [last]:
+            if name == last:
+                for old in gone:
+                    self.delete(f"{final}/{old}")
+            self.fs.copy_file(self.path(f"{new}/{name}"), self.path(f"{final}/{name}"))
+        self.delete_folder(new)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[IO[bytes]]:
+        """A nameless temporary file, on the output's disk where that is local; gone when the block ends."""
+        try:
+            if self.local:
+                Path(self.root).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root if self.local else None) as f:
+                yield f
+        except OSError as e:
+            self._blame(e, "a temporary file")
+            raise
+
+    def sweep(self, folder: str = "") -> None:
         """Remove what killed writers left behind (local only; object stores leave nothing visible)."""
-        if self.local and Path(self.root).is_dir():
-            for path in Path(self.root).rglob(".*.partial"):
+        if self.local and Path(self.path(folder)).is_dir():
+            for path in Path(self.path(folder)).rglob(".*.partial"):
                 path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -144,6 +191,71 @@ class Store:
             except BlockingIOError as e:
                 raise StoreError(f"{self.root} is in use by another clipmill; wait for it or stop it") from e
             yield
+
+
+class Ranges:
+    """Byte ranges of many files of a store, the files last used kept open.
+
+    Made where it is used: it must not cross a fork or be pickled once it has been read from.
+    """
+
+    def __init__(self, store: Store, keep_open: int = 64):
+        self.store, self.keep_open = store, keep_open
+        self._files: OrderedDict[str, Any] = OrderedDict()
+        self._buffer = memoryview(bytearray(1 << 20))
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Raises StoreError where the file is missing or ends before the range does."""
+        f = self._file(name)
+        data = os.pread(f.fileno(), size, offset) if self.store.local else f.read_at(size, offset)
+        while self.store.local and len(data) < size:
+            more = os.pread(f.fileno(), size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        if len(data) < size:
+            raise self._short(name)
+        return data
+
+    def copy(self, name: str, offset: int, size: int, to: IO[bytes]) -> None:
+        """Append a range to a file opened for writing. Raises StoreError as `read` does.
+
+        Through one buffer that stays in the cache: for ranges that are not aligned to pages, a third
+        cheaper than copy_file_range or sendfile.
+        """
+        source, end = self._file(name), offset + size
+        while offset < end:
+            wanted = min(end - offset, len(self._buffer))
+            if self.store.local:
+                done = os.preadv(source.fileno(), [self._buffer[:wanted]], offset)
+                to.write(self._buffer[:done])
+            else:
+                done = to.write(source.read_at(wanted, offset))
+            if not done:
+                raise self._short(name)
+            offset += done
+
+    def close(self) -> None:
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def _file(self, name: str) -> Any:
+        if name not in self._files:
+            try:
+                if self.store.local:
+                    f: Any = open(self.store.path(name), "rb", buffering=0)  # noqa: SIM115 (see close)
+                else:
+                    f = self.store.open(name)
+                self._files[name] = f
+            except FileNotFoundError as e:
+                raise StoreError(f"{self.store.path(name)} is missing; the folder is incomplete") from e
+            if len(self._files) > self.keep_open:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(name)
+        return self._files[name]
+
+    def _short(self, name: str) -> StoreError:
+        return StoreError(f"{self.store.path(name)} is shorter than its index says; the folder is damaged")
 
 
 def _fix(code: int | None) -> str:

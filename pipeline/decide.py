@@ -1,0 +1,294 @@
+"""What to keep: the recipe's rules, near-duplicates and the choice of a caption, over measured tables.
+
+Nothing is measured here. The inputs are the columns of `clips/*.parquet` that the recipe names, read a
+unit at a time; the output is one row a clip. For a million clips that is about 1 GB, most of it captions
+and source names, and for the duplicate search 4 bytes × the embedding's length more a clip that passes
+the rules (5 GB for 1280 numbers).
+
+Order of the decisions:
+
+1. every rule of the recipe on its own, so `dropped_by` names each one a clip fails, in recipe order;
+2. 'no_caption', where the run has captioners and none of them could say anything;
+3. 'duplicate', among the clips that pass 1 and 2 only: a clip that is dropped anyway must not take the
+   one kept copy of itself along, and a looser rule can only bring clips back.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.choose import best
+from pipeline.duplicates import near_duplicates
+from pipeline.recipe import Decide, Duplicates, Recipe, RecipeError, Rule
+from pipeline.record import DECISION_SCHEMA
+from pipeline.store import Store
+
+NO_CAPTION, DUPLICATE = "no_caption", "duplicate"  # names of rules that no recipe may use
+SIGNATURE = "emb_signature"  # column of pipeline.signature
+CHOSEN = "caption."  # prefix of a rule's column: a score of the chosen caption
+RANKED = ["width", "height", "duration_s", "score_sharpness"]  # the better of two near-duplicates
+
+
+@dataclass
+class Decided:
+    """Decisions and where the clips they are about were measured.
+
+    `decisions` has DECISION_SCHEMA, sorted by source and time, with null shard, offset and size; row i
+    was measured in row `row[i]` of `files[file[i]]`.
+    """
+
+    decisions: pa.Table
+    files: list[str]
+    file: np.ndarray  # int32 [n]
+    row: np.ndarray  # int32 [n]
+
+
+@dataclass(frozen=True)
+class Drop:
+    """One line of the funnel."""
+
+    rule: str
+    alone: int  # clips that fail this rule, whatever else they fail
+    in_order: int  # clips that fail this rule and none before it
+    left: int  # clips left after this rule and all before it
+
+
+def decide(store: Store, recipe: Recipe) -> Decided:
+    """Decide on every clip of the committed units, by `recipe.decide` and `recipe.choose`.
+
+    Two rows of one clip id (the same file given under two SOURCE arguments) are one clip, that of the
+    source first by name. Raises RecipeError for a rule on a column that was not measured.
+    """
+    files = clip_files(store)
+    columns = schema(store, files[0]) if files else pa.schema([])
+    rules = recipe.decide.rules
+    if files:
+        check_rules(rules, columns)
+    needed = {r.column for r in rules.values() if not r.column.startswith(CHOSEN)} | set(RANKED)
+    measured = _measured(store, files, sorted(needed & set(columns.names) if files else needed), recipe)
+
+    fails = np.array([_fails(rule, measured) for rule in rules.values()], bool)
+    fails = fails.reshape(len(rules), len(measured))
+    names = list(rules)
+    if recipe.captions and recipe.decide.need_caption:
+        fails = np.vstack([fails, measured["caption"].is_null().to_numpy()])
+        names.append(NO_CAPTION)
+    passing = np.logical_not(fails.any(axis=0))
+    repeats = np.full(len(measured), -1, np.int64)
+    if recipe.decide.duplicates.enabled and len(measured):
+        repeats = _duplicates(store, files, measured, passing, recipe.decide.duplicates)
+        fails = np.vstack([fails, repeats >= 0])
+        names.append(DUPLICATE)
+    decisions = _decisions(measured, names, fails, repeats, recipe.decide)
+    file, row = (measured[name].to_numpy().astype(np.int32) for name in ("file", "row"))
+    return Decided(decisions, files, file, row)
+
+
+def clip_files(store: Store) -> list[str]:
+    """The clips/*.parquet of committed units, sorted: a unit counts once its videos/*.parquet is there."""
+    committed = {name.removeprefix("videos/") for name in store.list("videos", ".parquet")}
+    return [n for n in store.list("clips", ".parquet") if n.removeprefix("clips/") in committed]
+
+
+def schema(store: Store, name: str) -> pa.Schema:
+    """Columns of a parquet file."""
+    with store.open(name) as f:
+        return pq.read_schema(f)
+
+
+def funnel(decisions: pa.Table) -> list[Drop]:
+    """How many clips each rule drops, alone and in order, from a table that `decide` made."""
+    names: list[str] = json.loads(decisions.schema.metadata[b"rules"])
+    position = {name: i for i, name in enumerate(names)}
+    dropped = decisions["dropped_by"].to_pylist()
+    alone, in_order = np.zeros(len(names), int), np.zeros(len(names), int)
+    for rules in filter(None, dropped):
+        in_order[position[rules[0]]] += 1
+        for rule in rules:
+            alone[position[rule]] += 1
+    left = len(dropped) - np.cumsum(in_order)
+    return [Drop(*line) for line in zip(names, alone.tolist(), in_order.tolist(), left.tolist(), strict=True)]
+
+
+def check_rules(rules: dict[str, Rule], columns: pa.Schema) -> None:
+    """Raise RecipeError for a rule on a column of clips/ that does not exist or is not a number."""
+    numeric = [f.name for f in columns if pa.types.is_integer(f.type) or pa.types.is_floating(f.type)]
+    for name, rule in rules.items():
+        if rule.column not in numeric and not rule.column.startswith(CHOSEN):
+            wrong = "is not a number" if rule.column in columns.names else "was not measured by this run"
+            raise RecipeError(
+                f"decide.rules.{name}: column {rule.column!r} {wrong}; rules may use {', '.join(numeric)}, "
+                f"or {CHOSEN}<score> of the chosen caption"
+            )
+
+
+def _measured(store: Store, files: list[str], columns: list[str], recipe: Recipe) -> pa.Table:
+    """The named columns of every clip, its chosen caption, and where it was measured, sorted."""
+    scores = sorted({r.column for r in recipe.decide.rules.values() if r.column.startswith(CHOSEN)})
+    seen: set[str] = set()
+    fixed = ["clip_id", "source", "start_frame"]
+    parts = []
+    for i, name in enumerate(files):
+        table = store.read_table(name, [*fixed, *columns, "captions"])
+        chosen = [_chosen(captions or [], recipe) for captions in table["captions"].to_pylist()]
+        part = {c: table[c] for c in fixed} | {c: table[c].cast(pa.float64()) for c in columns}
+        part["caption"] = pa.array([c["text"] if c else None for c in chosen], pa.string())
+        part["caption_model"] = pa.array([c["model"] if c else None for c in chosen], pa.string())
+        if scores:
+            seen |= {CHOSEN + name for c in chosen if c for name, _ in c["scores"] or []}
+        for s in scores:
+            values = [dict(c["scores"] or {}).get(s.removeprefix(CHOSEN)) if c else None for c in chosen]
+            part[s] = pa.array(values, pa.float64())
+        part["file"] = pa.array(np.full(len(table), i, np.int32))
+        part["row"] = pa.array(np.arange(len(table), dtype=np.int32))
+        parts.append(pa.table(part))
+    for s in scores:
+        if seen and s not in seen:
+            raise RecipeError(
+                f"decide.rules: no chosen caption has the score {s!r}; they have {', '.join(sorted(seen))}"
+            )
+    if not parts:
+        parts = [_empty([*columns, *scores])]
+    all_ = pa.concat_tables(parts)
+    keys = [(name, "ascending") for name in ("source", "start_frame", "clip_id")]
+    all_ = all_.take(pc.sort_indices(all_, keys))  # Table.sort_by would import all of pyarrow.acero
+    code = all_["clip_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    first = np.unique(code, return_index=True)[1]
+    return all_.take(np.sort(first)).combine_chunks() if len(first) < len(all_) else all_.combine_chunks()
+
+
+def _empty(numbers: list[str]) -> pa.Table:
+    text = dict.fromkeys(["clip_id", "source", "caption", "caption_model"], pa.string())
+    rest = dict.fromkeys(numbers, pa.float64()) | dict.fromkeys(["start_frame", "file", "row"], pa.int64())
+    return pa.schema(list((text | rest).items())).empty_table()
+
+
+def _chosen(captions: list[dict], recipe: Recipe) -> dict | None:
+    i = best(captions, recipe.choose.method)
+    return None if i is None else captions[i]
+
+
+def _fails(rule: Rule, measured: pa.Table) -> np.ndarray:
+    """bool [n]: outside the rule's bounds; null and NaN pass."""
+    values = measured[rule.column].to_numpy().astype(np.float64)  # null → NaN, and NaN compares false
+    fails = np.zeros(len(values), bool)
+    if rule.min is not None:
+        fails |= values < rule.min
+    if rule.max is not None:
+        fails |= values > rule.max
+    return fails
+
+
+def _duplicates(
+    store: Store, files: list[str], measured: pa.Table, passing: np.ndarray, limits: Duplicates
+) -> np.ndarray:
+    """int64 [n]: the row of the kept clip that a clip repeats, −1 for the others.
+
+    Within one source a clip that looks like a better one is redundant (Panda-70M drops events within a
+    distance of 0.3 of an earlier one, cosine 0.955). Across sources a duplicate is the same footage, so
+    the signatures must agree too, where the run has them.
+
+    The best of look-alikes is kept: most pixels, then longest, then sharpest, then smallest clip id.
+    """
+    order = np.flatnonzero(passing)
+    if len(order):
+        best_first = {name: -_numbers(measured, name)[order] for name in RANKED}
+        pixels = -best_first["width"] * best_first["height"]
+        ids = np.asarray(measured["clip_id"].to_pylist())[order]
+        order = order[np.lexsort((ids, best_first["score_sharpness"], best_first["duration_s"], pixels))]
+    kinds, within, across = _kinds(store, files, limits)
+    repeats = np.full(len(measured), -1, np.int64)
+    if not kinds:
+        return repeats
+    vectors, has = _vectors(store, files, kinds, measured, order)
+    order = order[has]
+    source = measured["source"].combine_chunks().dictionary_encode().indices.to_numpy()[order]
+    found = near_duplicates(vectors, source, within, across)
+    repeats[order[found >= 0]] = order[found[found >= 0]]
+    return repeats
+
+
+def _numbers(measured: pa.Table, column: str) -> np.ndarray:
+    """float64 [n]; what was not measured is 0."""
+    if column not in measured.column_names:
+        return np.zeros(len(measured))
+    return np.nan_to_num(measured[column].to_numpy().astype(np.float64))
+
+
+def _kinds(store: Store, files: list[str], limits: Duplicates) -> tuple[list[str], list[float], list[float]]:
+    """The embedding columns that near-duplicates must agree in, and the least cosines of each."""
+    names = [n for n in schema(store, files[0]).names if n.startswith("emb_")]
+    semantic = [n for n in names if n != SIGNATURE][:1]  # in the order of the stages: the events' embedder
+    kinds, within, across = semantic, [limits.within] * len(semantic), [limits.across] * len(semantic)
+    if SIGNATURE in names:  # within a source it decides only where it is the sole witness
+        kinds, across = [*kinds, SIGNATURE], [*across, limits.signature]
+        within = [*within, -1.0 if semantic else limits.signature]
+    return kinds, within, across
+
+
+def _vectors(
+    store: Store, files: list[str], kinds: list[str], measured: pa.Table, rows: np.ndarray
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Embeddings of some clips.
+
+    Returns for each kind float32 [m, d], unit rows in the order of `rows` without those that lack one
+    of the kinds, and bool [n], who has all.
+    """
+    file, row = measured["file"].to_numpy()[rows], measured["row"].to_numpy()[rows]
+    has = np.ones(len(rows), bool)
+    found: dict[str, np.ndarray] = {}
+    for i, path in enumerate(files):
+        wanted = np.flatnonzero(file == i)
+        if not len(wanted):
+            continue
+        table = store.read_table(path, kinds).take(pa.array(row[wanted]))
+        for kind in kinds:
+            column = table[kind].combine_chunks()
+            size = column.type.list_size
+            x = found.setdefault(kind, np.zeros((len(rows), size), np.float32))
+            there = column.is_valid().to_numpy(zero_copy_only=False)
+            x[wanted[there]] = column.drop_null().flatten().to_numpy().reshape(-1, size)
+            has[wanted[~there]] = False
+    vectors = []
+    for kind in kinds:
+        x = found.pop(kind, np.zeros((len(rows), 1), np.float32))
+        x = x if has.all() else x[has]
+        x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+        vectors.append(x)
+    return vectors, has
+
+
+def _decisions(
+    measured: pa.Table, names: list[str], fails: np.ndarray, repeats: np.ndarray, recipe: Decide
+) -> pa.Table:
+    """DECISION_SCHEMA without the shards; names of the rules and the recipe go into its metadata.
+
+    Args:
+        names: of the rules, in order; fails: bool [rules, n].
+    """
+    n = len(measured)
+    which = np.nonzero(fails.T)  # (clip, rule) pairs, by clip and then in order of the rules
+    offsets = np.concatenate([[0], np.cumsum(fails.sum(0))]).astype(np.int32)
+    labels = pa.DictionaryArray.from_arrays(
+        pa.array(which[1].astype(np.int32)), pa.array(names, pa.string())
+    ).cast(pa.string())
+    ids = measured["clip_id"].combine_chunks()
+    columns = {
+        "clip_id": ids,
+        "source": measured["source"],
+        "keep": pa.array(~fails.any(0)),
+        "dropped_by": pa.ListArray.from_arrays(pa.array(offsets), labels),
+        "duplicate_of": ids.take(pa.array(repeats, mask=repeats < 0)),
+        "caption": measured["caption"],
+        "caption_model": measured["caption_model"],
+    }
+    columns |= {f.name: pa.nulls(n, f.type) for f in DECISION_SCHEMA if f.name not in columns}
+    metadata = {"rules": json.dumps(names), "decide": recipe.model_dump_json()}
+    table = pa.table([columns[f.name] for f in DECISION_SCHEMA], DECISION_SCHEMA)
+    return table.replace_schema_metadata(metadata)

@@ -1,0 +1,479 @@
+"""The shard reader of every trainer: clips by byte range, decoded where they are needed.
+
+    reader = ShardReader("run/shards", frames=16, fps=8, size=(256, 256), batch_size=8)
+    loader = ShardLoader(reader, workers=4)
+    for batch in loader:                        # {'key': [...], 'video': uint8 [8, 16, 256, 256, 3], …}
+        ...
+        checkpoint["data"] = loader.state_dict()
+
+**Order.** An epoch is a list of batches. Clips are shuffled by (seed, epoch), dealt to batches (each of
+one bucket, where `by_bucket`), and the batches are shuffled. The list does not depend on ranks, workers
+or machines. Step s of rank r is batch s · world + r; worker w of W prepares the steps s ≡ w (mod W),
+which is the order in which a DataLoader asks its workers. So every rank has the same number of steps,
+a clip is in one batch of an epoch, and a state saved with one number of workers or ranks continues
+with another (with the same `batch_size` and `seed`).
+
+**Ends.** What does not fill a batch, or a step of all ranks, is either repeated from the beginning of the
+same list (`last='wrap'`: every clip at least once an epoch) or left out (`last='drop'`: at most once;
+another tail each epoch).
+
+**Broken samples.** A clip that cannot be read or decoded is replaced by the next of its bucket, so batches
+stay whole and no rank waits for another; its key is in the replacement's `skipped`.
+
+Randomness (which window of time, which caption) comes from (seed, epoch, clip) alone.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.store import Ranges, Store, StoreError
+
+try:
+    from torch.utils.data import IterableDataset
+except ImportError:  # reading needs no torch
+    IterableDataset = object  # type: ignore[assignment, misc]
+
+Sample = dict[str, Any]
+CaptionRule = Literal["chosen", "sample"] | Callable[[dict[str, Any], np.random.Generator], str]
+
+
+PATIENCE = 100  # broken samples in a row after which the data as a whole is at fault
+
+
+class BrokenSample(Exception):
+    """A sample that cannot be read or decoded."""
+
+
+def read_index(folder: str) -> pa.Table:
+    """Where every sample of a folder of shards lies: clip_id, bucket, tar, offset, size, json_offset, json_size, …
+
+    From `index.parquet`; without one, from the headers of the tars below the folder (any WebDataset of
+    mp4 and json). Raises StoreError where there is neither.
+    """
+    store = Store(folder)
+    if store.exists("index.parquet"):
+        return store.read_table("index.parquet")
+    rows = [row for name in store.list(suffix=".tar") for row in _scan(store, name)]
+    if not rows:
+        raise StoreError(
+            f"{folder} holds neither index.parquet nor tars with mp4 files; give a folder of shards"
+        )
+    return pa.Table.from_pylist(rows)
+
+
+def _scan(store: Store, name: str) -> Iterator[dict[str, Any]]:
+    """The samples of one tar; a sample is a run of members with one name up to the first dot."""
+    row: dict[str, Any] = {}
+    with store.open(name) as f, tarfile.open(fileobj=f, mode="r:") as tar:
+        for member in tar:
+            folder, _, base = member.name.rpartition("/")
+            stem, _, kind = base.partition(".")
+            key = f"{folder}/{stem}" if folder else stem
+            if key != row.get("clip_id"):
+                if "offset" in row:
+                    yield row
+                row = {"clip_id": key, "bucket": name.rpartition("/")[0], "tar": name}
+                row |= {"json_offset": None, "json_size": None}
+            if kind == "mp4":
+                row |= {"offset": member.offset_data, "size": member.size}
+            elif kind == "json":
+                row |= {"json_offset": member.offset_data, "json_size": member.size}
+    if "offset" in row:
+        yield row
+
+
+class ShardReader(IterableDataset):
+    """Samples of one rank, in order, from where the state says; an `IterableDataset` where torch is there.
+
+    Args:
+        folder: DIR/shards, local or s3:// or gs://.
+        frames: frames a sample (T).
+        fps: of the sampled frames; none spreads them evenly over the whole clip. A clip shorter than
+            `frames / fps` repeats its last frame.
+        size: (height, width): the picture as displayed is scaled to cover it and cropped at the centre.
+            None keeps the stored size, one frame shape a clip.
+        window: where the frames lie in a longer clip: 'random' or 'center'.
+        captions: 'chosen', or 'sample' (any candidate, by its consensus or CLIP score, where it has one),
+            or a function (key.json, generator) → text.
+        batch_size: samples a batch. Without a `ShardLoader`, use it for the DataLoader too.
+        by_bucket: every batch from one bucket (one aspect class and length).
+        rank, world: this process's place among those that train together.
+        last: see above.
+        shuffle: False reads in the order of the index (evaluation).
+        where: keep samples of which this is true, an arrow expression over the index, e.g.
+            `pc.field("score_motion") > 0.1`.
+        layout: of a video, 'THWC' or 'CTHW'.
+        decode: False gives `video` as mp4 bytes.
+
+    Yields {'key', 'video', 'caption', 'meta', 'skipped'}: video is uint8 [T, H, W, 3] RGB (or
+    [3, T, H, W]), meta is key.json, skipped lists the keys of broken samples that this one stands for.
+
+    The state is (epoch, first, step, sample): the next sample is number `sample` of the rank's batch
+    `step`, counted from batch `first` of the epoch, before which all ranks have been.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        frames: int = 16,
+        fps: float | None = None,
+        size: tuple[int, int] | None = None,
+        window: Literal["random", "center"] = "random",
+        captions: CaptionRule = "chosen",
+        batch_size: int = 1,
+        by_bucket: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        last: Literal["wrap", "drop"] = "wrap",
+        shuffle: bool = True,
+        where: pc.Expression | None = None,
+        layout: Literal["THWC", "CTHW"] = "THWC",
+        decode: bool = True,
+    ):
+        if frames < 1 or batch_size < 1 or not 0 <= rank < world:
+            raise ValueError(
+                f"frames {frames} and batch_size {batch_size} must be ≥ 1, rank {rank} in [0, world {world})"
+            )
+        self.folder, self.frames, self.fps, self.size, self.window = folder, frames, fps, size, window
+        self.captions, self.batch_size, self.by_bucket, self.decode = captions, batch_size, by_bucket, decode
+        self.seed, self.rank, self.world, self.last, self.shuffle = seed, rank, world, last, shuffle
+        self.layout = layout
+        index = read_index(folder)
+        if where is not None:
+            index = index.filter(where)
+        self.keys = index["clip_id"].combine_chunks()
+        self.tars = index["tar"].combine_chunks().dictionary_encode()
+        self.bucket = np.zeros(len(index), np.int32)
+        if by_bucket:
+            self.bucket = index["bucket"].combine_chunks().dictionary_encode().indices.to_numpy()
+        span = ("offset", "size", "json_offset", "json_size")
+        self.span = np.stack([index[c].fill_null(0).to_numpy() for c in span], 1)  # int64 [n, 4]
+        self.epoch = self.first = self.step = self.sample = 0
+        self.skipped: list[str] = []  # keys of broken samples met by this process
+        self._ranges: tuple[int, Ranges] | None = None
+        if self.steps() == 0:
+            raise StoreError(
+                f"{folder}: {len(index)} samples are not one batch of {batch_size} for each of {world} ranks; "
+                f"use last='wrap', a smaller batch_size, or keep more clips"
+            )
+
+    # ------------------------------------------------------------ the order
+
+    def batches(self, epoch: int) -> np.ndarray:
+        """Rows of the index, int64 [batches, batch_size], of all ranks."""
+        rng = np.random.RandomState([self.seed, epoch])  # numpy keeps its streams as they are
+        size = self.batch_size
+        found = [np.zeros((0, size), np.int64)]
+        for bucket in np.unique(self.bucket):
+            rows = np.flatnonzero(self.bucket == bucket)
+            if self.shuffle:
+                rng.shuffle(rows)
+            rows = np.resize(rows, self._whole(len(rows)) * size)  # repeats from the beginning, or cuts
+            found.append(rows.reshape(-1, size))
+        batches = np.concatenate(found)
+        return batches[rng.permutation(len(batches))] if self.shuffle else batches
+
+    def steps(self) -> int:
+        """Batches of every rank between batch `first` of the epoch and its end."""
+        total = sum(self._whole(n) for n in np.unique(self.bucket, return_counts=True)[1].tolist())
+        left = total - self.first
+        return -(-left // self.world) if self.last == "wrap" else left // self.world
+
+    def _whole(self, samples: int) -> int:
+        """Batches that so many samples make."""
+        return -(-samples // self.batch_size) if self.last == "wrap" else samples // self.batch_size
+
+    def __len__(self) -> int:
+        """Samples of this rank between batch `first` of the epoch and its end."""
+        return self.steps() * self.batch_size
+
+    def __iter__(self) -> Iterator[Sample]:
+        """The rest of the epoch, then the state is at the next one.
+
+        In a worker of a DataLoader: this worker's batches of it; the state is the worker's own copy.
+        """
+        for place, rows in self._share():
+            for i in range(place, len(rows)):
+                sample = self._sound(int(rows[i]))
+                self.advance(1)
+                yield sample
+        self.next_epoch()
+
+    def iter_batches(self) -> Iterator[list[Sample]]:
+        """As iterating, in lists of `batch_size`; the first is shorter where the state is inside a batch."""
+        for place, rows in self._share():
+            yield [self._sound(int(row)) for row in rows[place:]]
+
+    def _share(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(place to begin at, rows) of each batch that this process prepares, from the state on."""
+        worker, workers = _worker()
+        batches, begin, place = self.batches(self.epoch), self.step, self.sample
+        for step in range(begin + worker, self.steps(), workers):
+            row = (self.first + step * self.world + self.rank) % len(batches)
+            yield (place if step == begin else 0), batches[row]
+
+    def advance(self, samples: int) -> None:
+        """Move the state on; for a trainer with a DataLoader of its own, which has taken so many."""
+        self.step, self.sample = divmod(self.step * self.batch_size + self.sample + samples, self.batch_size)
+
+    def next_epoch(self) -> None:
+        self.epoch, self.first, self.step, self.sample = self.epoch + 1, 0, 0, 0
+
+    # ------------------------------------------------------------ the state
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the next sample is; plain numbers. Of this process's own iteration, see `ShardLoader`."""
+        return {
+            "epoch": self.epoch,
+            "first": self.first + self.step * self.world,
+            "sample": self.sample,
+            "world": self.world,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "samples": len(self.keys),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a state of any rank of the same run (all ranks save the same at the same step).
+
+        Raises ValueError where the state is of other data or settings, or of another number of ranks
+        in the middle of a batch.
+        """
+        mine = {"batch_size": self.batch_size, "seed": self.seed, "samples": len(self.keys)}
+        for name, value in mine.items():
+            if state[name] != value:
+                raise ValueError(
+                    f"the saved state has {name} {state[name]}, this reader {value}; use the same"
+                )
+        if state["sample"] and state["world"] != self.world:
+            raise ValueError(
+                "the saved state is inside a batch; with another number of ranks, save between batches"
+            )
+        self.epoch, self.step, self.sample, self.first = state["epoch"], 0, state["sample"], state["first"]
+
+    # ------------------------------------------------------------ samples
+
+    def _sound(self, row: int) -> Sample:
+        """The sample of a row, or of the next sound one of its bucket. Raises StoreError after PATIENCE broken."""
+        broken: list[str] = []
+        alike: np.ndarray | None = None
+        while len(broken) < PATIENCE:
+            try:
+                return self.read(row) | {"skipped": broken}
+            except BrokenSample as e:
+                why = e
+            broken.append(self.keys[row].as_py())
+            self.skipped.append(broken[-1])
+            if alike is None:
+                alike = np.flatnonzero(self.bucket == self.bucket[row])
+            row = int(alike[(np.searchsorted(alike, row) + 1) % len(alike)])
+        raise StoreError(f"{self.folder}: {PATIENCE} samples in a row are broken, the last: {why}")
+
+    def read(self, row: int) -> Sample:
+        """One sample by its row of the index. Raises BrokenSample."""
+        key = self.keys[row].as_py()
+        rng = np.random.default_rng([self.seed, self.epoch, row])
+        offset, size, json_offset, json_size = (int(x) for x in self.span[row])
+        tar = self.tars[row].as_py()
+        at = rng.random() if self.window == "random" else 0.5
+        try:
+            video: Any = self._files().read(tar, offset, size)
+            meta = json.loads(self._files().read(tar, json_offset, json_size)) if json_size else {}
+            if self.decode:
+                video = decode(video, self.frames, self.fps, self.size, at)
+                video = video.transpose(3, 0, 1, 2) if self.layout == "CTHW" else video
+        except (BrokenSample, StoreError, OSError, ValueError) as e:
+            raise BrokenSample(f"{key} in {tar}: {e}") from e
+        return {"key": key, "video": video, "caption": self._caption(meta, rng), "meta": meta}
+
+    def _caption(self, meta: dict[str, Any], rng: np.random.Generator) -> str:
+        if callable(self.captions):
+            return self.captions(meta, rng)
+        told = [c for c in meta.get("captions", []) if c["text"]]
+        if self.captions == "chosen" or not told:
+            return meta.get("caption") or ""
+        weights = np.array([max([0.0, *c["scores"].values()]) for c in told])
+        weights = np.maximum(weights, 1e-3) / np.maximum(weights, 1e-3).sum()
+        return told[int(np.searchsorted(np.cumsum(weights)[:-1], rng.random(), "right"))]["text"]
+
+    def _files(self) -> Ranges:
+        """Open files of this process; a worker opens its own after the fork."""
+        if self._ranges is None or self._ranges[0] != os.getpid():
+            self._ranges = (os.getpid(), Ranges(Store(self.folder)))
+        return self._ranges[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ranges": None}
+
+
+class ShardLoader:
+    """Batches of a reader, prepared by worker processes, resumable to the batch (needs torch).
+
+    Args:
+        reader: its `batch_size` is the batch; its state moves as batches are handed out.
+        workers: processes; 0 prepares in this one.
+        collate: list of samples → batch.
+        options: for `torch.utils.data.DataLoader` (prefetch_factor, pin_memory, multiprocessing_context).
+
+    Iterating gives the rest of the current epoch; the next iteration is the next epoch.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        workers: int = 0,
+        collate: Callable[[list[Sample]], Any] | None = None,
+        **options: Any,
+    ):
+        self.reader, self.workers, self.collate = reader, workers, collate or stack
+        self.options = options
+
+    def __len__(self) -> int:
+        """Batches that are left of the epoch."""
+        return self.reader.steps() - self.reader.step
+
+    def __iter__(self) -> Iterator[Any]:
+        from torch.utils.data import DataLoader
+
+        loader = DataLoader(
+            _Batches(self.reader, self.collate), batch_size=None, num_workers=self.workers, **self.options
+        )
+        for batch in loader:
+            self.reader.advance(self.reader.batch_size - self.reader.sample)
+            yield batch
+        self.reader.next_epoch()
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the next batch is; batches that workers prepare ahead do not count."""
+        return self.reader.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.reader.load_state_dict(state)
+
+
+class _Batches(IterableDataset):
+    """What a worker of a `ShardLoader` runs."""
+
+    def __init__(self, reader: ShardReader, collate: Callable[[list[Sample]], Any]):
+        self.reader, self.collate = reader, collate
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.collate, self.reader.iter_batches())
+
+
+def stack(samples: list[Sample]) -> dict[str, Any]:
+    """A batch: lists of what is in the samples, `video` a tensor [B, …] where all have one shape."""
+    import torch
+
+    batch: dict[str, Any] = {name: [s[name] for s in samples] for name in samples[0]}
+    batch["skipped"] = [key for s in samples for key in s["skipped"]]
+    if len({getattr(v, "shape", None) for v in batch["video"]} - {None}) == 1:
+        batch["video"] = torch.from_numpy(np.stack(batch["video"]))
+    return batch
+
+
+def _worker() -> tuple[int, int]:
+    """(number of this DataLoader worker, how many there are); (0, 1) outside of one."""
+    if IterableDataset is object:
+        return 0, 1
+    from torch.utils.data import get_worker_info
+
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 1)
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def decode(mp4: bytes, frames: int, fps: float | None, size: tuple[int, int] | None, at: float) -> np.ndarray:
+    """Frames of a clip as they are seen at evenly spaced times, uint8 [T, H, W, 3] RGB.
+
+    Args:
+        mp4: the clip.
+        frames: T.
+        fps: frames a second; none: T moments spread over the whole clip, each in the middle of its share.
+        size: (H, W), the displayed picture scaled to cover it (bicubic) and cropped at the centre; none:
+            as stored.
+        at: where the window of T ÷ fps seconds lies in a longer clip, 0 (begin) to 1 (end).
+
+    A time at or after the last frame shows the last frame. Raises BrokenSample.
+    """
+    import av
+
+    try:
+        with av.open(io.BytesIO(mp4), "r") as container:
+            if not container.streams.video:
+                raise BrokenSample("no video stream")
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # the workers are the parallelism
+            assert stream.time_base is not None
+            start, length = _extent(container, stream)
+            if fps is None:
+                ticks = [start + length * (2 * i + 1) // (2 * frames) for i in range(frames)]
+            else:
+                step = 1 / (Fraction(fps).limit_denominator(1001) * stream.time_base)
+                begin = start + max(Fraction(0), length - frames * step) * Fraction(at)
+                ticks = [round(begin + i * step) for i in range(frames)]
+            if ticks[0] > start:
+                container.seek(ticks[0], stream=stream)
+            sar = stream.sample_aspect_ratio or Fraction(1)  # 0 or none: unknown
+            return _at(container.decode(stream), ticks, size, sar)
+    except av.FFmpegError as e:
+        raise BrokenSample(str(e)) from e
+
+
+def _extent(container: Any, stream: Any) -> tuple[int, int]:
+    """First PTS and length in ticks; from the packets where the header does not say."""
+    if stream.duration:
+        return stream.start_time or 0, stream.duration
+    packets = [(p.pts, p.duration or 0) for p in container.demux(stream) if p.pts is not None]
+    if not packets:
+        raise BrokenSample("no frames")
+    container.seek(0)
+    start = min(pts for pts, _ in packets)
+    return start, max(pts + duration for pts, duration in packets) - start
+
+
+def _at(decoded: Iterator[Any], ticks: list[int], size: tuple[int, int] | None, sar: Fraction) -> np.ndarray:
+    """The pictures seen at increasing times: of each, the last frame whose PTS is not after it."""
+    pictures: list[np.ndarray] = []
+    shown, picture = None, None
+    for frame in decoded:
+        while shown is not None and len(pictures) < len(ticks) and frame.pts > ticks[len(pictures)]:
+            picture = _picture(shown, size, sar) if picture is None else picture
+            pictures.append(picture)
+        if len(pictures) == len(ticks):
+            break
+        shown, picture = frame, None
+    if shown is None:
+        raise BrokenSample("no frames")
+    if len(pictures) < len(ticks):
+        picture = _picture(shown, size, sar) if picture is None else picture
+        pictures += [picture] * (len(ticks) - len(pictures))
+    return np.stack(pictures)
+
+
+def _picture(frame: Any, size: tuple[int, int] | None, sar: Fraction) -> np.ndarray:
+    """uint8 [H, W, 3] RGB; sar is the shape of a stored pixel, width ÷ height."""
+    if size is None:
+        return frame.to_ndarray(format="rgb24")
+    height, width = size
+    shown = frame.width * sar  # width in square pixels
+    scale = max(width / shown, Fraction(height, frame.height))
+    w, h = max(width, round(shown * scale)), max(height, round(frame.height * scale))
+    image = frame.to_ndarray(format="rgb24", width=w, height=h, interpolation="BICUBIC")
+    top, left = (h - height) // 2, (w - width) // 2
+    return image[top : top + height, left : left + width]
