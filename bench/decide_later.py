@@ -3,9 +3,9 @@
     python -m bench.decide_later [--gb 2] [--clip-mb 2] [--repeats 3] [--dir FOLDER]
 
 Makes a run folder of that size (clips of random bytes: nothing is decoded), then takes turns: `clipmill shard`
-with another threshold, as a process of its own, and a process that copies the tars it made (shutil.copyfile
-and fsync of each, which is how the shards are written, too). CPU is user + system of the whole process, start
-of Python and imports included.
+with another threshold, as a process of its own, and a process that copies the staging tars (shutil.copyfile
+and fsync of each, which is how shards are made durable, too), scaled to the bytes that were kept. Both read
+from the disk, not from memory. CPU is user + system of the whole process, start of Python included.
 """
 
 from __future__ import annotations
@@ -88,6 +88,14 @@ def timed(command: list[str]) -> tuple[float, float]:
     return time.perf_counter() - start, used.ru_utime + used.ru_stime
 
 
+def chill(run: Path) -> None:
+    """Both start from the disk: take the staging tars out of the page cache."""
+    for tar in (run / "media").iterdir():
+        with open(tar, "rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -104,14 +112,16 @@ def main() -> None:
         clips = make_run(run, args.gb * 1e9, args.clip_mb * 1e6)
         command = [sys.executable, "-m", "jobs.shard", str(run)]
         rows = []
-        for r in range(args.repeats + 1):
+        for r in range(args.repeats):
+            chill(run)
             sharding = timed([*command, "--set", f"decide.rules.too_short.min={2 + 0.25 * (r + 1)}"])
             shutil.rmtree(copy, ignore_errors=True)
             copy.mkdir()
-            copying = timed([sys.executable, "-c", COPY, str(run / "shards"), str(copy)])
-            if r:  # the first warms the page cache
-                rows.append((*sharding, *copying))
-        kept = sum(p.stat().st_size for p in copy.iterdir())
+            chill(run)
+            copying = timed([sys.executable, "-c", COPY, str(run / "media"), str(copy)])
+            kept = sum(p.stat().st_size for p in (run / "shards").rglob("*.tar"))
+            share = kept / sum(p.stat().st_size for p in copy.iterdir())
+            rows.append((*sharding, *(share * x for x in copying)))
         again = timed([*command])
         wall, cpu, copy_wall, copy_cpu = (statistics.median(column) for column in zip(*rows, strict=True))
         print(f"{clips:,} clips; kept {kept / 1e9:.2f} GB; medians of {args.repeats}")

@@ -381,15 +381,20 @@ class Index:
 
     def _from(self, pts: int) -> Iterator[Any]:
         """Packets in decode order from the keyframe with that PTS on; none where it is not found."""
+        from av import FFmpegError
+
         dts = self.packets[self.packets[:, 0] == pts, 1].max(initial=pts)
-        self.container.seek(pts, stream=self.stream, backward=True)
         found = False
-        for packet in self.container.demux(self.stream):
-            found |= packet.pts == pts and packet.is_keyframe
-            if found and packet.size:
-                yield packet
-            elif packet.dts is None or packet.dts > dts:
-                return
+        try:
+            self.container.seek(pts, stream=self.stream, backward=True)
+            for packet in self.container.demux(self.stream):
+                found |= packet.pts == pts and packet.is_keyframe
+                if found and packet.size:
+                    yield packet
+                elif packet.dts is None or packet.dts > dts:
+                    return
+        except FFmpegError:  # damaged further on than the packets that are needed
+            return
 
     def _fresh(self, packet: Any) -> bool:
         """Whether a keyframe forgets all that came before: containers also mark recovery points as keyframes.

@@ -98,7 +98,7 @@ class Cut(Section):
     preset: str = "veryfast"
     crf: int = Field(18, ge=0, le=63)
     height: int | None = Field(
-        None, description="scale so that the shorter side is this; none: as the source"
+        None, description="scale down so that the shorter side is this; none: as the source"
     )
     keyframe_s: float = Field(2.0, gt=0, description="longest distance between keyframes")
     audio: bool = Field(False, description="keep the first sound track (AAC)")

@@ -174,37 +174,31 @@ class Range(io.RawIOBase):
 def pictures(file: Any, duration_s: float) -> list[bytes]:
     """FRAMES JPEGs of a clip, from its beginning, middle and end.
 
-    Seeks where the next one is far, and leaves out frames no other frame needs: a picture may be a few
-    frames off, which a contact sheet can afford and thousands of full decodes it cannot.
+    Keyframes where it has enough of them, which are cheap to reach: a picture may be a second off, which
+    a contact sheet can afford and thousands of full decodes it cannot.
     """
     import av
     import cv2
 
-    found = []
-    with av.open(file, format="mp4") as container:
-        stream = container.streams.video[0]
-        assert stream.time_base is not None
-        stream.codec_context.thread_count = 1
-        stream.codec_context.skip_frame = "NONREF"
-        start, decoded, last = stream.start_time or 0, container.decode(stream), None
-        for i in range(FRAMES):
-            want = start + int((i + 0.5) / FRAMES * duration_s / stream.time_base)
-            if last is None or want - last.pts > 2.5 / stream.time_base:
-                container.seek(want, stream=stream)
-                decoded = container.decode(stream)
-            for frame in decoded:
-                last = frame
-                if frame.pts is not None and frame.pts >= want:
-                    break
-            if last is None:
-                raise ValueError("no frame in it")
-            shape = last.width * float(stream.sample_aspect_ratio or 1), last.height
-            scale = min(PICTURE_SIDE / shape[0], PICTURE_SIDE / shape[1], 1.0)
-            small = last.reformat(max(2, round(shape[0] * scale)), max(2, round(shape[1] * scale)), "bgr24")
-            found.append(
-                cv2.imencode(".jpg", small.to_ndarray(), [cv2.IMWRITE_JPEG_QUALITY, 70])[1].tobytes()
-            )
-    return found
+    for skip in ("NONKEY", "NONREF"):
+        shown: list[tuple[float, bytes]] = []  # seconds, JPEG
+        file.seek(0)
+        with av.open(file, format="mp4") as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            stream.codec_context.skip_frame = skip
+            for frame in container.decode(stream):
+                shape = frame.width * float(stream.sample_aspect_ratio or 1), frame.height
+                scale = min(PICTURE_SIDE / shape[0], PICTURE_SIDE / shape[1], 1.0)
+                small = frame.reformat(max(2, round(shape[0] * scale)), max(2, round(shape[1] * scale)), "bgr24")
+                jpeg = cv2.imencode(".jpg", small.to_ndarray(), [cv2.IMWRITE_JPEG_QUALITY, 70])[1]
+                shown.append((frame.time or 0.0, jpeg.tobytes()))
+        if len(shown) >= FRAMES:
+            break
+    if not shown:
+        raise ValueError("no frame in it")
+    wanted = [(i + 0.5) / FRAMES * duration_s for i in range(FRAMES)]
+    return [min(shown, key=lambda s: abs(s[0] - shown[0][0] - t))[1] for t in wanted]
 
 
 def all_pictures(run: Run, rows: list[int]) -> dict[int, list[bytes] | str]:

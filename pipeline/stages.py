@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
 
-from pipeline.record import Error, Video
 from pipeline.recipe import Recipe
+from pipeline.record import Error, Video
 from pipeline.store import StoreError
 
 
