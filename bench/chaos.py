@@ -145,7 +145,9 @@ def is_worker(pid: int) -> bool:
     except OSError:
         return False
     return (
-        (line.startswith(b"ray::") and b"IDLE" not in line) or b"ffmpeg" in line or b"pipeline.isolate" in line
+        (line.startswith(b"ray::") and b"IDLE" not in line)
+        or b"ffmpeg" in line
+        or b"pipeline.isolate" in line
     )
 
 

@@ -3,9 +3,9 @@
     .venv/bin/python bench/curate.py [--videos ../shared/videos] [--peers DIR] [--out bench/results/curate.md]
 
 The work: a few sources of several shots each, composed from the real clips of VIDEOS/panda70m (640×360,
-H.264 with B-frames), to be split at their cuts and written as clips with x264 veryfast crf 18, one thread.
+H.264 with B-frames), to be split at their cuts and written as clips with the same x264 settings, one thread.
 
-- floor: one ffmpeg decode and one ffmpeg encode of the very frames that clipmill's clips hold;
+- floor: one ffmpeg decode and one ffmpeg encode of the very clips that clipmill wrote, a process a source;
 - clipmill: `clipmill curate` without neural stages (see PLAIN), in this process and on Ray;
 - peers, each in its own virtual environment below --peers, skipped with a reason where absent:
   DIR/sd   pip install scenedetect opencv-python-headless imageio-ffmpeg
@@ -40,19 +40,10 @@ import pyarrow.parquet as pq
 from pipeline import ffmpeg
 
 ROOT = Path(__file__).parent.parent
-ENCODE = [
-    "-c:v",
-    "libx264",
-    "-preset",
-    "veryfast",
-    "-crf",
-    "18",
-    "-threads",
-    "1",
-    "-pix_fmt",
-    "yuv420p",
-    "-an",
-]
+# clipmill's own settings for 30 frames a second
+X264 = ["-preset", "veryfast", "-crf", "18", "-g", "60", "-x264-params", "qpmax=25", "-threads", "1"]
+ENCODE = ["-c:v", "libx264", *X264, "-pix_fmt", "yuv420p", "-an"]
+FLOOR = "floor: ffmpeg decode + encode of the same clips"
 PLAIN = ["--recipe", "embedded", "--set", "shots.detector=content", "--set", "events.embedder.kind=none"]
 PLAIN += ["--set", "captions=[]", "--set", "scores.text.enabled=false", "--set", "decide.rules={}"]
 
@@ -102,15 +93,42 @@ def compose(videos: Path, into: Path, sources: int, shots: int, seed: int) -> li
     return made
 
 
-def floor(run: Path, work: Path, log: Path) -> Cost:
-    """One decode and one encode of the frames that the run's clips hold, a process a source."""
+def floor(run: Path, work: Path, log: Path, apart: bool) -> Cost:
+    """One decode and one encode of the frames that the run's clips hold, a process a source.
+
+    Args:
+        apart: write the same clips, a file each, rather than one file with all their frames.
+    """
     rows = [r for f in sorted((run / "clips").glob("*.parquet")) for r in pq.read_table(f).to_pylist()]
     total = Cost(0, 0, 0)
     for source in sorted({r["source"] for r in rows}):
-        ranges = [(r["start_frame"], r["end_frame"] - 1) for r in rows if r["source"] == source]
-        chosen = "+".join(rf"between(n\,{a}\,{b})" for a, b in ranges)
-        command = [ffmpeg.find(), "-v", "error", "-threads", "1", "-i", source, "-vf", f"select={chosen}"]
-        cost = measure([*command, "-fps_mode", "passthrough", *ENCODE, "-y", str(work / "floor.mp4")], log)
+        ranges = [(r["start_frame"], r["end_frame"]) for r in rows if r["source"] == source]
+        command = [ffmpeg.find(), "-v", "error", "-y", "-threads", "1", "-i", source]
+        if apart:
+            n = range(len(ranges))
+            graph = f"[0:v]split={len(ranges)}" + "".join(f"[s{i}]" for i in n)
+            trims = [f"[s{i}]trim=start_frame={a}:end_frame={b}[v{i}]" for i, (a, b) in enumerate(ranges)]
+            command += ["-filter_complex", ";".join([graph, *trims])]
+            for i in n:
+                command += [
+                    "-map",
+                    f"[v{i}]",
+                    "-fps_mode",
+                    "passthrough",
+                    *ENCODE,
+                    str(work / f"floor{i}.mp4"),
+                ]
+        else:
+            chosen = "+".join(rf"between(n\,{a}\,{b - 1})" for a, b in ranges)
+            command += [
+                "-vf",
+                f"select={chosen}",
+                "-fps_mode",
+                "passthrough",
+                *ENCODE,
+                str(work / "floor.mp4"),
+            ]
+        cost = measure(command, log)
         total = Cost(total.cpu_s + cost.cpu_s, total.wall_s + cost.wall_s, max(total.peak_mb, cost.peak_mb))
     return total
 
@@ -143,11 +161,9 @@ def clipmill(sources: Path, out: Path, runner: str, log: Path) -> Cost:
 
 # ---------------------------------------------------------------- peers
 
-MATCH = ["-preset", "veryfast", "-crf", "18", "-threads", "1"]  # for those that have no option for it
-
 
 def front(folder: Path, add: list[str]) -> Path:
-    """A folder with an `ffmpeg` that runs ours with `add` put before the output name."""
+    """A folder with an `ffmpeg` that runs ours with `add` put before the output name, for those without an option."""
     folder.mkdir(exist_ok=True)
     call = '"${@:1:$#-1}" ' + " ".join(add) + ' "${@: -1}"' if add else '"$@"'
     (folder / "ffmpeg").write_text(f"#!/bin/bash\nexec {ffmpeg.find()} {call}\n")
@@ -186,7 +202,7 @@ def video2dataset(venv: Path, sources: list[Path], work: Path, log: Path) -> Cos
     """Cut detection and exact clipping; its encoder settings are patched to match by an ffmpeg in front."""
     (work / "v2d.yaml").write_text(V2D)
     (work / "v2d.csv").write_text("url\n" + "".join(f"{s}\n" for s in sources))
-    tools = front(work / "v2d-bin", MATCH)
+    tools = front(work / "v2d-bin", X264)
     env = os.environ | {"PATH": f"{tools}:{venv / 'bin'}:{os.environ['PATH']}"}
     shutil.rmtree(work / "v2d", ignore_errors=True)
     command = [str(venv / "bin/video2dataset"), f"--url_list={work / 'v2d.csv'}", "--url_col=url"]
@@ -211,7 +227,7 @@ def data_juicer(venv: Path, sources: list[Path], work: Path, log: Path) -> Cost:
         "".join(json.dumps({"videos": [str(s)], "text": "<__dj__video>"}) + "\n" for s in sources)
     )
     (work / "dj.yaml").write_text(DJ.format(data=data, out=out))
-    tools = front(work / "dj-bin", MATCH)
+    tools = front(work / "dj-bin", X264)
     env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     return measure([str(venv / "bin/dj-process"), "--config", str(work / "dj.yaml")], log, env)
 
@@ -253,7 +269,10 @@ def main() -> int:
                 clipmill(work / "in", work / "local", "local", log)
             )
             runs.setdefault("clipmill, Ray", []).append(clipmill(work / "in", work / "ray", "ray", log))
-            runs.setdefault("floor: ffmpeg decode + encode", []).append(floor(work / "local", work, log))
+            runs.setdefault(FLOOR, []).append(floor(work / "local", work, log, apart=True))
+            runs.setdefault("the same frames into one file", []).append(
+                floor(work / "local", work, log, apart=False)
+            )
             runs.setdefault("ffmpeg decode alone", []).append(decode_only(sources, log))
             for title, (folder, run) in PEERS.items():
                 if args.peers is None or not (args.peers / folder / "bin").is_dir():
@@ -280,7 +299,7 @@ def _seconds(path: Path) -> float:
 
 
 def table(runs: dict[str, list[Cost]], skipped: dict[str, str], what: str) -> str:
-    base = statistics.median(c.cpu_s for c in runs["floor: ffmpeg decode + encode"])
+    base = statistics.median(c.cpu_s for c in runs[FLOOR])
     lines = [
         f"Work: {what}; medians of {max(map(len, runs.values()))} rounds in one run.",
         "",

@@ -113,7 +113,7 @@ class CutStage:
                 ) from e
 
     def __call__(self, videos: list[Video]) -> list[Video]:
-        from pipeline.fetch import localised
+        from pipeline.fetch import localised, release
 
         pieces: list[Piece] = []
         with scratch() as folder:
@@ -138,6 +138,8 @@ class CutStage:
                     fail(video, self.name, e)
             if pieces:
                 self._pack(f"media/{videos[0].unit}.tar", pieces)
+        for video in videos:
+            release(video.source)  # no later stage reads it
         return videos
 
     # One source --------------------------------------------------------------------------------------

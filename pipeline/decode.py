@@ -67,6 +67,7 @@ class DecodeStage:
         self.child = Child(self.options.max_memory_gb)
 
     def __call__(self, videos: list[Video]) -> list[Video]:
+        from pipeline.fetch import release
         from pipeline.stages import StageError, fail
 
         for video in videos:
@@ -74,6 +75,7 @@ class DecodeStage:
                 self._decode(video)
             except StageError as e:
                 fail(video, self.name, e)  # here, or run_stage would decode the whole unit again
+                release(video.source)  # a good one stays for the cut
         return videos
 
     def _decode(self, video: Video) -> None:

@@ -190,7 +190,9 @@ def pictures(file: Any, duration_s: float) -> list[bytes]:
             for frame in container.decode(stream):
                 shape = frame.width * float(stream.sample_aspect_ratio or 1), frame.height
                 scale = min(PICTURE_SIDE / shape[0], PICTURE_SIDE / shape[1], 1.0)
-                small = frame.reformat(max(2, round(shape[0] * scale)), max(2, round(shape[1] * scale)), "bgr24")
+                small = frame.reformat(
+                    max(2, round(shape[0] * scale)), max(2, round(shape[1] * scale)), "bgr24"
+                )
                 jpeg = cv2.imencode(".jpg", small.to_ndarray(), [cv2.IMWRITE_JPEG_QUALITY, 70])[1]
                 shown.append((frame.time or 0.0, jpeg.tobytes()))
         if len(shown) >= FRAMES:

@@ -182,7 +182,7 @@ class Store:
             return
         try:
             Path(self.root).mkdir(parents=True, exist_ok=True)
-            f = open(Path(self.root) / ".lock", "w")  # noqa: SIM115 (closed below, after the lock is tried)
+            f = open(Path(self.root) / ".lock", "a")  # noqa: SIM115 (closed below, after the lock is tried)
         except OSError as e:
             raise StoreError(f"cannot write to {self.root}: {e.strerror}; {_fix(e.errno)}") from e
         with f:

@@ -1,0 +1,233 @@
+"""clipmill curate from end to end: every source accounted for, resumed, refused where it must be."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import curate, shard
+from tests.fixtures import videos
+from tests.fixtures.videos import WEIRD_NAMES, made
+
+FAST = ["--recipe", "smoke", "--runner", "local", "--set", "events.min_s=0.1", "--set", "events.max_inner=9"]
+FAST += [
+    "--set",
+    "events.embedder.kind=none",
+    "--set",
+    "captions=[{kind: colour_motion}]",
+    "--set",
+    "decide.rules={}",
+]
+FAST += ["--set", "decide.duplicates.enabled=false"]
+
+
+def rows(out: Path, folder: str) -> list[dict]:
+    return [r for f in sorted((out / folder).glob("*.parquet")) for r in pq.read_table(f).to_pylist()]
+
+
+AS_MP4 = """bframes vfr multi_shot rotated delayed_start non_square odd_size ten_bit one_frame one_pixel
+zero_duration truncated corrupt failing_audio audio_only text empty"""
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    """A folder with one of everything that real folders hold."""
+    folder = tmp_path_factory.mktemp("raw")
+    for name in AS_MP4.split():
+        maker = getattr(videos, name)
+        shutil.copyfile(made(maker), folder / f"{maker.__name__}.mp4")
+    shutil.copyfile(made(videos.alpha, suffix=".mov"), folder / "alpha.mov")
+    shutil.copyfile(made(videos.no_duration, suffix=".mkv"), folder / "no_duration.mkv")
+    for name in WEIRD_NAMES:
+        if name.endswith(".mp4"):
+            shutil.copyfile(made(videos.cfr), folder / name)
+    secret = folder / "secret.mp4"
+    shutil.copyfile(made(videos.cfr), secret)
+    videos.hls_playlist(folder / "hls.mp4", str(secret))
+    videos.concat_playlist(folder / "concat.mp4", str(secret))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(raw, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "run"
+    assert curate.main([str(raw), "--out", str(out), *FAST]) == 0
+    return out
+
+
+UNUSABLE = {"audio_only.mp4", "text.mp4", "empty.mp4", "hls.mp4", "concat.mp4"}
+
+
+def test_every_source_has_one_row_and_only_the_unusable_are_errors(raw, run):
+    found = rows(run, "videos")
+    assert sorted(r["name"] for r in found) == sorted(p.name for p in raw.iterdir())
+    bad = {r["name"]: r for r in found if r["status"] == "error"}
+    assert set(bad) == UNUSABLE
+    for name, row in bad.items():
+        assert name in row["error"]
+        assert "\n" not in row["error"]
+        assert (row["stage"], row["clips"]) == ("decode", 0)
+    assert all("playlist" in bad[n]["error"] for n in ("hls.mp4", "concat.mp4"))
+
+
+def test_every_clip_is_decided_and_every_kept_one_is_in_one_shard(run):
+    clips, decisions = rows(run, "clips"), pq.read_table(run / "decisions.parquet").to_pylist()
+    ids = [c["clip_id"] for c in clips]
+    assert len(ids) == len(set(ids)) == sum(r["clips"] for r in rows(run, "videos"))
+    assert sorted(ids) == sorted(d["clip_id"] for d in decisions)
+    index = pq.read_table(run / "shards/index.parquet").to_pylist()
+    assert sorted(i["clip_id"] for i in index) == sorted(d["clip_id"] for d in decisions if d["keep"])
+    for d in decisions:
+        with open(run / d["shard"], "rb") as f:
+            f.seek(d["offset"])
+            assert f.read(d["size"])[4:8] == b"ftyp"
+
+
+def test_no_name_from_outside_reaches_a_path_or_a_shell(run, raw):
+    written = {str(p.relative_to(run)) for p in run.rglob("*")}
+    assert not any("pwned" in w or "日本" in w or "dash" in w for w in written)
+    assert not (Path.cwd() / "pwned").exists()
+
+
+def test_clips_have_the_frames_their_row_says(run):
+    import av
+
+    for clip in rows(run, "clips"):
+        with open(run / clip["media_tar"], "rb") as f:
+            f.seek(clip["media_offset"])
+            data = f.read(clip["media_size"])
+        with av.open(io.BytesIO(data)) as container:
+            frames = list(container.decode(video=0))
+        assert len(frames) == clip["end_frame"] - clip["start_frame"], clip["name"]
+        assert (frames[0].width, frames[0].height) == (clip["width"], clip["height"])
+
+
+def test_running_again_reads_no_source_and_changes_no_byte(raw, run, monkeypatch):
+    before = {
+        p: (p.stat().st_mtime_ns, p.stat().st_size)
+        for p in run.rglob("*")
+        if p.suffix in (".tar", ".parquet")
+    }
+    monkeypatch.setattr("pipeline.fetch.localised", None)  # any read of a source would raise
+    assert curate.main([str(raw), "--out", str(run), *FAST]) == 0
+    assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in before}
+
+
+def test_a_new_source_is_added_to_a_finished_run(raw, run, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    shutil.copyfile(made(videos.cfr, frames=60), tmp_path / "new.mp4")
+    assert curate.main([str(raw), str(tmp_path / "new.mp4"), "--out", str(out), *FAST]) == 0
+    assert len(rows(out, "videos")) == len(rows(run, "videos")) + 1
+    assert len(rows(out, "clips")) == len(rows(run, "clips")) + 1
+
+
+def test_errors_are_tried_again_when_asked_for(tmp_path):
+    source = tmp_path / "late.mp4"
+    source.write_bytes(b"")
+    shutil.copyfile(made(videos.cfr), tmp_path / "good.mp4")
+    out, arguments = tmp_path / "out", [str(tmp_path / "*.mp4"), "--out", str(tmp_path / "out"), *FAST]
+    assert curate.main(arguments) == 0
+    shutil.copyfile(made(videos.bframes), source)
+    assert curate.main(arguments) == 0
+    assert {r["name"]: r["status"] for r in rows(out, "videos")} == {"late.mp4": "error", "good.mp4": "ok"}
+    assert curate.main([*arguments, "--retry-errors"]) == 0
+    assert {r["name"]: r["status"] for r in rows(out, "videos")} == {"late.mp4": "ok", "good.mp4": "ok"}
+    assert len(rows(out, "clips")) == 2
+
+
+def test_moving_the_folder_keeps_ids_scores_and_bytes(run, raw, tmp_path):
+    shutil.copytree(raw, tmp_path / "elsewhere")
+    assert curate.main([str(tmp_path / "elsewhere"), "--out", str(tmp_path / "out"), *FAST]) == 0
+    moved = {"source", "media_tar", "media_offset"}
+
+    def measured(folder: Path) -> dict[str, dict]:
+        return {c["clip_id"]: {k: v for k, v in c.items() if k not in moved} for c in rows(folder, "clips")}
+
+    assert measured(run) == measured(tmp_path / "out")
+
+
+def test_given_clips_are_cut_as_given_with_their_metadata(tmp_path):
+    """Panda-70M's own CSV: those clips, no re-splitting."""
+    video = tmp_path / "v.mp4"
+    shutil.copyfile(made(videos.cfr, frames=100), video)
+    spans = "\"[['0:00:00.400', '0:00:01.200'], ['0:00:02.000', '0:00:03.000']]\""
+    (tmp_path / "panda.csv").write_text(
+        f"videoID,url,timestamp,caption,matching_score\nv,{video},{spans},\"['a dog', 'a cat']\",\"[0.5, 0.4]\"\n"
+    )
+    assert curate.main([str(tmp_path / "panda.csv"), "--out", str(tmp_path / "out"), *FAST]) == 0
+    clips = sorted(rows(tmp_path / "out", "clips"), key=lambda c: c["start_s"])
+    assert [(c["start_frame"], c["end_frame"]) for c in clips] == [(10, 30), (50, 75)]
+    assert [dict(c["meta"])["caption"] for c in clips] == ["a dog", "a cat"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--set", "cut.crf=35"], "another recipe"),
+        (["--set", "cut.crf=banana"], "cut.crf"),
+        (["--recipe", "nonsense"], "nonsense"),
+        (["--set", "decide.rules.x={column: score_nonsense}"], "score_nonsense"),
+        (["--set", "cut.codec=nonsense"], "cut.codec nonsense"),
+        (["--set", "captions=[{kind: transformers, model: ./nowhere}]"], "nowhere"),
+        (["--set", "resources.nonsense.cpus=1"], "resources.nonsense"),
+    ],
+)
+def test_a_wrong_recipe_is_one_sentence_and_touches_nothing(raw, run, capsys, change, says):
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    fresh = run.parent / "fresh"
+    out = run if "another" in says else fresh
+    assert curate.main([str(raw), "--out", str(out), *FAST, *change]) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.strip().count("\n") == 0
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+    assert not (fresh / "videos").exists()
+
+
+@pytest.mark.parametrize("source", ["missing.mp4", "empty_folder", "*.nothing"])
+def test_a_source_argument_that_holds_no_video_is_one_sentence(tmp_path, capsys, source):
+    (tmp_path / "empty_folder").mkdir()
+    assert curate.main([str(tmp_path / source), "--out", str(tmp_path / "out"), *FAST]) == 2
+    err = capsys.readouterr().err
+    assert source in err
+    assert err.strip().count("\n") == 0
+
+
+def test_a_folder_that_is_no_run_is_not_written_to(raw, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert curate.main([str(raw), "--out", str(tmp_path), *FAST]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} <= {"thesis.txt", ".lock"}
+
+
+def test_on_ray_the_result_is_the_one_of_a_single_process(raw, run, tmp_path):
+    """Same clips, scores, captions, decisions and shard bytes."""
+    ray = [a if a != "local" else "ray" for a in FAST]
+    command = [sys.executable, "-m", "jobs.curate", str(raw), "--out", str(tmp_path / "out"), *ray]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    a, b = ({c["clip_id"]: c for c in rows(o, "clips")} for o in (run, tmp_path / "out"))
+    assert a == b
+    assert pq.read_table(run / "decisions.parquet").equals(pq.read_table(tmp_path / "out/decisions.parquet"))
+    a, b = (
+        {p.relative_to(o): p.read_bytes() for p in (o / "shards").rglob("*.tar")}
+        for o in (run, tmp_path / "out")
+    )
+    assert a == b
+    assert json.loads((tmp_path / "out/run.json").read_text())["finished"]
+
+
+def test_deciding_again_equals_deciding_so_at_first(raw, run, tmp_path):
+    rule = ["--set", "decide.rules.long={column: duration_s, min: 1.5}"]
+    out, fresh = tmp_path / "again", tmp_path / "fresh"
+    shutil.copytree(run, out)
+    assert shard.main([str(out), *rule]) == 0
+    assert curate.main([str(raw), "--out", str(fresh), *FAST, *rule]) == 0
+    assert pq.read_table(out / "decisions.parquet").equals(pq.read_table(fresh / "decisions.parquet"))
+    assert any(not d["keep"] for d in pq.read_table(out / "decisions.parquet").to_pylist())
