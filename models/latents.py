@@ -50,6 +50,8 @@ class BlockDCT:
     def decode(self, latents: Tensor) -> Tensor:
         b, t, ck, h, w = latents.shape
         p = self.patch
-        z = latents.reshape(b, t, ck // self.keep, self.keep, h, w).permute(0, 1, 2, 4, 5, 3)  # B T C h w keep
+        z = latents.reshape(b, t, ck // self.keep, self.keep, h, w).permute(
+            0, 1, 2, 4, 5, 3
+        )  # B T C h w keep
         x = (z @ self.basis.to(latents) * p).reshape(b, t, -1, h, w, p, p)
         return x.permute(0, 1, 2, 3, 5, 4, 6).reshape(b, t, -1, h * p, w * p)

@@ -35,10 +35,14 @@ class SmallVLM(nn.Module):
         super().__init__()
         self.visual = frames * (size // patch) ** 2
         self.see = nn.Conv3d(3, width, (1, patch, patch), (1, patch, patch))
-        self.project = nn.Sequential(nn.GELU(), nn.Linear(width, width))  # with `see`: the two-layer projector
+        self.project = nn.Sequential(
+            nn.GELU(), nn.Linear(width, width)
+        )  # with `see`: the two-layer projector
         self.read = nn.Embedding(text.VOCABULARY, width)
         self.position = nn.Parameter(torch.randn(1, self.visual + length, width) * 0.02)
-        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
         self.trunk = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
         self.out = nn.Linear(width, text.VOCABULARY)
 

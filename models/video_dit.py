@@ -29,6 +29,13 @@ def noise_level_features(t: Tensor, size: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+def zero(layer: nn.Linear) -> nn.Linear:
+    """The layer, giving 0 until it is trained."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over the middle axis of [B, L, D]."""
 
@@ -39,7 +46,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, d = x.shape
-        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # B heads L d
+        q, k, v = (
+            self.qkv(x).reshape(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        )  # B heads L d
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
 
 
@@ -51,13 +60,10 @@ class Block(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False, eps=1e-6) for _ in range(3))
         self.space, self.time = Attention(width, heads), Attention(width, heads)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
-        self.ada = nn.Sequential(nn.SiLU(), nn.Linear(width, 9 * width))
-        nn.init.zeros_(self.ada[1].weight)
-        nn.init.zeros_(self.ada[1].bias)
+        self.ada = nn.Sequential(nn.SiLU(), zero(nn.Linear(width, 9 * width)))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        b, t, n, d = x.shape
-        parts = [self._space, self._time, self.mlp]
+        parts: list[Callable[[Tensor], Tensor]] = [self._space, self._time, self.mlp]
         for part, norm, ada in zip(parts, self.norms, self.ada(c).chunk(3, dim=-1), strict=True):
             shift, scale, gate = ada.chunk(3, dim=-1)  # B D each
             x = x + gate[:, None, None] * part(modulate(norm(x), shift, scale))
@@ -80,7 +86,9 @@ class VideoDiT(nn.Module):
         grid: (T, h, w) it is trained on; sets the position embeddings.
     """
 
-    def __init__(self, channels: int, grid: tuple[int, int, int], width: int = 192, depth: int = 4, heads: int = 6):
+    def __init__(
+        self, channels: int, grid: tuple[int, int, int], width: int = 192, depth: int = 4, heads: int = 6
+    ):
         super().__init__()
         frames, h, w = grid
         self.width = width
@@ -90,11 +98,8 @@ class VideoDiT(nn.Module):
         self.level = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.ada = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        self.out = nn.Linear(width, channels)
-        for layer in (self.ada[1], self.out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.ada = nn.Sequential(nn.SiLU(), zero(nn.Linear(width, 2 * width)))
+        self.out = zero(nn.Linear(width, channels))
 
     def forward(self, z: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         """z [B, T, C, h, w], t [B], tokens [B, L] → velocity [B, T, C, h, w]."""

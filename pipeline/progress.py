@@ -9,6 +9,10 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass
@@ -120,7 +124,7 @@ class Display:
             + (f" ({', '.join(parts)})" if parts and last.sources < self.total else "")
         )
 
-    def _table(self, stages: dict[str, StageCount], errors: int, elapsed: float) -> object:
+    def _table(self, stages: dict[str, StageCount], errors: int, elapsed: float) -> Table:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 

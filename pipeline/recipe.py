@@ -370,7 +370,8 @@ def _explain(err: Any) -> str:
     loc = [str(p) for p in err["loc"]]
     key = ".".join(loc)
     if err["type"] != "extra_forbidden":
-        return f"{key}: {err['msg'][:1].lower()}{err['msg'][1:]} (got {err['input']!r})"
+        said = err["msg"].removeprefix("Value error, ")
+        return f"{key}: {said[:1].lower()}{said[1:]} (got {err['input']!r})"
     known = _keys_at(loc[:-1])
     return f"{key}: unknown key" + (f"; known here: {', '.join(known)}" if known else "")
 
