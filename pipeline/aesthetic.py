@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.captions import picture, samples, spread
 from pipeline.recipe import Aesthetic, RecipeError
 from pipeline.record import Video
+from pipeline.samples import picture, samples, spread
 from pipeline.stages import Produces, Resources
 
 

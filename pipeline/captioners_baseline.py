@@ -11,8 +11,9 @@ from collections import defaultdict
 
 import numpy as np
 
-from pipeline.captions import Captioner, pictures
+from pipeline.captions import Captioner
 from pipeline.record import Clip, Video
+from pipeline.samples import pictures
 
 
 def listed(items: list[str], last: str = "and") -> str:

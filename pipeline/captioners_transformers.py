@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.captions import Captioner, picture, samples, sentences, spread
+from pipeline.captions import Captioner, sentences
 from pipeline.recipe import RecipeError, TransformersCaptioner
 from pipeline.record import Caption, Clip, Sample, Video
+from pipeline.samples import picture, samples, spread
 
 if TYPE_CHECKING:
     from models.vlm_captioner import Answer, Look

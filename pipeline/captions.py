@@ -3,7 +3,8 @@
 A captioner of your own is a class in a file of yours and a line in the recipe; nothing else changes:
 
     # shape.py
-    from pipeline.captions import Captioner, pictures
+    from pipeline.captions import Captioner
+    from pipeline.samples import pictures
 
     class Shape(Captioner):
         name = "shape-baseline"
@@ -34,10 +35,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline import recipe
-from pipeline.record import Caption, Clip, Sample, Video
+from pipeline.record import Caption, Clip, Video
 from pipeline.stages import Produces, Resources
 
 
@@ -179,36 +178,7 @@ def _load(name: str) -> type[Captioner]:
     return found
 
 
-# ---------------------------------------------------------------- what captioners look at
-
-
-def samples(video: Video, clip: Clip) -> list[Sample]:
-    """The sampled frames that lie in the clip, in order; none where a clip falls between two samples."""
-    assert video.frames is not None
-    return [s for s in video.frames.samples if clip.start_frame <= s.frame < clip.end_frame]
-
-
-def spread(items: Sequence[Any], n: int) -> list[Any]:
-    """n of the items, each the middle of one of n equal stretches; all of them if there are no more."""
-    if len(items) <= n:
-        return list(items)
-    return [items[int((i + 0.5) * len(items) / n)] for i in range(n)]
-
-
-def pictures(video: Video, clip: Clip, n: int) -> list[np.ndarray]:
-    """At most n frames spread over the clip: uint8 [h, w, 3] RGB, upright."""
-    return [picture(sample) for sample in spread(samples(video, clip), n)]
-
-
-def picture(sample: Sample) -> np.ndarray:
-    """A sampled frame: uint8 [h, w, 3] RGB, upright."""
-    import cv2
-
-    bgr = cv2.imdecode(np.frombuffer(sample.jpeg, np.uint8), cv2.IMREAD_COLOR)
-    if bgr is None:
-        raise ValueError(f"sampled frame {sample.frame} is not a JPEG")
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
-
+# ---------------------------------------------------------------- what captioners say
 
 # A full stop after these, or after a single capital, ends no sentence.
 _ABBREVIATION = re.compile(r"(?:^|[\s(])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Mt|No|vs|etc|e\.g|i\.e|approx)\.$")

@@ -19,9 +19,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from pipeline.captions import pictures, sentences
+from pipeline.captions import sentences
 from pipeline.recipe import Choose, RecipeError
 from pipeline.record import Caption, Clip, Video
+from pipeline.samples import pictures
 from pipeline.stages import Produces, Resources
 
 SCORE = {"consensus": "consensus", "open_clip": "clip_score"}

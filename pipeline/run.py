@@ -26,10 +26,11 @@ from typing import Any
 
 from pipeline import commit, sources
 from pipeline.decide import check_rules
+from pipeline.graph import build
 from pipeline.progress import Display, Ledger
 from pipeline.recipe import Recipe
 from pipeline.record import Source, Video, clip_schema
-from pipeline.stages import Resources, Stage, StageError, build, fail, produced, run_stage
+from pipeline.stages import Resources, Stage, StageError, fail, produced, run_stage
 from pipeline.store import Store, StoreError
 
 MAX_DEATHS = 3  # a source on which so many worker processes died becomes an error

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from pipeline.captions import samples
 from pipeline.recipe import Scores
 from pipeline.record import Clip, Sample, Video
+from pipeline.samples import samples
 from pipeline.stages import Produces, Resources
 
 MOTION = ["motion", "motion_object", "pan_x", "pan_y", "zoom", "stillness"]

@@ -1,7 +1,8 @@
-"""What a stage is, which stages a recipe names, and how one is run on one unit of work.
+"""What a stage is, and how one is run on one unit of work.
 
 A stage is a plain object: build it, `setup()` once a worker, call it with the videos of one unit. It
-needs no Ray; `pipeline.run` puts the list that `build` returns on Ray Data or runs it in this process.
+needs no Ray; `pipeline.graph` lists the stages a recipe names, and `pipeline.run`
+puts them on Ray Data or runs them in this process.
 Module level imports of stage files stay light: models are imported in `setup`.
 """
 
@@ -13,7 +14,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
 
-from pipeline.recipe import Recipe
 from pipeline.record import Error, Video
 from pipeline.store import StoreError
 
@@ -55,37 +55,6 @@ class Stage(Protocol):
         it has half done, it gives what one call would have given.
         """
         ...
-
-
-def build(recipe: Recipe, out: str) -> list[Stage]:
-    """The stages of a recipe, in the order the data flows, not yet set up."""
-    from pipeline.aesthetic import AestheticStage
-    from pipeline.captions import caption_stages
-    from pipeline.choose import ChooseStage
-    from pipeline.cut import CutStage
-    from pipeline.decode import DecodeStage
-    from pipeline.events import EventStage
-    from pipeline.scores import ScoreStage
-    from pipeline.shots import ShotStage
-    from pipeline.signature import SignatureStage
-    from pipeline.text import TextStage
-
-    stages: list[Stage] = [
-        DecodeStage(recipe.decode),
-        ShotStage(recipe.shots),
-        EventStage(recipe.events),
-        CutStage(recipe.cut, out),
-        ScoreStage(recipe.scores),
-        SignatureStage(),
-    ]
-    if recipe.scores.text.enabled:
-        stages.append(TextStage(recipe.scores.text))
-    if recipe.scores.aesthetic.weights:
-        stages.append(AestheticStage(recipe.scores.aesthetic))
-    stages += caption_stages(recipe.captions)
-    if recipe.captions:
-        stages.append(ChooseStage(recipe.choose))
-    return stages
 
 
 def produced(stages: list[Stage]) -> Produces:

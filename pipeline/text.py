@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.captions import picture, samples, spread
 from pipeline.recipe import Text
 from pipeline.record import Video
+from pipeline.samples import picture, samples, spread
 from pipeline.stages import Produces, Resources
 
 SAME_TEXT = 0.8  # likeness of two readings (2 × matching letters ÷ all letters) that makes them one

@@ -12,8 +12,8 @@ from torch import nn
 
 from pipeline import recipe
 from pipeline.aesthetic import AestheticStage
-from pipeline.captions import pictures
 from pipeline.record import Video
+from pipeline.samples import pictures
 from tests.fixtures.moving import film, record, texture, view
 
 CONFIG = {

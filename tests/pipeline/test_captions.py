@@ -12,8 +12,9 @@ import pytest
 from pipeline import captioners_baseline as baseline
 from pipeline import captioners_transformers as transformer
 from pipeline import captions, recipe
-from pipeline.captions import Captioner, CaptionStage, sentences, spread
+from pipeline.captions import Captioner, CaptionStage, sentences
 from pipeline.record import Caption
+from pipeline.samples import pictures, samples, spread
 from tests.fixtures import tiny_vlm
 from tests.fixtures.clips import noise, plain, video
 
@@ -37,7 +38,7 @@ class Loud(Captioner):
     batch = 3
 
     def caption_batch(self, video, clips):
-        seen = [captions.pictures(video, clip, 1)[0] for clip in clips]
+        seen = [pictures(video, clip, 1)[0] for clip in clips]
         if any(s[..., 2].mean() > 200 for s in seen):
             raise RuntimeError("blue\nis too much")
         return [f"{s[..., 0].mean():.0f}" for s in seen]
@@ -89,9 +90,9 @@ def test_nothing_to_say_is_empty_and_white_space_is_single():
 
 def test_only_frames_inside_the_clip_are_looked_at():
     v = video([plain(f"{10 * i:02x}0000") for i in range(10)], [(9, 21), (21, 24)], every=3)
-    assert [s.frame for s in captions.samples(v, v.clips[0])] == [9, 12, 15, 18]
-    assert [s.frame for s in captions.samples(v, v.clips[1])] == [21]
-    assert captions.pictures(v, v.clips[1], 4)[0].shape == (48, 64, 3)
+    assert [s.frame for s in samples(v, v.clips[0])] == [9, 12, 15, 18]
+    assert [s.frame for s in samples(v, v.clips[1])] == [21]
+    assert pictures(v, v.clips[1], 4)[0].shape == (48, 64, 3)
 
 
 @pytest.mark.parametrize(("m", "n"), [(m, n) for m in (0, 1, 2, 3, 7, 8, 30) for n in (1, 2, 4, 8)])
@@ -338,7 +339,7 @@ def test_a_clip_between_two_samples_is_empty_not_made_up(llava):
 
 def test_an_image_model_sees_one_frame_of_the_middle_drawn_by_the_clips_id():
     v = video([noise(0)] * 100, [(0, 100)])
-    clip, inside = v.clips[0], captions.samples(v, v.clips[0])
+    clip, inside = v.clips[0], samples(v, v.clips[0])
     seen = set()
     for i in range(300):
         clip.clip_id = f"{7919 * i:020x}"
@@ -389,7 +390,7 @@ def test_a_first_sentence_is_whole_although_the_answer_was_cut_off(text, complet
 
 def test_a_missing_model_is_a_recipe_error_before_any_work():
     with pytest.raises(recipe.RecipeError, match=r"captions: model '\./none': no such folder"):
-        captions.check([section(kind="transformers", model="./none")])
+        captions.build(section(kind="transformers", model="./none")).check()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,36 @@
+"""The curation graph: which stages a recipe names, in the order the data flows."""
+
+from __future__ import annotations
+
+from pipeline.aesthetic import AestheticStage
+from pipeline.captions import caption_stages
+from pipeline.choose import ChooseStage
+from pipeline.cut import CutStage
+from pipeline.decode import DecodeStage
+from pipeline.events import EventStage
+from pipeline.recipe import Recipe
+from pipeline.scores import ScoreStage
+from pipeline.shots import ShotStage
+from pipeline.signature import SignatureStage
+from pipeline.stages import Stage
+from pipeline.text import TextStage
+
+
+def build(recipe: Recipe, out: str) -> list[Stage]:
+    """The stages of a recipe, in the order the data flows, not yet set up."""
+    stages: list[Stage] = [
+        DecodeStage(recipe.decode),
+        ShotStage(recipe.shots),
+        EventStage(recipe.events),
+        CutStage(recipe.cut, out),
+        ScoreStage(recipe.scores),
+        SignatureStage(),
+    ]
+    if recipe.scores.text.enabled:
+        stages.append(TextStage(recipe.scores.text))
+    if recipe.scores.aesthetic.weights:
+        stages.append(AestheticStage(recipe.scores.aesthetic))
+    stages += caption_stages(recipe.captions)
+    if recipe.captions:
+        stages.append(ChooseStage(recipe.choose))
+    return stages
