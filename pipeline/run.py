@@ -34,7 +34,7 @@ from pipeline.stages import Resources, Stage, StageError, fail, produced, run_st
 from pipeline.store import Store, StoreError
 
 MAX_DEATHS = 3  # a source on which so many worker processes died becomes an error
-SILENCE_S = 600.0  # no worker heard of for so long: the cluster is lost
+SILENCE_S = 1800.0  # no worker heard of for so long: the cluster is lost
 
 
 class RunError(Exception):
@@ -325,7 +325,7 @@ def run_ray(
                 batch_size=1,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(
-                    min_size=r.min_workers,
+                    min_size=min(r.min_workers, len(rows)),
                     max_size=min(r.max_workers or len(rows), len(rows)),
                     max_tasks_in_flight_per_actor=2,
                 ),
@@ -348,6 +348,7 @@ LOCAL: dict[str, Any] = {
 def _quiet() -> Iterator[None]:
     """Keep what Ray's C++ side prints of itself while it starts from the terminal."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -367,8 +368,8 @@ class RayWorker:
 
         self.last = last
         self.ledger = RemoteLedger(ledger, ray)
+        threading.Thread(target=self._beat, daemon=True).start()  # first: a model may take long to load
         self.worker = Worker(pickle.loads(stages))
-        threading.Thread(target=self._beat, daemon=True).start()
 
     def _beat(self) -> None:
         while True:
