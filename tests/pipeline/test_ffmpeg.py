@@ -126,14 +126,16 @@ def test_ffmpeg_dies_with_its_parent(script, tmp_path):
 
 def test_ffmpeg_is_killed_when_its_caller_is_interrupted(script, tmp_path):
     exe = script(f"echo $$ > {tmp_path}/pid; exec sleep 60")
+    code = (  # a process started in the background may ignore Ctrl-C
+        "import signal\nfrom pipeline import ffmpeg\n"
+        f"signal.signal(signal.SIGINT, signal.default_int_handler)\nffmpeg.run([{exe!r}], 60)"
+    )
     parent = subprocess.Popen(
-        [sys.executable, "-c", f"from pipeline import ffmpeg; ffmpeg.run([{exe!r}], 60)"],
-        cwd=Path(__file__).parents[2],
-        stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL
     )
     pid = int(wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip()))
     parent.send_signal(signal.SIGINT)
-    parent.wait()
+    parent.wait(20)
     assert wait_for(lambda: not alive(pid))
 
 
