@@ -253,7 +253,9 @@ def main() -> int:
     parser.add_argument("--peers", type=Path, help="folder of the peers' virtual environments")
     parser.add_argument("--sources", type=int, default=6)
     parser.add_argument("--shots", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3, help="medians over so many rounds")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of clipmill and ffmpeg, for medians; peers run once"
+    )
     parser.add_argument("--out", type=Path, help="also write the table there")
     args = parser.parse_args()
     adopt_orphans()
@@ -264,24 +266,26 @@ def main() -> int:
         sources = compose(args.videos, work / "in", args.sources, args.shots, 0)
         runs: dict[str, list[Cost]] = {}
         skipped: dict[str, str] = {}
+
+        def take(title: str, cost: Cost) -> None:
+            runs.setdefault(title, []).append(cost)
+            print(f"{title}: {cost.cpu_s:.1f} CPU-s, {cost.wall_s:.1f} s", file=sys.stderr, flush=True)
+
         for _ in range(args.rounds):
-            runs.setdefault("clipmill, one process", []).append(
-                clipmill(work / "in", work / "local", "local", log)
-            )
-            runs.setdefault("clipmill, Ray", []).append(clipmill(work / "in", work / "ray", "ray", log))
-            runs.setdefault(FLOOR, []).append(floor(work / "local", work, log, apart=True))
-            runs.setdefault("the same frames into one file", []).append(
-                floor(work / "local", work, log, apart=False)
-            )
-            runs.setdefault("ffmpeg decode alone", []).append(decode_only(sources, log))
-            for title, (folder, run) in PEERS.items():
-                if args.peers is None or not (args.peers / folder / "bin").is_dir():
-                    skipped[title] = "no virtual environment; see --help"
-                    continue
-                try:
-                    runs.setdefault(title, []).append(run(args.peers / folder, sources, work, log))
-                except RuntimeError as e:
-                    skipped[title] = f"failed: {str(e)[-300:]}"
+            take("clipmill, one process", clipmill(work / "in", work / "local", "local", log))
+            take(FLOOR, floor(work / "local", work, log, apart=True))
+            take("the same frames into one file", floor(work / "local", work, log, apart=False))
+            take("ffmpeg decode alone", decode_only(sources, log))
+        take("clipmill, Ray", clipmill(work / "in", work / "ray", "ray", log))
+        for title, (folder, run) in PEERS.items():
+            if args.peers is None or not (args.peers / folder / "bin").is_dir():
+                skipped[title] = "no virtual environment; see --help"
+                continue
+            copies = shutil.copytree(work / "in", work / f"in-{folder}")  # some write beside their sources
+            try:
+                take(title, run(args.peers / folder, sorted(copies.glob("*.mp4")), work, log))
+            except RuntimeError as e:
+                skipped[title] = f"failed: {str(e)[-300:]}"
         seconds = sum(_seconds(s) for s in sources)
         clips = sum(pq.read_table(f).num_rows for f in (work / "local/clips").glob("*.parquet"))
     text = table(runs, skipped, f"{len(sources)} sources, {seconds:.0f} s of video, {clips} clips")
@@ -301,7 +305,7 @@ def _seconds(path: Path) -> float:
 def table(runs: dict[str, list[Cost]], skipped: dict[str, str], what: str) -> str:
     base = statistics.median(c.cpu_s for c in runs[FLOOR])
     lines = [
-        f"Work: {what}; medians of {max(map(len, runs.values()))} rounds in one run.",
+        f"Work: {what}; medians of {max(map(len, runs.values()))} rounds (Ray and peers: one), in one run.",
         "",
         "| run | CPU-s | ÷ floor | wall s | peak MB of a process |",
         "|---|---|---|---|---|",
