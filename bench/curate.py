@@ -162,11 +162,24 @@ def clipmill(sources: Path, out: Path, runner: str, log: Path) -> Cost:
 # ---------------------------------------------------------------- peers
 
 
-def front(folder: Path, add: list[str]) -> Path:
-    """A folder with an `ffmpeg` that runs ours with `add` put before the output name, for those without an option."""
+FRONT = """#!/bin/bash
+# the settings go before the output name or, where that is not last, behind the input
+if [[ "${@: -1}" == *.mp4 ]]; then exec FFMPEG "${@:1:$#-1}" SETTINGS "${@: -1}"; fi
+args=()
+while (($#)); do
+  args+=("$1")
+  if [[ "$1" == -i ]]; then args+=("$2" SETTINGS); shift; fi
+  shift
+done
+exec FFMPEG "${args[@]}"
+"""
+
+
+def front(folder: Path, settings: list[str]) -> Path:
+    """A folder with an `ffmpeg` that runs ours with more settings, for those that have no option for them."""
     folder.mkdir(exist_ok=True)
-    call = '"${@:1:$#-1}" ' + " ".join(add) + ' "${@: -1}"' if add else '"$@"'
-    (folder / "ffmpeg").write_text(f"#!/bin/bash\nexec {ffmpeg.find()} {call}\n")
+    script = FRONT.replace("FFMPEG", ffmpeg.find()).replace("SETTINGS", " ".join(settings))
+    (folder / "ffmpeg").write_text(script)
     (folder / "ffmpeg").chmod(0o755)
     return folder
 
@@ -186,14 +199,13 @@ def scenedetect(venv: Path, sources: list[Path], work: Path, log: Path) -> Cost:
 
 V2D = """
 subsampling:
-  CutDetectionSubsampler: {args: {cut_detection_mode: all, framerates: null, threshold: 25, min_scene_len: 15}}
+  CutDetectionSubsampler:
+    cuts_are_clips: true
+    args: {cut_detection_mode: all, framerates: null, threshold: 25, min_scene_len: 15}
   ClippingSubsampler:
     args: {min_length: 0.5, max_length: 999999.0, max_length_strategy: all, precision: exact}
-reading:
-  yt_args: null
-  dataloader_args: null
-  sampler: null
-storage: {number_sample_per_shard: 100, captions_are_subtitles: false}
+reading: {yt_args: {}, timeout: 60, sampler: null}
+storage: {number_sample_per_shard: 100, oom_shard_count: 5, captions_are_subtitles: false}
 distribution: {processes_count: 1, thread_count: 1, subjob_size: 100, distributor: multiprocessing}
 """
 
@@ -207,7 +219,12 @@ def video2dataset(venv: Path, sources: list[Path], work: Path, log: Path) -> Cos
     shutil.rmtree(work / "v2d", ignore_errors=True)
     command = [str(venv / "bin/video2dataset"), f"--url_list={work / 'v2d.csv'}", "--url_col=url"]
     command += ["--input_format=csv", "--output_format=webdataset", f"--output_folder={work / 'v2d'}"]
-    return measure([*command, f"--config={work / 'v2d.yaml'}", '--encode_formats={"video":"mp4"}'], log, env)
+    cost = measure([*command, f"--config={work / 'v2d.yaml'}", '--encode_formats={"video":"mp4"}'], log, env)
+    if not any(tar.stat().st_size > 1 << 20 for tar in (work / "v2d").glob("*.tar")):
+        raise RuntimeError(
+            f"wrote no clips: {log.read_text(errors='replace')[-500:]}"
+        )  # it exits with 0 all the same
+    return cost
 
 
 DJ = """
