@@ -174,33 +174,44 @@ class Range(io.RawIOBase):
 def pictures(file: Any, duration_s: float) -> list[bytes]:
     """FRAMES JPEGs of a clip, from its beginning, middle and end.
 
-    Keyframes where it has enough of them, which are cheap to reach: a picture may be a second off, which
-    a contact sheet can afford and thousands of full decodes it cannot.
+    Keyframes where it has a few, which are cheap to reach: a picture may be a second off, which a contact
+    sheet can afford and thousands of full decodes it cannot.
     """
     import av
-    import cv2
+    from av.video.reformatter import VideoReformatter
 
     for skip in ("NONKEY", "NONREF"):
-        shown: list[tuple[float, bytes]] = []  # seconds, JPEG
         file.seek(0)
         with av.open(file, format="mp4") as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
             stream.codec_context.skip_frame = skip
+            start = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
+            wanted = [start + (i + 0.5) / FRAMES * duration_s for i in range(FRAMES)]
+            nearest: list[Any] = [None] * FRAMES
+            decoded = 0
             for frame in container.decode(stream):
-                shape = frame.width * float(stream.sample_aspect_ratio or 1), frame.height
-                scale = min(PICTURE_SIDE / shape[0], PICTURE_SIDE / shape[1], 1.0)
-                small = frame.reformat(
-                    max(2, round(shape[0] * scale)), max(2, round(shape[1] * scale)), "bgr24"
-                )
-                jpeg = cv2.imencode(".jpg", small.to_ndarray(), [cv2.IMWRITE_JPEG_QUALITY, 70])[1]
-                shown.append((frame.time or 0.0, jpeg.tobytes()))
-        if len(shown) >= FRAMES:
+                decoded += 1
+                for i, t in enumerate(wanted):
+                    if nearest[i] is None or abs(frame.time - t) < abs(nearest[i].time - t):
+                        nearest[i] = frame
+            sar = float(stream.sample_aspect_ratio or 1)
+        if decoded > 1:
             break
-    if not shown:
+    if nearest[0] is None:
         raise ValueError("no frame in it")
-    wanted = [(i + 0.5) / FRAMES * duration_s for i in range(FRAMES)]
-    return [min(shown, key=lambda s: abs(s[0] - shown[0][0] - t))[1] for t in wanted]
+    scaler = VideoReformatter()
+    return [_jpeg(frame, sar, scaler) for frame in nearest]
+
+
+def _jpeg(frame: Any, sar: float, scaler: Any) -> bytes:
+    import cv2
+
+    shape = frame.width * sar, frame.height
+    scale = min(PICTURE_SIDE / shape[0], PICTURE_SIDE / shape[1], 1.0)
+    width, height = (max(2, round(side * scale)) for side in shape)
+    small = scaler.reformat(frame, width, height, "bgr24", threads=1).to_ndarray()
+    return cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 70])[1].tobytes()
 
 
 def all_pictures(run: Run, rows: list[int]) -> dict[int, list[bytes] | str]:
