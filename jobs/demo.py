@@ -89,7 +89,7 @@ def make_footage(raw: Path) -> None:
         *encode,
         aside / "bikes_again.mp4",
     )
-    logo = "drawbox=x=iw-230:y=30:w=200:h=64:color=white@0.85:t=fill,drawbox=x=iw-214:y=46:w=168:h=32:color=red:t=fill"
+    logo = "drawbox=x=iw-500:y=40:w=460:h=150:color=white:t=fill,drawbox=x=iw-470:y=65:w=400:h=100:color=red:t=fill"
     ffmpeg("-i", bunny, "-vf", f"hflip,{logo}", "-crf", "23", *encode, aside / "bunny_logo.mp4")
     card(aside / "title_card.mp4")
     (aside / "cut_short.mp4").write_bytes(bunny.read_bytes()[: bunny.stat().st_size // 2])
