@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.recipe import Aesthetic, RecipeError
 from pipeline.record import Video
-from pipeline.samples import picture, samples, spread
+from pipeline.samples import pictures
 from pipeline.stages import Produces, Resources
 
 
@@ -63,7 +63,7 @@ class AestheticStage:
 
         for video in videos:
             for clip in video.clips:
-                seen = [picture(s) for s in spread(samples(video, clip), self.recipe.frames)]
+                seen = pictures(video, clip, self.recipe.frames)
                 if not seen:
                     continue
                 features = torch.from_numpy(self._embedder.embed(seen))

@@ -24,6 +24,7 @@ import numpy as np
 
 from pipeline.recipe import Events, RecipeError
 from pipeline.record import Clip, Frames, Sample, Video
+from pipeline.samples import picture
 from pipeline.shots import frame_at
 from pipeline.stages import Produces, Resources
 
@@ -164,12 +165,7 @@ class _Features:
 
     def of(self, sample: int) -> np.ndarray:
         if sample not in self.known:
-            import cv2
-
-            jpeg = np.frombuffer(self.frames.samples[sample].jpeg, np.uint8)
-            picture = cv2.imdecode(jpeg, cv2.IMREAD_COLOR_RGB)
-            assert picture is not None, "the decode stage wrote it"
-            self.known[sample] = self.embedder.embed([picture])[0]
+            self.known[sample] = self.embedder.embed([picture(self.frames.samples[sample])])[0]
         return self.known[sample]
 
 

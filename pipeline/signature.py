@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.record import Clip, Sample, Video
+from pipeline.samples import samples
 from pipeline.stages import Produces, Resources
 
 NAME = "signature"
@@ -32,16 +33,15 @@ class SignatureStage:
     def __call__(self, videos: list[Video]) -> list[Video]:
         for video in videos:
             for clip in video.clips:
-                samples = moments(video, clip)
-                if samples:
-                    clip.embeddings[NAME] = signature([grey(s) for s in samples])
+                seen = moments(video, clip)
+                if seen:
+                    clip.embeddings[NAME] = signature([grey(s) for s in seen])
         return videos
 
 
 def moments(video: Video, clip: Clip) -> list[Sample]:
     """MOMENTS samples of a clip, each the nearest to the middle of its share of the time; none if it holds none."""
-    assert video.frames is not None
-    inside = [s for s in video.frames.samples if clip.start_frame <= s.frame < clip.end_frame]
+    inside = samples(video, clip)
     if not inside:
         return []
     times = np.array([video.time_of(s.frame) for s in inside])

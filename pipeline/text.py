@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.recipe import Text
 from pipeline.record import Video
-from pipeline.samples import picture, samples, spread
+from pipeline.samples import pictures
 from pipeline.stages import Produces, Resources
 
 SAME_TEXT = 0.8  # likeness of two readings (2 × matching letters ÷ all letters) that makes them one
@@ -69,7 +69,7 @@ class TextStage:
     def __call__(self, videos: list[Video]) -> list[Video]:
         for video in videos:
             for clip in video.clips:
-                seen = [picture(s) for s in spread(samples(video, clip), self.recipe.frames)]
+                seen = pictures(video, clip, self.recipe.frames)
                 if not seen:
                     continue
                 read = [self.lines(p) for p in seen]
