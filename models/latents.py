@@ -1,31 +1,133 @@
-"""Latents without weights: the orthonormal block DCT as a linear autoencoder.
+"""Latents: what every autoencoder promises, their normalisation, and one autoencoder that needs no weights.
 
-The smallest honest stand-in for a trained VAE: each p×p block of each frame becomes its p² DCT-II
-coefficients a channel, of which the `keep` lowest in zig-zag order are kept. With keep = p² the map is
-orthonormal, so decoding inverts encoding exactly and energy is preserved (Parseval); with fewer it is
-the best linear code for smooth blocks (Ahmed, Natarajan and Rao, 1974).
+Layout everywhere: videos [B, 3, T, H, W] in −1…1, latents [B, C, T', h, w].
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The Gaussian that a video is encoded as; logvar is None where the encoder is deterministic."""
+
+    mean: Tensor  # [B, C, T', h, w]
+    logvar: Tensor | None = None
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + σ · noise, noise ~ N(0, I) of mean's shape."""
+        return self.mean if self.logvar is None else self.mean + (0.5 * self.logvar).exp() * noise
+
+    def kl(self) -> Tensor:
+        """KL to N(0, I) in nats, [B], summed over all but the batch (Kingma and Welling 2014, app. B)."""
+        if self.logvar is None:
+            return self.mean.new_zeros(len(self.mean))
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
+
+
+class Autoencoder(Protocol):
+    """What trainers and samplers need of an autoencoder; an nn.Module where it has weights.
+
+    channels: C of the latents. stride: pixels a latent covers along (time, height, width).
+    causal: the first frame has a latent of its own, and T = 1 + n · stride[0] frames make 1 + n latents;
+        where not, T = n · stride[0] frames make n.
+    """
+
+    channels: int
+    stride: tuple[int, int, int]
+    causal: bool
+
+    def encode(self, video: Tensor) -> Posterior: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+def latent_shape(autoencoder: Autoencoder, frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """(T', h, w) of a video's latents. Raises ValueError where a side is no multiple of the stride."""
+    t, y, x = autoencoder.stride
+    lone = 1 if autoencoder.causal else 0
+    if (frames - lone) % t or frames < 1 or height % y or width % x:
+        first = "1 + a multiple" if lone and t > 1 else "a multiple"
+        raise ValueError(
+            f"{frames} frames of {width}×{height} do not divide into latents: give {first} of {t} frames, "
+            f"a height that is a multiple of {y} and a width that is one of {x}"
+        )
+    return lone + (frames - lone) // t, height // y, width // x
+
+
+class Normalizer(nn.Module):
+    """Latents to zero mean and unit variance a channel, by measured statistics, and back.
+
+    Diffusion assumes unit variance; a VAE's latents have what its KL weight left them.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        super().__init__()
+        self.register_buffer("mean", mean.float().reshape(-1))  # [C]
+        self.register_buffer("std", std.float().reshape(-1))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return (latents - _channels(self.mean, latents)) / _channels(self.std, latents)
+
+    def inverse(self, latents: Tensor) -> Tensor:
+        return latents * _channels(self.std, latents) + _channels(self.mean, latents)
+
+
+def _channels(x: Tensor, like: Tensor) -> Tensor:
+    return x.to(like.dtype).view(1, -1, *[1] * (like.ndim - 2))
+
+
+class Statistics:
+    """Mean and standard deviation a channel, over any number of batches, in float64."""
+
+    def __init__(self, channels: int):
+        self.count = 0
+        self.sum, self.squares = torch.zeros(2, channels, dtype=torch.float64)
+
+    def add(self, latents: Tensor) -> None:
+        x = latents.detach().double().cpu().movedim(1, 0).flatten(1)  # C n
+        self.count += x.shape[1]
+        self.sum += x.sum(1)
+        self.squares += (x**2).sum(1)
+
+    def normalizer(self) -> Normalizer:
+        """Raises ValueError where nothing was added."""
+        if not self.count:
+            raise ValueError("no latents were measured")
+        mean = self.sum / self.count
+        std = (self.squares / self.count - mean**2).clamp(min=1e-12).sqrt()
+        return Normalizer(mean, std)
 
 
 class BlockDCT:
-    """Video [B, T, 3, H, W] in −1…1 ↔ latents [B, T, 3·keep, H/p, W/p].
+    """The orthonormal block DCT as a linear autoencoder: the smallest honest stand-in for a trained one.
+
+    Each p×p block of each frame becomes its p² DCT-II coefficients a channel, of which the `keep` lowest
+    in zig-zag order are kept. With keep = p² the map is orthonormal, so decoding inverts encoding exactly
+    and energy is preserved (Parseval); with fewer it is the best linear code for smooth blocks (Ahmed,
+    Natarajan and Rao, 1974). C = 3 · keep.
 
     Args:
         patch: block side p in pixels; H and W must be multiples of it.
         keep: coefficients kept a colour channel, at most p².
     """
 
+    causal = False
+
     def __init__(self, patch: int = 8, keep: int = 8):
         if not 1 <= keep <= patch * patch:
             raise ValueError(f"keep={keep}: a block of {patch}×{patch} has 1 to {patch * patch} coefficients")
         self.patch, self.keep = patch, keep
+        self.channels, self.stride = 3 * keep, (1, patch, patch)
         n = torch.arange(patch, dtype=torch.float64)
         basis = torch.cos(math.pi / patch * (n + 0.5)[None, :] * n[:, None]) * math.sqrt(2 / patch)
         basis[0] /= math.sqrt(2)  # [frequency, position], orthonormal rows
@@ -33,25 +135,17 @@ class BlockDCT:
         order = sorted(range(patch * patch), key=lambda i: (i // patch + i % patch, i))
         self.basis = two_d[order[:keep]].float()  # [keep, p²]
 
-    @property
-    def channels(self) -> int:
-        return 3 * self.keep
-
-    def encode(self, video: Tensor) -> Tensor:
+    def encode(self, video: Tensor) -> Posterior:
         """Divided by p, so that a block's mean, which spans −1…1, stays in −1…1."""
-        b, t, c, h, w = video.shape
+        latent_shape(self, *video.shape[2:])
         p = self.patch
-        if h % p or w % p:
-            raise ValueError(f"a video of {w}×{h} does not divide into blocks of {p}")
-        x = video.reshape(b, t, c, h // p, p, w // p, p).permute(0, 1, 2, 3, 5, 4, 6)  # B T C h w p p
-        z = x.reshape(b, t, c, h // p, w // p, p * p) @ self.basis.to(video).T / p  # B T C h w keep
-        return z.permute(0, 1, 2, 5, 3, 4).reshape(b, t, c * self.keep, h // p, w // p)
+        x = video.unflatten(4, (-1, p)).unflatten(3, (-1, p))  # B C T h p w p
+        x = x.permute(0, 1, 2, 3, 5, 4, 6).flatten(5)  # B C T h w p²
+        z = x @ self.basis.to(video).T / p  # B C T h w keep
+        return Posterior(z.movedim(5, 2).flatten(1, 2))
 
     def decode(self, latents: Tensor) -> Tensor:
-        b, t, ck, h, w = latents.shape
         p = self.patch
-        z = latents.reshape(b, t, ck // self.keep, self.keep, h, w).permute(
-            0, 1, 2, 4, 5, 3
-        )  # B T C h w keep
-        x = (z @ self.basis.to(latents) * p).reshape(b, t, -1, h, w, p, p)
-        return x.permute(0, 1, 2, 3, 5, 4, 6).reshape(b, t, -1, h * p, w * p)
+        z = latents.unflatten(1, (-1, self.keep)).movedim(2, 5)  # B C T h w keep
+        x = (z @ self.basis.to(latents) * p).unflatten(5, (p, p))  # B C T h w p p
+        return x.permute(0, 1, 2, 3, 5, 4, 6).flatten(5, 6).flatten(3, 4)

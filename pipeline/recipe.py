@@ -12,7 +12,7 @@ import hashlib
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -301,22 +301,33 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def bundled() -> list[str]:
+R = TypeVar("R", bound=Section)
+
+
+def bundled(folder: Path = RECIPES) -> list[str]:
     """Names of the recipes that come with clipmill."""
-    return sorted(p.stem for p in RECIPES.glob("*.yaml"))
+    return sorted(p.stem for p in folder.glob("*.yaml"))
 
 
-def load(name_or_file: str, overrides: list[str] | None = None) -> Recipe:
+def load(
+    name_or_file: str,
+    overrides: list[str] | None = None,
+    kind: type[R] = cast(Any, Recipe),  # noqa: B008 (a type, not a call)
+    folder: Path = RECIPES,
+) -> R:
     """The recipe of that name or file, with `key=value` overrides (values are YAML).
+
+    Args:
+        kind: what it is checked as; folder: where the bundled ones of that kind are.
 
     Raises RecipeError: one sentence with the key, what is wrong, and the fix.
     """
-    path = RECIPES / f"{name_or_file}.yaml"
+    path = folder / f"{name_or_file}.yaml"
     if name_or_file.endswith((".yaml", ".yml")) or "/" in name_or_file:
         path = Path(name_or_file)
     if not path.is_file():
         raise RecipeError(
-            f"recipe {name_or_file!r} not found: name a .yaml file or one of {', '.join(bundled())}"
+            f"recipe {name_or_file!r} not found: name a .yaml file or one of {', '.join(bundled(folder))}"
         )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -324,10 +335,15 @@ def load(name_or_file: str, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(f"recipe {path}: not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(data, dict):
         raise RecipeError(f"recipe {path}: expected a mapping of sections, found {type(data).__name__}")
-    return parse({"name": path.stem} | data, overrides or [], str(path))
+    return parse({"name": path.stem} | data, overrides or [], str(path), kind)
 
 
-def parse(data: dict[str, Any], overrides: list[str], where: str) -> Recipe:
+def parse(
+    data: dict[str, Any],
+    overrides: list[str],
+    where: str,
+    kind: type[R] = cast(Any, Recipe),  # noqa: B008
+) -> R:
     """Check a recipe given as plain data. Raises RecipeError."""
     for item in overrides:
         key, eq, text = item.partition("=")
@@ -338,9 +354,9 @@ def parse(data: dict[str, Any], overrides: list[str], where: str) -> Recipe:
         except yaml.YAMLError as e:
             raise RecipeError(f"--set {item!r}: the value is not valid YAML") from e
     try:
-        return Recipe.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as e:
-        raise RecipeError(f"recipe {where}: " + "; ".join(_explain(err) for err in e.errors())) from e
+        raise RecipeError(f"recipe {where}: " + "; ".join(_explain(err, kind) for err in e.errors())) from e
 
 
 def _set(data: dict[str, Any], key: str, value: Any) -> None:
@@ -366,18 +382,18 @@ def _set(data: dict[str, Any], key: str, value: Any) -> None:
         raise RecipeError(f"--set {key}: {last!r} cannot be set there")
 
 
-def _explain(err: Any) -> str:
+def _explain(err: Any, kind: type[Section]) -> str:
     loc = [str(p) for p in err["loc"]]
     key = ".".join(loc)
     if err["type"] != "extra_forbidden":
         said = err["msg"].removeprefix("Value error, ")
         return f"{key}: {said[:1].lower()}{said[1:]} (got {err['input']!r})"
-    known = _keys_at(loc[:-1])
+    known = _keys_at(loc[:-1], kind)
     return f"{key}: unknown key" + (f"; known here: {', '.join(known)}" if known else "")
 
 
-def _keys_at(loc: list[str]) -> list[str]:
-    model: Any = Recipe
+def _keys_at(loc: list[str], kind: type[Section]) -> list[str]:
+    model: Any = kind
     for part in loc:
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:

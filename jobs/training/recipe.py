@@ -1,0 +1,193 @@
+"""A training recipe: what is trained, on what, how; YAML checked before any work, like a curation recipe.
+
+Bundled ones lie in recipes/training. A checkpoint keeps its recipe; a resumed run must have the same, apart
+from `run` (steps, how often to save and look).
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.recipe import RECIPES, Section, load
+
+TRAINING = RECIPES / "training"
+
+
+class Bucket(Section):
+    """A shape that batches have."""
+
+    frames: int = Field(16, ge=1)
+    height: int = Field(64, ge=8)
+    width: int = Field(64, ge=8)
+
+
+class Data(Section):
+    """What a trainer sees of the clips."""
+
+    fps: float | None = Field(8.0, gt=0, description="frames a second; null spreads them over the whole clip")
+    buckets: tuple[Bucket, ...] = Field(
+        (Bucket(),), min_length=1, description="a clip goes to the longest it fills, of the nearest aspect"
+    )
+    batch: int | None = Field(None, ge=1, description="samples a micro-batch; null: as many as `tokens` hold")
+    tokens: int = Field(8192, ge=1, description="latent positions a micro-batch may hold")
+    captions: Literal["chosen", "sample"] = "chosen"
+    images: int = Field(0, ge=0, description="independent images after each clip (Ho et al. 2022: 4 to 8)")
+    cache: str | None = Field(None, description="folder of `clipmill encode`: latents and text, no decoding")
+    workers: int = Field(1, ge=0, description="processes that decode")
+
+
+class Autoencoder(Section):
+    """Pixels to latents, frozen while a diffusion model trains."""
+
+    kind: Literal["none", "dct", "vae", "diffusers"] = "dct"
+    path: str | None = Field(None, description="vae: a checkpoint; diffusers: a folder or hub id")
+    patch: int = Field(8, ge=1, description="dct: side of a block, pixels")
+    keep: int = Field(8, ge=1, description="dct: coefficients kept a colour")
+
+
+class Text(Section):
+    """Captions to features."""
+
+    kind: Literal["none", "bytes", "transformers"] = "bytes"
+    model: str | None = Field(None, description="transformers: folder or hub id of CLIP, T5, Qwen, …")
+    length: int = Field(64, ge=2, description="most tokens")
+    width: int = Field(192, ge=8, description="bytes: features a token")
+    depth: int = Field(2, ge=0, description="bytes: transformer layers, trained along")
+    dropout: float = Field(0.1, ge=0, lt=1, description="captions left out, for guidance")
+
+
+class Model(Section):
+    """The network: `models/<kind>.py`, whose `build` takes what else is written here."""
+
+    model_config = Section.model_config | {"extra": "allow"}
+    kind: str = "dit"
+    preset: str | None = Field(None, description="a name in PRESETS of that file")
+
+    @model_validator(mode="after")
+    def _known(self) -> Model:
+        try:
+            module = import_spec(self.kind)
+        except ImportError as e:
+            raise ValueError(f"there is no models/{self.kind}.py with a build function") from e
+        if self.preset is not None and self.preset not in module.PRESETS:
+            raise ValueError(f"preset {self.preset!r} of {self.kind} is none of {', '.join(module.PRESETS)}")
+        taken = list(inspect.signature(module.build).parameters)
+        wrong = [name for name in self.options() if name not in taken[1:]]
+        if wrong:
+            raise ValueError(f"{self.kind} takes no {wrong[0]!r}; it takes {', '.join(taken[1:])}")
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `build`: those of the preset, then what is written here."""
+        preset = import_spec(self.kind).PRESETS[self.preset] if self.preset else {}
+        return preset | (self.__pydantic_extra__ or {})
+
+
+def import_spec(kind: str) -> Any:
+    """models/<kind>.py. Raises ImportError where it is not a denoiser's file."""
+    if not kind.isidentifier():
+        raise ImportError(kind)
+    module = import_module(f"models.{kind}")
+    if not hasattr(module, "build") or not hasattr(module, "PRESETS"):
+        raise ImportError(kind)
+    return module
+
+
+class Objective(Section):
+    """What is predicted, at which noise, weighted how (`models/noise.py`, `models/objective.py`)."""
+
+    schedule: Literal["cosine", "linear", "flow"] = "flow"
+    shift: float = Field(1.0, gt=0, description="flow: t′ = s t / (1 + (s − 1) t); cosine: SNR × 1/s²")
+    prediction: Literal["eps", "x", "v", "flow"] = "flow"
+    weighting: Literal["uniform", "min_snr", "uncertainty"] = "uniform"
+    min_snr_gamma: float = Field(5.0, gt=0)
+    times: Literal["uniform", "logit_normal"] = Field("uniform", description="which t are trained on")
+
+
+class Tasks(Section):
+    """Chances that a sample is trained on with known frames (the rest: text → video)."""
+
+    first_frame: float = Field(0.0, ge=0, le=1, description="image → video")
+    prediction: float = Field(0.0, ge=0, le=1, description="the first 1 or 2 latent frames are known")
+    interpolation: float = Field(0.0, ge=0, le=1, description="every `stride`-th frame is known")
+    stride: int = Field(4, ge=2)
+    upsampling: int = Field(0, ge=0, description="factor of super-resolution; 0: none")
+
+    @model_validator(mode="after")
+    def _sum(self) -> Tasks:
+        if self.first_frame + self.prediction + self.interpolation > 1:
+            raise ValueError("the chances of first_frame, prediction and interpolation sum to more than 1")
+        return self
+
+
+class Optimizer(Section):
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = Field(100, ge=0, description="steps of linear warm-up")
+    decay: Literal["constant", "cosine", "linear"] = Field("constant", description="over run.steps")
+    clip: float = Field(1.0, gt=0, description="of the gradient's norm, once a step")
+
+
+class EMA(Section):
+    """Averages of the weights with power-function profiles (Karras et al. 2024, sec. 3)."""
+
+    lengths: tuple[float, ...] = Field(
+        (0.05, 0.1), description="σ_rel: width of the average as a share of training; () turns it off"
+    )
+
+    @field_validator("lengths")
+    @classmethod
+    def _range(cls, lengths: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < x < 0.28 for x in lengths):
+            raise ValueError("σ_rel lies between 0 and 0.28")
+        return lengths
+
+
+class Compute(Section):
+    precision: Literal["fp32", "bf16"] = "fp32"
+    accumulate: int = Field(1, ge=1, description="micro-batches a step")
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    compile: bool = Field(False, description="torch.compile of the repeated blocks")
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    attention: Literal["auto", "plain", "math", "efficient", "flash", "cudnn"] = "auto"
+
+
+class Run(Section):
+    """How long, and how often to save and to look. A resumed run may change these."""
+
+    steps: int = Field(1000, ge=1)
+    save_every: int = Field(500, ge=1)
+    keep: int = Field(3, ge=1, description="checkpoints kept")
+    log_every: int = Field(10, ge=1)
+    sample_every: int = Field(500, ge=0, description="0: never")
+    prompts: tuple[str, ...] = Field((), description="what to sample; (): captions of the data")
+    sampler: str = "auto"
+    sample_steps: int = Field(32, ge=1)
+    guidance: float = Field(3.0, ge=0, description="classifier-free guidance w of (1 + w) ε_c − w ε_∅")
+    wandb: bool = False
+
+
+class TrainRecipe(Section):
+    name: str
+    trains: Literal["diffusion", "vae", "vlm"] = "diffusion"
+    seed: int = 0
+    data: Data = Data()
+    autoencoder: Autoencoder = Autoencoder()
+    text: Text = Text()
+    model: Model
+    objective: Objective = Objective()
+    tasks: Tasks = Tasks()
+    optimizer: Optimizer = Optimizer()
+    ema: EMA = EMA()
+    compute: Compute = Compute()
+    run: Run = Run()
+
+
+def load_training(name_or_file: str, overrides: list[str] | None = None) -> TrainRecipe:
+    """Raises RecipeError: one sentence with the key, what is wrong, and the fix."""
+    return load(name_or_file, overrides, TrainRecipe, TRAINING)
