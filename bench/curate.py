@@ -31,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,19 +60,62 @@ class Cost:
 
 def measure(command: list[str], log: Path, env: dict[str, str] | None = None) -> Cost:
     """Run a command to its end. Raises SystemExit with its last words if it fails."""
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    with open(log, "ab") as f:
+    start = time.perf_counter()
+    with open(log, "ab") as f, Tally() as tally:
         process = subprocess.Popen(command, stdout=f, stderr=f, stdin=subprocess.DEVNULL, env=env)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    with contextlib.suppress(ChildProcessError):
-        while True:  # what it left behind has become our child: its time counts too
-            os.wait()
+        with contextlib.suppress(ChildProcessError):
+            while True:  # what it left behind has become our child: its time counts too
+                os.wait()
     if process.returncode:
         raise RuntimeError(f"{command[0]} failed: {log.read_text(errors='replace')[-1500:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Cost(cpu, time.perf_counter() - start, usage.ru_maxrss / 1024)
+    return Cost(tally.seconds, time.perf_counter() - start, usage.ru_maxrss / 1024)
+
+
+class Tally(threading.Thread):
+    """CPU-seconds of every process below this one that lives while it is open.
+
+    By looking at /proc ten times a second, for Ray's daemons do not wait for their workers, whose time the
+    kernel then adds to nobody's. What a process used in its last moments before it ends is missed, so the
+    kernel's own account is taken where that is larger.
+    """
+
+    def __enter__(self) -> Tally:
+        self.seen: dict[tuple[int, int], int] = {}  # (pid, time of start) → ticks
+        self.before = self._account()
+        self.closed = threading.Event()
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed.set()
+        self.join()
+        polled = sum(self.seen.values()) / os.sysconf("SC_CLK_TCK")
+        self.seconds = max(polled, self._account() - self.before)
+
+    def run(self) -> None:
+        while not self.closed.wait(0.1):
+            found = dict(filter(None, map(self._read, Path("/proc").glob("[0-9]*"))))
+            below = {os.getpid()}
+            while more := {pid for pid, (parent, _, _) in found.items() if parent in below} - below:
+                below |= more
+            for pid in below - {os.getpid()}:
+                _, begun, ticks = found[pid]
+                self.seen[pid, begun] = ticks
+
+    @staticmethod
+    def _read(process: Path) -> tuple[int, tuple[int, int, int]] | None:
+        try:
+            fields = (process / "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            return None
+        return int(process.name), (int(fields[1]), int(fields[19]), int(fields[11]) + int(fields[12]))
+
+    @staticmethod
+    def _account() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
 
 
 def compose(videos: Path, into: Path, sources: int, shots: int, seed: int) -> list[Path]:
