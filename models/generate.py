@@ -1,0 +1,214 @@
+"""What a trained denoiser is for: prediction, extension, interpolation, super-resolution, and Video LDM's cascade.
+
+`drawer` binds a network, its process, a sampler and its guidance into a function
+
+    draw(shape [B, C, T, h, w], condition) → latents
+
+and every task is a short function over such a function:
+
+    text → video             draw(shape, Condition(text, text_mask))
+    image → video            draw(shape, with_known(condition, image, [0], T))
+    prediction               draw(shape, with_known(condition, first_frames, range(K), T))
+    any length               extend(draw, first_frames, frames, block, context, condition)
+    frames between           interpolate(draw, keys, factor, window, condition)
+    larger frames            upsample(draw, low, condition)
+    keys → frames → pixels   cascade(keyframes, between, decode, sharpen)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.condition import Condition
+from models.guidance import classifier_free, reconstruction, replacement
+from models.objective import Process, at_level
+from models.samplers import Sampler, dpmpp_2m, normal, timesteps
+
+Shape = tuple[int, int, int, int, int]
+Draw = Callable[[Shape, Condition], Tensor]
+
+
+def drawer(
+    model: nn.Module,
+    process: Process,
+    *,
+    sampler: Sampler = dpmpp_2m,
+    steps: int = 32,
+    spacing: Literal["time", "logsnr"] = "time",
+    guidance: float = 0.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    rescale: float = 0.0,
+    tell_known: bool = True,
+    reconstruct: float = 0.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Draw:
+    """How latents are drawn from one network, in eval mode.
+
+    Where the condition has known frames, they are in the result exactly, and the others are made to fit by
+    what the network was trained for (`tell_known`), by reconstruction guidance, or by both.
+
+    Args:
+        sampler: of `models.samplers`; options of its own are bound with `functools.partial`.
+        guidance, interval, rescale: `guidance.classifier_free`.
+        tell_known: pass `condition.known` to the network; False for one that was not trained with it.
+        reconstruct: w_r of `guidance.reconstruction` for known frames; 0 is none.
+        generator: of all the noise, on any device.
+    """
+    times = timesteps(steps, process.schedule, spacing, process.start)
+
+    @torch.no_grad()
+    def draw(shape: Shape, condition: Condition) -> Tensor:
+        known, mask = condition.known, condition.known_mask
+        told = condition if tell_known else replace(condition, known=None, known_mask=None)
+        denoise = classifier_free(model, process, told, guidance, interval=interval, rescale=rescale)
+        if known is not None and mask is not None:
+            if reconstruct:
+                seen = partial(torch.mul, mask.to(device, dtype))
+                denoise = reconstruction(denoise, process.schedule, seen(known), seen, reconstruct)
+            denoise = replacement(denoise, known, mask)
+        z = normal(torch.empty(shape, dtype=dtype, device=device), generator)
+        return sampler(denoise, z, times, process.schedule, generator)
+
+    return draw
+
+
+# --- known frames -------------------------------------------------------------------------------------------
+
+
+def with_known(condition: Condition, frames: Tensor, at: Sequence[int], total: int) -> Condition:
+    """The condition with frames [B, C, K, h, w] given at K places among `total`.
+
+    Raises ValueError where the places do not fit the frames or lie outside.
+    """
+    places = list(at)
+    if len(places) != frames.shape[2] or len(set(places)) != len(places):
+        raise ValueError(f"{frames.shape[2]} known frames for places {places}: give one place to each")
+    if places and not 0 <= min(places) <= max(places) < total:
+        raise ValueError(f"known frames at {places} do not lie within {total} frames")
+    b, c, _, h, w = frames.shape
+    known = frames.new_zeros(b, c, total, h, w)
+    mask = frames.new_zeros(b, 1, total, 1, 1)
+    known[:, :, places] = frames
+    mask[:, :, places] = 1
+    return replace(condition, known=known, known_mask=mask)
+
+
+def extend(draw: Draw, first: Tensor, frames: int, block: int, context: int, condition: Condition) -> Tensor:
+    """A video of any length, block after block, each given the last frames before it (Ho et al. 2022, sec. 3.1).
+
+    Args:
+        first: [B, C, K, h, w] with K ≥ context: an image, a video, or a block that was drawn.
+        frames: of the result, `first` among them.
+        block: frames the network draws at a time.
+        context: how many of them are the last of those before; 1 ≤ context < block.
+
+    Returns:
+        [B, C, frames, h, w]
+    """
+    if not 1 <= context < block:
+        raise ValueError(f"{context} frames of context in a block of {block}: give 1 to {block - 1}")
+    if first.shape[2] < context:
+        raise ValueError(f"{first.shape[2]} first frames are fewer than the {context} frames of context")
+    b, c, _, h, w = first.shape
+    video = first
+    while video.shape[2] < frames:
+        given = with_known(condition, video[:, :, -context:], range(context), block)
+        video = torch.cat([video, draw((b, c, block, h, w), given)[:, :, context:]], dim=2)
+    return video[:, :, :frames]
+
+
+def key_places(keys: int, factor: int) -> range:
+    """Where key frames come to lie: 0, r, 2r, … of r (T − 1) + 1 frames."""
+    return range(0, factor * (keys - 1) + 1, factor)
+
+
+def interpolate(draw: Draw, keys: Tensor, factor: int, window: int, condition: Condition) -> Tensor:
+    """Frames between key frames (Blattmann et al. 2023, sec. 3.2.2).
+
+    Windows share a key frame, which is in both exactly, so each is drawn for itself.
+
+    Args:
+        keys: [B, C, T, h, w]
+        factor: r, steps from one key frame to the next.
+        window: frames the network draws at a time, more than r; its key frames are at 0, r, 2r, … Those it
+            draws after its last key frame are dropped.
+
+    Returns:
+        [B, C, r (T − 1) + 1, h, w], the key frames at `key_places(T, r)`
+    """
+    if factor < 1 or window <= factor:
+        raise ValueError(f"a window of {window} frames holds no two key frames {factor} apart")
+    b, c, total, h, w = keys.shape
+    parts = [keys[:, :, :1]]
+    for start, stop in _windows(total - 1, (window - 1) // factor):  # in steps between key frames
+        given = with_known(
+            condition, keys[:, :, start : stop + 1], key_places(stop - start + 1, factor), window
+        )
+        drawn = draw((b, c, window, h, w), given)
+        parts.append(drawn[:, :, 1 : factor * (stop - start) + 1])
+    return torch.cat(parts, dim=2)
+
+
+# --- super-resolution ---------------------------------------------------------------------------------------
+
+
+def upsample(
+    draw: Draw,
+    low: Tensor,
+    condition: Condition,
+    *,
+    level: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Latents of a sharper video like `low`, by a network that is told of it.
+
+    Args:
+        low: [B, C, T, h, w], brought to the size of the result (say enlarged, then encoded).
+        level: angle of noise 0…1 added to it, for a network trained with `low_level`, against the faults of a
+            `low` that was drawn too (Ho et al. 2022b, cascaded diffusion); none: it is told as it is.
+    """
+    b, c, t, h, w = low.shape
+    if level is None:
+        return draw((b, c, t, h, w), replace(condition, low=low))
+    levels = torch.full((b,), level, device=low.device)
+    noisy = at_level(low, levels.to(low.dtype), normal(low, generator))
+    return draw((b, c, t, h, w), replace(condition, low=noisy, low_level=levels))
+
+
+def cascade(
+    keyframes: Callable[[], Tensor],
+    between: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], Tensor],
+    sharpen: Callable[[Tensor], Tensor] | None = None,
+    *,
+    times: int = 2,
+) -> Tensor:
+    """Video LDM whole: key frames → frames between, `times` times by one network → pixels → more pixels.
+
+    Blattmann et al. 2023, fig. 5: key frames at 1.875 a second, 7.5 and 30 after two interpolations by 4.
+
+    Args:
+        keyframes: () → latents [B, C, T, h, w].
+        between: latents of T frames → of r (T − 1) + 1, say `partial(interpolate, draw, factor=4, …)`.
+        decode: latents → video [B, 3, T, H, W].
+        sharpen: video → larger video; none: not upsampled.
+    """
+    latents = keyframes()
+    for _ in range(times):
+        latents = between(latents)
+    video = decode(latents)
+    return video if sharpen is None else sharpen(video)
+
+
+def _windows(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive pieces of at most `size`."""
+    for start in range(0, total, size):
+        yield start, min(start + size, total)
