@@ -9,10 +9,16 @@ JOBS = {
     "curate": "raw videos in, captioned WebDataset shards out",
     "shard": "decide again on a finished run and re-pack, without any model",
     "report": "one HTML page of a run: funnel, histograms, contact sheets, errors",
-    "train": "train the latent video diffusion model or the VLM on a run's shards",
+    "train": "a video diffusion model, an autoencoder or a VLM, from a run's shards",
+    "encode": "latents and text of a run, once, so that training decodes nothing",
+    "sample": "videos from a trained diffusion model",
+    "eval": "how far a model's videos are from real ones",
+    "toy": "raw videos of a small world whose truth is known",
     "doctor": "what is installed, which models a recipe needs, GPUs, the cluster",
     "demo": "all of it on a minute of real footage",
 }
+
+MODULES = {"eval": "evaluate"}  # a name that Python has taken
 
 HELP = """usage: clipmill JOB [options]
 
@@ -53,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if argv is None and args[0] == "shard":
         sys.meta_path.insert(0, WithoutPandas())
-    return importlib.import_module(f"jobs.{args[0]}").main(args[1:])
+    return importlib.import_module(f"jobs.{MODULES.get(args[0], args[0])}").main(args[1:])
 
 
 if __name__ == "__main__":
