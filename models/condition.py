@@ -82,4 +82,4 @@ class LevelEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, level: Tensor) -> Tensor:
-        return self.mlp(sinusoids(1000 * level, self.features).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoids(1000 * level, self.features).to(next(self.mlp.parameters()).dtype))

@@ -12,7 +12,7 @@ import hashlib
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -309,19 +309,16 @@ def bundled(folder: Path = RECIPES) -> list[str]:
     return sorted(p.stem for p in folder.glob("*.yaml"))
 
 
-def load(
-    name_or_file: str,
-    overrides: list[str] | None = None,
-    kind: type[R] = cast(Any, Recipe),  # noqa: B008 (a type, not a call)
-    folder: Path = RECIPES,
-) -> R:
+def load(name_or_file: str, overrides: list[str] | None = None) -> Recipe:
     """The recipe of that name or file, with `key=value` overrides (values are YAML).
-
-    Args:
-        kind: what it is checked as; folder: where the bundled ones of that kind are.
 
     Raises RecipeError: one sentence with the key, what is wrong, and the fix.
     """
+    return load_as(Recipe, name_or_file, overrides, RECIPES)
+
+
+def load_as(kind: type[R], name_or_file: str, overrides: list[str] | None, folder: Path) -> R:
+    """As `load`, for a recipe of any kind; the bundled ones of that kind are in `folder`."""
     path = folder / f"{name_or_file}.yaml"
     if name_or_file.endswith((".yaml", ".yml")) or "/" in name_or_file:
         path = Path(name_or_file)
@@ -335,16 +332,16 @@ def load(
         raise RecipeError(f"recipe {path}: not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(data, dict):
         raise RecipeError(f"recipe {path}: expected a mapping of sections, found {type(data).__name__}")
-    return parse({"name": path.stem} | data, overrides or [], str(path), kind)
+    return parse_as(kind, {"name": path.stem} | data, overrides or [], str(path))
 
 
-def parse(
-    data: dict[str, Any],
-    overrides: list[str],
-    where: str,
-    kind: type[R] = cast(Any, Recipe),  # noqa: B008
-) -> R:
+def parse(data: dict[str, Any], overrides: list[str], where: str) -> Recipe:
     """Check a recipe given as plain data. Raises RecipeError."""
+    return parse_as(Recipe, data, overrides, where)
+
+
+def parse_as(kind: type[R], data: dict[str, Any], overrides: list[str], where: str) -> R:
+    """As `parse`, for a recipe of any kind."""
     for item in overrides:
         key, eq, text = item.partition("=")
         if not eq:
