@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models import attention
 from models.attention import (
     Backend,
     CrossAttention,
@@ -216,3 +217,11 @@ def test_turning_keeps_lengths_and_type():
     turned = Rotary.of(torch.randint(0, 99, (6, 3)), 16).turn(x)
     assert turned.dtype == x.dtype
     assert torch.allclose(turned.float().norm(dim=-1), x.float().norm(dim=-1), rtol=1e-2)
+
+
+def test_more_sequences_than_a_kernel_takes_are_split_without_a_difference(monkeypatch):
+    q, k, v = torch.randn(3, 7, 2, 5, 8)
+    bias, mask = torch.randn(2, 5, 5), torch.rand(5, 5) < 0.7
+    whole = attention.attend(q, k, v, mask, bias)
+    monkeypatch.setattr(attention, "MOST_ROWS", 3)
+    torch.testing.assert_close(attention.attend(q, k, v, mask, bias), whole)
