@@ -1,38 +1,26 @@
-"""clipmill train: the latent video diffusion model or the VLM, from a run's shards."""
+"""clipmill train: a video diffusion model, an autoencoder or a VLM, from a run's shards."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 EPILOG = """
 examples
-  clipmill train diffusion run/ --steps 100 --out model/
-  clipmill train vlm run/ --steps 100 --frames 4 --size 64 --out model/
+  clipmill train vlm run/ --recipe vlm --out model/ --steps 100
+  clipmill train diffusion run/ --recipe my.yaml --out model/ --set optimizer.lr=3e-4 --set data.tokens=16384
+  torchrun --nproc-per-node 8 -m jobs.train diffusion run/ --recipe my.yaml --out model/
+  clipmill train vlm run/ --recipe vlm --out model/ --ray 4
 
-Both read the run's shards by byte range: shuffled, the same number of steps on every rank, resumable to
-the sample. Run the same command with more --steps and it goes on from OUT/checkpoint.pt, giving what an
-uninterrupted run would have given.
+OUT gets checkpoints/, metrics and a page to look at, and model.safetensors with averages in ema/ to sample
+from. The same command goes on from the last checkpoint, with more --steps or on another number of GPUs,
+and gives what an uninterrupted run would have given. Ctrl-C ends the step, saves and stops.
+
+A recipe is a YAML file; the bundled ones lie in recipes/training. compute.precision=bf16,
+compute.checkpointing=true, compute.compile=true and compute.parallel=fsdp are for GPUs.
 """
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a checkpoint was trained with; a resumed run must say the same."""
-
-    model: str
-    batch: int
-    frames: int
-    size: int
-    lr: float
-    seed: int
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,153 +30,53 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", choices=["diffusion", "vlm"])
-    parser.add_argument("run", metavar="DIR", help="a run with shards, as 'clipmill curate' leaves it")
-    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder for the checkpoint")
+    parser.add_argument("model", choices=["diffusion", "vae", "vlm"])
+    parser.add_argument("dir", metavar="DIR", help="a run with shards, as 'clipmill curate' leaves it")
+    parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="what is trained, and how")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder for all it writes")
+    parser.add_argument("--steps", type=int, metavar="N", help="train until step N (run.steps of the recipe)")
     parser.add_argument(
-        "--steps", type=int, default=100, metavar="N", help="train until step N (default: 100)"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the recipe"
     )
-    parser.add_argument("--batch", type=int, default=4, help="clips a step (default: 4)")
-    parser.add_argument("--frames", type=int, default=8, help="frames a clip (default: 8)")
-    parser.add_argument("--size", type=int, default=64, help="height and width, pixels, of 16 (default: 64)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's learning rate (default: 0.001)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes that decode (default: 1)")
+    parser.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU if there is one)"
+    )
+    parser.add_argument("--ray", type=int, metavar="N", help="train with N workers of Ray Train")
     args = parser.parse_args(argv)
 
     from pipeline.store import StoreError
 
-    if args.size % 16 or args.size < 16:
-        print(f"clipmill train: --size {args.size}: give a multiple of 16", file=sys.stderr)
-        return 2
-    settings = Settings(args.model, args.batch, args.frames, args.size, args.lr, args.seed)
     try:
-        train(args.run, args.out, settings, args.steps, args.workers)
-    except (StoreError, TrainError) as e:
-        print(f"clipmill train: {e}", file=sys.stderr)
+        return run(args)
+    except (StoreError, ValueError) as e:
+        rank = os.environ.get("RANK", "0")
+        where = f" rank {rank}" if rank != "0" else ""
+        print(f"clipmill train:{where} {' '.join(str(e).split())}", file=sys.stderr)
         return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    from jobs.training.recipe import load_training
+    from pipeline.recipe import RecipeError
+
+    steps = [f"run.steps={args.steps}"] if args.steps is not None else []
+    recipe = load_training(args.recipe, [*args.set, *steps])
+    if recipe.trains != args.model:
+        raise RecipeError(f"recipe {args.recipe} trains {recipe.trains}: say so in place of {args.model}")
+    if args.ray is not None:
+        from jobs.train_ray import train_on_ray
+
+        outcome = train_on_ray(recipe, args.dir, args.out, args.ray, args.device)
+    else:
+        from jobs.training.loop import train
+
+        outcome = train(recipe, args.dir, args.out, device=args.device)
+    if outcome.signal:
+        print(f"stopped and saved at step {outcome.step}; the same command goes on", file=sys.stderr)
+        return 128 + outcome.signal
+    if os.environ.get("RANK", "0") == "0":
+        print(f"step {outcome.step}: {args.out / 'model.safetensors'}")
     return 0
-
-
-class TrainError(Exception):
-    """Training cannot start; one sentence with the fix."""
-
-
-def train(run: str, out: Path, settings: Settings, steps: int, workers: int = 1) -> list[float]:
-    """Train until step `steps`, from OUT/checkpoint.pt where there is one; returns the losses of this call."""
-    import torch
-
-    from pipeline.reader import ShardLoader, ShardReader
-
-    torch.manual_seed(settings.seed)
-    reader = ShardReader(
-        f"{run.rstrip('/')}/shards",
-        frames=settings.frames,
-        size=(settings.size, settings.size),
-        batch_size=settings.batch,
-        seed=settings.seed,
-    )
-    loader = ShardLoader(reader, workers=workers)
-    task = Diffusion(settings) if settings.model == "diffusion" else Captioning(settings)
-    optimizer = torch.optim.AdamW(task.model.parameters(), settings.lr)
-    generator = torch.Generator().manual_seed(settings.seed)
-    checkpoint, step = out / "checkpoint.pt", 0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        if saved["settings"] != vars(settings):
-            raise TrainError(
-                f"{checkpoint} was trained with {saved['settings']}: give the same, or another --out"
-            )
-        task.model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        generator.set_state(saved["generator"])
-        loader.load_state_dict(saved["data"])
-        step = saved["step"]
-    size = sum(p.numel() for p in task.model.parameters())
-    print(
-        f"{settings.model}: {size / 1e6:.1f} M parameters, {len(reader.keys)} clips, from step {step} to {steps}"
-    )
-    losses = []
-    while step < steps:
-        for batch in loader:
-            loss = task.loss(batch, generator)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
-            optimizer.step()
-            step += 1
-            losses.append(loss.item())
-            print(f"step {step:4}  loss {losses[-1]:.4f}  gradient norm {norm:.3f}", flush=True)
-            if step >= steps:
-                break
-    save(checkpoint, settings, task.model, optimizer, generator, loader, step)
-    print(f"saved {checkpoint}")
-    return losses
-
-
-def save(
-    path: Path,
-    settings: Settings,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    loader: Any,
-    step: int,
-) -> None:
-    """Write the checkpoint aside and rename it: a killed run keeps the one before."""
-    import torch
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    state = {
-        "settings": vars(settings),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "generator": generator.get_state(),
-        "data": loader.state_dict(),
-        "step": step,
-    }
-    torch.save(state, aside)
-    aside.replace(path)
-
-
-class Diffusion:
-    """Text → video: rectified flow on block-DCT latents (`models.video_dit`, `models.latents`)."""
-
-    def __init__(self, settings: Settings):
-        from models.latents import BlockDCT
-        from models.video_dit import VideoDiT
-
-        self.latents = BlockDCT(patch=8, keep=8)
-        side = settings.size // 8
-        self.model = VideoDiT(self.latents.channels, (settings.frames, side, side))
-
-    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        from models import text
-        from models.video_dit import flow_loss
-
-        latents = self.latents.encode(pixels(batch["video"]))
-        return flow_loss(self.model, latents, text.encode(batch["caption"], 128), generator)
-
-
-class Captioning:
-    """Video → caption: next-token prediction (`models.small_vlm`)."""
-
-    def __init__(self, settings: Settings):
-        from models.small_vlm import SmallVLM
-
-        self.model = SmallVLM(settings.frames, settings.size)
-
-    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        from models import text
-        from models.small_vlm import caption_loss
-
-        return caption_loss(self.model, pixels(batch["video"]), text.encode(batch["caption"], 128))
-
-
-def pixels(video: Tensor) -> Tensor:
-    """uint8 [B, T, H, W, 3] → float32 [B, T, 3, H, W] in −1…1."""
-    return video.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
 
 
 if __name__ == "__main__":

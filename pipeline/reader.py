@@ -29,7 +29,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.buckets import Shape, deal, fit, whole_batches
 from pipeline.store import Ranges, Store, StoreError
 
 try:
@@ -108,6 +109,8 @@ class ShardReader(IterableDataset):
             or a function (key.json, generator) → text.
         batch_size: samples a batch. Without a `ShardLoader`, use it for the DataLoader too.
         by_bucket: every batch from one bucket (one aspect class and length).
+        shapes: (frames, height, width) of the buckets to sort clips into (`fit`), in place of `frames`,
+            `size` and `by_bucket`.
         rank, world: this process's place among those that train together.
         last: see above.
         shuffle: False reads in the order of the index (evaluation).
@@ -134,6 +137,7 @@ class ShardReader(IterableDataset):
         captions: CaptionRule = "chosen",
         batch_size: int = 1,
         by_bucket: bool = False,
+        shapes: Sequence[Shape] | None = None,
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
@@ -157,7 +161,10 @@ class ShardReader(IterableDataset):
         self.keys = index["clip_id"].combine_chunks()
         self.tars = index["tar"].combine_chunks().dictionary_encode()
         self.bucket = np.zeros(len(index), np.int32)
-        if by_bucket:
+        self.shapes = shapes
+        if shapes:
+            self.bucket = fit(index, shapes, fps)
+        elif by_bucket:
             self.bucket = index["bucket"].combine_chunks().dictionary_encode().indices.to_numpy()
         span = ("offset", "size", "json_offset", "json_size")
         self.span = np.stack([index[c].fill_null(0).to_numpy() for c in span], 1)  # int64 [n, 4]
@@ -175,15 +182,9 @@ class ShardReader(IterableDataset):
     def batches(self, epoch: int) -> np.ndarray:
         """Rows of the index, int64 [batches, batch_size], of all ranks."""
         rng = np.random.RandomState([self.seed, epoch])  # numpy keeps its streams as they are
-        size = self.batch_size
-        found = [np.zeros((0, size), np.int64)]
-        for bucket in np.unique(self.bucket):
-            rows = np.flatnonzero(self.bucket == bucket)
-            if self.shuffle:
-                rng.shuffle(rows)
-            rows = np.resize(rows, self._whole(len(rows)) * size)  # repeats from the beginning, or cuts
-            found.append(rows.reshape(-1, size))
-        batches = np.concatenate(found)
+        none = np.zeros((0, self.batch_size), np.int64)
+        dealt = deal(self.bucket, lambda _: self.batch_size, rng if self.shuffle else None, self.last)
+        batches = np.concatenate([none, *dealt])
         return batches[rng.permutation(len(batches))] if self.shuffle else batches
 
     def steps(self) -> int:
@@ -193,8 +194,7 @@ class ShardReader(IterableDataset):
         return -(-left // self.world) if self.last == "wrap" else left // self.world
 
     def _whole(self, samples: int) -> int:
-        """Batches that so many samples make."""
-        return -(-samples // self.batch_size) if self.last == "wrap" else samples // self.batch_size
+        return whole_batches(samples, self.batch_size, self.last)
 
     def __len__(self) -> int:
         """Samples of this rank between batch `first` of the epoch and its end."""
@@ -207,7 +207,7 @@ class ShardReader(IterableDataset):
         """
         for place, rows in self._share():
             for i in range(place, len(rows)):
-                sample = self._sound(int(rows[i]))
+                sample = self.sound(int(rows[i]))
                 self.advance(1)
                 yield sample
         self.next_epoch()
@@ -215,7 +215,7 @@ class ShardReader(IterableDataset):
     def iter_batches(self) -> Iterator[list[Sample]]:
         """As iterating, in lists of `batch_size`; the first is shorter where the state is inside a batch."""
         for place, rows in self._share():
-            yield [self._sound(int(row)) for row in rows[place:]]
+            yield [self.sound(int(row)) for row in rows[place:]]
 
     def _share(self) -> Iterator[tuple[int, np.ndarray]]:
         """(place to begin at, rows) of each batch that this process prepares, from the state on."""
@@ -266,13 +266,13 @@ class ShardReader(IterableDataset):
 
     # ------------------------------------------------------------ samples
 
-    def _sound(self, row: int) -> Sample:
+    def sound(self, row: int, shape: Shape | None = None) -> Sample:
         """The sample of a row, or of the next sound one of its bucket. Raises StoreError after PATIENCE broken."""
         broken: list[str] = []
         alike: np.ndarray | None = None
         while len(broken) < PATIENCE:
             try:
-                return self.read(row) | {"skipped": broken}
+                return self.read(row, shape) | {"skipped": broken}
             except BrokenSample as e:
                 why = e
             broken.append(self.keys[row].as_py())
@@ -282,8 +282,11 @@ class ShardReader(IterableDataset):
             row = int(alike[(np.searchsorted(alike, row) + 1) % len(alike)])
         raise StoreError(f"{self.folder}: {PATIENCE} samples in a row are broken, the last: {why}")
 
-    def read(self, row: int) -> Sample:
-        """One sample by its row of the index. Raises BrokenSample."""
+    def read(self, row: int, shape: Shape | None = None) -> Sample:
+        """One sample by its row of the index, in a shape of its own where one is given. Raises BrokenSample."""
+        if shape is None and self.shapes:
+            shape = self.shapes[self.bucket[row]]
+        frames, picture = (self.frames, self.size) if shape is None else (shape[0], shape[1:])
         key = self.keys[row].as_py()
         rng = np.random.default_rng([self.seed, self.epoch, row])
         offset, size, json_offset, json_size = (int(x) for x in self.span[row])
@@ -293,7 +296,7 @@ class ShardReader(IterableDataset):
             video: Any = self._files().read(tar, offset, size)
             meta = json.loads(self._files().read(tar, json_offset, json_size)) if json_size else {}
             if self.decode:
-                video = decode(video, self.frames, self.fps, self.size, at)
+                video = decode(video, frames, self.fps, picture, at)
                 video = video.transpose(3, 0, 1, 2) if self.layout == "CTHW" else video
         except (BrokenSample, StoreError, OSError, ValueError) as e:
             raise BrokenSample(f"{key} in {tar}: {e}") from e

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.recipe import RECIPES, Section, load
+from pipeline.recipe import RECIPES, Section, load_as
 
 TRAINING = RECIPES / "training"
 
@@ -190,4 +190,4 @@ class TrainRecipe(Section):
 
 def load_training(name_or_file: str, overrides: list[str] | None = None) -> TrainRecipe:
     """Raises RecipeError: one sentence with the key, what is wrong, and the fix."""
-    return load(name_or_file, overrides, TrainRecipe, TRAINING)
+    return load_as(TrainRecipe, name_or_file, overrides, TRAINING)

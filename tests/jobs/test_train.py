@@ -1,18 +1,40 @@
-"""Training from shards: resuming gives what an uninterrupted run gives, bit for bit."""
+"""clipmill train: from shards, resumable bit for bit; what is wrong is one line and exit 2."""
 
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from jobs import train
-from jobs.train import Settings
+from jobs.training.checkpoint import checkpoints, load_model
+from jobs.training.distributed import connect
+from jobs.training.loop import train as run_training
+from jobs.training.recipe import load_training
+from jobs.training.task import Draws
+from jobs.training.vlm import build
+from models import text
+from models.small_vlm import caption_loss
 from tests.fixtures.run_folder import make_run_folder
+from tests.fixtures.toy_training import Notes, in_ranks, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "model={kind: small_vlm, preset: tiny}",
+    "data.buckets=[{frames: 2, height: 32, width: 32}]",
+    "data.batch=2",
+    "text.length=32",
+    "optimizer.warmup=2",
+]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def data(tmp_path_factory):
     """A finished run of a few clips, sharded."""
     folder = tmp_path_factory.mktemp("run")
     make_run_folder(folder)
@@ -22,39 +44,184 @@ def run(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("model", ["diffusion", "vlm"])
-def test_stopping_and_resuming_equals_not_stopping(run, tmp_path, model):
-    settings = Settings(model, batch=2, frames=2, size=32, lr=1e-3, seed=1)
-    whole = train.train(run, tmp_path / "whole", settings, 7, workers=0)
-    parts = train.train(run, tmp_path / "parts", settings, 3, workers=1)
-    parts += train.train(run, tmp_path / "parts", settings, 7, workers=0)
-    assert parts == whole
-    a, b = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in ("whole", "parts"))
-    assert a["data"] == b["data"]
-    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+def command(data, out, *more):
+    sets = [x for item in (*TINY, "run.sample_every=0", "data.workers=0") for x in ("--set", item)]
+    return ["vlm", data, "--recipe", "vlm", "--out", str(out), "--device", "cpu", *sets, *more]
 
 
-def test_other_settings_do_not_overwrite_a_checkpoint(run, tmp_path, capsys):
-    arguments = ["diffusion", run, "--out", str(tmp_path), "--steps", "1", "--size", "32", "--frames", "2"]
-    assert train.main(arguments) == 0
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-    assert train.main([*arguments, "--lr", "1"]) == 2
-    assert "another --out" in capsys.readouterr().err
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+def same(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize(("arguments", "says"), [(["--size", "30"], "multiple of 16"), ([], "shards")])
+def test_stopping_and_resuming_equals_not_stopping(data, tmp_path):
+    """With no worker, and with one on the way."""
+    assert train.main(command(data, tmp_path / "whole", "--steps", "7")) == 0
+    assert train.main(command(data, tmp_path / "parts", "--steps", "3", "--set", "data.workers=1")) == 0
+    assert train.main(command(data, tmp_path / "parts", "--steps", "7")) == 0
+    same(weights(tmp_path / "whole", 7), weights(tmp_path / "parts", 7))
+    whole, parts = (checkpoints(tmp_path / name)[7] for name in ("whole", "parts"))
+    from jobs.training.checkpoint import read_meta
+
+    assert (
+        read_meta(whole)["loader"]
+        == read_meta(parts)["loader"]
+        == {
+            **read_meta(parts)["loader"],
+            "batches": 7,
+        }
+    )
+    same(load_model(tmp_path / "whole").weights["vlm"], load_model(tmp_path / "parts").weights["vlm"])
+
+
+def test_other_settings_do_not_overwrite_a_checkpoint(data, tmp_path, capsys):
+    assert train.main(command(data, tmp_path, "--steps", "1")) == 0
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert train.main(command(data, tmp_path, "--steps", "2", "--set", "optimizer.lr=1")) == 2
+    err = capsys.readouterr().err
+    assert "optimizer.lr 0.001, this recipe has 1.0" in err
+    assert "another --out" in err
+    assert err.count("\n") == 1
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "shards"),
+        (["--set", "data.buckets=[{frames: 2, height: 40, width: 40}]"], "multiple of the patches' 16"),
+        (["--set", "data.buckets=[{frames: 2, height: 32, width: 64}]"], "data.buckets"),
+        (["--set", "optimizer.learning_rate=1"], "optimizer.learning_rate"),
+        (["--set", "model={kind: small_vlm, widht: 3}"], "widht"),
+        (["--recipe", "nothing"], "'nothing' not found"),
+        (["--device", "gpu"], "device 'gpu'"),
+    ],
+)
 def test_bad_input_is_one_line(tmp_path, capsys, arguments, says):
-    assert train.main(["vlm", str(tmp_path), "--out", str(tmp_path / "o"), *arguments]) == 2
+    (tmp_path / "empty").mkdir()
+    assert train.main(command(str(tmp_path / "empty"), tmp_path / "out", *arguments)) == 2
     err = capsys.readouterr().err
     assert says in err
     assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
-def test_training_imports_no_ray(run, tmp_path):
+def test_a_recipe_of_another_kind_is_refused(tmp_path, capsys):
+    arguments = command(str(tmp_path), tmp_path / "out")
+    assert train.main(["vae", *arguments[1:]]) == 2
+    assert "recipe vlm trains vlm" in capsys.readouterr().err
+
+
+def test_training_imports_no_ray(data, tmp_path):
     code = (
         "import sys\nfrom jobs import train\n"
-        f"train.main(['vlm', {run!r}, '--out', {str(tmp_path)!r}, '--steps', '1', '--size', '32', '--workers', '0'])\n"
+        f"assert train.main({command(data, tmp_path, '--steps', '1')!r}) == 0\n"
         "assert 'ray' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_help_is_quick():
+    """Half a second on an idle machine; here its processor time, which a busy one does not change."""
+    before = os.times()
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "train", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    after = os.times()
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    assert min(spent, time.perf_counter() - start) < 0.5
+    assert "torchrun" in done.stdout
+    assert "--set" in done.stdout
+
+
+# ---------------------------------------------------------------- the small VLM as a task
+
+
+def recipe(**sections):
+    return load_training("vlm", [*TINY, "data.workers=0", *(f"{k}={v}" for k, v in sections.items())])
+
+
+def test_the_bundled_recipe_is_whole():
+    found = load_training("vlm")
+    assert found.trains == "vlm"
+    assert found.model.options() == {"width": 192, "depth": 4, "heads": 6}
+
+
+def test_the_loss_is_a_sum_over_caption_bytes(data):
+    task, loader = build(recipe(), data, torch.device("cpu"))
+    batch, model = next(iter(loader)), task.phases[0].module
+    found = task.loss("vlm", model, batch, Draws(0, 0, torch.device("cpu")))
+    written = [min(len(c.encode()), 30) + 1 for c in batch["caption"]]  # and the end
+    assert found.count == sum(written)
+    video = batch["video"].transpose(1, 2).float() / 127.5 - 1
+    alone = [
+        caption_loss(model, video[i : i + 1], text.encode([c], 32)) * n
+        for i, (c, n) in enumerate(zip(batch["caption"], written, strict=True))
+    ]
+    torch.testing.assert_close(found.total, sum(alone), rtol=1e-5, atol=0)
+
+
+def test_it_learns_the_captions(data, tmp_path):
+    wanted = recipe(**{"run.steps": 40, "run.log_every": 1, "optimizer.lr": 0.003, "run.save_every": 100})
+    run_training(wanted, data, tmp_path, device="cpu", monitor=Notes)
+    rows = Notes.newest.rows
+    assert rows[1]["loss"] > 5
+    assert rows[40]["loss"] < 0.7 * rows[1]["loss"]
+
+
+def few_clips_rank(data, out, wanted):
+    run_training(load_training("vlm", wanted), data, out, device="cpu", monitor=Notes)
+
+
+def test_more_ranks_than_batches_do_not_wait_for_each_other(data, tmp_path):
+    """Sixteen clips in micro-batches of 16: one batch, two ranks."""
+    wanted = [*TINY, "data.workers=0", "data.batch=16", "run.steps=2", "ema.lengths=[]"]
+    assert in_ranks(2, few_clips_rank, data, tmp_path, wanted) == [0, 0]
+    assert list(checkpoints(tmp_path)) == [2]
+
+
+def test_a_recipe_file_and_overrides_are_taken(data, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({**load_training("vlm", TINY).model_dump(mode="json"), "name": "mine"}))
+    arguments = command(data, tmp_path / "out", "--steps", "1")
+    arguments[3] = str(file)
+    assert train.main(arguments) == 0
+    assert load_model(tmp_path / "out").recipe["name"] == "mine"
+    with connect("cpu") as world:
+        assert world.size == 1
+
+
+# ---------------------------------------------------------------- launchers
+
+
+@pytest.mark.slow
+def test_ray_train_workers_train_as_one(data, tmp_path):
+    assert train.main(command(data, tmp_path / "one", "--steps", "2", "--set", "compute.accumulate=2")) == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.train", *command(data, tmp_path / "two", "--steps", "2", "--ray", "2")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    a, b = (weights(tmp_path / name, 2) for name in ("one", "two"))
+    assert all(torch.allclose(a[k], b[k], rtol=1e-5, atol=1e-6) for k in a)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_ranks_that_train_as_one(data, tmp_path):
+    assert train.main(command(data, tmp_path / "one", "--steps", "2", "--set", "compute.accumulate=2")) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += ["-m", "jobs.train", *command(data, tmp_path / "two", "--steps", "2")]
+    done = subprocess.run(
+        launch, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    a, b = (weights(tmp_path / name, 2) for name in ("one", "two"))
+    assert all(torch.allclose(a[k], b[k], rtol=1e-5, atol=1e-6) for k in a)

@@ -1,0 +1,178 @@
+"""clipmill encode: a run's clips through the frozen autoencoder and text encoder, once, kept as shards."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jobs.training.recipe import TrainRecipe
+    from jobs.training.system import System
+    from pipeline.latents import Encoded, Part
+    from pipeline.reader import Sample, ShardReader
+
+EPILOG = """
+examples
+  clipmill encode run/ --recipe dit-xl --out run/latents
+  clipmill encode run/ --recipe dit-xl --set autoencoder.path=sdxl-vae/ --out run/latents
+  torchrun --nproc-per-node 8 -m jobs.cli encode run/ --recipe dit-xl --out run/latents
+  clipmill train diffusion run/ --recipe dit-xl --set data.cache=run/latents --out model/
+
+Training from the cache runs neither decoder nor encoders. It gives up variety: a clip keeps one window of
+time and one caption, those of the first epoch. Run the same command again after a kill and it goes on;
+the bytes are those of an undisturbed run, on any number of ranks. A text encoder that is trained along
+(text.kind: bytes) is not cached.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="clipmill encode",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="a run with shards, as 'clipmill curate' leaves it")
+    parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="what will be trained")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder, s3:// or gs:// of the cache")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
+    parser.add_argument(
+        "--batch", type=int, default=8, metavar="N", help="clips encoded at a time (default: 8)"
+    )
+    parser.add_argument("--clips", type=int, default=256, metavar="N", help="most clips a tar (default: 256)")
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that decode (default: 1)"
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: this rank's GPU, where there is one)")
+    args = parser.parse_args(argv)
+
+    from models.embed import MissingModel
+    from pipeline.store import StoreError
+
+    try:
+        from jobs.training.recipe import load_training
+
+        if args.batch < 1 or args.clips < 1 or args.workers < 0:
+            raise ValueError("--batch and --clips must be at least 1, --workers at least 0")
+        recipe = load_training(args.recipe, args.set)
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        encode(args.run, recipe, args.out, rank, world, args.batch, args.clips, args.workers, args.device)
+    except (ValueError, StoreError, MissingModel) as e:  # RecipeError is a ValueError
+        print(f"clipmill encode: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def encode(
+    run: str,
+    recipe: TrainRecipe,
+    out: str,
+    rank: int = 0,
+    world: int = 1,
+    batch: int = 8,
+    clips: int = 256,
+    workers: int = 0,
+    device: str | None = None,
+) -> None:
+    """This rank's share of the cache; whichever rank is last writes the index.
+
+    Raises ValueError, StoreError or MissingModel: one sentence with the fix.
+    """
+    import itertools
+
+    import numpy as np
+    from torch.utils.data import DataLoader
+
+    from jobs.training.data import made_with, reader_of
+    from jobs.training.system import build_system, device_of
+    from models.latents import latent_shape
+    from pipeline import latents
+    from pipeline.store import Store
+
+    if recipe.data.cache:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": None})})
+    reader = reader_of(recipe, run)
+    system = build_system(recipe, device_of(device))
+    assert reader.shapes is not None
+    positions = [int(np.prod(latent_shape(system.autoencoder, *shape))) for shape in reader.shapes]
+    parts = latents.plan(reader, [4 * system.autoencoder.channels * n for n in positions], clips)
+    store = Store(out)
+    latents.begin(store, made_with(recipe) | {"clips": latents.fingerprint(reader), "clips_a_tar": clips})
+
+    todo = [part for part in parts[rank::world] if not latents.is_done(store, part)]
+    work = [rows for part in todo for rows in _batches(part, batch)]
+    clips_of: Any = _Clips(reader, work)
+    stream = iter(DataLoader(clips_of, batch_size=None, num_workers=workers))
+    for part in todo:
+        broken: list[str] = []
+        start, count = time.monotonic(), -(-len(part.rows) // batch)
+        latents.write(store, part, _encoded(system, itertools.islice(stream, count), broken), broken)
+        rate = len(part.rows) / (time.monotonic() - start)
+        skipped = f", {len(broken)} broken" if broken else ""
+        print(f"{part.name}: {len(part.rows)} clips{skipped}, {rate:.1f} a second", flush=True)
+    index = latents.finish(store, parts)
+    if index is None:
+        print(f"rank {rank} is done; {store.uri} will be whole when the other ranks are")
+        return
+    left_out = len(reader.keys) - len(index)
+    print(f"{len(index):,} clips in {len(parts):,} tars, {left_out:,} broken left out: {store.uri}")
+
+
+def _batches(part: Part, size: int) -> list[Any]:
+    return [part.rows[i : i + size] for i in range(0, len(part.rows), size)]
+
+
+class _Clips:
+    """Batches of decoded clips of one bucket and the keys of the broken ones, for a DataLoader."""
+
+    def __init__(self, reader: ShardReader, work: list[Any]):
+        self.reader, self.work = reader, work
+
+    def __len__(self) -> int:
+        return len(self.work)
+
+    def __getitem__(self, i: int) -> tuple[list[Sample], list[str]]:
+        from pipeline.reader import BrokenSample
+
+        found, broken = [], []
+        for row in self.work[i].tolist():
+            try:
+                found.append(self.reader.read(row))
+            except BrokenSample:
+                broken.append(self.reader.keys[row].as_py())
+        return found, broken
+
+
+def _encoded(
+    system: System, batches: Iterator[tuple[list[Sample], list[str]]], broken: list[str]
+) -> Iterator[Encoded]:
+    """Clips through the encoders; adds to `broken` as it goes."""
+    import numpy as np
+    import torch
+
+    from jobs.training.system import to_unit
+    from pipeline.latents import Encoded
+
+    for samples, unread in batches:
+        broken += unread
+        if not samples:
+            continue
+        video = torch.from_numpy(np.stack([s["video"] for s in samples])).to(system.device)
+        posterior = system.encode(to_unit(video))
+        mean = posterior.mean.cpu().numpy()
+        logvar = None if posterior.logvar is None else posterior.logvar.cpu().numpy()
+        texts: list[Any] = [None] * len(samples)
+        if system.text is not None:
+            features, mask = system.text([s["caption"] for s in samples])
+            texts = [f[m].float().cpu().numpy() for f, m in zip(features, mask, strict=True)]
+        for i, sample in enumerate(samples):
+            variance = None if logvar is None else logvar[i]
+            yield Encoded(sample["key"], sample["caption"], mean[i], variance, texts[i])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,150 @@
+"""clipmill toy: raw videos of a small world whose truth is known, to try trainers on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pipeline.toy_world import Scene
+
+EPILOG = """
+One to three circles, squares or triangles of one colour move over black or white, scene after scene, with
+hard cuts between. DIR/videos has the raw videos, DIR/truth.jsonl a line a scene: what is in it, its frames
+and where every object is in each. The rest is the mill's own work:
+
+  clipmill toy --out toy/
+  clipmill curate toy/videos --recipe toy --out toy/run
+  clipmill train diffusion toy/run --recipe toy --out toy/model
+
+The same options give the same pictures.
+"""
+
+CODEC = ["-c:v", "libx264", "-preset", "veryfast", "-crf", "12", "-pix_fmt", "yuv420p", "-threads", "1"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="clipmill toy",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--videos", type=int, default=200, metavar="N", help="how many (default: 200)")
+    parser.add_argument("--scenes", type=int, default=10, metavar="N", help="of each video (default: 10)")
+    parser.add_argument(
+        "--size", type=int, default=64, metavar="N", help="height and width, even, pixels (default: 64)"
+    )
+    parser.add_argument("--fps", type=int, default=8, metavar="N", help="frames a second (default: 8)")
+    parser.add_argument(
+        "--pan",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="share of the scenes in which the camera moves (default: 0)",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+
+    if wrong := complaint(args):
+        print(f"clipmill toy: {wrong}", file=sys.stderr)
+        return 2
+
+    from pipeline.ffmpeg import FFmpegError
+
+    try:
+        scenes = make(args.out, args.videos, args.scenes, args.size, args.fps, args.pan, args.seed)
+    except (FFmpegError, OSError) as e:
+        print(f"clipmill toy: {e}", file=sys.stderr)
+        return 2
+    print(
+        f"{args.videos} videos of {scenes} scenes in {args.out / 'videos'}, the truth in {args.out / 'truth.jsonl'}"
+    )
+    print(f"next: clipmill curate {args.out / 'videos'} --recipe toy --out {args.out / 'run'}")
+    return 0
+
+
+def complaint(args: argparse.Namespace) -> str:
+    """What is wrong with the options, in one sentence; '' if nothing."""
+    for name, least in (("videos", 1), ("scenes", 1), ("fps", 1), ("seed", 0)):
+        if (value := getattr(args, name)) < least:
+            return f"--{name} {value}: give {least} or more"
+    if args.size < 32 or args.size % 2:
+        return f"--size {args.size}: give an even number of pixels, 32 or more"
+    if not 0 <= args.pan <= 1:
+        return f"--pan {args.pan:g}: give a share from 0 to 1"
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        return f"--out {args.out}: it is there already; give a new or empty folder"
+    return ""
+
+
+def make(out: Path, videos: int, scenes: int, size: int, fps: int, pan: float, seed: int) -> int:
+    """Write DIR/videos/*.mp4 and DIR/truth.jsonl; returns the number of scenes.
+
+    A video depends on the seed and its own number alone. Raises FFmpegError and OSError.
+    """
+    import numpy as np
+
+    from pipeline import toy_world
+
+    (out / "videos").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(videos):
+        told = toy_world.story(np.random.default_rng([seed, number]), scenes, pan)
+        name = f"{number:05}.mp4"
+        encode(out / "videos" / name, np.concatenate([toy_world.render(s, size) for s in told]), fps)
+        for scene, (start, end) in zip(told, toy_world.cuts(told), strict=True):
+            lines.append(truth(name, scene, start, end, size))
+    (out / "truth.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return len(lines)
+
+
+def truth(name: str, scene: Scene, start: int, end: int, size: int) -> dict[str, Any]:
+    """A line of truth.jsonl: frames are [start, end) of the video, lengths in pixels, positions [T][objects][2].
+
+    Pixel (0, 0) has its centre at position (0, 0), so a picture reaches from −½ to size − ½.
+    """
+    return {
+        "video": name,
+        "start_frame": start,
+        "end_frame": end,
+        "caption": scene.attributes.caption(),
+        **vars(scene.attributes),
+        "velocity": [round(v * size, 4) for v in scene.velocity],
+        "pan_velocity": round(scene.pan * size, 4),
+        "positions": (scene.positions() * size - 0.5).round(3).tolist(),
+    }
+
+
+def encode(path: Path, pictures: np.ndarray, fps: int) -> None:
+    """uint8 [T, H, W, 3] RGB to H.264. Raises FFmpegError."""
+    from pipeline import ffmpeg
+
+    height, width = pictures.shape[1:3]
+    with tempfile.NamedTemporaryFile(suffix=".rgb") as raw:
+        raw.write(pictures.tobytes())
+        raw.flush()
+        source = [
+            "-f",
+            "rawvideo",
+            "-pix_fmt",
+            "rgb24",
+            "-s",
+            f"{width}x{height}",
+            "-r",
+            str(fps),
+            "-i",
+            raw.name,
+        ]
+        ffmpeg.run([ffmpeg.find(), *source, *CODEC, "-bitexact", f"file:{path}"], stall_s=60)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,300 @@
+"""Micro-batches for every trainer: clips in buckets of shapes, without end, resumable to the micro-batch.
+
+**Order.** An epoch deals the clips of each bucket to micro-batches of its own and shuffles those, by (seed,
+epoch) alone; what does not fill the last one of a bucket is repeated from the bucket's beginning, so that
+no bucket is too small. Epoch follows epoch in one endless list. Micro-batch m of rank r is number
+m · world + r of it: no rank ends before another, and the state is one number, how many were handed out.
+
+**Weight.** A micro-batch holds as many clips as fit into `data.tokens` positions of the latents. A number
+of clips is whole, so it holds more than half of them: of two ranks at the same step none has twice the
+work of the other. The nearer `tokens` is to a common multiple of the buckets' positions, the more alike
+(`Loader.weights` says how much).
+
+**Joint images.** `data.images` frames of other clips come with each clip, cut to its size. They are
+encoded one by one and appended in time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from jobs.training.recipe import TrainRecipe
+from jobs.training.task import Batch
+from pipeline.buckets import Shape, deal, whole_batches
+from pipeline.latents import LatentReader, made_of
+from pipeline.reader import PATIENCE, BrokenSample, Sample, ShardReader
+from pipeline.store import StoreError
+
+if TYPE_CHECKING:
+    from models.latents import Autoencoder
+
+ARRAYS = ("video", "image", "mean", "logvar", "image_logvar", "text", "text_mask")
+
+
+class Loader:
+    """See the top of this file; a `jobs.training.task.Loader`.
+
+    Args:
+        reader: with `shapes`; where samples come from.
+        positions: latent positions of one sample of each bucket, images included.
+        tokens: positions a micro-batch may hold; batch: samples it holds, in place of that.
+        images: image frames appended to each clip.
+        rank, world: this process's place among those that train together.
+        workers: processes that decode; 0 decodes in this one.
+        pin: page-locked memory, from which copies to a GPU need no waiting.
+
+    A batch is {'key', 'caption', 'skipped': lists; 'video': uint8 [B, 3, T, H, W]} or, from a cache,
+    {…, 'mean', 'logvar': float16 [B, C, T, h, w], 'text': [B, L, D], 'text_mask': bool [B, L]}; with images
+    also 'image': uint8 [B, n, 3, H, W] or float16 [B, n, C, h, w] (and 'image_logvar'), and 'image_key', a
+    list a sample.
+
+    Raises ValueError where a bucket is larger than a micro-batch may be.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        positions: Sequence[int],
+        *,
+        tokens: int = 8192,
+        batch: int | None = None,
+        images: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        pin: bool = False,
+    ):
+        assert reader.shapes is not None
+        if batch is None and max(positions) > tokens:
+            worst = int(np.argmax(positions))
+            raise ValueError(
+                f"one clip of bucket {'×'.join(map(str, reader.shapes[worst]))} has {positions[worst]} latent "
+                f"positions, more than data.tokens {tokens}: raise data.tokens, set data.batch, or make it smaller"
+            )
+        if images and len(reader.keys) < 2:
+            raise ValueError("data.images takes frames of other clips, but there is only one: set it to 0")
+        self.reader, self.positions, self.images = reader, list(positions), images
+        self.sizes = [batch or tokens // p for p in positions]  # samples a micro-batch, by bucket
+        self.rank, self.world, self.workers, self.pin = rank, world, workers, pin
+        self.first = self.step = (
+            0  # the list's number before this rank's first; micro-batches handed out since
+        )
+        self.skipped = 0  # broken samples met by this rank
+        counts = np.bincount(reader.bucket, minlength=len(positions)).tolist()
+        self.buckets = dict(zip(reader.shapes, counts, strict=True))  # clips in each
+        self.epoch_length = sum(whole_batches(n, size) for n, size in zip(counts, self.sizes, strict=True))
+
+    @property
+    def weights(self) -> tuple[int, int]:
+        """Fewest and most latent positions of a micro-batch, over the buckets that have clips."""
+        held = [n * p for n, p in zip(self.sizes, self.positions, strict=True)]
+        used = [held[b] for b in np.unique(self.reader.bucket)]
+        return min(used), max(used)
+
+    def rows(self, number: int) -> tuple[int, np.ndarray]:
+        """(epoch, rows of the index) of a micro-batch of the endless list."""
+        epoch, place = divmod(number, self.epoch_length)
+        return epoch, self._epoch(epoch)[place]
+
+    def batch(self, number: int) -> Batch:
+        """The micro-batch of that number of the endless list."""
+        self.reader.epoch, rows = self.rows(number)
+        samples = [self.reader.sound(int(row)) for row in rows]
+        if self.images:
+            for sample, row in zip(samples, rows.tolist(), strict=True):
+                sample |= self._images(sample, row, place=number)
+        return collate(samples)
+
+    def _images(self, sample: Sample, row: int, place: int) -> Sample:
+        """One frame of each of n other clips, in the sample's size; drawn by (seed, number of the batch, row)."""
+        reader, wanted = self.reader, self.images
+        from_cache = isinstance(reader, LatentReader)
+        assert reader.shapes is not None
+        _, height, width = reader.shapes[reader.bucket[row]]
+        alike = [s[1:] == (height, width) for s in reader.shapes]
+        usable = np.flatnonzero(np.array(alike)[reader.bucket]) if from_cache else np.arange(len(reader.keys))
+        rng = np.random.default_rng([reader.seed, place, row])
+        found: list[Sample] = []
+        broken: list[str] = []
+        while len(found) < wanted and len(broken) < PATIENCE:
+            try:
+                other = int(rng.choice(usable))
+                if reader.keys[other].as_py() == sample["key"]:
+                    if len(usable) < 2:
+                        raise StoreError(
+                            f"{reader.folder}: no other clip of {width}×{height} to take images from; "
+                            "set data.images to 0, or train from pixels"
+                        )
+                    continue
+                image = reader.read(other, None if from_cache else (1, height, width))
+            except BrokenSample:
+                broken.append(reader.keys[other].as_py())
+                continue
+            found.append(image)
+        if len(found) < wanted:
+            raise StoreError(f"{reader.folder}: {PATIENCE} images in a row are broken; check the shards")
+        names = {"mean": "image", "logvar": "image_logvar"} if from_cache else {"video": "image"}
+        stacked = {to: _first_frames([f[name] for f in found]) for name, to in names.items()}
+        return stacked | {"image_key": [f["key"] for f in found], "skipped": sample["skipped"] + broken}
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader = DataLoader(_Batches(self), batch_size=None, num_workers=self.workers, pin_memory=self.pin)
+        for batch in loader:
+            self.step += 1
+            self.skipped += len(batch["skipped"])
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many micro-batches all ranks have taken, and what the list is made of; plain numbers."""
+        return {"batches": self.first + self.step * self.world} | self._made_of()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after a state of any rank, with any number of ranks and workers.
+
+        Raises ValueError where the state is of other data or settings.
+        """
+        for name, mine in self._made_of().items():
+            if state.get(name) != mine:
+                raise ValueError(
+                    f"the saved state has {name} {state.get(name)}, this loader {mine}; use the same"
+                )
+        self.first, self.step = state["batches"], 0
+
+    def _made_of(self) -> dict[str, Any]:
+        return {
+            "seed": self.reader.seed,
+            "clips": len(self.reader.keys),
+            "sizes": self.sizes,
+            "images": self.images,
+        }
+
+    @functools.cached_property
+    def _epoch(self) -> Any:
+        """epoch → the rows of its micro-batches; the last one stays in memory."""
+        return functools.lru_cache(maxsize=1)(self._deal)
+
+    def _deal(self, epoch: int) -> list[np.ndarray]:
+        rng = np.random.RandomState([self.reader.seed, epoch])
+        dealt = [rows for bucket in deal(self.reader.bucket, self.sizes.__getitem__, rng) for rows in bucket]
+        return [dealt[i] for i in rng.permutation(len(dealt))]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_epoch"}
+
+
+class _Batches(IterableDataset):
+    """What a worker runs: worker w of W prepares every W-th of its rank's micro-batches, from the w-th on."""
+
+    def __init__(self, loader: Loader):
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        own, step = self.loader, self.loader.step + worker
+        while True:
+            yield own.batch(own.first + step * own.world + own.rank)
+            step += workers
+
+
+def _first_frames(videos: list[np.ndarray | None]) -> np.ndarray | None:
+    """[C, T, h, w] each → [n, C, h, w]; None where there are none."""
+    return None if videos[0] is None else np.stack([v[:, 0] for v in videos if v is not None])
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Samples of one bucket as a batch: arrays stacked, the rest in lists; without what no sample has."""
+    batch: Batch = {name: [s[name] for s in samples] for name in samples[0]}
+    batch["skipped"] = [key for s in samples for key in s["skipped"]]
+    for name in ARRAYS:
+        if name in batch and isinstance(batch[name][0], np.ndarray):
+            batch[name] = torch.from_numpy(np.stack(batch[name]))
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor) or value[:1] != [None]}
+
+
+# ---------------------------------------------------------------- from a recipe
+
+
+def shapes_of(recipe: TrainRecipe) -> list[Shape]:
+    return [(b.frames, b.height, b.width) for b in recipe.data.buckets]
+
+
+def positions_of(recipe: TrainRecipe, autoencoder: Autoencoder) -> list[int]:
+    """Latent positions of a sample of each bucket, images included. Raises ValueError."""
+    from models.latents import latent_shape
+
+    images = recipe.data.images
+    if images and autoencoder.stride[0] > 1 and not autoencoder.causal:
+        raise ValueError(
+            f"data.images {images}: this autoencoder takes {autoencoder.stride[0]} frames at once, so a single "
+            "image has no latent; set it to 0, or use a causal or an image autoencoder"
+        )
+    found = []
+    for shape in shapes_of(recipe):
+        t, h, w = latent_shape(autoencoder, *shape)
+        found.append((t + images) * h * w)
+    return found
+
+
+def made_with(recipe: TrainRecipe) -> dict[str, Any]:
+    """What a cache of a recipe depends on."""
+    frozen = recipe.text.kind == "transformers"
+    return {
+        "buckets": [list(s) for s in shapes_of(recipe)],
+        "fps": recipe.data.fps,
+        "captions": recipe.data.captions,
+        "seed": recipe.seed,
+        "autoencoder": recipe.autoencoder.model_dump(mode="json"),
+        "text": recipe.text.model_dump(mode="json", include={"model", "length"}) if frozen else None,
+    }
+
+
+def reader_of(recipe: TrainRecipe, data: str) -> ShardReader:
+    """Clips of the run in folder `data`, or of the recipe's cache. Raises StoreError, ValueError."""
+    shapes = shapes_of(recipe)
+    if not recipe.data.cache:
+        return ShardReader(
+            f"{data.rstrip('/')}/shards",
+            fps=recipe.data.fps,
+            shapes=shapes,
+            captions=recipe.data.captions,
+            seed=recipe.seed,
+            layout="CTHW",
+        )
+    there = made_of(recipe.data.cache)
+    for name, mine in made_with(recipe).items():
+        if there.get(name) != mine:
+            raise ValueError(
+                f"data.cache {recipe.data.cache} was made with {name} {there.get(name)}, this recipe has {mine}; "
+                "encode again, or train with what it was made with"
+            )
+    return LatentReader(recipe.data.cache, shapes, length=recipe.text.length, seed=recipe.seed)
+
+
+def build_loader(
+    recipe: TrainRecipe,
+    data: str,
+    autoencoder: Autoencoder,
+    rank: int = 0,
+    world: int = 1,
+    pin: bool = False,
+) -> Loader:
+    """The loader of a recipe over the run in folder `data`. Raises StoreError, ValueError."""
+    return Loader(
+        reader_of(recipe, data),
+        positions_of(recipe, autoencoder),
+        tokens=recipe.data.tokens,
+        batch=recipe.data.batch,
+        images=recipe.data.images,
+        rank=rank,
+        world=world,
+        workers=recipe.data.workers,
+        pin=pin,
+    )

@@ -1,0 +1,220 @@
+"""Latent video diffusion as a task of the training loop.
+
+pixels ─ autoencoder, frozen ─ normaliser ─ x            captions ─ text encoder ─┐
+                               z = α x + σ ε ──────── network(z, level, condition) ─ loss
+
+The parts are `jobs.training.system`'s. Here is what only training needs: which times, which frames are
+known, which captions are left out. From a cache, autoencoder and frozen text encoder are not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jobs.training.data import Loader, build_loader
+from jobs.training.recipe import Tasks, TrainRecipe
+from jobs.training.system import System, blurred, build_system, knows_frames, to_unit
+from jobs.training.task import Batch, Draws, Losses, Phase
+from models.condition import Condition
+from models.embed import MissingModel
+from models.latents import Normalizer, Posterior, Statistics, latent_shape
+from models.objective import TIMES, at_level
+from pipeline.latents import statistics
+
+SHOWN = 4  # captions of the data that are sampled where the recipe has no prompts
+MEASURED = 64  # clips whose latents the normaliser is measured on, at least (or an epoch)
+
+# Streams of `Draws`, one for each thing that is drawn.
+NOISE, TIME, POSTERIOR, KNOWN, CONTEXT, DROPPED, LOW, LOW_LEVEL = range(8)
+
+LOW_NOISE = 0.5  # highest level of noise added to the low-resolution video of super-resolution
+
+
+def measure(system: System, loader: Loader) -> Normalizer:
+    """From the cache's statistics, or the first micro-batches of the loader's list, the same on every rank."""
+    if cache := system.recipe.data.cache:
+        found = statistics(cache)
+        return Normalizer(torch.tensor(found["mean"]), torch.tensor(found["std"]))
+    measured, clips = Statistics(system.autoencoder.channels), 0
+    for number in range(loader.epoch_length):
+        batch = loader.batch(number)
+        posterior = system.encode(to_unit(batch["video"].to(system.device)))
+        measured.add(posterior.mean)
+        if posterior.logvar is not None:  # the variance of what will be sampled: that of the mean, and σ²
+            measured.squares += posterior.logvar.exp().double().sum((0, 2, 3, 4)).cpu()
+        clips += len(batch["key"])
+        if clips >= MEASURED:
+            break
+    return measured.normalizer()
+
+
+def build(
+    recipe: TrainRecipe, data: str, device: torch.device, rank: int = 0, world: int = 1
+) -> tuple[Diffusion, Loader]:
+    """The task and this rank's loader over the run in folder `data`.
+
+    Raises ValueError or StoreError: one sentence with the fix.
+    """
+    _check(recipe)
+    try:
+        system = build_system(recipe, device)
+    except MissingModel as e:
+        raise ValueError(str(e)) from e
+    loader = build_loader(recipe, data, system.autoencoder, rank, world, pin=device.type == "cuda")
+    system.normalizer = measure(system, loader).to(device)
+    return Diffusion(system, loader), loader
+
+
+def _check(recipe: TrainRecipe) -> None:
+    factor, cached = recipe.tasks.upsampling, recipe.data.cache
+    if factor and cached:
+        raise ValueError("tasks.upsampling makes its low-resolution videos from pixels: leave data.cache out")
+    for b in recipe.data.buckets:
+        if factor and (b.height % factor or b.width % factor):
+            raise ValueError(
+                f"tasks.upsampling {factor} does not divide the bucket {b.width}×{b.height}: give multiples of it"
+            )
+
+
+# ---------------------------------------------------------------- training
+
+
+class Diffusion:
+    """A `jobs.training.task.Task` of one phase."""
+
+    def __init__(self, system: System, loader: Loader):
+        self.system, self.recipe, self.loader = system, system.recipe, loader
+        o = self.recipe.optimizer
+        trained = [p for p in system.network.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, o.lr, o.betas, weight_decay=o.weight_decay)
+        self.phases = [Phase("diffusion", system.network, optimizer)]
+
+    def loss(self, phase: str, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
+        x = self.latents(batch, draws)
+        t = TIMES[self.recipe.objective.times](draws.uniform(len(x), TIME))
+        dropped = draws.uniform(len(x), DROPPED) < self.recipe.text.dropout
+        texts = batch["caption"] if self.system.network.text is not None else None
+        condition = self.condition(x, batch, draws)
+        loss, error = model("loss", x, t, draws.normal(x, NOISE), condition, texts, dropped)
+        return Losses(
+            loss.sum(), len(x), {"error": error.sum()}, self.system.process.level(t).detach(), error
+        )
+
+    def latents(self, batch: Batch, draws: Draws) -> Tensor:
+        """Normalised latents of the clips, their images appended in time: [B, C, T + n, h, w]."""
+        mean = self._cached(batch, "mean")
+        posterior = self._encode(batch) if mean is None else Posterior(mean, self._cached(batch, "logvar"))
+        if posterior.logvar is None:
+            return self.system.normalizer(posterior.mean)
+        return self.system.normalizer(posterior.sample(draws.normal(posterior.mean, POSTERIOR)))
+
+    def _cached(self, batch: Batch, name: str) -> Tensor | None:
+        """Of a batch from the cache, images appended; None where the autoencoder has no variance."""
+        if name not in batch:
+            return None
+        parts = [batch[name].to(self.system.device, non_blocking=True)]
+        if "image" in batch:
+            image = batch["image" if name == "mean" else "image_logvar"]  # B n C h w
+            parts.append(image.to(self.system.device, non_blocking=True).transpose(1, 2))
+        return torch.cat(parts, dim=2).float()
+
+    def _encode(self, batch: Batch, seen: Callable[[Tensor], Tensor] = lambda video: video) -> Posterior:
+        """Posterior of what is seen of the clips, images appended; images are encoded one by one."""
+        found = self.system.encode(seen(to_unit(batch["video"].to(self.system.device, non_blocking=True))))
+        if "image" not in batch:
+            return found
+        images = to_unit(batch["image"].to(self.system.device, non_blocking=True))  # B n 3 H W
+        lone = self.system.encode(seen(images.flatten(0, 1).unsqueeze(2)))  # B·n C 1 h w
+
+        def joined(clip: Tensor, image: Tensor) -> Tensor:
+            return torch.cat([clip, image.squeeze(2).unflatten(0, images.shape[:2]).transpose(1, 2)], dim=2)
+
+        logvar = None
+        if found.logvar is not None and lone.logvar is not None:
+            logvar = joined(found.logvar, lone.logvar)
+        return Posterior(joined(found.mean, lone.mean), logvar)
+
+    def condition(self, x: Tensor, batch: Batch, draws: Draws) -> Condition:
+        """What is known beside the noisy latents of x [B, C, T + n, h, w], but for a text read in the network."""
+        found = Condition(images=batch["image"].shape[1] if "image" in batch else 0)
+        if "text" in batch:
+            text, mask = (
+                batch[name].to(self.system.device, non_blocking=True) for name in ("text", "text_mask")
+            )
+            found = replace(found, text=text.float(), text_mask=mask)
+        elif self.system.text is not None:
+            text, mask = self.system.text(batch["caption"])
+            found = replace(found, text=text.float(), text_mask=mask)
+        if knows_frames(self.recipe.tasks):
+            frames = x.shape[2] - found.images
+            kind, more = draws.uniform(len(x), KNOWN), draws.uniform(len(x), CONTEXT)
+            mask = known_frames(self.recipe.tasks, frames, kind, more)
+            mask = F.pad(mask.to(x.dtype), (0, found.images))[:, None, :, None, None]  # B 1 T 1 1
+            found = replace(found, known=mask * x, known_mask=mask)
+        if factor := self.recipe.tasks.upsampling:
+            low = self.system.normalizer(self._encode(batch, partial(blurred, factor=factor)).mean)
+            level = LOW_NOISE * draws.uniform(len(x), LOW_LEVEL)
+            found = replace(found, low=at_level(low, level, draws.normal(low, LOW)), low_level=level)
+        return found
+
+    def blocks(self, module: nn.Module) -> Iterator[nn.Module]:
+        network: Any = getattr(module, "module", module)  # as DDP wraps it
+        return blocks_of(network.denoiser)
+
+    def tokens(self, batch: Batch) -> int:
+        where = batch["mean" if "mean" in batch else "video"]
+        t, h, w = where.shape[2:]
+        if "mean" not in batch:
+            t, h, w = latent_shape(self.system.autoencoder, t, h, w)
+        images = batch["image"].shape[1] if "image" in batch else 0
+        return len(where) * (t + images) * h * w
+
+    @torch.no_grad()
+    def samples(self, model: nn.Module, step: int) -> dict[str, Tensor]:
+        """A video a prompt, from the same noise each time; of super-resolution, of clips of the data."""
+        system, batch = self.system, self.loader.batch(0)
+        prompts = list(self.recipe.run.prompts or batch["caption"][:SHOWN])
+        if factor := self.recipe.tasks.upsampling:
+            prompts = batch["caption"][:SHOWN]
+            low = system.mean(blurred(to_unit(batch["video"][:SHOWN].to(system.device)), factor))
+            told = replace(system.condition(prompts, model), low=low, low_level=low.new_zeros(len(low)))
+            b, c, t, h, w = low.shape
+            latents = system.draw(model, seed=self.recipe.seed)((b, c, t, h, w), told)
+        else:
+            told = system.condition(prompts, model)
+            latents = system.draw(model, seed=self.recipe.seed)(system.shape(len(prompts)), told)
+        names = [f"{i} {prompt}"[:80] for i, prompt in enumerate(prompts)]
+        return {name: video.cpu() for name, video in zip(names, system.decode(latents), strict=True)}
+
+    def state(self) -> dict[str, Any]:
+        return self.system.state()
+
+
+def blocks_of(denoiser: nn.Module) -> Iterator[nn.Module]:
+    """A denoiser's repeated blocks: its `repeated()`, or its list `blocks`."""
+    repeated: Any = getattr(denoiser, "repeated", None)
+    return repeated() if repeated is not None else iter(denoiser.blocks)  # type: ignore[arg-type]
+
+
+def known_frames(tasks: Tasks, frames: int, kind: Tensor, more: Tensor) -> Tensor:
+    """Which latent frames are known, bool [B, frames]; at least one never is.
+
+    Args:
+        kind: [B] in 0…1, which task: the recipe's chances laid side by side, text → video above them.
+        more: [B] in 0…1, below ½ one context frame of `prediction`, else two.
+    """
+    place = torch.arange(frames, device=kind.device)[None]  # 1 T
+    first, prediction = tasks.first_frame, tasks.first_frame + tasks.prediction
+    interpolation = prediction + tasks.interpolation
+    kind, context = kind[:, None], torch.where(more < 0.5, 1, min(2, frames - 1))[:, None]  # B 1
+    known = (kind < first) & (place < 1)
+    known |= (kind >= first) & (kind < prediction) & (place < context)
+    known |= (kind >= prediction) & (kind < interpolation) & (place % tasks.stride == 0)
+    return known if frames > 1 else torch.zeros_like(known)

@@ -1,0 +1,166 @@
+"""Several processes that train as one: who they are, how they agree, how a module is spread over them.
+
+A launcher (torchrun, Ray Train) starts the processes; alone, there is one and nothing here does anything.
+Host-side agreement (counts, "stop now", errors) goes through gloo, so that it never waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together."""
+
+    rank: int
+    size: int
+    device: torch.device
+    host: Any = None  # gloo group of all ranks, for host-side agreement
+    writing: Any = None  # another one, for the thread that writes checkpoints
+
+    def sum(self, *values: float) -> list[float]:
+        """Of host numbers, over all ranks."""
+        if self.size == 1:
+            return list(values)
+        x = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(x, group=self.host)
+        return x.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable value of each rank, in their order, on all of them."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.host)
+        return found
+
+
+@contextlib.contextmanager
+def connect(device: str | None = None) -> Iterator[World]:
+    """Join the processes that the launcher started, for the time of the block.
+
+    Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; where a launcher has made the process group
+    already (Ray Train), takes that one and leaves it open. nccl on GPUs, gloo on CPUs.
+
+    Args:
+        device: 'cpu', 'cuda' or 'cuda:1'; none: this process's GPU where there is one.
+
+    Raises ValueError where that device is not there.
+    """
+    own = False
+    where = _device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+        own = True
+    try:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            groups = [dist.new_group(backend="gloo") for _ in range(2)]
+            yield World(dist.get_rank(), dist.get_world_size(), where, *groups)
+        else:
+            yield World(0, 1, where)
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise ValueError(f"device {name!r}: give cpu, cuda or cuda:N") from e
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r}: give cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+        if index >= torch.cuda.device_count():
+            raise ValueError(
+                f"device cuda:{index}: this machine has {torch.cuda.device_count()} GPUs that torch can use; "
+                "give --device cpu, or start fewer processes"
+            )
+        return torch.device("cuda", index)
+    return device
+
+
+# ---------------------------------------------------------------- a module, spread
+
+
+def recompute(blocks: Iterable[nn.Module]) -> None:
+    """Gradient checkpointing: each block keeps its inputs and is run again in the backward pass.
+
+    In place, so that parameters keep their names.
+    """
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def spread(
+    module: nn.Module,
+    blocks: Iterable[nn.Module],
+    optimizer: torch.optim.Optimizer,
+    parallel: str,
+    world: World,
+) -> nn.Module:
+    """What to call in place of the module: its gradients are means over the ranks.
+
+    ddp: every rank holds all; a parameter may stay unused in a step. fsdp: parameters, gradients, moments
+    and averages are sharded, block by block (FSDP2); the optimizer is given the sharded parameters in place
+    of those it was made with, and communication is in float32, so that both give the same numbers.
+    """
+    if world.size == 1:
+        return module
+    if parallel == "ddp":
+        from torch.nn.parallel import DistributedDataParallel
+
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        return DistributedDataParallel(
+            module, device_ids=ids, find_unused_parameters=True, gradient_as_bucket_view=True
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    names = {id(p): name for name, p in module.named_parameters()}
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    sharded = dict(module.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [sharded[names[id(p)]] for p in group["params"]]
+    return module
+
+
+@contextlib.contextmanager
+def local_gradients(module: nn.Module, local: bool) -> Iterator[None]:
+    """Inside, gradients are summed on this rank only: for all micro-batches of a step but the last."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
+
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(not local)
+        yield
+    elif local and isinstance(module, DistributedDataParallel):
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """Of all of them together, over all shards; a scalar on the device."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

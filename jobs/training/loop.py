@@ -1,0 +1,426 @@
+"""The training loop of every model: `train(recipe, data, out)`, alone or as one of several processes.
+
+One step: `accumulate` micro-batches on every rank, forward and backward; gradients are sums over parts
+(samples, words), so they are divided by the number of parts of all ranks and micro-batches, clipped once,
+applied, averaged. A step depends on the seed, the step's number and its data, on nothing else: a resumed
+run goes on as if it had never stopped, and two ranks train as one that accumulates twice as much.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from jobs.training import checkpoint
+from jobs.training.distributed import World, connect, gradient_norm, local_gradients, recompute, spread
+from jobs.training.metrics import Metrics, Progress
+from jobs.training.plan import Plan, autocast, make_plan
+from jobs.training.recipe import Optimizer, TrainRecipe
+from jobs.training.task import Batch, Draws, Loader, Phase, Task
+from models import attention
+from models.ema import PowerEMA
+
+Build = Callable[[TrainRecipe, str, torch.device, int, int], tuple[Task, Loader]]
+
+
+class TrainError(ValueError):
+    """Training cannot start or go on; one sentence with the fix."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """step: the last one taken; it is saved. signal: number of the one that ended training early."""
+
+    step: int
+    signal: int | None = None
+
+
+def train(
+    recipe: TrainRecipe,
+    data: str,
+    out: Path,
+    *,
+    device: str | None = None,
+    build: Build | None = None,
+    monitor: Callable[..., Any] | None = None,
+) -> Outcome:
+    """Train until step `recipe.run.steps`, from the last good checkpoint in `out` where there is one.
+
+    Every process of a launch calls this with the same arguments. SIGTERM or SIGINT end the step, save and
+    return; a second one stops at once.
+
+    Args:
+        data: folder of a run with shards.
+        device: see `connect`.
+        build: makes task and loader; jobs/training/<recipe.trains>.py has the default one.
+        monitor: makes what is told of the progress; default: `jobs.training.monitor.Monitor`.
+
+    Raises ValueError (TrainError, CheckpointError) or StoreError, with one sentence.
+    """
+    build = build or import_module(f"jobs.training.{recipe.trains}").build
+    monitor = monitor or import_module("jobs.training.monitor").Monitor
+    out = Path(out)
+    with Signals() as signals, connect(device) as world, attention.backend(recipe.compute.attention):
+        torch.manual_seed(recipe.seed)
+        trainer = Trainer(recipe, data, out, world, build)
+        if trainer.step >= recipe.run.steps:
+            return Outcome(trainer.step)
+        watch = monitor(out, recipe, enabled=world.rank == 0)
+        try:
+            return trainer.run(watch, signals)
+        except torch.OutOfMemoryError as e:
+            raise TrainError(trainer.out_of_memory()) from e
+        finally:
+            watch.close()
+
+
+class Finite(NamedTuple):
+    """Whether a loss (kind 0) or gradient (kind 1) was finite, on the device, and on which clips."""
+
+    step: int
+    kind: int
+    keys: list[str]
+    finite: Tensor
+
+
+class Signals:
+    """SIGTERM and SIGINT as a wish that the loop reads; a second one ends the process at once.
+
+    Only in the main thread, where Python lets handlers be set; a launcher that runs training in another
+    thread has its own way to stop it.
+    """
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self.process = os.getpid()
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self._catch) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: object) -> None:
+        if os.getpid() != self.process:  # a worker that decodes; it ends when the loop does
+            return
+        if self.caught is not None:
+            os._exit(128 + number)
+        self.caught = number
+        said = "clipmill train: ending this step, then saving; once more to stop at once\n"
+        os.write(sys.stderr.fileno(), said.encode())  # print is not safe inside a handler
+
+
+class Trainer:
+    """The state of one process; see `train`."""
+
+    def __init__(self, recipe: TrainRecipe, data: str, out: Path, world: World, build: Build):
+        self.recipe, self.out, self.world = recipe, out, world
+        folder = resume_point(recipe, out, world)
+        self.task, self.loader = build(recipe, data, world.device, world.rank, world.size)
+        self.step, self.loader_state = 0, self.loader.state_dict()
+        if folder:
+            meta = checkpoint.read_meta(folder)
+            self.step, self.loader_state = meta["step"], meta["loader"]
+            self.loader.load_state_dict(self.loader_state)
+        self.folder = folder
+        self.batch: Batch = {}  # the newest, for messages
+        self.metrics = Metrics([p.name for p in self.task.phases], world.device)
+        self.rates = {p.name: [group["lr"] for group in p.optimizer.param_groups] for p in self.task.phases}
+        self.unread: list[Finite] = []
+
+    # ------------------------------------------------------------ before
+
+    def _prepare(self) -> Plan:
+        """Measure on the first micro-batch, then spread the phases and read the checkpoint."""
+        endless = iter(self.loader)
+        first = next(endless)
+        self.batches = _chain(first, endless)  # so that measuring takes none away
+        self.batch = self._to_device(first)
+        self._seed(0)
+        plan = make_plan(self.recipe, self.task, self.batch, self.world)
+        compute = self.recipe.compute
+        self.models: dict[str, nn.Module] = {}
+        for phase in self.task.phases:
+            blocks = list(self.task.blocks(phase.module))
+            if compute.checkpointing:
+                recompute(blocks)
+            if compute.compile:
+                for block in blocks:
+                    block.compile()
+            self.models[phase.name] = spread(
+                phase.module, blocks, phase.optimizer, compute.parallel, self.world
+            )
+        self.averages = {
+            p.name: PowerEMA(p.module, self.recipe.ema.lengths)
+            for p in self.task.phases
+            if p.ema and self.recipe.ema.lengths
+        }
+        if self.folder:
+            checkpoint.restore(self.folder, self.task.phases, self.averages, self.world)
+        return plan
+
+    # ------------------------------------------------------------ the loop
+
+    def run(self, watch: Any, signals: Signals) -> Outcome:
+        run = self.recipe.run
+        plan = self._prepare()
+        self.saver = checkpoint.Saver(self.out, run.keep, self.world)
+        if self.folder:
+            watch.resume(self.step)
+        watch.plan(plan.text)
+        if self.world.rank == 0:
+            since = f"from step {self.step} " if self.step else ""
+            print(f"{self.recipe.name}: {since}to {run.steps}\n{plan.text}", file=sys.stderr, flush=True)
+        figures: dict[str, float] = {}
+        saved = self.step if self.folder else 0
+        self.metrics.read(self.world, {}, 0, 1)
+        try:
+            with Progress(self.step, run.steps, self.world.rank == 0) as progress:
+                while self.step < run.steps:
+                    found = self._fetch(signals)
+                    if found is None:
+                        break
+                    self.take_step(found)
+                    if self.step % run.log_every == 0 or self.step == run.steps:
+                        self.check()
+                        rates = {p.name: p.optimizer.param_groups[0]["lr"] for p in self.task.phases}
+                        figures = self.metrics.read(self.world, rates, plan.flops_a_token, plan.peak.flops)
+                        watch.scalars(self.step, figures)
+                    progress.update(self.step, figures)
+                    start = time.perf_counter()
+                    if self.step % run.save_every == 0:
+                        self._save()
+                        saved = self.step
+                    if run.sample_every and (self.step % run.sample_every == 0 or self.step == run.steps):
+                        watch.videos(self.step, self._samples())
+                    self.metrics.aside += time.perf_counter() - start
+            if self.step > saved:
+                self._save()
+            return Outcome(self.step, signals.caught if self.step < run.steps else None)
+        finally:
+            self.batches.close()  # ends the processes that decode
+            self.saver.close()
+
+    def _fetch(self, signals: Signals) -> list[Batch] | None:
+        """The micro-batches of a step on the device; None where a rank was told to stop.
+
+        Raises TrainError on all ranks where a loader fails on one, so that none waits for another.
+        """
+        found: list[Batch] = []
+        failed: Exception | None = None
+        if signals.caught is None:
+            try:
+                found = [self._next() for _ in range(self.recipe.compute.accumulate)]
+            except Exception as e:  # whatever reading and decoding may raise
+                failed = e
+        stop, broken = self.world.sum(signals.caught is not None, failed is not None)
+        if stop:  # a signal to the whole process group ends the workers too: not their failure
+            signals.caught = signals.caught or signal.SIGTERM
+            return None
+        if failed:
+            raise failed
+        if broken:
+            raise TrainError("another rank could not read its data; its message says why")
+        return found
+
+    def _next(self) -> Batch:
+        start = time.perf_counter()
+        batch = next(self.batches, None)
+        if batch is None:
+            raise TrainError("the loader has ended, though it must go on epoch after epoch")
+        waited = time.perf_counter() - start
+        batch = self._to_device(batch)
+        skipped = len(batch.get("skipped", ()))
+        self.metrics.batch(self.task.tokens(batch), len(batch["key"]), skipped, waited)
+        return batch
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {
+            k: v.to(self.world.device, non_blocking=True) if isinstance(v, Tensor) else v
+            for k, v in batch.items()
+        }
+
+    def take_step(self, batches: list[Batch]) -> None:
+        """Every phase once, on the same micro-batches."""
+        self.step += 1
+        factor = rate_factor(self.recipe.optimizer, self.step, self.recipe.run.steps)
+        for phase in self.task.phases:
+            for group, rate in zip(phase.optimizer.param_groups, self.rates[phase.name], strict=True):
+                group["lr"] = rate * factor
+            count = self._backward(phase, batches)
+            self.metrics.step(phase.name, self._apply(phase, count, batches))
+            if phase.name in self.averages:
+                self.averages[phase.name].update(self.step)
+        self.metrics.steps += 1
+        self.loader_state = self.loader.state_dict()
+
+    def _backward(self, phase: Phase, batches: list[Batch]) -> float:
+        """Gradients of the sums; gives the number of parts over all ranks."""
+        recipe, world, model = self.recipe, self.world, self.models[phase.name]
+        count = 0
+        for a, self.batch in enumerate(batches):
+            micro = ((self.step - 1) * len(batches) + a) * world.size + world.rank
+            self._seed(micro)
+            with local_gradients(model, a + 1 < len(batches)):
+                with autocast(recipe, world.device):
+                    losses = self.task.loss(
+                        phase.name, model, self.batch, Draws(recipe.seed, micro, world.device)
+                    )
+                if losses.total.requires_grad:
+                    losses.total.backward()
+            count += losses.count
+            self.unread.append(Finite(self.step, 0, self.batch["key"], torch.isfinite(losses.total.detach())))
+            self.metrics.losses(phase.name, losses)
+        return world.sum(count)[0]
+
+    def _apply(self, phase: Phase, count: float, batches: list[Batch]) -> Tensor:
+        """Divide, clip, update; gives the gradient's norm before clipping."""
+        optimizer = phase.optimizer
+        gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        if not gradients:
+            return torch.zeros((), device=self.world.device)
+        scale = self.world.size / max(count, 1)  # DDP and FSDP have divided by the ranks
+        norm = gradient_norm(gradients) * scale
+        clip = (self.recipe.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([_local(g) for g in gradients], clip * scale)
+        keys = [key for batch in batches for key in batch["key"]]
+        self.unread.append(Finite(self.step, 1, keys, torch.isfinite(norm)))
+        if (
+            self.world.device.type == "cpu"
+        ):  # the answers are there; what a GPU does until it is asked is not saved
+            self.check()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def check(self) -> None:
+        """Raises TrainError, on all ranks, where a loss or gradient since the last check was not finite."""
+        unread, self.unread = self.unread, []
+        if not unread:
+            return
+        flags = torch.stack([x.finite for x in unread]).tolist()
+        mine = next(
+            ((x.step, x.kind, x.keys) for x, fine in zip(unread, flags, strict=True) if not fine), None
+        )
+        if not self.world.sum(mine is not None)[0]:
+            return
+        self.saver.wait()
+        everyone = [found for found in self.world.gather(mine) if found]
+        first = min(
+            found[:2] for found in everyone
+        )  # a loss says more than the gradient, which all ranks share
+        keys = [key for *where, own in everyone if tuple(where) == first for key in own]
+        what = "the gradient" if first[1] else "the loss"
+        kept = checkpoint.checkpoints(self.out)
+        last = f"step {max(kept)} is kept" if kept else "nothing was saved yet"
+        raise TrainError(
+            f"step {first[0]}: {what} is not finite, on the clips {', '.join(keys)}; {last}; "
+            "lower optimizer.lr, lengthen optimizer.warmup, or look at those clips"
+        )
+
+    def _seed(self, micro: int) -> None:
+        """Of torch's own generator (dropout), from the place in the run alone."""
+        words = f"{self.recipe.seed} {micro}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(words, digest_size=7).digest(), "little"))
+
+    # ------------------------------------------------------------ what is kept and shown
+
+    def _save(self) -> None:
+        self.check()
+        meta = {
+            "step": self.step,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "loader": self.loader_state,
+        }
+        self.saver.save(meta, self.task.phases, self.averages, self.task.state())
+
+    def _samples(self) -> dict[str, Tensor]:
+        """Of the first phase's longest average, or its weights; sharded models need all ranks, others one."""
+        phase = self.task.phases[0]
+        if self.world.rank and self.recipe.compute.parallel == "ddp":
+            return {}
+        ema = self.averages.get(phase.name)
+        with ema.applied(max(ema.averages)) if ema else contextlib.nullcontext(), torch.no_grad():
+            training = phase.module.training
+            phase.module.eval()
+            with autocast(self.recipe, self.world.device):
+                found = self.task.samples(phase.module, self.step)
+            phase.module.train(training)
+        return found
+
+    def out_of_memory(self) -> str:
+        shapes = {k: "×".join(map(str, v.shape)) for k, v in self.batch.items() if isinstance(v, Tensor)}
+        tokens = self.task.tokens(self.batch) if self.batch else 0
+        fixes = [f"data.tokens {tokens // 2}", f"data.batch {max(len(self.batch.get('key', ())) // 2, 1)}"]
+        if self.recipe.data.batch is None:
+            fixes.pop()
+        else:
+            fixes.pop(0)
+        if not self.recipe.compute.checkpointing:
+            fixes.append("compute.checkpointing true")
+        if self.recipe.compute.precision == "fp32":
+            fixes.append("compute.precision bf16")
+        what = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        return (
+            f"out of memory on {self.world.device} at step {self.step}, on a micro-batch of {what} "
+            f"({tokens:,} tokens); set {' or '.join(fixes)}"
+        )
+
+
+def resume_point(recipe: TrainRecipe, out: Path, world: World) -> Path | None:
+    """The last good checkpoint, the same on all ranks; what is half-written is removed.
+
+    Raises CheckpointError where it was made with another recipe.
+    """
+    step = None
+    if world.rank == 0:
+        step = max(checkpoint.checkpoints(out), default=None)
+    step = world.gather(step)[0]
+    folder = None if step is None else checkpoint.checkpoints(out)[step]
+    if folder:
+        saved = checkpoint.read_meta(folder)["recipe"]
+        if found := checkpoint.difference(saved, recipe.model_dump(mode="json")):
+            key, there, here = found
+            raise checkpoint.CheckpointError(
+                f"{out} was trained with {key} {there!r}, this recipe has {here!r}: use the same, or another --out"
+            )
+    if world.rank == 0:
+        checkpoint.clean(out, step or 0)
+    world.gather(None)
+    return folder
+
+
+def rate_factor(optimizer: Optimizer, step: int, steps: int) -> float:
+    """Of the learning rate at a step, counted from 1: linear warm-up, then decay to 0 just after `steps`."""
+    warm = min(1.0, step / optimizer.warmup) if optimizer.warmup else 1.0
+    done = min(max(step - 1 - optimizer.warmup, 0) / max(steps - optimizer.warmup, 1), 1.0)
+    if optimizer.decay == "cosine":
+        return warm * 0.5 * (1 + math.cos(math.pi * done))
+    return warm * (1 - done) if optimizer.decay == "linear" else warm
+
+
+def _chain(first: Batch, rest: Iterator[Batch]) -> Generator[Batch, None, None]:
+    yield first
+    yield from rest
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if hasattr(x, "to_local") else x

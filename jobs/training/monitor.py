@@ -1,0 +1,384 @@
+"""What a training run leaves to look at, in OUT:
+
+    metrics.jsonl           a row {"step", "time", …} for every step that was logged
+    tensorboard/            the same as event files
+    samples/step-00000500/  every video as mp4, sheet.png of all, samples.json with what they show
+    plan.txt                what was announced before the first step
+    page.html               one page of it all that opens from disk (`jobs.training.page`)
+
+and on Weights & Biases where `run.wandb` is set. Names the page knows (anything else gets a chart, too):
+
+    loss, grad_norm, lr (of several phases <phase>/loss, …), loss/level_0 … loss/level_9 (tenths of the noise level),
+    tokens_per_second, samples_per_second, step_seconds, mfu and data_wait (shares, 0…1), peak_memory_gb, skipped,
+    frechet/<network>, kernel/<network>
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.training import page
+from jobs.training.recipe import TrainRecipe
+from pipeline.recipe import RecipeError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from models.features import VideoFeatures
+
+PAGE_EVERY_S = 300.0  # the page is written anew at least so often, while steps are logged
+VIDEO_SIDE = 128  # pixels that the shorter side of an mp4 has at least
+SHEET_FRAMES, SHEET_HEIGHT, SHEET_WIDTH = 8, 96, 1400
+
+
+class Monitor:
+    """Scalars, videos and the page of one run; a monitor that is not enabled (another rank's) does nothing.
+
+    A run that is resumed drops what was logged after the step it resumes from: call `resume` with that step,
+    or just go on, and the first step that is logged replaces itself and all after it. So no step is there
+    twice, however often a run was killed.
+
+    Raises RecipeError where W&B is asked for and cannot be had, OSError where OUT cannot be written.
+    """
+
+    def __init__(self, out: Path, recipe: TrainRecipe, enabled: bool = True):
+        self.out, self.recipe, self.enabled = Path(out), recipe, enabled
+        self.begun = False
+        self.page_time = time.monotonic()
+        if not enabled:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.metrics = Metrics(self.out / "metrics.jsonl")
+        self.wandb = open_wandb(self.out, recipe) if recipe.run.wandb else None
+
+    def resume(self, step: int) -> None:
+        """Forget what was logged after `step`: the run goes on from there."""
+        if self.enabled and not self.begun:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.metrics.keep(step)
+            self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=step + 1)
+            self.begun = True
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Log numbers of a step; several calls for one step add to its row."""
+        if not self.enabled:
+            return
+        self.resume(step - 1)
+        self.metrics.write(step, values)
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        self.board.flush()
+        if self.wandb is not None:
+            self.wandb.log(values | {"step": step})
+        if time.monotonic() - self.page_time > PAGE_EVERY_S:
+            self._write_page()
+
+    def videos(self, step: int, videos: dict[str, Tensor]) -> None:
+        """Keep sampled videos, name or prompt → uint8 [T, H, W, 3]; a second call for a step replaces the first.
+
+        Raises ValueError for another type or shape.
+        """
+        if not self.enabled or not videos:
+            return
+        self.resume(step - 1)
+        folder = write_samples(self.out / "samples", step, videos, self.recipe.data.fps or 8.0)
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(folder / "sheet.png") as sheet:
+            self.board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+        self.board.flush()
+        if self.wandb is not None:
+            import wandb
+
+            shown = json.loads((folder / "samples.json").read_text())
+            media = [wandb.Video(str(folder / s["file"]), caption=s["name"], format="mp4") for s in shown]
+            sheet_file = wandb.Image(str(folder / "sheet.png"))
+            self.wandb.log({"samples": sheet_file, "videos": media, "step": step})
+        self._write_page()
+
+    def plan(self, text: str) -> None:
+        """Keep what was announced before the first step."""
+        if self.enabled:
+            page.replace(self.out / "plan.txt", text.encode())
+            self._write_page()
+
+    def close(self) -> None:
+        """Write the page a last time and let go of all files."""
+        if not self.enabled:
+            return
+        self._write_page()
+        if self.begun:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+        self.metrics.close()
+
+    def _write_page(self) -> None:
+        page.write(self.out, self.recipe.model_dump(mode="json"))
+        self.page_time = time.monotonic()
+
+
+class Metrics:
+    """A file of JSON rows in the order of their steps, whole after a kill at any moment.
+
+    A row is appended in one write, which no signal tears; a row that gets more numbers is replaced in one
+    write by a line that is at least as long.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self.keep(math.inf)
+
+    def keep(self, until: float) -> None:
+        """Cut off the rows after step `until`, and a last line that a full disk cut short."""
+        self.start = self.end = 0  # of the last row, bytes
+        self.last: dict[str, Any] | None = None
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            row = page.parse(line)
+            if row is None or row["step"] > until:
+                break
+            self.start, self.end, self.last = self.end, self.end + len(line), row
+        os.ftruncate(self.file, self.end)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Raises ValueError for a step before the last."""
+        row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+        at = self.end
+        if self.last is not None and self.last["step"] >= step:
+            if self.last["step"] > step:
+                raise ValueError(f"metrics of step {step} after those of step {self.last['step']}")
+            row, at = self.last, self.start
+        row |= {name: float(x) if math.isfinite(x) else None for name, x in values.items()}
+        line = json.dumps(row).encode().ljust(self.end - at - 1) + b"\n"
+        os.pwrite(self.file, line, at)
+        self.start, self.end, self.last = at, at + len(line), row
+
+    def close(self) -> None:
+        os.close(self.file)
+
+
+def open_wandb(out: Path, recipe: TrainRecipe) -> Any:
+    """A W&B run that goes on where OUT's earlier one ended; offline with WANDB_MODE=offline."""
+    try:
+        import wandb
+    except ImportError as e:
+        raise RecipeError(
+            "run.wandb: the package wandb is not installed: pip install wandb, or leave run.wandb false"
+        ) from e
+    name = out / "wandb.id"
+    if not name.exists():
+        page.replace(name, uuid.uuid4().hex[:8].encode())
+    try:
+        run = wandb.init(
+            project="clipmill",
+            name=recipe.name,
+            id=name.read_text(),
+            resume="allow",
+            dir=str(out),
+            config=recipe.model_dump(mode="json"),
+        )
+    except wandb.errors.Error as e:
+        said = " ".join(str(e).split()).rstrip(".")
+        raise RecipeError(f"run.wandb: {said}; run 'wandb login', or set WANDB_MODE=offline") from e
+    run.define_metric("*", step_metric="step")  # not W&B's own counter, which cannot go back
+    return run
+
+
+# ---------------------------------------------------------------- videos to look at
+
+
+def write_samples(root: Path, step: int, videos: dict[str, Tensor], fps: float) -> Path:
+    """Write root/step-… with every video as mp4, sheet.png and samples.json; it appears whole. Returns it."""
+    final = root / f"step-{step:08d}"
+    aside = root / f".{final.name}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    listed = []
+    for i, (name, video) in enumerate(videos.items()):
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].strip("-")
+        file = f"{i:02d}-{slug or 'video'}.mp4"
+        write_mp4(aside / file, video, fps)
+        listed.append({"name": name, "file": file, "frames": len(video), "fps": fps})
+    contact_sheet(videos).save(aside / "sheet.png")
+    (aside / "samples.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False), encoding="utf-8")
+    if final.exists():
+        shutil.rmtree(final)
+    aside.replace(final)
+    return final
+
+
+def write_mp4(path: Path, video: Tensor, fps: float) -> None:
+    """uint8 [T, H, W, 3] → H.264 of exactly T frames.
+
+    Small pictures are enlarged by whole pixels, so that halved chroma (4:2:0) costs them no colour. Raises
+    ValueError for another type or shape.
+    """
+    from fractions import Fraction
+
+    import av
+
+    check(video)
+    height, width = video.shape[1:3]
+    times = -(-VIDEO_SIDE // min(height, width))
+    frames = video.cpu().numpy().repeat(times, 1).repeat(times, 2)
+    frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # H.264 has even sides
+    rate = Fraction(fps).limit_denominator(1001)
+    options = {"crf": "12", "preset": "medium", "threads": "1", "bf": "0"}
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as out:
+        stream: Any = out.add_stream("libx264", rate=rate, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = 1 / rate
+        for i, picture in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = i, 1 / rate
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+
+
+def contact_sheet(videos: dict[str, Tensor]) -> Image.Image:
+    """A row of at most 8 frames, from the first to the last, for every video, its name below."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=15)
+    rows: list[tuple[Image.Image, list[str]]] = []
+    for video in videos.values():
+        check(video)
+        chosen = np.linspace(0, len(video) - 1, min(len(video), SHEET_FRAMES)).round().astype(int)
+        frames = [Image.fromarray(f) for f in video.cpu().numpy()[chosen]]
+        width, height = frames[0].size
+        height, width = SHEET_HEIGHT, max(1, round(SHEET_HEIGHT * width / height))
+        smooth = Image.Resampling.NEAREST if frames[0].height < SHEET_HEIGHT else Image.Resampling.LANCZOS
+        row = Image.new("RGB", (len(frames) * (width + 2) - 2, height), "white")
+        for i, frame in enumerate(frames):
+            row.paste(frame.resize((width, height), smooth), (i * (width + 2), 0))
+        if row.width > SHEET_WIDTH:
+            row = row.resize((SHEET_WIDTH, round(height * SHEET_WIDTH / row.width)), Image.Resampling.LANCZOS)
+        rows.append((row, []))
+    total = max(320, *(row.width for row, _ in rows))
+    for (_, lines), name in zip(rows, videos, strict=True):
+        for word in name.split():
+            longer = f"{lines[-1]} {word}" if lines else word
+            if lines and font.getlength(longer) <= total - 16:
+                lines[-1] = longer
+            else:
+                lines.append(word)
+    height = sum(row.height + 20 * len(lines) + 16 for row, lines in rows)
+    sheet = Image.new("RGB", (total + 16, height + 8), "white")
+    draw, top = ImageDraw.Draw(sheet), 8
+    for row, lines in rows:
+        sheet.paste(row, (8, top))
+        top += row.height + 4
+        for line in lines:
+            draw.text((8, top), line, fill="black", font=font)
+            top += 20
+        top += 12
+    return sheet
+
+
+def check(video: Tensor) -> None:
+    import torch
+
+    if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3 or not len(video):
+        raise ValueError(f"a sample is {video.dtype} {list(video.shape)}: give uint8 [T, H, W, 3]")
+
+
+# ---------------------------------------------------------------- distances while training
+
+
+class FrechetInLoop:
+    """Distances of sampled to real videos, measured whenever a trainer samples.
+
+    The features of the real videos are computed once and kept in OUT/reference, so that a resumed run
+    compares with the same. Where there are twice as many real videos as are asked for, the other half is
+    compared with the first, too: what a perfect model would score.
+
+    Args:
+        features: a network of `models.features`.
+        real: batches of real videos, uint8 [B, T, H, W, 3]; read only where nothing is kept.
+        n: real videos to compare with; sample as many, since the distance depends on it.
+        protocol: what else decides the numbers (data, frames, fps, size, seed); another one measures anew.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        features: VideoFeatures,
+        real: Iterable[Tensor],
+        n: int,
+        protocol: dict[str, Any] | None = None,
+    ):
+        from models.frechet import frechet_distance, kernel_distance, moments
+
+        self.features = features
+        known = self._real_features(Path(out), real, n, protocol or {})
+        self.real, others = known.split([min(n, len(known)), max(0, len(known) - n)])
+        self.moments = moments(self.real)
+        self.floor: dict[str, float] = {}
+        if len(others) == n:
+            self.floor = {
+                f"frechet/{features.name}/real": frechet_distance(self.moments, moments(others)),
+                f"kernel/{features.name}/real": kernel_distance(self.real, others),
+            }
+
+    def __call__(self, videos: Iterable[Tensor]) -> dict[str, float]:
+        """Scalars to log for sampled videos in batches, uint8 [B, T, H, W, 3].
+
+        Every rank of a distributed run gives its own share (or nothing); all get the numbers of the whole.
+        """
+        import torch
+        import torch.distributed as dist
+
+        from models.frechet import frechet_distance, kernel_distance, moments
+
+        found = [self.features(v) for v in videos]
+        mine = torch.cat(found) if found else self.real[:0]
+        if dist.is_available() and dist.is_initialized():
+            shares: list[Tensor] = [mine] * dist.get_world_size()
+            dist.all_gather_object(shares, mine)
+            mine = torch.cat(shares)
+        name = self.features.name
+        return {
+            f"frechet/{name}": frechet_distance(self.moments, moments(mine)),
+            f"kernel/{name}": kernel_distance(self.real, mine),
+            **self.floor,
+        }
+
+    def _real_features(self, out: Path, real: Iterable[Tensor], n: int, protocol: dict[str, Any]) -> Tensor:
+        """[n or 2 n, D], from OUT/reference where they were measured before."""
+        import torch
+
+        asked = {"name": self.features.name, "hash": self.features.hash, "n": n} | protocol
+        file = out / "reference" / f"{self.features.name}-{self.features.hash}.pt"
+        if file.exists():
+            kept = torch.load(file, weights_only=True)
+            if kept["protocol"] == asked:
+                return kept["features"]
+        found: list[Tensor] = []
+        for videos in real:
+            found.append(self.features(videos))
+            if sum(map(len, found)) >= 2 * n:
+                break
+        count = sum(map(len, found))
+        if count < 2:
+            raise ValueError(f"{count} real videos are too few for a distance: give 2 or more")
+        features = torch.cat(found)
+        features = features[: 2 * n] if count >= 2 * n else features[:n]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f".{file.name}.{os.getpid()}.partial")
+        torch.save({"protocol": asked, "features": features}, aside)
+        aside.replace(file)
+        return features

@@ -1,0 +1,95 @@
+"""What a run will take, said before it begins: parameters, memory, FLOPs a step."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jobs.training.distributed import World
+from jobs.training.recipe import TrainRecipe
+from jobs.training.task import Batch, Draws, Phase, Task
+from models.flops import Peak, cost, peak
+
+MOMENTS = 2  # that Adam keeps of a parameter
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one device.
+
+    flops_a_token: of all phases, forward and backward; batches of other shapes are taken to cost in
+        proportion to their tokens.
+    """
+
+    text: str
+    flops_a_token: float
+    peak: Peak
+
+
+def autocast(recipe: TrainRecipe, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bf16 where the recipe says so; parameters stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.compute.precision == "bf16")
+
+
+def make_plan(recipe: TrainRecipe, task: Task, batch: Batch, world: World) -> Plan:
+    """Run one micro-batch of every phase forward and backward, before anything is spread or compiled."""
+    device, compute = world.device, recipe.compute
+    draws = Draws(recipe.seed, 0, device)
+    flops = saved = 0
+    for phase in task.phases:
+
+        def loss(phase: Phase = phase) -> Tensor:
+            with autocast(recipe, device):
+                return task.loss(phase.name, phase.module, batch, draws).total
+
+        found = cost(loss, phase.module, task.blocks(phase.module), device)
+        flops += found.flops
+        saved = max(saved, found.recomputed if compute.checkpointing else found.saved)
+    tokens = task.tokens(batch)
+    most = peak(device, torch.bfloat16 if compute.precision == "bf16" else torch.float32)
+    shards = world.size if compute.parallel == "fsdp" else 1
+    every = [(p, phase) for phase in task.phases for p in phase.module.parameters()]
+    trained = sum(p.numel() for p, _ in every if p.requires_grad)
+    frozen = sum(p.numel() for p, _ in every if not p.requires_grad)
+    averaged = sum(p.numel() for p, phase in every if p.requires_grad and phase.ema)
+    weights = sum(p.numel() * p.element_size() for p, _ in every) / shards
+    gradients = 4 * trained / shards
+    moments = MOMENTS * gradients
+    averages = 4 * averaged * len(recipe.ema.lengths) / shards
+    total = weights + gradients + moments + averages + saved
+    a_step = flops * compute.accumulate * world.size
+    lines = [
+        f"parameters   {_count(trained)} trained" + (f", {_count(frozen)} frozen" if frozen else ""),
+        f"weights      {_bytes(weights)}, gradients {_bytes(gradients)}",
+        f"optimizer    {_bytes(moments)} (estimated: {MOMENTS} float32 moments a parameter)",
+        f"averages     {_bytes(averages)} ({len(recipe.ema.lengths)} lengths)",
+        f"activations  {_bytes(saved)} (what autograd kept of one micro-batch of {tokens:,} tokens"
+        + (", less what is recomputed)" if compute.checkpointing else ")"),
+        f"memory       {_bytes(total)} in sum a device"
+        + (f", of {_bytes(_there(device))}" if _there(device) else ""),
+        f"a step       {a_step / 1e12:.3g} TFLOP, forward and backward (counted; "
+        f"{compute.accumulate * world.size} micro-batches on {world.size} × {device.type})",
+        f"peak         {most.flops / 1e12:.3g} TFLOP/s a device ({most.source}): "
+        f"{a_step / world.size / most.flops:.3g} s a step at best",
+    ]
+    return Plan("\n".join(lines), flops / max(tokens, 1), most)
+
+
+def _there(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+def _count(n: float) -> str:
+    return f"{n / 1e6:,.1f} M" if n >= 1e5 else f"{n:,}"
+
+
+def _bytes(n: float) -> str:
+    for unit in ("kB", "MB"):
+        n /= 1000
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+    return f"{n / 1000:,.3g} GB"

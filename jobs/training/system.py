@@ -1,0 +1,319 @@
+"""Everything between a caption and a video, made from a recipe: what training and sampling share.
+
+captions ─ text encoder ─┐
+noise ───────── network(z, level, condition) ─ sampler ─ normaliser⁻¹ ─ autoencoder ─ pixels
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jobs.training.checkpoint import load_model
+from jobs.training.recipe import Autoencoder as AutoencoderRecipe
+from jobs.training.recipe import Bucket, Objective, Tasks, TrainRecipe, import_spec
+from jobs.training.recipe import Text as TextRecipe
+from models.condition import Condition
+from models.generate import Draw, drawer
+from models.latents import Autoencoder, BlockDCT, Normalizer, Posterior, latent_shape
+from models.noise import Cosine, Flow, Linear, Schedule
+from models.objective import MinSNR, Process, Uncertainty, Weighting, prediction_error, uniform
+from models.samplers import SAMPLERS
+from models.text_encoder import ByteText, PretrainedText
+
+
+class Network(nn.Module):
+    """All that is trained: the denoiser, a text encoder trained along, the weighting's own parameters.
+
+    DDP and FSDP act around `forward` alone, so everything is asked of it: `network("loss", …)`,
+    `network("predict", …)`, `network("read", texts)`.
+    """
+
+    def __init__(
+        self, denoiser: nn.Module, text: ByteText | None, process: Process, weighting: Weighting = uniform
+    ):
+        super().__init__()
+        self.denoiser, self.text, self.process = denoiser, text, process
+        self.weighting = weighting
+
+    def forward(self, call: str, *args: Any) -> Any:
+        return getattr(self, call)(*args)
+
+    def predict(self, z: Tensor, level: Tensor, condition: Condition) -> Tensor:
+        """z [B, C, T, h, w], level [B] → prediction of z's shape."""
+        return self.denoiser(z, level, condition)
+
+    def read(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Features [B, L, D] and mask [B, L] of the text encoder that is trained along."""
+        assert self.text is not None
+        return self.text(texts)
+
+    def loss(
+        self,
+        x: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        condition: Condition,
+        texts: list[str] | None,
+        dropped: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted and plain loss of each sample, [B] both; texts are read here where they are given.
+
+        Args:
+            dropped: bool [B], rows that are trained on without their text.
+        """
+        if texts is not None:
+            features, mask = self.read(texts)
+            condition = replace(condition, text=features, text_mask=mask)
+        condition = condition.without_text(dropped)
+        error = prediction_error(self.denoiser, self.process, x, t, noise, condition)
+        return self.weighting(error, self.process, t), error.detach()
+
+
+@dataclass
+class System:
+    """Everything between a caption and a video. Made by `build_system` or `load_system`.
+
+    text: the frozen text encoder; None where there is none, or one in the network.
+    """
+
+    recipe: TrainRecipe
+    autoencoder: Autoencoder
+    normalizer: Normalizer
+    text: PretrainedText | None
+    network: Network
+    device: torch.device
+
+    @property
+    def process(self) -> Process:
+        return self.network.process
+
+    def condition(self, texts: list[str], network: nn.Module | None = None) -> Condition:
+        """A condition with the texts' features; empty texts are 'no text'. `network`: as it is wrapped, or its own."""
+        network = network or self.network
+        if self.text is not None:
+            features, mask = self.text(texts)
+        elif self.network.text is not None:
+            features, mask = network("read", texts)
+        else:
+            return Condition()
+        return Condition(text=features, text_mask=mask)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Posterior:
+        """[B, 3, T, H, W] in −1…1 → what the autoencoder says of it, float32, not normalised.
+
+        Never under autocast: published autoencoders give NaN in bfloat16.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            posterior = self.autoencoder.encode(video)
+        logvar = None if posterior.logvar is None else posterior.logvar.float()
+        return Posterior(posterior.mean.float(), logvar)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents [B, C, T, h, w] → uint8 [B, T, H, W, 3]."""
+        with torch.autocast(self.device.type, enabled=False):
+            videos = [self.autoencoder.decode(z) for z in self.normalizer.inverse(latents.float()).split(1)]
+        return to_bytes(torch.cat(videos))
+
+    def draw(
+        self,
+        network: nn.Module | None = None,
+        *,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        reconstruct: float = 0.0,
+    ) -> Draw:
+        """(shape, condition) → latents, as `models.generate` takes it; what is not given is as the recipe has it.
+
+        Args:
+            network: as it is wrapped, or its own.
+            sampler: a name in `models.samplers`; 'auto' is DPM-Solver++(2M).
+            reconstruct: weight of reconstruction guidance, for a network that was trained without known
+                frames; one that was trained with them is told them as well.
+
+        Raises ValueError for a sampler that there is not.
+        """
+        run = self.recipe.run
+        name = run.sampler if sampler is None else sampler
+        if name != "auto" and name not in SAMPLERS:
+            raise ValueError(f"sampler {name!r} is none of auto, {', '.join(SAMPLERS)}")
+        return drawer(
+            partial(network or self.network, "predict"),  # type: ignore[arg-type]
+            self.process,
+            sampler=SAMPLERS["dpmpp_2m" if name == "auto" else name],
+            steps=run.sample_steps if steps is None else steps,
+            guidance=run.guidance if guidance is None else guidance,
+            tell_known=knows_frames(self.recipe.tasks),
+            reconstruct=reconstruct,
+            generator=torch.Generator(self.device).manual_seed(seed),
+            device=self.device,
+        )
+
+    @property
+    def bucket(self) -> Bucket:
+        """The longest that it was trained on: what is sampled."""
+        return max(self.recipe.data.buckets, key=lambda b: b.frames)
+
+    def shape(self, count: int, frames: int | None = None) -> tuple[int, int, int, int, int]:
+        """[B, C, T, h, w] of so many videos of `bucket`; `frames`: of pixels, in place of its own."""
+        b = self.bucket
+        t, h, w = latent_shape(self.autoencoder, frames or b.frames, b.height, b.width)
+        return count, self.autoencoder.channels, t, h, w
+
+    def mean(self, video: Tensor) -> Tensor:
+        """[B, 3, T, H, W] in −1…1 → normalised latents [B, C, T, h, w], without drawing."""
+        return self.normalizer(self.encode(video).mean)
+
+    def state(self) -> dict[str, Any]:
+        """What `load_system` needs beside the network's weights; plain values."""
+        return {
+            "trains": "diffusion",
+            "recipe": self.recipe.model_dump(mode="json"),
+            "normalizer": {"mean": self.normalizer.mean.tolist(), "std": self.normalizer.std.tolist()},
+        }
+
+
+def device_of(name: str | None) -> torch.device:
+    """The named device; none: this process's GPU (LOCAL_RANK) where there is one. Raises ValueError."""
+    if name is None:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name} cannot be used here: give cpu, cuda or cuda:N") from e
+    return device
+
+
+def to_unit(video: Tensor) -> Tensor:
+    """uint8 0…255 → float32 −1…1."""
+    return video.float() / 127.5 - 1
+
+
+def to_bytes(video: Tensor) -> Tensor:
+    """[B, 3, T, H, W] in −1…1 → uint8 [B, T, H, W, 3]."""
+    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+
+# ---------------------------------------------------------------- the parts, from a recipe
+
+
+def build_autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> Autoencoder:
+    """Frozen. Raises ValueError or models.embed.MissingModel: one sentence with the fix."""
+    if recipe.kind == "none":
+        return BlockDCT(1, 1)  # of one pixel a block: the pixels themselves
+    if recipe.kind == "dct":
+        return BlockDCT(recipe.patch, recipe.keep)
+    if not recipe.path:
+        what = "a checkpoint of 'clipmill train'" if recipe.kind == "vae" else "a folder or hub id"
+        raise ValueError(f"autoencoder.kind {recipe.kind} needs autoencoder.path: name {what}")
+    found: Any
+    if recipe.kind == "diffusers":
+        from models.autoencoders import load
+
+        found = load(recipe.path)
+    else:
+        from models.vae import build
+
+        trained = load_model(Path(recipe.path))
+        if "vae" not in trained.weights:
+            raise ValueError(f"autoencoder.path {recipe.path} holds no autoencoder: train one, trains: vae")
+        found = build(**trained.state["vae"])
+        found.load_state_dict(trained.weights["vae"])
+    return found.to(device).requires_grad_(False).eval()
+
+
+def build_text(recipe: TextRecipe, device: torch.device) -> PretrainedText | None:
+    """The frozen text encoder; None for the others. Raises ValueError or models.embed.MissingModel."""
+    if recipe.kind != "transformers":
+        return None
+    if not recipe.model:
+        raise ValueError(
+            "text.kind transformers needs text.model: name a folder or hub id of CLIP, T5, Qwen, …"
+        )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return PretrainedText(recipe.model, recipe.length, dtype=dtype).to(device)
+
+
+def build_process(recipe: Objective) -> Process:
+    if recipe.schedule == "linear" and recipe.shift != 1:
+        raise ValueError(f"objective.shift {recipe.shift}: the linear schedule has none; leave it at 1")
+    schedules: dict[str, Schedule] = {
+        "cosine": Cosine(shift=-math.log(recipe.shift)),
+        "linear": Linear(),
+        "flow": Flow(recipe.shift),
+    }
+    return Process(schedules[recipe.schedule], recipe.prediction)
+
+
+def build_network(recipe: TrainRecipe, channels: int, frozen_text: PretrainedText | None) -> Network:
+    """Raises ValueError where the model's options do not fit together."""
+    options = recipe.model.options()
+    build = import_spec(recipe.model.kind).build
+    taken = inspect.signature(build).parameters
+    for name, wanted in (("context", knows_frames(recipe.tasks)), ("upsample", recipe.tasks.upsampling > 0)):
+        if wanted and name not in taken:
+            raise ValueError(
+                f"model.kind {recipe.model.kind} cannot be given frames ({name}): turn off those tasks"
+            )
+        if wanted:
+            options[name] = True
+    own = None
+    if recipe.text.kind == "bytes":
+        own = ByteText(recipe.text.length, recipe.text.width, recipe.text.depth)
+    width = own.width if own else frozen_text.width if frozen_text else None
+    weighting: Weighting = uniform
+    if recipe.objective.weighting == "min_snr":
+        weighting = MinSNR(recipe.objective.min_snr_gamma)
+    elif recipe.objective.weighting == "uncertainty":
+        weighting = Uncertainty()
+    return Network(build(channels, width, **options), own, build_process(recipe.objective), weighting)
+
+
+def build_system(recipe: TrainRecipe, device: torch.device, normalizer: Normalizer | None = None) -> System:
+    """With new weights, the same for the same seed; without a normaliser, latents as they are.
+
+    Raises ValueError or models.embed.MissingModel: one sentence with the fix.
+    """
+    autoencoder = build_autoencoder(recipe.autoencoder, device)
+    if normalizer is None:
+        normalizer = Normalizer(torch.zeros(autoencoder.channels), torch.ones(autoencoder.channels))
+    text = build_text(recipe.text, device)
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+        torch.manual_seed(recipe.seed)
+        network = build_network(recipe, autoencoder.channels, text).to(device)
+    return System(recipe, autoencoder, normalizer.to(device), text, network, device)
+
+
+def load_system(state: dict[str, Any], device: torch.device) -> System:
+    """The system of a checkpoint's `state`; its network's weights are for the caller to load."""
+    saved = state["normalizer"]
+    normalizer = Normalizer(torch.tensor(saved["mean"]), torch.tensor(saved["std"]))
+    return build_system(TrainRecipe.model_validate(state["recipe"]), device, normalizer)
+
+
+def knows_frames(tasks: Tasks) -> bool:
+    return tasks.first_frame + tasks.prediction + tasks.interpolation > 0
+
+
+def blurred(video: Tensor, factor: int) -> Tensor:
+    """[B, C, T, H, W] seen at 1/factor of its size and enlarged again, as super-resolution is given it."""
+    return enlarged(F.avg_pool3d(video, (1, factor, factor)), factor)
+
+
+def enlarged(video: Tensor, factor: int) -> Tensor:
+    """[B, C, T, h, w] → [B, C, T, h · factor, w · factor], linearly between pixels."""
+    return F.interpolate(video, scale_factor=(1, factor, factor), mode="trilinear", align_corners=False)

@@ -1,0 +1,172 @@
+"""Training an autoencoder: reconstruction, perceptual distance, KL and, from some step on, a discriminator.
+
+Two phases a step, as VQGAN and latent diffusion train (Esser et al. 2021; Rombach et al. 2022, app. G):
+
+    vae             L1 + perceptual + weight · KL per pixel value + adversarial · λ · (−logit), λ adaptive
+    discriminator   hinge loss of videos against their reconstructions
+
+With `train: decoder` the encoder is frozen and the decoder fine-tuned on videos (Video LDM, sec. 3.1.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from jobs.training.checkpoint import load_model
+from jobs.training.data import build_loader, reader_of
+from jobs.training.recipe import TrainRecipe
+from jobs.training.system import to_bytes, to_unit
+from jobs.training.task import Batch, Draws, Loader, Losses, Phase
+from models import perceptual, vae
+from models.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from models.latents import Posterior, latent_shape
+from models.quality import psnr
+from pipeline.recipe import Section
+
+SHOWN = 2  # clips whose reconstruction is looked at
+
+
+class VAELoss(Section):
+    """What an autoencoder is trained for, and from where."""
+
+    channels: int = Field(16, ge=1, description="of the latents")
+    train: Literal["all", "decoder"] = Field("all", description="decoder: the encoder is frozen (Video LDM)")
+    image: str | None = Field(
+        None, description="start from this image VAE of the same widths: a folder that clipmill train wrote"
+    )
+    kl: float = Field(1e-6, ge=0, description="weight of the KL in nats, per pixel value as the L1 loss is")
+    perceptual: Literal["none", "efficientnet_lite0", "vgg16"] = Field(
+        "efficientnet_lite0", description="the network of the perceptual distance"
+    )
+    perceptual_weight: float = Field(1.0, ge=0)
+    perceptual_file: str | None = Field(None, description="vgg16: torchvision's weights")
+    perceptual_heads: str | None = Field(
+        None, description="vgg16: LPIPS' linear heads; null: all channels weigh 1"
+    )
+    adversarial: float = Field(0.5, ge=0, description="weight of the discriminator; 0: none")
+    adversarial_start: int = Field(10_000, ge=0, description="the step from which it judges and learns")
+    discriminator_width: int = Field(64, ge=8, description="features of its first layer")
+
+
+def build(
+    recipe: TrainRecipe, data: str, device: torch.device, rank: int = 0, world: int = 1
+) -> tuple[AutoencoderTask, Loader]:
+    """Raises ValueError or StoreError, in one sentence, where recipe and data do not fit."""
+    if recipe.model.kind != "vae":
+        raise ValueError(f"trains: vae needs model.kind vae, not {recipe.model.kind}")
+    if recipe.data.images or recipe.data.cache:
+        raise ValueError(
+            "a VAE learns from pixels: leave data.cache unset and data.images 0; a bucket of one frame is images"
+        )
+    task = AutoencoderTask(recipe, getattr(recipe, "vae", VAELoss()), device, world)
+    loader = build_loader(recipe, data, task.vae, rank, world, pin=device.type == "cuda")
+    reader = reader_of(recipe, data)
+    task.shown = [torch.from_numpy(reader.sound(row)["video"]) for row in range(min(SHOWN, len(reader.keys)))]
+    return task, loader
+
+
+class AutoencoderTask:
+    """A `jobs.training.task.Task`.
+
+    shown: uint8 [3, T, H, W] each, the clips of `samples`.
+    """
+
+    def __init__(self, recipe: TrainRecipe, wanted: VAELoss, device: torch.device, world: int = 1):
+        self.wanted, self.device = wanted, device
+        self.micros = recipe.compute.accumulate * world  # micro-batches a step
+        self.made_of = {"channels": wanted.channels} | recipe.model.options()
+        torch.manual_seed(recipe.seed)
+        self.vae = vae.build(**self.made_of)
+        if wanted.image:
+            trained = load_model(Path(wanted.image))
+            if "vae" not in trained.weights:
+                raise ValueError(f"vae.image {wanted.image} holds no autoencoder: train one, trains: vae")
+            vae.inflate(self.vae, trained.weights["vae"])
+        if wanted.train == "decoder":
+            self.vae.freeze_encoder()
+        self.perceptual = None
+        if wanted.perceptual != "none" and wanted.perceptual_weight:
+            files = (wanted.perceptual_file, wanted.perceptual_heads)
+            self.perceptual = perceptual.build(wanted.perceptual, *files).to(device)
+        self.phases = [self._phase("vae", self.vae.to(device), recipe)]
+        if wanted.adversarial:
+            self.discriminator = PatchDiscriminator(wanted.discriminator_width).to(device)
+            self.phases.append(self._phase("discriminator", self.discriminator, recipe))
+        self.shown: list[Tensor] = []
+
+    @staticmethod
+    def _phase(name: str, module: nn.Module, recipe: TrainRecipe) -> Phase:
+        o = recipe.optimizer
+        trained = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, o.lr, o.betas, weight_decay=o.weight_decay)
+        return Phase(name, module, optimizer, ema=name == "vae")
+
+    def loss(self, phase: str, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
+        video = to_unit(batch["video"].to(self.device, non_blocking=True))
+        shape = latent_shape(self.vae, *video.shape[2:])
+        noise = draws.normal(video.new_empty(len(video), self.vae.channels, *shape))
+        judged = draws.micro // self.micros >= self.wanted.adversarial_start
+        if phase == "discriminator":
+            return self._discriminate(model, video, noise, judged)
+        return self._autoencode(model, video, noise, judged and self.wanted.adversarial > 0)
+
+    def _autoencode(self, model: nn.Module, video: Tensor, noise: Tensor, judged: bool) -> Losses:
+        made, mean, logvar = model(video, noise)
+        made = made.float()
+        l1 = (made - video).abs().flatten(1).mean(1)  # [B], as all losses here
+        kl = Posterior(mean.float(), logvar.float()).kl() / video[0].numel()
+        fit, report = l1, {"l1": l1, "kl": kl, "psnr": psnr(made.clamp(-1, 1), video).mean(1)}
+        if self.perceptual is not None:
+            report["perceptual"] = self.perceptual(made, video)
+            fit = fit + self.wanted.perceptual_weight * report["perceptual"]
+        total = fit + self.wanted.kl * kl
+        if judged:
+            report["adversarial"] = adversarial = self._adversarial(made)
+            weight = adaptive_weight(fit.sum(), adversarial.sum(), self.vae.last_layer)
+            total = total + self.wanted.adversarial * weight * adversarial
+            report["adaptive_weight"] = weight.expand(len(video))
+        return Losses(total.sum(), len(video), {k: v.detach().sum() for k, v in report.items()})
+
+    def _adversarial(self, made: Tensor) -> Tensor:
+        """Generator's loss [B], whose gradient ends at `made`: the discriminator gathers none from it."""
+        image = made.detach().requires_grad_()
+        loss = generator_loss(self.discriminator(image))
+        (slope,) = torch.autograd.grad(loss.sum(), image)
+        return loss.detach() + ((made - image.detach()) * slope).flatten(1).sum(1)
+
+    def _discriminate(self, model: nn.Module, video: Tensor, noise: Tensor, judged: bool) -> Losses:
+        if not judged:  # nothing to learn from, on no rank
+            return Losses(video.new_zeros(()), len(video), {"discriminator": video.new_zeros(())})
+        with torch.no_grad():
+            made = self.vae(video, noise)[0].float()
+        real, fake = model(torch.cat([video, made])).float().chunk(2)
+        loss = discriminator_loss(real, fake)
+        return Losses(loss.sum(), len(video), {"discriminator": loss.detach().sum()})
+
+    def blocks(self, module: nn.Module) -> Iterator[nn.Module]:
+        inner = getattr(module, "module", module)  # as DDP wraps it
+        return inner.repeated() if isinstance(inner, vae.VAE) else iter(self.discriminator.blocks)
+
+    def tokens(self, batch: Batch) -> int:
+        b, _, *sides = batch["video"].shape
+        return b * math.prod(latent_shape(self.vae, *sides))
+
+    @torch.no_grad()
+    def samples(self, model: nn.Module, step: int) -> dict[str, Tensor]:
+        """Original | reconstruction, uint8 [T, H, 2·W, 3]."""
+        found = {}
+        for i, clip in enumerate(self.shown):
+            video = to_unit(clip[None].to(self.device))
+            found[f"reconstruction-{i}"] = to_bytes(torch.cat([video, model(video)[0]], dim=4))[0].cpu()
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """`vae`: what `models.vae.build` takes."""
+        return {"vae": self.made_of}

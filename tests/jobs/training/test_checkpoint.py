@@ -1,0 +1,312 @@
+"""Checkpoints: whole or not there, wherever a run is killed; and what `load_model` makes of them."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from jobs.training import checkpoint
+from jobs.training.checkpoint import CheckpointError, checkpoints, difference, load_model
+from models.ema import Profile, error, exponent
+from tests.fixtures.toy_training import Numbers, Process, Toy, recipe, run, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+STEPS = 4
+
+
+def wanted(**sections):
+    return recipe(run={"steps": STEPS, "save_every": 1, "keep": 2}, **sections)
+
+
+class Late(Numbers):
+    """A loader that takes its time, so that there is a moment to be killed in."""
+
+    def batch(self, number):
+        time.sleep(0.02)
+        return super().batch(number)
+
+
+def late(recipe, data, device, rank, world):
+    return Toy(recipe, device), Late(rank, world)
+
+
+def train_late(out):
+    run(wanted(), out, build=late)
+
+
+def train_and_die(out, where):
+    """As `train_late`, but killed in the middle of the third checkpoint."""
+    calls = itertools.count(1)
+    names = {
+        "data": (checkpoint.dcp, "save"),
+        "export": (checkpoint, "export"),
+        "prune": (checkpoint, "prune"),
+    }
+    names["name"] = (checkpoint, "publish")
+    module, name = names[where]
+    real = getattr(module, name)
+
+    def deadly(*args, **options):
+        if where == "name" and not args[1].is_dir() and not args[1].name.startswith("step-"):
+            return real(*args, **options)
+        if next(calls) < 3:
+            return real(*args, **options)
+        if where == "data":
+            (options["checkpoint_id"] / "__0_0.distcp").write_bytes(b"half")
+        if where == "prune":
+            old = next(iter(checkpoints(out).values()))
+            old.replace(old.with_name(old.name + ".partial"))
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("dead")
+
+    setattr(module, name, deadly)
+    train_late(out)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    run(wanted(), out)
+    return out
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def is_like(out, whole):
+    assert list(checkpoints(out)) == list(checkpoints(whole)) == [STEPS - 1, STEPS]
+    same(weights(out, STEPS), weights(whole, STEPS))
+    assert not [*out.rglob("*.partial")]
+    for kind in ("", "ema/"):
+        names = [p.name for p in sorted((whole / kind).glob("*.safetensors"))]
+        assert [p.name for p in sorted((out / kind).glob("*.safetensors"))] == names
+        for name in names:
+            same(load_file(out / kind / name), load_file(whole / kind / name))
+
+
+def test_killed_at_any_moment_and_started_again_nothing_is_lost(tmp_path, whole):
+    """kill -9 at seeded moments, again and again, until a process gets through."""
+    draw = random.Random(1)
+    kills, last = 0, 0
+    while True:
+        process = Process(train_late, tmp_path)
+        if kills < 3:
+            end = time.monotonic() + 30
+            while len(list(checkpoints(tmp_path))) < min(1 + kills, 2) and time.monotonic() < end:
+                time.sleep(0.005)
+                if not process.is_alive():
+                    break
+            process.join(draw.uniform(0, 0.4))
+        else:
+            process.join(60)
+        process.kill()
+        process.join()
+        now = max(checkpoints(tmp_path), default=0)
+        assert now >= last  # what was once saved is never lost
+        last = now
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+    assert kills
+    is_like(tmp_path, whole)
+
+
+@pytest.mark.parametrize(("where", "left"), [("data", 2), ("export", 2), ("name", 2), ("prune", 3)])
+def test_killed_while_a_checkpoint_is_written_the_one_before_is_used(tmp_path, whole, where, left):
+    process = Process(train_and_die, tmp_path, where)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert max(checkpoints(tmp_path)) == left
+    assert [*tmp_path.rglob("*.partial")]
+    run(wanted(), tmp_path)
+    is_like(tmp_path, whole)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_its_content_is_of_its_step(tmp_path, monkeypatch):
+    real, began = checkpoint.dcp.save, []
+
+    def slow(*args, **options):
+        began.append(time.perf_counter())
+        time.sleep(0.5)
+        return real(*args, **options)
+
+    taken = []
+
+    class Timed(Toy):
+        def loss(self, phase, model, batch, draws):
+            taken.append((draws.micro, time.perf_counter()))
+            return super().loss(phase, model, batch, draws)
+
+    def timed(recipe, data, device, rank, world):
+        return Timed(recipe, device), Numbers(rank, world)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", slow)
+    run(recipe(run={"steps": 4, "save_every": 2}), tmp_path / "slow", build=timed)
+    during = [micro for micro, at in taken if began[0] < at < began[0] + 0.5]
+    assert 3 in during  # step 4, before whose own checkpoint it waits
+    monkeypatch.setattr(checkpoint.dcp, "save", real)
+    run(recipe(run={"steps": 2}), tmp_path / "plain")
+    same(weights(tmp_path / "slow", 2), weights(tmp_path / "plain", 2))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    with pytest.raises(
+        CheckpointError, match=r"could not be written \(.*No space left on device\); the one before"
+    ):
+        run(wanted(), tmp_path)
+
+
+def test_it_holds_all_that_is_needed_to_go_on(whole):
+    meta = checkpoint.read_meta(checkpoints(whole)[STEPS])
+    assert meta["step"] == STEPS
+    assert meta["loader"] == {"batches": STEPS}
+    assert meta["recipe"] == wanted().model_dump(mode="json")
+    assert meta["ranks"] == 1
+    kinds = {key.split("/")[0] for key in weights(whole, STEPS)}
+    assert kinds == {"model", "ema", "optimizer"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"optimizer": {"lr": 0.5}}, "optimizer.lr 0.01, this recipe has 0.5"),
+        ({"ema": {"lengths": (0.2,)}}, "ema.lengths [0.05, 0.1], this recipe has [0.2]"),
+        ({"compute": {"precision": "bf16"}}, "compute.precision 'fp32', this recipe has 'bf16'"),
+    ],
+)
+def test_another_recipe_is_refused_by_the_key_that_differs(tmp_path, change, says):
+    run(recipe(run={"steps": 1}), tmp_path)
+    before = (checkpoints(tmp_path)[1] / "__0_0.distcp").read_bytes()
+    with pytest.raises(CheckpointError) as e:
+        run(recipe(run={"steps": 2}, **change), tmp_path)
+    assert says in str(e.value)
+    assert "another --out" in str(e.value)
+    assert (checkpoints(tmp_path)[1] / "__0_0.distcp").read_bytes() == before
+
+
+def test_how_long_and_on_how_much_hardware_may_differ():
+    a = recipe().model_dump(mode="json")
+    b = recipe(run={"steps": 9}, data={"workers": 0}, compute={"accumulate": 4, "parallel": "fsdp"})
+    assert difference(a, b.model_dump(mode="json")) is None
+    assert difference(a, recipe(data={"tokens": 7}).model_dump(mode="json")) == ("data.tokens", 8192, 7)
+
+
+def test_another_model_is_refused_by_the_weight_that_differs(tmp_path):
+    run(recipe(run={"steps": 1}), tmp_path)
+
+    class Wider(Toy):
+        def __init__(self, recipe, device):
+            super().__init__(recipe, device)
+            module = self.phases[0].module
+            module.out = torch.nn.Linear(8, 2)
+            self.phases[0].optimizer = torch.optim.AdamW(p for p in module.parameters() if p.requires_grad)
+
+    def wider(recipe, data, device, rank, world):
+        return Wider(recipe, device), Numbers(rank, world)
+
+    with pytest.raises(CheckpointError, match=r"model/toy/out.* of shape \[1"):
+        run(recipe(run={"steps": 2}), tmp_path, build=wider)
+
+
+# ---------------------------------------------------------------- models to use
+
+
+def test_the_newest_weights_load_into_the_module_without_the_run(whole):
+    found = load_model(whole)
+    assert found.step == STEPS
+    assert found.recipe["optimizer"]["lr"] == 0.01
+    assert found.state["words"] == ["a", "b"]
+    assert torch.equal(found.state["scale"], torch.tensor([0.5]))
+    module = Toy(wanted(), torch.device("cpu")).phases[0].module
+    module.load_state_dict(found.weights["toy"])
+    last = weights(whole, STEPS)
+    assert all(torch.equal(x, last[f"model/toy/{name}"]) for name, x in module.state_dict().items())
+
+
+@pytest.mark.parametrize("length", [0.05, 0.1])
+def test_an_average_that_was_kept_is_given_exactly(whole, length):
+    found, last = load_model(whole, ema=length).weights["toy"], weights(whole, STEPS)
+    for name, x in found.items():
+        key = f"ema/toy/{length}/{name}"
+        assert torch.equal(x, last.get(key, last[f"model/toy/{name}"]))
+    assert torch.equal(found["frozen"], torch.ones(1))
+
+
+def test_any_other_length_is_near_the_average_over_all_steps(tmp_path):
+    raw = []
+
+    class Recorded(Toy):
+        def __init__(self, recipe, device):
+            super().__init__(recipe, device)
+            net, optimizer = self.phases[0].module, self.phases[0].optimizer
+            optimizer.register_step_post_hook(lambda *_: raw.append(net.out.weight.detach().double().clone()))
+
+    def recorded(recipe, data, device, rank, world):
+        return Recorded(recipe, device), Numbers(rank, world)
+
+    steps = 30
+    run(recipe(run={"steps": steps, "save_every": 1}), tmp_path, build=recorded)
+    spread = torch.stack(raw).std(0).norm()
+    for length in (0.07, 0.15, 0.2):
+        got = load_model(tmp_path, ema=length).weights["toy"]["out.weight"]
+        share = np.diff((np.arange(steps + 1) / steps) ** (exponent(length) + 1))
+        exact = sum(w * x for w, x in zip(share, raw, strict=True))
+        assert float((got - exact).norm() / spread) < 0.05
+        assert float((raw[-1] - exact).norm() / spread) > 0.1  # the weights themselves are not
+
+
+@pytest.mark.parametrize("saves", [33, 100, 1000])
+def test_thinned_snapshots_still_span_every_length(tmp_path, saves):
+    (tmp_path / "ema").mkdir()
+    for step in range(1, saves + 1):
+        (tmp_path / "ema" / f"{step:08d}.safetensors").touch()
+        checkpoint.prune(tmp_path, keep=1)
+    kept = sorted(int(p.stem) for p in (tmp_path / "ema").iterdir())
+    assert len(kept) <= checkpoint.SNAPSHOTS
+    assert kept[-1] == saves
+    evenly = [max(1, round(saves * (i + 1) / checkpoint.SNAPSHOTS)) for i in range(checkpoint.SNAPSHOTS)]
+    thinned, even = ([Profile(t, s) for t in steps for s in (0.05, 0.1)] for steps in (kept, evenly))
+    for length, most in ((0.03, 0.025), (0.07, 0.005), (0.15, 0.01), (0.2, 0.01), (0.25, 0.05)):
+        assert error(thinned, Profile(saves, length)) < most
+        assert error(thinned, Profile(saves, length)) < 2.5 * error(even, Profile(saves, length))
+
+
+def test_a_folder_that_is_no_model_is_one_sentence(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors: give a folder"):
+        load_model(tmp_path)
+
+
+def test_averages_that_were_not_kept_are_one_sentence(tmp_path):
+    run(recipe(run={"steps": 1}, ema={"lengths": ()}), tmp_path)
+    assert not (tmp_path / "ema").exists()
+    with pytest.raises(CheckpointError, match="no averages were kept"):
+        load_model(tmp_path, ema=0.1)
+
+
+def test_only_the_last_are_kept(tmp_path):
+    run(recipe(run={"steps": 5, "save_every": 2, "keep": 2}), tmp_path)
+    assert list(checkpoints(tmp_path)) == [4, 5]
+    assert json.loads((tmp_path / "model.json").read_text())["step"] == 5
+
+
+def test_a_half_written_checkpoint_is_never_found(tmp_path):
+    for name in ("step-00000003", "step-00000004.partial", "step-x", "step-00000005.partial.1"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert list(checkpoints(tmp_path)) == [3]
+    checkpoint.clean(tmp_path, 3)
+    assert not (tmp_path / "checkpoints" / "step-00000004.partial").exists()

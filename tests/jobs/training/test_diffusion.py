@@ -1,0 +1,291 @@
+"""The diffusion task: each thing it draws, knows, drops and measures, against the same made by hand."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from jobs import shard
+from jobs.training.data import positions_of
+from jobs.training.diffusion import LOW_NOISE, build, known_frames
+from jobs.training.recipe import Tasks, TrainRecipe, load_training
+from jobs.training.system import Network, build_network, build_process, load_system, to_unit
+from jobs.training.task import Draws
+from models.latents import BlockDCT
+from tests.fixtures.run_folder import make_run_folder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("diffusion") / "run"
+    make_run_folder(folder, sources=4)
+    assert shard.main([str(folder)]) == 0
+    return str(folder)
+
+
+def recipe(**sections) -> TrainRecipe:
+    buckets = [{"frames": 4, "height": 32, "width": 32}]
+    return TrainRecipe.model_validate(
+        {
+            "name": "t",
+            "data": {"fps": 4, "buckets": buckets, "batch": 3, "workers": 0} | sections.pop("data", {}),
+            "autoencoder": {"kind": "dct", "patch": 8, "keep": 3},
+            "text": {"kind": "bytes", "length": 16, "width": 16, "depth": 1} | sections.pop("text", {}),
+            "model": {"kind": "dit", "dim": 32, "depth": 1, "heads": 2},
+        }
+        | sections
+    )
+
+
+def stirred(network: Network) -> Network:
+    """With all parameters away from 0: an untrained network says 0 whatever it is given."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return network
+
+
+def first(loader):
+    return next(iter(loader))
+
+
+# ------------------------------------------------------------ latents
+
+
+def test_the_normaliser_has_numpys_statistics_of_the_latents(run):
+    task, loader = build(recipe(), run, CPU)
+    videos = [loader.batch(n)["video"] for n in range(loader.epoch_length)]
+    z = BlockDCT(8, 3).encode(torch.cat(videos).float() / 127.5 - 1).mean.double().numpy()
+    by_channel = np.moveaxis(z, 1, 0).reshape(z.shape[1], -1)
+    np.testing.assert_allclose(task.system.normalizer.mean, by_channel.mean(1), atol=1e-6)
+    np.testing.assert_allclose(task.system.normalizer.std, by_channel.std(1), rtol=1e-5)
+    x = torch.cat([task.latents(loader.batch(n), Draws(0, n, CPU)) for n in range(loader.epoch_length)])
+    torch.testing.assert_close(
+        x.movedim(1, 0).flatten(1).std(1, correction=0), torch.ones(9), atol=1e-4, rtol=0
+    )
+
+
+def test_all_ranks_normalise_alike(run):
+    found = [build(recipe(), run, CPU, rank, 2)[0].system.normalizer for rank in range(2)]
+    assert torch.equal(found[0].std, found[1].std)
+
+
+def test_images_are_appended_encoded_one_by_one_and_flagged(run):
+    task, loader = build(recipe(data={"images": 2}), run, CPU)
+    batch = first(loader)
+    draws = Draws(0, 0, CPU)
+    x = task.latents(batch, draws)
+    assert x.shape == (3, 9, 6, 4, 4)
+    assert task.condition(x, batch, draws).images == 2
+    assert task.tokens(batch) == 3 * 6 * 16
+    for b, n in itertools.product(range(3), range(2)):
+        lone = BlockDCT(8, 3).encode(to_unit(batch["image"][b, n])[None, :, None]).mean
+        torch.testing.assert_close(x[b : b + 1, :, 4 + n], task.system.normalizer(lone)[:, :, 0])
+    clips = task.system.normalizer(BlockDCT(8, 3).encode(to_unit(batch["video"])).mean)
+    torch.testing.assert_close(x[:, :, :4], clips)
+
+
+# ------------------------------------------------------------ what is known
+
+
+def test_known_frames_are_those_of_the_task():
+    tasks = Tasks(first_frame=0.25, prediction=0.25, interpolation=0.25, stride=3)
+    kind, more = torch.tensor([0.1, 0.3, 0.3, 0.6, 0.9]), torch.tensor([0.0, 0.1, 0.9, 0.0, 0.0])
+    found = known_frames(tasks, 7, kind, more).int().tolist()
+    assert found == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0, 1],
+        [0, 0, 0, 0, 0, 0, 0],
+    ]
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 8])
+def test_something_is_always_left_to_predict_and_chances_are_the_recipes(frames):
+    tasks = Tasks(first_frame=0.1, prediction=0.3, interpolation=0.4)
+    kind, more = torch.rand(2, 4000, generator=torch.Generator().manual_seed(0))
+    known = known_frames(tasks, frames, kind, more)
+    assert not known.all(1).any()
+    assert abs(known.any(1).float().mean() - (0.8 if frames > 1 else 0)) < 0.03
+
+
+def test_known_frames_reach_the_network_clean_and_images_are_never_known(run):
+    tasks = {"first_frame": 0.5, "prediction": 0.5}
+    task, loader = build(recipe(tasks=tasks, data={"images": 1}), run, CPU)
+    batch = first(loader)
+    x = task.latents(batch, Draws(0, 0, CPU))
+    told = task.condition(x, batch, Draws(0, 0, CPU))
+    assert told.known_mask.shape == (3, 1, 5, 1, 1)
+    assert told.known_mask[:, :, 0].all()
+    assert not told.known_mask[:, :, -1].any()
+    assert torch.equal(told.known, x * told.known_mask)
+
+
+def test_super_resolution_is_told_the_blurred_clip_with_noise_of_its_level(run):
+    task, loader = build(recipe(tasks={"upsampling": 4}), run, CPU)
+    batch, draws = first(loader), Draws(0, 5, CPU)
+    told = task.condition(task.latents(batch, draws), batch, draws)
+    video = to_unit(batch["video"]).flatten(0, 1)  # B·3 T H W
+    small = F.interpolate(video, scale_factor=0.25, mode="area")
+    large = F.interpolate(small, scale_factor=4, mode="bilinear", align_corners=False).unflatten(0, (3, 3))
+    clean = task.system.normalizer(BlockDCT(8, 3).encode(large).mean)
+    angle = told.low_level[:, None, None, None, None] * torch.pi / 2
+    noise = (told.low - angle.cos() * clean) / angle.sin()
+    assert 0 < told.low_level.min() < told.low_level.max() < LOW_NOISE
+    assert abs(noise.mean()) < 0.06
+    assert abs(noise.std() - 1) < 0.06
+
+
+# ------------------------------------------------------------ text
+
+
+def test_captions_are_left_out_as_often_as_the_recipe_says_and_wholly(run):
+    task, loader = build(recipe(text={"dropout": 0.3}), run, CPU)
+    seen = []
+    network = task.system.network
+    network.denoiser.register_forward_pre_hook(lambda _, args: seen.append(args[2].text_mask))
+    batch = first(loader)
+    for micro in range(40):
+        task.loss("diffusion", network, batch, Draws(0, micro, CPU))
+    masks = torch.cat(seen)
+    rows = masks.any(1)
+    assert abs((~rows).float().mean() - 0.3) < 0.1  # of 120
+    _, full = network("read", batch["caption"])
+    assert torch.equal(masks[rows], full.repeat(40, 1)[rows])
+
+
+def test_what_is_frozen_gets_no_gradient_and_all_else_does(run, tmp_path):
+    from tests.models.test_text_encoder import _save
+
+    text = {"kind": "transformers", "model": _save(tmp_path / "t5", "t5"), "length": 24, "dropout": 0.5}
+    for options in ({"text": text}, {"objective": {"weighting": "uncertainty"}, "text": {"dropout": 0.5}}):
+        task, loader = build(recipe(**options), run, CPU)
+        phase = task.phases[0]
+        stirred(phase.module)
+        for micro in range(3):
+            task.loss("diffusion", phase.module, first(loader), Draws(0, micro, CPU)).total.backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in phase.module.parameters())
+        trained = {id(p) for group in phase.optimizer.param_groups for p in group["params"]}
+        assert trained == {id(p) for p in phase.module.parameters()}
+        if task.system.text is not None:
+            assert not any(p.requires_grad or p.grad is not None for p in task.system.text.parameters())
+            assert not trained & {id(p) for p in task.system.text.parameters()}
+
+
+# ------------------------------------------------------------ the loss
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "min_snr"])
+def test_the_loss_is_the_formula(run, weighting):
+    """Rectified flow, E‖v̂ − (ε − x)‖² of each sample; min-SNR-γ: times min(SNR, γ) · σ² of x̂'s error."""
+    task, loader = build(recipe(objective={"weighting": weighting}, text={"dropout": 0}), run, CPU)
+    network, batch, draws = stirred(task.system.network), first(loader), Draws(3, 7, CPU)
+    losses = task.loss("diffusion", network, batch, draws)
+    x = task.latents(batch, draws)
+    t, noise = draws.uniform(3), draws.normal(x)
+    z = x + t[:, None, None, None, None] * (noise - x)
+    said = network(
+        "predict", z, torch.atan2(t, 1 - t) * 2 / torch.pi, task.system.condition(batch["caption"])
+    )
+    error = ((said - (noise - x)) ** 2).mean((1, 2, 3, 4))
+    torch.testing.assert_close(losses.errors, error.detach())
+    weight = torch.minimum((1 - t) ** 2 / t**2, torch.tensor(5.0)) * t**2 if weighting == "min_snr" else 1
+    torch.testing.assert_close(losses.total, (weight * error).sum())
+    assert losses.count == 3
+    torch.testing.assert_close(losses.levels, torch.atan2(t, 1 - t) * 2 / torch.pi)
+
+
+def test_two_ranks_train_as_one_that_accumulates(run):
+    alone, loader = build(recipe(), run, CPU)
+    network = stirred(alone.system.network)
+    one = [
+        alone.loss("diffusion", network, batch, Draws(0, m, CPU)).total
+        for m, batch in enumerate(itertools.islice(loader, 4))
+    ]
+    for rank in range(2):
+        task, mine = build(recipe(), run, CPU, rank, 2)
+        for m, batch in enumerate(itertools.islice(mine, 2)):
+            found = task.loss("diffusion", network, batch, Draws(0, 2 * m + rank, CPU)).total
+            assert torch.equal(found, one[2 * m + rank])
+
+
+def test_shift_of_the_cosine_schedule_divides_the_snr_by_its_square():
+    t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    objective = recipe(objective={"schedule": "cosine", "prediction": "v", "shift": 3}).objective
+    plain = recipe(objective={"schedule": "cosine", "prediction": "v"}).objective
+    (a, s), (a0, s0) = build_process(objective).schedule(t), build_process(plain).schedule(t)
+    torch.testing.assert_close((a / s) ** 2, (a0 / s0) ** 2 / 9)
+
+
+# ------------------------------------------------------------ using it
+
+
+def test_the_state_and_the_weights_bring_the_system_back(run):
+    task, _ = build(recipe(run={"steps": 1, "sample_steps": 2, "prompts": ["a", "b"]}), run, CPU)
+    stirred(task.system.network)
+    again = load_system(task.state(), CPU)
+    again.network.load_state_dict(task.system.network.state_dict())
+    shape = task.system.shape(2)
+    drawn = [s.draw(seed=1)(shape, s.condition(["a", "b"])) for s in (task.system, again)]
+    assert torch.equal(*drawn)
+    assert torch.equal(task.system.decode(drawn[0]), again.decode(drawn[1]))
+
+
+@pytest.mark.parametrize("tasks", [{}, {"upsampling": 2}])
+def test_samples_are_videos_of_the_prompts(run, tasks):
+    task, loader = build(recipe(tasks=tasks, run={"sample_steps": 2}), run, CPU)
+    found = task.samples(task.system.network, 1)
+    assert [name[2:] for name in found] == [c[:78] for c in loader.batch(0)["caption"]]
+    assert all(v.shape == (4, 32, 32, 3) and v.dtype == torch.uint8 for v in found.values())
+
+
+def test_blocks_are_the_denoisers(run):
+    task, _ = build(recipe(model={"kind": "dit", "dim": 32, "depth": 3, "heads": 2}), run, CPU)
+    assert list(task.blocks(task.system.network)) == list(task.system.network.denoiser.blocks)
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"autoencoder": {"kind": "diffusers"}}, "needs autoencoder.path"),
+        ({"text": {"kind": "transformers"}}, "needs text.model"),
+        ({"text": {"kind": "transformers", "model": "./nothing"}}, "no such folder"),
+        ({"objective": {"schedule": "linear", "shift": 2}}, "linear schedule has none"),
+        ({"tasks": {"upsampling": 5}}, "does not divide"),
+        ({"tasks": {"upsampling": 2}, "data": {"cache": "x"}}, "leave data.cache out"),
+        ({"model": {"kind": "video_ldm", "preset": "small"}, "tasks": {"upsampling": 2}}, "cannot be given"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(run, sections, says):
+    with pytest.raises(ValueError, match=says):
+        build(recipe(**sections), run, CPU)
+
+
+# ------------------------------------------------------------ bundled recipes
+
+AUTOENCODERS = {
+    "small": BlockDCT(8, 8),
+    "unet3d": BlockDCT(1, 1),
+    "dit-xl": SimpleNamespace(channels=4, stride=(1, 8, 8), causal=False),
+    "video_ldm": SimpleNamespace(channels=4, stride=(1, 8, 8), causal=False),
+    "sora": SimpleNamespace(channels=16, stride=(4, 8, 8), causal=True),
+}
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_a_bundled_recipe_fits_together(name):
+    wanted, autoencoder = load_training(name), AUTOENCODERS[name]
+    positions = positions_of(wanted, autoencoder)
+    if wanted.data.batch is None:
+        held = [wanted.data.tokens // p * p for p in positions]
+        assert min(held) > 0.75 * max(held)
+    with torch.device("meta"):
+        network = build_network(wanted, autoencoder.channels, SimpleNamespace(width=768))
+    assert sum(1 for _ in network.denoiser.parameters()) > 0

@@ -1,0 +1,151 @@
+"""Two processes train as one, keep the same, stop together, and none waits for another that will not come."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from jobs.training.checkpoint import checkpoints, load_model
+from jobs.training.distributed import connect
+from tests.fixtures.toy_training import Numbers, Toy, in_ranks, recipe, run, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+# float32 sums in another order: a few units in the last place of values up to about 3
+NEAR = {"rtol": 1e-6, "atol": 1e-6}
+
+
+def train_rank(out, compute, steps):
+    run(recipe(run={"steps": steps, "save_every": 100}, compute=compute), out)
+
+
+def near(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], **NEAR, msg=lambda said, key=key: f"{key}: {said}")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process that accumulates four micro-batches a step, four steps."""
+    out = tmp_path_factory.mktemp("alone")
+    run(recipe(run={"steps": 4, "save_every": 100}, compute={"accumulate": 4}), out)
+    return out
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_train_as_one_that_accumulates_and_one_goes_on(tmp_path, alone, parallel):
+    """Micro-batches of 1, 2 and 3 samples, two a rank and step, dropout, a parameter unused at first.
+
+    Two steps on two ranks, then two on one that accumulates: all four equal those of one.
+    """
+    assert in_ranks(2, train_rank, tmp_path, {"accumulate": 2, "parallel": parallel}, 2) == [0, 0]
+    meta = json.loads((checkpoints(tmp_path)[2] / "meta.json").read_text())
+    assert meta["ranks"] == 2
+    assert meta["loader"] == {"batches": 8}
+    run(recipe(run={"steps": 4, "save_every": 100}, compute={"accumulate": 4}), tmp_path)
+    near(weights(tmp_path, 4), weights(alone, 4))
+    near(load_model(tmp_path, ema=0.1).weights["toy"], load_model(alone, ema=0.1).weights["toy"])
+
+
+def test_one_rank_starts_and_two_go_on_with_shards(tmp_path, alone):
+    run(recipe(run={"steps": 2}, compute={"accumulate": 4}), tmp_path)
+    assert in_ranks(2, train_rank, tmp_path, {"accumulate": 2, "parallel": "fsdp"}, 4) == [0, 0]
+    near(weights(tmp_path, 4), weights(alone, 4))
+
+
+# ---------------------------------------------------------------- trouble on one rank
+
+
+class Broken(Numbers):
+    def batch(self, number):
+        if number == 3:  # rank 1's second
+            raise OSError("the disk has gone")
+        return super().batch(number)
+
+
+def broken(recipe, data, device, rank, world):
+    return Toy(recipe, device), Broken(rank, world)
+
+
+def broken_rank(out):
+    try:
+        run(recipe(), out, build=broken)
+    except (OSError, ValueError) as e:
+        (out / f"said-{os.environ['RANK']}").write_text(str(e))
+
+
+def test_a_rank_that_cannot_read_ends_all_of_them(tmp_path):
+    assert in_ranks(2, broken_rank, tmp_path) == [0, 0]
+    assert (tmp_path / "said-1").read_text() == "the disk has gone"
+    assert "another rank could not read its data" in (tmp_path / "said-0").read_text()
+
+
+class Infinite(Toy):
+    def loss(self, phase, model, batch, draws):
+        found = super().loss(phase, model, batch, draws)
+        if draws.micro == 5:  # rank 1's third
+            found.total = found.total * float("inf")
+        return found
+
+
+def infinite(recipe, data, device, rank, world):
+    return Infinite(recipe, device), Numbers(rank, world)
+
+
+def infinite_rank(out):
+    try:
+        run(recipe(), out, build=infinite)
+    except ValueError as e:
+        (out / f"said-{os.environ['RANK']}").write_text(str(e))
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_its_clips(tmp_path):
+    assert in_ranks(2, infinite_rank, tmp_path) == [0, 0]
+    for rank in range(2):
+        said = (tmp_path / f"said-{rank}").read_text()
+        assert "step 3: the loss" in said
+        assert "on the clips clip-5-0, clip-5-1, clip-5-2;" in said
+        assert "step 2 is kept" in said
+    assert list(checkpoints(tmp_path)) == [2]
+
+
+class Signalled(Toy):
+    def loss(self, phase, model, batch, draws):
+        if draws.micro == 3:  # rank 1's second
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().loss(phase, model, batch, draws)
+
+
+def signalled(recipe, data, device, rank, world):
+    return Signalled(recipe, device), Numbers(rank, world)
+
+
+def signalled_rank(out):
+    outcome = run(recipe(run={"steps": 100, "save_every": 100}), out, build=signalled)
+    (out / f"said-{os.environ['RANK']}").write_text(json.dumps([outcome.step, outcome.signal]))
+
+
+def test_a_signal_to_one_rank_saves_on_all_at_the_same_step(tmp_path):
+    assert in_ranks(2, signalled_rank, tmp_path) == [0, 0]
+    assert [json.loads((tmp_path / f"said-{r}").read_text()) for r in range(2)] == [[2, 15], [2, 15]]
+    assert list(checkpoints(tmp_path)) == [2]
+
+
+# ---------------------------------------------------------------- who is there
+
+
+def test_alone_nothing_is_started():
+    with connect("cpu") as world:
+        assert (world.rank, world.size) == (0, 1)
+        assert world.sum(2, True) == [2, True]
+        assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_one_sentence(name):
+    with pytest.raises(ValueError, match=r"give (--device )?cpu"), connect(name):
+        time.sleep(0)

@@ -1,0 +1,348 @@
+"""What a run leaves to look at: no step twice, nothing lost to a kill, videos with every frame."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jobs.training import monitor
+from jobs.training.monitor import FrechetInLoop, Metrics, Monitor, contact_sheet, write_mp4, write_samples
+from jobs.training.recipe import TrainRecipe
+from models.frechet import frechet_distance, kernel_distance, moments
+from pipeline.recipe import RecipeError
+from tests.fixtures import numbered
+
+
+def recipe(**run) -> TrainRecipe:
+    """A recipe whose model need not exist."""
+    fields = {
+        name: field.get_default(call_default_factory=True) for name, field in TrainRecipe.model_fields.items()
+    }
+    found = TrainRecipe.model_construct(**fields | {"name": "a test", "model": None})
+    return found.model_copy(update={"run": found.run.model_copy(update=run)})
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def video(seed: int = 0, frames: int = 5, height: int = 24, width: int = 32) -> torch.Tensor:
+    return torch.randint(
+        0, 256, (frames, height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_numbers_come_back_from_the_rows_and_from_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    watch = Monitor(tmp_path, recipe())
+    for step in (10, 20, 30):
+        watch.scalars(step, {"loss": 1 / step, "lr": 1e-4})
+    watch.close()
+    assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [(10, 0.1), (20, 0.05), (30, 1 / 30)]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (s, pytest.approx(1 / s)) for s in (10, 20, 30)
+    ]
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    watch = Monitor(tmp_path, recipe())
+    for step in range(1, 8):
+        watch.scalars(step, {"loss": float(step), "frechet/x": 1.0})
+    del watch  # killed: never closed
+    watch = Monitor(tmp_path, recipe())
+    watch.scalars(4, {"loss": 40.0})  # goes on after step 3
+    watch.scalars(5, {"loss": 50.0})
+    watch.close()
+    wanted = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0)]
+    assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == wanted
+    assert ["frechet/x" in r for r in rows(tmp_path)] == [True, True, True, False, False]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == wanted
+
+
+def test_resume_names_the_step_where_logging_was_denser(tmp_path):
+    watch = Monitor(tmp_path, recipe())
+    for step in (5, 10, 12, 14):
+        watch.scalars(step, {"loss": 1.0})
+    watch = Monitor(tmp_path, recipe())
+    watch.resume(10)  # the checkpoint; the next row comes at 20 only
+    watch.scalars(20, {"loss": 2.0})
+    watch.close()
+    assert [r["step"] for r in rows(tmp_path)] == [5, 10, 20]
+
+
+def test_a_step_that_gets_more_numbers_stays_one_row(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.write(1, {"a": 1.0})
+    metrics.write(2, {"a": 0.123456789012345, "b": 2.0})
+    metrics.write(2, {"frechet/x": 3.0})
+    metrics.write(2, {"a": 1.0})  # shorter than what it replaces
+    metrics.write(3, {"a": 5.0})
+    found = [{k: v for k, v in r.items() if k != "time"} for r in rows(tmp_path)]
+    assert found == [
+        {"step": 1, "a": 1.0},
+        {"step": 2, "a": 1.0, "b": 2.0, "frechet/x": 3.0},
+        {"step": 3, "a": 5.0},
+    ]
+
+
+def test_a_torn_last_row_is_cut_off(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "time": 0}\n{"step": 2, "time": 0}\n{"step": 3, "ti')
+    metrics = Metrics(file)
+    metrics.write(3, {"a": 1.0})
+    assert [r["step"] for r in rows(tmp_path)] == [1, 2, 3]
+
+
+def test_rows_are_json_for_every_reader_even_of_nan(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.write(1, {"a": float("nan"), "b": float("-inf"), "c": 1.0})
+    found = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert (found["a"], found["b"], found["c"]) == (None, None, 1.0)
+
+
+def test_an_earlier_step_is_a_mistake_of_the_caller(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.write(5, {"a": 1.0})
+    with pytest.raises(ValueError, match="step 4 after those of step 5"):
+        metrics.write(4, {"a": 1.0})
+
+
+def test_a_kill_at_any_moment_leaves_whole_rows(tmp_path):
+    """A process that logs as fast as it can, killed with no warning at several moments, goes on each time."""
+    code = (
+        "import sys; from pathlib import Path; from jobs.training.monitor import Metrics\n"
+        "m = Metrics(Path(sys.argv[1])); step = m.last['step'] if m.last else 0\n"
+        "print('ready', flush=True)\n"
+        "while True:\n"
+        "    step += 1; m.write(step, {'loss': step / 7}); m.write(step, {'frechet/x': 1.0, 'loss': 1.0})\n"
+    )
+    file, last = tmp_path / "metrics.jsonl", 0
+    for seed in range(3):
+        child = subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        time.sleep(0.02 + 0.017 * seed)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        steps = [json.loads(line)["step"] for line in file.read_bytes().splitlines(keepends=True)]
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(steps) > last
+        last = len(steps)
+
+
+def test_another_rank_writes_nothing(tmp_path):
+    watch = Monitor(tmp_path / "out", recipe(wandb=True), enabled=False)
+    watch.plan("x")
+    watch.resume(3)
+    watch.scalars(1, {"loss": 1.0})
+    watch.videos(1, {"a": video()})
+    watch.close()
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- Weights & Biases
+
+
+def test_without_the_package_wandb_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(
+        RecipeError, match=r"run\.wandb: the package wandb is not installed: pip install wandb"
+    ):
+        Monitor(tmp_path, recipe(wandb=True))
+
+
+def test_wandb_gets_numbers_and_videos_offline_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="needs pip install wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    names = []
+    for step in (1, 2):
+        watch = Monitor(tmp_path, recipe(wandb=True))
+        names.append(watch.wandb.id)
+        logged = []
+        log = watch.wandb.log
+        monkeypatch.setattr(watch.wandb, "log", lambda x, log=log, to=logged: (to.append(x), log(x)))
+        watch.scalars(step, {"loss": 0.5})
+        watch.videos(step, {"a dog": video()})
+        watch.close()
+        assert logged[0] == {"loss": 0.5, "step": step}
+        assert isinstance(logged[1]["videos"][0], wandb.Video)
+    assert names[0] == names[1]
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+
+
+# ---------------------------------------------------------------- videos
+
+
+@pytest.mark.parametrize(("count", "fps"), [(1, 8.0), (17, 8.0), (30, 23.976)])
+def test_an_mp4_has_every_frame_once_at_its_time(tmp_path, count: int, fps: float):
+    import av
+
+    frames = np.stack([numbered.picture(i) for i in range(count)])
+    write_mp4(tmp_path / "x.mp4", torch.from_numpy(frames), fps)
+    assert numbered.numbers(tmp_path / "x.mp4") == list(range(count))
+    with av.open(str(tmp_path / "x.mp4")) as container:
+        times = [float(f.pts * f.time_base) for f in container.decode(video=0)]
+    np.testing.assert_allclose(times, np.arange(count) / fps, atol=1e-3)
+
+
+def test_small_pictures_keep_the_colour_of_every_pixel(tmp_path):
+    """Halved chroma would mix neighbours; enlarged by whole pixels it does not."""
+    import av
+
+    colours = torch.tensor([[230, 60, 50], [60, 120, 230], [60, 200, 90], [230, 200, 40]], dtype=torch.uint8)
+    small = colours[torch.randint(0, 4, (2, 16, 24), generator=torch.Generator().manual_seed(0))]
+    write_mp4(tmp_path / "x.mp4", small, 8)
+    with av.open(str(tmp_path / "x.mp4")) as container:
+        found = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    assert found.shape[1:3] == (128, 192)
+    centres = found[:, 4::8, 4::8].astype(int)
+    assert np.abs(centres - small.numpy().astype(int)).mean() < 4
+
+
+def test_odd_sides_are_cut_not_refused(tmp_path):
+    import av
+
+    write_mp4(tmp_path / "x.mp4", video(height=129, width=131), 8)
+    with av.open(str(tmp_path / "x.mp4")) as container:
+        assert (container.streams.video[0].height, container.streams.video[0].width) == (128, 130)
+
+
+def test_samples_appear_whole_and_replace_those_of_the_same_step(tmp_path):
+    write_samples(tmp_path, 500, {"old": video(), "older": video()}, 8)
+    folder = write_samples(tmp_path, 500, {"0 A red “dog”/../x": video(1), "../": video(2)}, 8)
+    assert folder == tmp_path / "step-00000500"
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000500"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "00-0-a-red-dog-x.mp4",
+        "01-video.mp4",
+        "samples.json",
+        "sheet.png",
+    ]
+    listed = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+    assert [s["name"] for s in listed] == ["0 A red “dog”/../x", "../"]
+    assert [s["frames"] for s in listed] == [5, 5]
+
+
+def test_a_contact_sheet_shows_frames_from_first_to_last_with_words_below():
+    frames = torch.arange(15, dtype=torch.uint8)[:, None, None, None].expand(15, 96, 96, 3) * 16
+    sheet = np.asarray(contact_sheet({"a long caption " * 12: frames, "b": frames[:3]}))
+    row = sheet[8 + 48]  # through the middle of the first row of pictures
+    shown = [int(row[8 + 98 * i + 48, 0]) for i in range(8)]
+    assert shown == [0, 32, 64, 96, 128, 160, 192, 224]
+    below = sheet[8 + 96 + 2 : 8 + 96 + 22, :, 0]
+    assert (below < 128).any()  # black letters
+    assert (sheet[:, -4:] == 255).all()  # which do not run off the sheet
+
+
+def test_videos_of_another_kind_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"give uint8 \[T, H, W, 3\]"):
+        Monitor(tmp_path, recipe()).videos(1, {"a": torch.zeros(3, 8, 8, 3)})
+    with pytest.raises(ValueError, match=r"give uint8 \[T, H, W, 3\]"):
+        contact_sheet({"a": torch.zeros(3, 3, 8, 8, dtype=torch.uint8)})
+
+
+def test_the_page_is_there_after_plan_samples_and_close_and_at_times_between(tmp_path, monkeypatch):
+    watch = Monitor(tmp_path, recipe())
+    watch.plan("12 parameters")
+    assert "12 parameters" in (tmp_path / "page.html").read_text()
+    (tmp_path / "page.html").unlink()
+    watch.scalars(1, {"loss": 1.0})
+    assert not (tmp_path / "page.html").exists()
+    monkeypatch.setattr(monitor, "PAGE_EVERY_S", 0.0)
+    watch.scalars(2, {"loss": 1.0})
+    assert (tmp_path / "page.html").exists()
+    watch.videos(2, {"a dog": video()})
+    assert "a dog" in (tmp_path / "page.html").read_text()
+    watch.scalars(3, {"loss": 0.125})
+    watch.close()
+    assert "step 3" in (tmp_path / "page.html").read_text()
+    assert not list(tmp_path.glob(".*"))
+
+
+# ---------------------------------------------------------------- distances while training
+
+
+class Counting:
+    """A feature network that counts the videos it saw."""
+
+    name, hash, about, distance = "colours", "0123456789ab", "", "Fréchet distance"
+
+    def __init__(self):
+        self.seen = 0
+
+    def __call__(self, videos):
+        self.seen += len(videos)
+        return videos.float().mean((1, 2, 3))
+
+
+def batches(start: int, n: int, size: int = 4):
+    videos = [video(start + i, 2, 4, 4) for i in range(n)]
+    return [torch.stack(videos[i : i + size]) for i in range(0, n, size)]
+
+
+def features(start: int, n: int) -> torch.Tensor:
+    return torch.cat([b.float().mean((1, 2, 3)) for b in batches(start, n)])
+
+
+def test_distance_in_the_loop_is_that_to_the_first_n_and_the_floor_that_of_the_next_n(tmp_path):
+    found = FrechetInLoop(tmp_path, Counting(), batches(0, 30), 10)(batches(100, 10))
+    real, other, made = features(0, 10), features(10, 10), features(100, 10)
+    assert found == pytest.approx(
+        {
+            "frechet/colours": frechet_distance(moments(real), moments(made)),
+            "kernel/colours": kernel_distance(real, made),
+            "frechet/colours/real": frechet_distance(moments(real), moments(other)),
+            "kernel/colours/real": kernel_distance(real, other),
+        }
+    )
+
+
+def test_real_videos_are_measured_once_in_a_run_and_anew_for_another_protocol(tmp_path):
+    FrechetInLoop(tmp_path, Counting(), batches(0, 20), 10, {"frames": 2})
+    again = Counting()
+    kept = FrechetInLoop(tmp_path, again, iter(()), 10, {"frames": 2})
+    assert again.seen == 0
+    torch.testing.assert_close(kept.real, features(0, 10))
+    FrechetInLoop(tmp_path, again, batches(0, 20), 10, {"frames": 3})
+    assert again.seen == 20
+
+
+def test_few_real_videos_have_no_floor_and_one_is_refused(tmp_path):
+    found = FrechetInLoop(tmp_path / "a", Counting(), batches(0, 13), 10)
+    assert set(found(batches(100, 10))) == {"frechet/colours", "kernel/colours"}
+    assert len(found.real) == 10
+    with pytest.raises(ValueError, match="1 real videos are too few"):
+        FrechetInLoop(tmp_path / "b", Counting(), batches(0, 1), 10)
+
+
+def _rank(rank: int, world: int, folder: str) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
+    share = [batches(100, 7), batches(107, 3)][rank]
+    found = FrechetInLoop(Path(folder) / str(rank), Counting(), batches(0, 20), 10)(share)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def test_ranks_that_sample_uneven_shares_get_the_numbers_of_the_whole(tmp_path):
+    torch.multiprocessing.start_processes(_rank, (2, str(tmp_path)), nprocs=2, start_method="fork")
+    alone = FrechetInLoop(tmp_path / "alone", Counting(), batches(0, 20), 10)(batches(100, 10))
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(alone)

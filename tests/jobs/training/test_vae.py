@@ -1,0 +1,223 @@
+"""Training an autoencoder: what each phase learns from, when the discriminator begins, and the whole on shards."""
+
+import copy
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from jobs.training import vae as training
+from jobs.training.recipe import TRAINING, TrainRecipe, load_training
+from jobs.training.task import Draws
+from jobs.training.vae import AutoencoderTask, VAELoss
+from pipeline.recipe import parse_as
+from tests.fixtures.run_folder import make_run_folder
+
+MODEL = {"kind": "vae", "stride": [2, 4, 4], "width": 8, "multipliers": [1, 2, 2], "depth": 1}
+CPU = torch.device("cpu")
+
+
+def recipe(**sections) -> TrainRecipe:
+    data = {"fps": 8, "buckets": [{"frames": 5, "height": 32, "width": 32}], "batch": 2, "workers": 0}
+    plain = {"name": "test", "trains": "vae", "model": MODEL, "data": data, "optimizer": {"lr": 1e-3}}
+    return parse_as(TrainRecipe, plain | sections, [], "test")
+
+
+def task(wanted: VAELoss, world: int = 1, **sections) -> AutoencoderTask:
+    return AutoencoderTask(recipe(**sections), wanted, CPU, world)
+
+
+def wants(**fields) -> VAELoss:
+    start = {"channels": 4, "perceptual": "none", "discriminator_width": 8, "adversarial_start": 0}
+    return VAELoss(**(start | fields))
+
+
+def batch(seed: int = 0, size: int = 2) -> dict:
+    pixels = torch.randint(0, 256, (size, 3, 5, 32, 32), generator=torch.Generator().manual_seed(seed))
+    return {"key": ["a"] * size, "video": pixels.to(torch.uint8)}
+
+
+def gradients(module) -> list:
+    return [p.grad for p in module.parameters()]
+
+
+def test_the_loss_is_the_sum_of_its_parts():
+    made = task(wants(kl=1.0, perceptual="efficientnet_lite0", perceptual_weight=0.5, adversarial=0))
+    draws = Draws(0, 0, CPU)
+    losses = made.loss("vae", made.vae, batch(), draws)
+    video = batch()["video"].float() / 127.5 - 1
+    posterior = made.vae.encode(video)
+    seen = made.vae.decode(posterior.sample(draws.normal(posterior.mean)))
+    standard = torch.distributions.Normal(0.0, 1.0)
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(posterior.mean, (posterior.logvar / 2).exp()), standard
+    )
+    expected = (seen - video).abs().mean() + 0.5 * made.perceptual(seen, video).mean()
+    expected = expected + kl.sum() / video.numel()
+    assert losses.count == 2
+    torch.testing.assert_close(losses.total / 2, expected, rtol=1e-5, atol=0)
+    error = (seen.clamp(-1, 1) - video).square().mean(dim=(1, 3, 4))
+    torch.testing.assert_close(losses.report["psnr"] / 2, (10 * torch.log10(4 / error)).mean())
+
+
+def test_the_discriminators_pull_on_the_last_layer_is_the_reconstructions_times_its_weight():
+    made, draws = task(wants(kl=0.0, adversarial=0.25)), Draws(0, 0, CPU)
+    with_it = made.loss("vae", made.vae, batch(), draws)
+    layer = made.vae.last_layer
+    (whole,) = torch.autograd.grad(with_it.total, layer)
+    alone = task(wants(kl=0.0, adversarial=0))
+    (fit,) = torch.autograd.grad(alone.loss("vae", alone.vae, batch(), draws).total, alone.vae.last_layer)
+    # the decoder sees L1 and, from the discriminator, a gradient of a quarter of its length
+    torch.testing.assert_close((whole - fit).norm(), 0.25 * fit.norm(), rtol=1e-3, atol=0)
+    # its direction is the discriminator's own
+    video = batch()["video"].float() / 127.5 - 1
+    noise = draws.normal(made.vae.encode(video).mean)
+    logits = made.discriminator(made.vae(video, noise)[0])
+    (push,) = torch.autograd.grad(-logits.flatten(1).mean(1).sum(), layer)
+    torch.testing.assert_close(
+        torch.cosine_similarity((whole - fit).flatten(), push.flatten(), 0).item(), 1.0
+    )
+    torch.testing.assert_close(with_it.report["adversarial"], -logits.flatten(1).mean(1).sum().detach())
+
+
+def test_each_phase_leaves_the_others_gradients_alone():
+    made, draws = task(wants()), Draws(0, 0, CPU)
+    assert [(p.name, p.ema) for p in made.phases] == [("vae", True), ("discriminator", False)]
+    made.loss("vae", made.vae, batch(), draws).total.backward()
+    assert all(g is not None for g in gradients(made.vae))
+    assert all(g is None for g in gradients(made.discriminator))
+    made.vae.zero_grad()
+    made.loss("discriminator", made.discriminator, batch(), draws).total.backward()
+    assert all(g is None for g in gradients(made.vae))
+    assert all(g is not None for g in gradients(made.discriminator))
+
+
+@pytest.mark.parametrize(("accumulate", "world"), [(1, 1), (2, 1), (1, 2), (3, 2)])
+def test_the_discriminator_begins_at_its_step_however_many_micro_batches_make_one(accumulate, world):
+    made = task(wants(adversarial_start=2), world, compute={"accumulate": accumulate})
+    begins = 2 * accumulate * world
+    for micro, judges in ((0, False), (begins - 1, False), (begins, True)):
+        draws = Draws(0, micro, CPU)
+        assert ("adversarial" in made.loss("vae", made.vae, batch(), draws).report) == judges
+        learns = made.loss("discriminator", made.discriminator, batch(), draws).total
+        assert learns.requires_grad == judges
+
+
+def test_a_sample_weighs_the_same_in_any_micro_batch():
+    made, both = task(wants(adversarial=0)), batch(size=2)
+    whole = made.loss("vae", made.vae, both, Draws(0, 0, CPU)).report
+    parts = [
+        made.loss("vae", made.vae, {"video": both["video"][i : i + 1]}, Draws(0, 0, CPU)).report
+        for i in range(2)
+    ]
+    torch.testing.assert_close(whole["psnr"], parts[0]["psnr"] + parts[1]["psnr"], atol=0.1, rtol=0)
+
+
+def test_training_the_decoder_leaves_the_encoder_out():
+    wide = MODEL | {"stride": [1, 4, 4], "temporal_decoder": True}
+    made = task(wants(train="decoder"), model=wide)
+    trained = {id(p) for g in made.phases[0].optimizer.param_groups for p in g["params"]}
+    assert trained == {id(p) for p in made.vae.decoder.parameters()}
+    made.loss("vae", made.vae, batch(), Draws(0, 0, CPU)).total.backward()
+    assert all(g is None for g in gradients(made.vae.encoder))
+    assert all(g is not None for g in gradients(made.vae.decoder))
+
+
+def test_some_steps_of_both_phases_reconstruct_better_and_tell_apart():
+    made, clips = task(wants(adversarial=0.1, adversarial_start=8)), batch()
+    clips["video"] = torch.nn.functional.avg_pool3d(clips["video"].float(), 5, 1, 2).to(torch.uint8)
+    seen: dict[str, list[float]] = {"l1": [], "discriminator": []}
+    for step in range(16):
+        for phase in made.phases:
+            phase.optimizer.zero_grad()
+            losses = made.loss(phase.name, phase.module, clips, Draws(0, step, CPU))
+            if losses.total.requires_grad:
+                (losses.total / losses.count).backward()
+                phase.optimizer.step()
+            for name in seen.keys() & losses.report.keys():
+                seen[name].append(losses.report[name].item() / losses.count)
+    assert seen["l1"][-1] < 0.8 * seen["l1"][0]
+    assert seen["discriminator"][:8] == [0.0] * 8
+    assert seen["discriminator"][-1] < seen["discriminator"][8]
+
+
+def test_blocks_are_found_under_a_wrapper_too():
+    made = task(wants())
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    for module in (made.vae, made.discriminator):
+        assert list(made.blocks(Wrapped(module))) == list(made.blocks(module)) != []
+
+
+# ---------------------------------------------------------------- on shards
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of a few clips, sharded."""
+    from jobs import shard
+
+    folder = tmp_path_factory.mktemp("run")
+    make_run_folder(folder)
+    assert shard.main([str(folder)]) == 0
+    return str(folder)
+
+
+def test_built_on_shards_it_trains_and_shows_original_beside_reconstruction(run):
+    made, loader = training.build(recipe(), run, CPU)
+    clips = next(iter(loader))
+    assert clips["video"].shape == (2, 3, 5, 32, 32)
+    assert made.tokens(clips) == 2 * 3 * 8 * 8
+    losses = made.loss("vae", made.vae, clips, Draws(0, 0, CPU))
+    losses.total.backward()
+    assert torch.isfinite(losses.total)
+    shown = made.samples(made.vae, 0)
+    assert len(shown) == 2
+    for clip, pair in zip(made.shown, shown.values(), strict=True):
+        assert pair.shape == (5, 32, 64, 3)
+        assert pair.dtype == torch.uint8
+        assert torch.equal(pair[:, :, :32], clip.permute(1, 2, 3, 0))
+    _, again = training.build(recipe(), run, CPU)
+    assert next(iter(again))["key"] == clips["key"]
+
+
+def test_the_state_rebuilds_the_autoencoder(run, tmp_path):
+    made = task(wants())
+    torch.save(made.state(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = training.vae.build(**state["vae"])
+    other.load_state_dict(copy.deepcopy(made.vae.state_dict()))
+    video = torch.rand(1, 3, 3, 16, 16)
+    assert torch.equal(other.encode(video).mean, made.vae.encode(video).mean)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"data": {"buckets": [{"frames": 4, "height": 32, "width": 32}]}}, "give 1 \\+ a multiple of 2"),
+        ({"data": {"images": 4}}, "a bucket of one frame is images"),
+        ({"model": {"kind": "dit"}}, "needs model.kind vae"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_training(run, sections, said):
+    with pytest.raises(ValueError, match=said):
+        training.build(recipe(**sections), run, CPU)
+
+
+def test_the_sections_fields_are_checked():
+    with pytest.raises(ValidationError):
+        VAELoss(perceptual="resnet")
+    with pytest.raises(ValidationError):
+        VAELoss(kll=1e-6)
+
+
+def test_the_bundled_recipe_fits_its_buckets():
+    bundled = load_training("vae")
+    assert (TRAINING / "vae.yaml").is_file()
+    made = AutoencoderTask(bundled, wants(), CPU)
+    for bucket in bundled.data.buckets:
+        training.latent_shape(made.vae, bucket.frames, bucket.height, bucket.width)
