@@ -50,8 +50,8 @@ def backend(name: Backend) -> Iterator[None]:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / √D + bias) v, [B, H, Lq, D]; a query that may look nowhere gets 0."""
     if len(q) > MOST_ROWS and all(x is None or x.ndim < 4 or len(x) == 1 for x in (mask, bias)):
-        parts = zip(*(x.split(MOST_ROWS) for x in (q, k, v)), strict=True)  # attention over time: B·h·w rows
-        return torch.cat([attend(*part, mask, bias) for part in parts])
+        parts = zip(q.split(MOST_ROWS), k.split(MOST_ROWS), v.split(MOST_ROWS), strict=True)
+        return torch.cat([attend(a, b, c, mask, bias) for a, b, c in parts])  # over time there are B·h·w
     if _backend == "plain":
         logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         logits = logits if bias is None else logits + bias

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 
 from models import text
 
+PRESETS: dict[str, dict[str, int]] = {
+    "tiny": {"width": 48, "depth": 2, "heads": 4},
+    "small": {"width": 192, "depth": 4, "heads": 6},
+}
+
 
 class SmallVLM(nn.Module):
     """Next-token logits of a caption given a video.
@@ -59,3 +64,11 @@ def caption_loss(model: nn.Module, video: Tensor, tokens: Tensor) -> Tensor:
     """Mean cross-entropy of each next caption token, padding left out."""
     logits = model(video, tokens[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=text.PAD)
+
+
+def build(
+    sizes: tuple[int, int, int], *, patch: int = 16, width: int = 192, depth: int = 4, heads: int = 6
+) -> SmallVLM:
+    """sizes: (frames, side in pixels, text tokens), from a recipe's data and text; the rest it may choose."""
+    frames, size, length = sizes
+    return SmallVLM(frames, size, patch, length, width, depth, heads)

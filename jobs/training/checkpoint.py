@@ -97,7 +97,8 @@ def tensors(phases: Iterable[Phase], averages: Mapping[str, PowerEMA]) -> dict[s
         names = {id(p): name for name, p in phase.module.named_parameters()}
         for p, values in phase.optimizer.state.items():
             found |= {
-                f"optimizer/{phase.name}/{names[id(p)]}/{key}": torch.as_tensor(x) for key, x in values.items()
+                f"optimizer/{phase.name}/{names[id(p)]}/{key}": torch.as_tensor(x)
+                for key, x in values.items()
             }
     for phase_name, ema in averages.items():
         for length, average in ema.averages.items():

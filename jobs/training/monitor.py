@@ -92,6 +92,7 @@ class Monitor:
         if not self.enabled or not videos:
             return
         self.resume(step - 1)
+        self.metrics.write(step, {})  # the run has been here: the page leaves out samples of later steps
         folder = write_samples(self.out / "samples", step, videos, self.recipe.data.fps or 8.0)
         import numpy as np
         from PIL import Image
@@ -102,7 +103,7 @@ class Monitor:
         if self.wandb is not None:
             import wandb
 
-            shown = json.loads((folder / "samples.json").read_text())
+            shown = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
             media = [wandb.Video(str(folder / s["file"]), caption=s["name"], format="mp4") for s in shown]
             sheet_file = wandb.Image(str(folder / "sheet.png"))
             self.wandb.log({"samples": sheet_file, "videos": media, "step": step})

@@ -79,9 +79,11 @@ class Run:
         file = out / "metrics.jsonl"
         lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
         self.rows = [row for line in lines if (row := parse(line)) is not None]
-        self.plan = (out / "plan.txt").read_text() if (out / "plan.txt").exists() else ""
+        self.plan = (out / "plan.txt").read_text(encoding="utf-8") if (out / "plan.txt").exists() else ""
         folders = sorted((out / "samples").glob("step-*/samples.json"))
-        self.samples = {int(f.parent.name.removeprefix("step-")): f.parent for f in folders}
+        found = {int(f.parent.name.removeprefix("step-")): f.parent for f in folders}
+        last = self.rows[-1]["step"] if self.rows else -1
+        self.samples = {step: f for step, f in found.items() if step <= last}  # not those before a resume
 
     def names(self) -> list[str]:
         """Of everything that was logged, in the order it first came."""
@@ -127,10 +129,15 @@ def overview(run: Run) -> Markup:
         name, curve = frechet[0]
         best = f"best {number(curve.values.min())} at step {number(curve.steps[curve.values.argmin()])}"
         tiles[-1] = ("Fréchet distance", number(curve.values[-1]), f"{name.partition('/')[2]}; {best}")
-    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.rows[-1]["time"])) if run.rows else ""
+    when = time.gmtime(run.rows[-1]["time"]) if run.rows else None
     model = run.recipe.get("model") or {}
     what = " ".join(str(model[k]) for k in ("kind", "preset") if model.get(k))
-    under = [run.out.name, what, f"trains {run.recipe.get('trains', 'a model')}", f"last step logged {when}"]
+    under = [
+        run.out.name,
+        what,
+        f"trains {run.recipe.get('trains', 'a model')}",
+        when and time.strftime("last step logged %Y-%m-%d %H:%M UTC", when),
+    ]
     said = "No step was logged yet." if not run.rows else None
     return join(
         h(

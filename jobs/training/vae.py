@@ -45,7 +45,9 @@ class VAELoss(Section):
     perceptual: Literal["none", "efficientnet_lite0", "vgg16"] = Field(
         "efficientnet_lite0", description="the network of the perceptual distance"
     )
-    perceptual_weight: float = Field(1.0, ge=0)
+    perceptual_weight: float = Field(
+        0.1, ge=0, description="1 with LPIPS' heads; without them each of five layers adds up to 4"
+    )
     perceptual_file: str | None = Field(None, description="vgg16: torchvision's weights")
     perceptual_heads: str | None = Field(
         None, description="vgg16: LPIPS' linear heads; null: all channels weigh 1"

@@ -74,6 +74,19 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("loss")] == wanted
 
 
+def test_samples_of_a_later_step_are_not_shown_after_a_resume(tmp_path):
+    watch = Monitor(tmp_path, recipe())
+    for step in (3, 6, 9):
+        watch.videos(step, {f"seen at {step}": video()})
+    watch = Monitor(tmp_path, recipe())
+    watch.videos(6, {"seen again at 6": video()})
+    watch.close()
+    text = (tmp_path / "page.html").read_text()
+    assert "seen again at 6" in text
+    assert "step 3" in text
+    assert "step 9" not in text
+
+
 def test_resume_names_the_step_where_logging_was_denser(tmp_path):
     watch = Monitor(tmp_path, recipe())
     for step in (5, 10, 12, 14):
@@ -91,6 +104,7 @@ def test_a_step_that_gets_more_numbers_stays_one_row(tmp_path):
     metrics.write(2, {"a": 0.123456789012345, "b": 2.0})
     metrics.write(2, {"frechet/x": 3.0})
     metrics.write(2, {"a": 1.0})  # shorter than what it replaces
+    assert [r["step"] for r in rows(tmp_path)] == [1, 2]  # and nothing is left of that
     metrics.write(3, {"a": 5.0})
     found = [{k: v for k, v in r.items() if k != "time"} for r in rows(tmp_path)]
     assert found == [
