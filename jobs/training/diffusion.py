@@ -9,11 +9,12 @@ known, which captions are left out. From a cache, autoencoder and frozen text en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -190,8 +191,40 @@ class Diffusion:
         else:
             told = system.condition(prompts, model)
             latents = system.draw(model, seed=self.recipe.seed)(system.shape(len(prompts)), told)
-        names = [f"{i} {prompt}"[:80] for i, prompt in enumerate(prompts)]
+        names = [p if prompts.index(p) == i else f"{p} ({i + 1})" for i, p in enumerate(prompts)]
         return {name: video.cpu() for name, video in zip(names, system.decode(latents), strict=True)}
+
+    def real(self) -> Iterator[Tensor]:
+        """The clips of the bucket that is sampled, in an order of the seed; of a cache as they decode."""
+        for row in self._measured():
+            clip = self.loader.reader.sound(row)
+            if "mean" in clip:
+                mean = torch.from_numpy(clip["mean"]).float().to(self.system.device)
+                yield self.system.decode(self.system.normalizer(mean[None])).cpu()
+            else:
+                yield torch.from_numpy(clip["video"]).permute(1, 2, 3, 0)[None]  # 1 T H W 3
+
+    def generate(self, model: nn.Module, which: Iterable[int]) -> Iterator[Tensor]:
+        """Video i has the caption of the i-th of `real`, and noise of its own."""
+        if self.recipe.tasks.upsampling:
+            raise ValueError("run.frechet: a model that upsamples has no videos of its own: set it to 0")
+        rows = self._measured()
+        for i in which:
+            caption = self.loader.reader.sound(rows[i % len(rows)])["caption"]
+            told = self.system.condition([caption], model)
+            draw = self.system.draw(model, seed=self.recipe.seed + i)
+            yield self.system.decode(draw(self.system.shape(1), told)).cpu()
+
+    def _measured(self) -> list[int]:
+        reader = self.loader.reader
+        assert reader.shapes is not None
+        b = self.system.bucket
+        rows = np.flatnonzero(reader.bucket == list(reader.shapes).index((b.frames, b.height, b.width)))
+        if not len(rows):
+            raise ValueError(
+                f"run.frechet: no clip fills the bucket {b.frames}×{b.height}×{b.width}: set it to 0"
+            )
+        return np.random.default_rng(self.recipe.seed).permutation(rows).tolist()
 
     def state(self) -> dict[str, Any]:
         return self.system.state()

@@ -132,7 +132,8 @@ class Trainer:
     """The state of one process; see `train`."""
 
     def __init__(self, recipe: TrainRecipe, data: str, out: Path, world: World, build: Build):
-        self.recipe, self.out, self.world = recipe, out, world
+        self.recipe, self.data, self.out, self.world = recipe, data, out, world
+        self.frechet: Any = None  # made when it is first asked for
         folder = resume_point(recipe, out, world)
         self.task, self.loader = build(recipe, data, world.device, world.rank, world.size)
         self.step, self.loader_state = 0, self.loader.state_dict()
@@ -211,6 +212,8 @@ class Trainer:
                         saved = self.step
                     if run.sample_every and (self.step % run.sample_every == 0 or self.step == run.steps):
                         watch.videos(self.step, self._samples())
+                        if run.frechet:
+                            watch.scalars(self.step, self._distance())
                     self.metrics.aside += time.perf_counter() - start
             if self.step > saved:
                 self._save()
@@ -352,19 +355,41 @@ class Trainer:
         }
         self.saver.save(meta, self.task.phases, self.averages, self.task.state())
 
-    def _samples(self) -> dict[str, Tensor]:
-        """Of the first phase's longest average, or its weights; sharded models need all ranks, others one."""
+    @contextlib.contextmanager
+    def _shown(self) -> Iterator[nn.Module]:
+        """The first phase's module as it is looked at: in eval mode, with its longest average for weights."""
         phase = self.task.phases[0]
-        if self.world.rank and self.recipe.compute.parallel == "ddp":
-            return {}
         ema = self.averages.get(phase.name)
         with ema.applied(max(ema.averages)) if ema else contextlib.nullcontext(), torch.no_grad():
             training = phase.module.training
             phase.module.eval()
             with autocast(self.recipe, self.world.device):
-                found = self.task.samples(phase.module, self.step)
+                yield phase.module
             phase.module.train(training)
-        return found
+
+    def _samples(self) -> dict[str, Tensor]:
+        """Sharded models need all ranks, others one."""
+        if self.world.rank and self.recipe.compute.parallel == "ddp":
+            return {}
+        with self._shown() as module:
+            return self.task.samples(module, self.step)
+
+    def _distance(self) -> dict[str, float]:
+        """Of sampled to real videos, run.frechet of each; the ranks share the work."""
+        run, world = self.recipe.run, self.world
+        if self.frechet is None:
+            from jobs.training.monitor import FrechetInLoop
+            from models.features import load_features
+
+            features = load_features(run.features, str(world.device))
+            protocol = {
+                "data": self.data,
+                "seed": self.recipe.seed,
+                **self.recipe.data.model_dump(mode="json"),
+            }
+            self.frechet = FrechetInLoop(self.out, features, self.task.real(), run.frechet, protocol)
+        with self._shown() as module:
+            return self.frechet(self.task.generate(module, range(world.rank, run.frechet, world.size)))
 
     def out_of_memory(self) -> str:
         shapes = {k: "×".join(map(str, v.shape)) for k, v in self.batch.items() if isinstance(v, Tensor)}

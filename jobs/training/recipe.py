@@ -124,6 +124,30 @@ class Tasks(Section):
         return self
 
 
+class VAELoss(Section):
+    """What an autoencoder is trained for, and from where."""
+
+    channels: int = Field(16, ge=1, description="of the latents")
+    train: Literal["all", "decoder"] = Field("all", description="decoder: the encoder is frozen (Video LDM)")
+    image: str | None = Field(
+        None, description="start from this image VAE of the same widths: a folder that clipmill train wrote"
+    )
+    kl: float = Field(1e-6, ge=0, description="weight of the KL in nats, per pixel value as the L1 loss is")
+    perceptual: Literal["none", "efficientnet_lite0", "vgg16"] = Field(
+        "efficientnet_lite0", description="the network of the perceptual distance"
+    )
+    perceptual_weight: float = Field(
+        0.1, ge=0, description="1 with LPIPS' heads; without them each of five layers adds up to 4"
+    )
+    perceptual_file: str | None = Field(None, description="vgg16: torchvision's weights")
+    perceptual_heads: str | None = Field(
+        None, description="vgg16: LPIPS' linear heads; null: all channels weigh 1"
+    )
+    adversarial: float = Field(0.5, ge=0, description="weight of the discriminator; 0: none")
+    adversarial_start: int = Field(10_000, ge=0, description="the step from which it judges and learns")
+    discriminator_width: int = Field(64, ge=8, description="features of its first layer")
+
+
 class Optimizer(Section):
     lr: float = Field(1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
@@ -169,6 +193,12 @@ class Run(Section):
     sampler: str = "auto"
     sample_steps: int = Field(32, ge=1)
     guidance: float = Field(3.0, ge=0, description="classifier-free guidance w of (1 + w) ε_c − w ε_∅")
+    frechet: int = Field(
+        0, ge=0, description="videos sampled each time to measure their distance to real ones"
+    )
+    features: str = Field(
+        "efficientnet-lite0", description="the network of that distance (`models.features`)"
+    )
     wandb: bool = False
 
 
@@ -182,6 +212,7 @@ class TrainRecipe(Section):
     model: Model
     objective: Objective = Objective()
     tasks: Tasks = Tasks()
+    vae: VAELoss = VAELoss()
     optimizer: Optimizer = Optimizer()
     ema: EMA = EMA()
     compute: Compute = Compute()

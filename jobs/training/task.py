@@ -7,7 +7,7 @@ loop: (losses.total / global count).backward(), clip, optimizer.step(), EMA, met
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -89,6 +89,17 @@ class Task(Protocol):
 
     def samples(self, model: nn.Module, step: int) -> dict[str, Tensor]:
         """Videos to look at, name → uint8 [T, H, W, 3]; {} where the task has none."""
+        ...
+
+    def real(self) -> Iterator[Tensor]:
+        """Real videos in the shape of those that are generated, uint8 [B, T, H, W, 3], for `run.frechet`.
+
+        Raises ValueError where the task makes no videos of its own.
+        """
+        ...
+
+    def generate(self, model: nn.Module, which: Iterable[int]) -> Iterator[Tensor]:
+        """Videos of those numbers, each the same whoever makes it, uint8 [B, T, H, W, 3]."""
         ...
 
     def state(self) -> dict[str, Any]:

@@ -11,50 +11,24 @@ With `train: decoder` the encoder is frozen and the decoder fine-tuned on videos
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from jobs.training.checkpoint import load_model
 from jobs.training.data import build_loader, reader_of
-from jobs.training.recipe import TrainRecipe
+from jobs.training.recipe import TrainRecipe, VAELoss
 from jobs.training.system import to_bytes, to_unit
 from jobs.training.task import Batch, Draws, Loader, Losses, Phase
 from models import perceptual, vae
 from models.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from models.latents import Posterior, latent_shape
 from models.quality import psnr
-from pipeline.recipe import Section
 
 SHOWN = 2  # clips whose reconstruction is looked at
-
-
-class VAELoss(Section):
-    """What an autoencoder is trained for, and from where."""
-
-    channels: int = Field(16, ge=1, description="of the latents")
-    train: Literal["all", "decoder"] = Field("all", description="decoder: the encoder is frozen (Video LDM)")
-    image: str | None = Field(
-        None, description="start from this image VAE of the same widths: a folder that clipmill train wrote"
-    )
-    kl: float = Field(1e-6, ge=0, description="weight of the KL in nats, per pixel value as the L1 loss is")
-    perceptual: Literal["none", "efficientnet_lite0", "vgg16"] = Field(
-        "efficientnet_lite0", description="the network of the perceptual distance"
-    )
-    perceptual_weight: float = Field(
-        0.1, ge=0, description="1 with LPIPS' heads; without them each of five layers adds up to 4"
-    )
-    perceptual_file: str | None = Field(None, description="vgg16: torchvision's weights")
-    perceptual_heads: str | None = Field(
-        None, description="vgg16: LPIPS' linear heads; null: all channels weigh 1"
-    )
-    adversarial: float = Field(0.5, ge=0, description="weight of the discriminator; 0: none")
-    adversarial_start: int = Field(10_000, ge=0, description="the step from which it judges and learns")
-    discriminator_width: int = Field(64, ge=8, description="features of its first layer")
 
 
 def build(
@@ -67,7 +41,7 @@ def build(
         raise ValueError(
             "a VAE learns from pixels: leave data.cache unset and data.images 0; a bucket of one frame is images"
         )
-    task = AutoencoderTask(recipe, getattr(recipe, "vae", VAELoss()), device, world)
+    task = AutoencoderTask(recipe, recipe.vae, device, world)
     loader = build_loader(recipe, data, task.vae, rank, world, pin=device.type == "cuda")
     reader = reader_of(recipe, data)
     task.shown = [torch.from_numpy(reader.sound(row)["video"]) for row in range(min(SHOWN, len(reader.keys)))]
@@ -168,6 +142,12 @@ class AutoencoderTask:
             video = to_unit(clip[None].to(self.device))
             found[f"reconstruction-{i}"] = to_bytes(torch.cat([video, model(video)[0]], dim=4))[0].cpu()
         return found
+
+    def real(self) -> Iterator[Tensor]:
+        raise ValueError("run.frechet: an autoencoder makes no videos of its own: set it to 0")
+
+    def generate(self, model: nn.Module, which: Iterable[int]) -> Iterator[Tensor]:
+        return iter(())
 
     def state(self) -> dict[str, Any]:
         """`vae`: what `models.vae.build` takes."""

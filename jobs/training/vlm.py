@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -80,6 +80,12 @@ class Captioning:
 
     def samples(self, model: nn.Module, step: int) -> dict[str, Tensor]:
         return {}
+
+    def real(self) -> Iterator[Tensor]:
+        raise ValueError("run.frechet: a VLM makes no videos: set it to 0")
+
+    def generate(self, model: nn.Module, which: Iterable[int]) -> Iterator[Tensor]:
+        return iter(())
 
     def state(self) -> dict[str, Any]:
         return {}

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from jobs import shard
+from jobs.training.checkpoint import load_model
 from jobs.training.data import positions_of
 from jobs.training.diffusion import LOW_NOISE, build, known_frames
+from jobs.training.loop import train
 from jobs.training.recipe import Tasks, TrainRecipe, load_training
 from jobs.training.system import Network, build_network, build_process, load_system, to_unit
 from jobs.training.task import Draws
@@ -242,7 +244,8 @@ def test_the_state_and_the_weights_bring_the_system_back(run):
 def test_samples_are_videos_of_the_prompts(run, tasks):
     task, loader = build(recipe(tasks=tasks, run={"sample_steps": 2}), run, CPU)
     found = task.samples(task.system.network, 1)
-    assert [name[2:] for name in found] == [c[:78] for c in loader.batch(0)["caption"]]
+    captions = loader.batch(0)["caption"]
+    assert all(name.startswith(c) for name, c in zip(found, captions, strict=True))
     assert all(v.shape == (4, 32, 32, 3) and v.dtype == torch.uint8 for v in found.values())
 
 
@@ -289,3 +292,62 @@ def test_a_bundled_recipe_fits_together(name):
     with torch.device("meta"):
         network = build_network(wanted, autoencoder.channels, SimpleNamespace(width=768))
     assert sum(1 for _ in network.denoiser.parameters()) > 0
+
+
+# ------------------------------------------------------------ while training
+
+
+class Told:
+    """A monitor that remembers."""
+
+    def __init__(self, *args, **options):
+        self.scalars_at: list = []
+        Told.newest = self
+
+    def scalars(self, step, figures):
+        self.scalars_at.append((step, figures))
+
+    def __getattr__(self, name):
+        return lambda *args: None
+
+
+def test_distances_to_real_videos_are_measured_while_it_trains_and_do_not_disturb_it(run, tmp_path):
+    """Twice the same numbers, the reference kept, the model that an unwatched run gives."""
+    found, weights = [], []
+    for name, n in {"watched": 3, "again": 3, "unwatched": 0}.items():
+        run_ = {
+            "steps": 2,
+            "save_every": 2,
+            "sample_every": 1,
+            "log_every": 1,
+            "sample_steps": 2,
+            "frechet": n,
+        }
+        train(recipe(run=run_), run, tmp_path / name, monitor=Told, device="cpu")
+        distances = [
+            (s, f["frechet/efficientnet-lite0"])
+            for s, f in Told.newest.scalars_at
+            if "frechet/efficientnet-lite0" in f
+        ]
+        found.append(distances)
+        weights.append(load_model(tmp_path / name).weights["diffusion"])
+    assert [step for step, _ in found[0]] == [1, 2]
+    assert found[0] == found[1]
+    assert found[2] == []
+    assert all(np.isfinite(d) and d > 0 for _, d in found[0])
+    assert list((tmp_path / "watched" / "reference").iterdir())
+    for other in weights[1:]:
+        assert all(torch.equal(weights[0][k], other[k]) for k in other)
+
+
+def test_generated_videos_do_not_depend_on_who_makes_them(run):
+    task, _ = build(recipe(), run, CPU)
+    network = stirred(task.system.network).eval()
+    alone = list(task.generate(network, [0, 1, 2, 3]))
+    shared = {
+        i: v
+        for start in (0, 1)
+        for i, v in zip((start, start + 2), task.generate(network, (start, start + 2)), strict=True)
+    }
+    assert all(torch.equal(alone[i], shared[i]) for i in range(4))
+    assert next(task.real()).shape == alone[0].shape
