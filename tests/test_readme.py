@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import JOBS
+from jobs.training.recipe import TRAINING
 from pipeline import recipe
 from pipeline.captions import caption_stages
 from pipeline.stages import run_stage
@@ -52,4 +53,5 @@ def test_every_file_and_command_it_names_exists():
         assert (ROOT / path).exists() or path == "pipeline/brightness.py", path
     for job in re.findall(r"clipmill (\w+) ", "\n".join(re.findall(r"```\n(.*?)```", README, re.S))):
         assert job in JOBS, job
-    assert set(re.findall(r"--recipe (\w+)", README)) <= set(recipe.bundled())
+    known = {*recipe.bundled(), *recipe.bundled(TRAINING)}
+    assert set(re.findall(r"--recipe ([\w-]+)", README)) <= known
