@@ -58,7 +58,7 @@ class Attributes:
         return None not in (getattr(self, f.name) for f in fields(self))
 
     def caption(self) -> str:
-        """'two red circles move left on black', at most 60 letters; '' where an attribute is not known."""
+        """'two red circles move left on black', at most 62 letters; '' where an attribute is not known."""
         if not self.known():
             return ""
         s, verb_s = ("", "s") if self.count == "one" else ("s", "")

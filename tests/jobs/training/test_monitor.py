@@ -356,7 +356,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
 
 
 def test_ranks_that_sample_uneven_shares_get_the_numbers_of_the_whole(tmp_path):
-    torch.multiprocessing.start_processes(_rank, (2, str(tmp_path)), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(_rank, (2, str(tmp_path)), nprocs=2, start_method="spawn")
     alone = FrechetInLoop(tmp_path / "alone", Counting(), batches(0, 20), 10)(batches(100, 10))
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(alone)
