@@ -17,6 +17,7 @@ encoded one by one and appended in time.
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +146,13 @@ class Loader:
         return stacked | {"image_key": [f["key"] for f in found], "skipped": sample["skipped"] + broken}
 
     def __iter__(self) -> Iterator[Batch]:
-        loader = DataLoader(_Batches(self), batch_size=None, num_workers=self.workers, pin_memory=self.pin)
+        loader = DataLoader(
+            _Batches(self),
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=self.pin,
+            worker_init_fn=_undisturbed,
+        )
         for batch in loader:
             self.step += 1
             self.skipped += len(batch["skipped"])
@@ -202,6 +209,12 @@ class _Batches(IterableDataset):
         while True:
             yield own.batch(own.first + step * own.world + own.rank)
             step += workers
+
+
+def _undisturbed(worker: int) -> None:
+    """A signal to the whole process group is for the loop to answer; a worker ends when the loop does."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _first_frames(videos: list[np.ndarray | None]) -> np.ndarray | None:

@@ -1,6 +1,7 @@
 """clipmill train: from shards, resumable bit for bit; what is wrong is one line and exit 2."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -198,6 +199,30 @@ def test_a_recipe_file_and_overrides_are_taken(data, tmp_path):
 
 
 # ---------------------------------------------------------------- launchers
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_process_group_ends_the_step_and_saves(data, tmp_path, number):
+    """As a cluster's scheduler or Ctrl-C sends it: to the processes that decode, too."""
+    arguments = command(
+        data, tmp_path, "--steps", "100000", "--set", "data.workers=2", "--set", "run.log_every=1"
+    )
+    metrics = tmp_path / "metrics.jsonl"
+    with subprocess.Popen(
+        [sys.executable, "-m", "jobs.train", *arguments],
+        cwd=ROOT,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err
+    assert checkpoints(tmp_path)
 
 
 @pytest.fixture
