@@ -335,32 +335,15 @@ def write(out: Path, videos: dict[str, Tensor], fps: float) -> None:
 
 def encode(path: Path, video: Tensor, fps: float) -> None:
     """uint8 [T, H, W, 3] as H.264 with the settings of the mill's clips, every frame once. Raises FFmpegError."""
-    import tempfile
-
-    from pipeline import ffmpeg
     from pipeline.cut import encoder
+    from pipeline.ffmpeg import encode_rgb
     from pipeline.recipe import Cut
 
     height, width = video.shape[1:3]
     colours = "yuv444p" if height % 2 or width % 2 else "yuv420p"
     options = [str(x) for k, v in encoder(Cut(), fps).items() for x in (f"-{k}", v)]
-    with tempfile.TemporaryDirectory(prefix="clipmill-sample-") as folder:
-        raw = Path(folder) / "frames.rgb"
-        raw.write_bytes(video.contiguous().numpy().tobytes())
-        source = [
-            "-f",
-            "rawvideo",
-            "-pix_fmt",
-            "rgb24",
-            "-s",
-            f"{width}x{height}",
-            "-r",
-            f"{fps:g}",
-            "-i",
-            str(raw),
-        ]
-        target = ["-pix_fmt", colours, *options, "-movflags", "+faststart", "-y", "-f", "mp4", str(path)]
-        ffmpeg.run([ffmpeg.find(), *source, *target], stall_s=120)
+    output = ["-pix_fmt", colours, *options, "-movflags", "+faststart", "-y", "-f", "mp4", str(path)]
+    encode_rgb(video.contiguous().numpy().tobytes(), width, height, fps, output, stall_s=120)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,25 +124,11 @@ def truth(name: str, scene: Scene, start: int, end: int, size: int) -> dict[str,
 
 def encode(path: Path, pictures: np.ndarray, fps: int) -> None:
     """uint8 [T, H, W, 3] RGB to H.264. Raises FFmpegError."""
-    from pipeline import ffmpeg
+    from pipeline.ffmpeg import encode_rgb
 
     height, width = pictures.shape[1:3]
-    with tempfile.NamedTemporaryFile(suffix=".rgb") as raw:
-        raw.write(pictures.tobytes())
-        raw.flush()
-        source = [
-            "-f",
-            "rawvideo",
-            "-pix_fmt",
-            "rgb24",
-            "-s",
-            f"{width}x{height}",
-            "-r",
-            str(fps),
-            "-i",
-            raw.name,
-        ]
-        ffmpeg.run([ffmpeg.find(), *source, *CODEC, "-bitexact", f"file:{path}"], stall_s=60)
+    output = [*CODEC, "-bitexact", f"file:{path}"]
+    encode_rgb(pictures.tobytes(), width, height, fps, output, stall_s=60)
 
 
 if __name__ == "__main__":

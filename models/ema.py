@@ -67,9 +67,9 @@ class PowerEMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step number `step`, counted from 1."""
-        now = [_local(p).float() for p in self.parameters.values()]
+        now = [local(p).float() for p in self.parameters.values()]
         for length, average in self.averages.items():
-            torch._foreach_lerp_([_local(a) for a in average.values()], now, 1 - beta(step, length))
+            torch._foreach_lerp_([local(a) for a in average.values()], now, 1 - beta(step, length))
 
     @contextlib.contextmanager
     def applied(self, length: float) -> Iterator[None]:
@@ -83,13 +83,14 @@ class PowerEMA:
     @torch.no_grad()
     def _swap(self, average: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            p, a = _local(parameter), _local(average[name])
+            p, a = local(parameter), local(average[name])
             held = p.clone()
             p.copy_(a)
             a.copy_(held)
 
 
-def _local(x: Tensor) -> Tensor:
+def local(x: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; the tensor itself where it is none."""
     return x.to_local() if hasattr(x, "to_local") else x.detach()
 
 

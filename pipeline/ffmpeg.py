@@ -204,3 +204,17 @@ def _die_with_parent(parent: int) -> None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it was killed in between
             os._exit(1)
+
+
+def encode_rgb(
+    pictures: bytes, width: int, height: int, fps: float, output: list[str], stall_s: float
+) -> None:
+    """Raw RGB pictures, 3 bytes a pixel, one after another, to a file: `output` is options and its name.
+
+    Raises FFmpegError.
+    """
+    with tempfile.NamedTemporaryFile(prefix="clipmill-", suffix=".rgb") as raw:
+        raw.write(pictures)
+        raw.flush()
+        source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:g}"]
+        run([find(), *source, "-i", raw.name, *output], stall_s=stall_s)

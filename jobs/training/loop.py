@@ -32,7 +32,7 @@ from jobs.training.plan import Plan, autocast, make_plan
 from jobs.training.recipe import Optimizer, TrainRecipe
 from jobs.training.task import Batch, Draws, Loader, Phase, Task
 from models import attention
-from models.ema import PowerEMA
+from models.ema import PowerEMA, local
 
 Build = Callable[[TrainRecipe, str, torch.device, int, int], tuple[Task, Loader]]
 
@@ -303,7 +303,7 @@ class Trainer:
         scale = self.world.size / max(count, 1)  # DDP and FSDP have divided by the ranks
         norm = gradient_norm(gradients) * scale
         clip = (self.recipe.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([_local(g) for g in gradients], clip * scale)
+        torch._foreach_mul_([local(g) for g in gradients], clip * scale)
         keys = [key for batch in batches for key in batch["key"]]
         self.unread.append(Finite(self.step, 1, keys, torch.isfinite(norm)))
         if (
@@ -445,7 +445,3 @@ def rate_factor(optimizer: Optimizer, step: int, steps: int) -> float:
 def _chain(first: Batch, rest: Iterator[Batch]) -> Generator[Batch, None, None]:
     yield first
     yield from rest
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if hasattr(x, "to_local") else x

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from jobs.training.data import Loader, reader_of
 from jobs.training.recipe import TrainRecipe, import_spec
+from jobs.training.system import to_unit
 from jobs.training.task import Batch, Draws, Losses, Phase
 from models import text
 from models.small_vlm import SmallVLM, caption_loss
@@ -67,7 +68,7 @@ class Captioning:
     def loss(self, phase: str, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
         words = text.encode(batch["caption"], self.length)
         count = int((words[:, 1:] != text.PAD).sum())  # on the host
-        video = batch["video"].transpose(1, 2).float() / 127.5 - 1  # B T 3 S S
+        video = to_unit(batch["video"].transpose(1, 2))  # B T 3 S S
         mean = caption_loss(model, video, words.to(self.device, non_blocking=True))
         return Losses(mean * count, count)
 
