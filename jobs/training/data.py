@@ -10,16 +10,21 @@ of clips is whole, so it holds more than half of them: of two ranks at the same 
 work of the other. The nearer `tokens` is to a common multiple of the buckets' positions, the more alike
 (`Loader.weights` says how much).
 
-**Joint images.** `data.images` frames of other clips come with each clip, cut to its size. They are
-encoded one by one and appended in time.
+**Stills.** What things look like is learned sooner from single frames than from clips, whose frames are
+much alike: the first `data.stills` micro-batches hold frames of clips, as many as the clips' would, dealt
+in epochs of their own.
+
+**Joint images.** `data.images` frames of other clips come with each clip, cut to its size, each with the
+caption of its own clip.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import signal
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,15 +33,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from jobs.training.recipe import TrainRecipe
 from jobs.training.task import Batch
+from models.latents import Autoencoder, latent_shape
 from pipeline.buckets import Shape, deal, whole_batches
 from pipeline.latents import LatentReader, made_of
 from pipeline.reader import PATIENCE, BrokenSample, Sample, ShardReader
 from pipeline.store import StoreError
 
-if TYPE_CHECKING:
-    from models.latents import Autoencoder
-
-ARRAYS = ("video", "image", "mean", "logvar", "image_logvar", "text", "text_mask")
+ARRAYS = ("video", "mean", "logvar", "text", "text_mask")
 
 
 class Loader:
@@ -46,15 +49,17 @@ class Loader:
         reader: with `shapes`; where samples come from.
         positions: latent positions of one sample of each bucket, images included.
         tokens: positions a micro-batch may hold; batch: samples it holds, in place of that.
-        images: image frames appended to each clip.
+        images: image frames that come with each clip.
+        stills: micro-batches of single frames before the first of clips; areas: latent positions of a frame
+            of each bucket, where there are any.
         rank, world: this process's place among those that train together.
         workers: processes that decode; 0 decodes in this one.
         pin: page-locked memory, from which copies to a GPU need no waiting.
 
     A batch is {'key', 'caption', 'skipped': lists; 'video': uint8 [B, 3, T, H, W]} or, from a cache,
     {…, 'mean', 'logvar': float16 [B, C, T, h, w], 'text': [B, L, D], 'text_mask': bool [B, L]}; with images
-    also 'image': uint8 [B, n, 3, H, W] or float16 [B, n, C, h, w] (and 'image_logvar'), and 'image_key', a
-    list a sample.
+    also the same of B · n clips of one frame, those of the first clip first, under 'image_key', 'image_video',
+    'image_mean' and so on.
 
     Raises ValueError where a bucket is larger than a micro-batch may be.
     """
@@ -67,6 +72,8 @@ class Loader:
         tokens: int = 8192,
         batch: int | None = None,
         images: int = 0,
+        stills: int = 0,
+        areas: Sequence[int] = (),
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
@@ -81,8 +88,10 @@ class Loader:
             )
         if images and len(reader.keys) < 2:
             raise ValueError("data.images takes frames of other clips, but there is only one: set it to 0")
-        self.reader, self.positions, self.images = reader, list(positions), images
+        self.reader, self.positions, self.images, self.stills = reader, list(positions), images, stills
         self.sizes = [batch or tokens // p for p in positions]  # samples a micro-batch, by bucket
+        areas = areas or positions
+        self.frames = [n * p // a for n, p, a in zip(self.sizes, positions, areas, strict=True)]  # of stills
         self.rank, self.world, self.workers, self.pin = rank, world, workers, pin
         self.first = self.step = (
             0  # the list's number before this rank's first; micro-batches handed out since
@@ -90,7 +99,8 @@ class Loader:
         self.skipped = 0  # broken samples met by this rank
         counts = np.bincount(reader.bucket, minlength=len(positions)).tolist()
         self.buckets = dict(zip(reader.shapes, counts, strict=True))  # clips in each
-        self.epoch_length = sum(whole_batches(n, size) for n, size in zip(counts, self.sizes, strict=True))
+        self.epoch_length = sum(map(whole_batches, counts, self.sizes))
+        self.stills_length = sum(map(whole_batches, counts, self.frames))
 
     @property
     def weights(self) -> tuple[int, int]:
@@ -101,19 +111,35 @@ class Loader:
 
     def rows(self, number: int) -> tuple[int, np.ndarray]:
         """(epoch, rows of the index) of a micro-batch of the endless list."""
-        epoch, place = divmod(number, self.epoch_length)
-        return epoch, self._epoch(epoch)[place]
+        if number < self.stills:
+            epoch, place = divmod(number, self.stills_length)
+            return epoch, self._epoch(epoch, stills=True)[place]
+        epoch, place = divmod(number - self.stills, self.epoch_length)
+        return epoch, self._epoch(epoch, stills=False)[place]
 
     def batch(self, number: int) -> Batch:
         """The micro-batch of that number of the endless list."""
         self.reader.epoch, rows = self.rows(number)
+        if number < self.stills:
+            return collate([self._still(row) for row in rows.tolist()])
         samples = [self.reader.sound(int(row)) for row in rows]
-        if self.images:
-            for sample, row in zip(samples, rows.tolist(), strict=True):
-                sample |= self._images(sample, row, place=number)
-        return collate(samples)
+        if not self.images:
+            return collate(samples)
+        images = [self._images(s, row, place=number) for s, row in zip(samples, rows.tolist(), strict=True)]
+        beside = collate([image for clip in images for image in clip])
+        batch = collate(samples) | {f"image_{name}": value for name, value in beside.items()}
+        batch["skipped"] += batch.pop("image_skipped")
+        return batch
 
-    def _images(self, sample: Sample, row: int, place: int) -> Sample:
+    def _still(self, row: int) -> Sample:
+        """A frame of the clip, or of the next sound one, as a clip of one frame."""
+        if isinstance(self.reader, LatentReader):
+            return _first_frame(self.reader.sound(row))
+        assert self.reader.shapes is not None
+        _, height, width = self.reader.shapes[self.reader.bucket[row]]
+        return self.reader.sound(row, (1, height, width))
+
+    def _images(self, sample: Sample, row: int, place: int) -> list[Sample]:
         """One frame of each of n other clips, in the sample's size; drawn by (seed, number of the batch, row)."""
         reader, wanted = self.reader, self.images
         from_cache = isinstance(reader, LatentReader)
@@ -138,12 +164,11 @@ class Loader:
             except BrokenSample:
                 broken.append(reader.keys[other].as_py())
                 continue
-            found.append(image)
+            found.append((_first_frame(image) if from_cache else image) | {"skipped": []})
         if len(found) < wanted:
             raise StoreError(f"{reader.folder}: {PATIENCE} images in a row are broken; check the shards")
-        names = {"mean": "image", "logvar": "image_logvar"} if from_cache else {"video": "image"}
-        stacked = {to: _first_frames([f[name] for f in found]) for name, to in names.items()}
-        return stacked | {"image_key": [f["key"] for f in found], "skipped": sample["skipped"] + broken}
+        found[0]["skipped"] = broken
+        return found
 
     def __iter__(self) -> Iterator[Batch]:
         loader = DataLoader(
@@ -180,6 +205,7 @@ class Loader:
             "clips": len(self.reader.keys),
             "sizes": self.sizes,
             "images": self.images,
+            "stills": self.stills,
         }
 
     @functools.cached_property
@@ -187,9 +213,10 @@ class Loader:
         """epoch → the rows of its micro-batches; the last one stays in memory."""
         return functools.lru_cache(maxsize=1)(self._deal)
 
-    def _deal(self, epoch: int) -> list[np.ndarray]:
+    def _deal(self, epoch: int, stills: bool) -> list[np.ndarray]:
         rng = np.random.RandomState([self.reader.seed, epoch])
-        dealt = [rows for bucket in deal(self.reader.bucket, self.sizes.__getitem__, rng) for rows in bucket]
+        size = (self.frames if stills else self.sizes).__getitem__
+        dealt = [rows for bucket in deal(self.reader.bucket, size, rng) for rows in bucket]
         return [dealt[i] for i in rng.permutation(len(dealt))]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -217,9 +244,9 @@ def _undisturbed(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _first_frames(videos: list[np.ndarray | None]) -> np.ndarray | None:
-    """[C, T, h, w] each → [n, C, h, w]; None where there are none."""
-    return None if videos[0] is None else np.stack([v[:, 0] for v in videos if v is not None])
+def _first_frame(sample: Sample) -> Sample:
+    """Of a cache: the sample with latents [C, 1, h, w]."""
+    return sample | {k: sample[k][:, :1] for k in ("mean", "logvar") if sample[k] is not None}
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -241,14 +268,14 @@ def shapes_of(recipe: TrainRecipe) -> list[Shape]:
 
 def positions_of(recipe: TrainRecipe, autoencoder: Autoencoder) -> list[int]:
     """Latent positions of a sample of each bucket, images included. Raises ValueError."""
-    from models.latents import latent_shape
-
     images = recipe.data.images
-    if images and autoencoder.stride[0] > 1 and not autoencoder.causal:
-        raise ValueError(
-            f"data.images {images}: this autoencoder takes {autoencoder.stride[0]} frames at once, so a single "
-            "image has no latent; set it to 0, or use a causal or an image autoencoder"
-        )
+    for name in ("images", "stills"):
+        wanted = getattr(recipe.data, name)
+        if wanted and autoencoder.stride[0] > 1 and not autoencoder.causal:
+            raise ValueError(
+                f"data.{name} {wanted}: this autoencoder takes {autoencoder.stride[0]} frames at once, so a single "
+                "image has no latent; set it to 0, or use a causal or an image autoencoder"
+            )
     found = []
     for shape in shapes_of(recipe):
         t, h, w = latent_shape(autoencoder, *shape)
@@ -306,6 +333,8 @@ def build_loader(
         tokens=recipe.data.tokens,
         batch=recipe.data.batch,
         images=recipe.data.images,
+        stills=recipe.data.stills,
+        areas=[math.prod(latent_shape(autoencoder, *s)[1:]) for s in shapes_of(recipe)],
         rank=rank,
         world=world,
         workers=recipe.data.workers,

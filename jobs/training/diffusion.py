@@ -9,14 +9,13 @@ known, which captions are left out. From a cache, autoencoder and frozen text en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jobs.training.data import Loader, build_loader
@@ -45,7 +44,7 @@ def measure(system: System, loader: Loader) -> Normalizer:
         return Normalizer(torch.tensor(found["mean"]), torch.tensor(found["std"]))
     measured, clips = Statistics(system.autoencoder.channels), 0
     for number in range(loader.epoch_length):
-        batch = loader.batch(number)
+        batch = loader.batch(loader.stills + number)
         posterior = system.encode(to_unit(batch["video"].to(system.device)))
         measured.add(posterior.mean)
         if posterior.logvar is not None:  # the variance of what will be sampled: that of the mean, and σ²
@@ -98,66 +97,62 @@ class Diffusion:
         self.phases = [Phase("diffusion", system.network, optimizer)]
 
     def loss(self, phase: str, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
+        """Clips and the images beside them go through the network one after the other.
+
+        That is what one pass over T frames with n images appended and masked computes (Ho et al. 2022, sec.
+        3.1), where frames meet in attention alone; but each image has its own caption and noise level, and
+        nothing is spent on masked pairs. A sample's loss is the mean over its T + n frames.
+        """
+        parts = [self._question(batch, draws)]
+        images = images_of(batch)
+        if images:
+            parts.append(self._question(images, replace(draws, part=1)))
+        found = model("losses", *parts)
+        levels = torch.cat([self.system.process.level(t).detach() for _, t, *_ in parts])
+        errors = torch.cat([error for _, error in found])
+        frames = [x.shape[2] for x, *_ in parts]
+        loss, error = (sum_over_frames(values, frames) for values in zip(*found, strict=True))
+        return Losses(loss, len(batch["key"]), {"error": error}, levels, errors)
+
+    def _question(self, batch: Batch, draws: Draws) -> tuple[Any, ...]:
+        """What `Network.loss` is asked of a batch."""
         x = self.latents(batch, draws)
         t = TIMES[self.recipe.objective.times](draws.uniform(len(x), TIME))
         dropped = draws.uniform(len(x), DROPPED) < self.recipe.text.dropout
         texts = batch["caption"] if self.system.network.text is not None else None
-        condition = self.condition(x, batch, draws)
-        loss, error = model("loss", x, t, draws.normal(x, NOISE), condition, texts, dropped)
-        return Losses(
-            loss.sum(), len(x), {"error": error.sum()}, self.system.process.level(t).detach(), error
-        )
+        return x, t, draws.normal(x, NOISE), self.condition(x, batch, draws), texts, dropped
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
-        """Normalised latents of the clips, their images appended in time: [B, C, T + n, h, w]."""
-        mean = self._cached(batch, "mean")
-        posterior = self._encode(batch) if mean is None else Posterior(mean, self._cached(batch, "logvar"))
+        """Normalised latents of the clips, [B, C, T, h, w]."""
+        posterior = self._cached(batch) if "mean" in batch else self._encode(batch)
         if posterior.logvar is None:
             return self.system.normalizer(posterior.mean)
         return self.system.normalizer(posterior.sample(draws.normal(posterior.mean, POSTERIOR)))
 
-    def _cached(self, batch: Batch, name: str) -> Tensor | None:
-        """Of a batch from the cache, images appended; None where the autoencoder has no variance."""
-        if name not in batch:
-            return None
-        parts = [batch[name].to(self.system.device, non_blocking=True)]
-        if "image" in batch:
-            image = batch["image" if name == "mean" else "image_logvar"]  # B n C h w
-            parts.append(image.to(self.system.device, non_blocking=True).transpose(1, 2))
-        return torch.cat(parts, dim=2).float()
+    def _cached(self, batch: Batch) -> Posterior:
+        found = (batch.get(k) for k in ("mean", "logvar"))
+        return Posterior(*(x if x is None else self._here(x).float() for x in found))  # type: ignore[arg-type]
 
     def _encode(self, batch: Batch, seen: Callable[[Tensor], Tensor] = lambda video: video) -> Posterior:
-        """Posterior of what is seen of the clips, images appended; images are encoded one by one."""
-        found = self.system.encode(seen(to_unit(batch["video"].to(self.system.device, non_blocking=True))))
-        if "image" not in batch:
-            return found
-        images = to_unit(batch["image"].to(self.system.device, non_blocking=True))  # B n 3 H W
-        lone = self.system.encode(seen(images.flatten(0, 1).unsqueeze(2)))  # B·n C 1 h w
+        """Posterior of what is seen of the clips."""
+        return self.system.encode(seen(to_unit(self._here(batch["video"]))))
 
-        def joined(clip: Tensor, image: Tensor) -> Tensor:
-            return torch.cat([clip, image.squeeze(2).unflatten(0, images.shape[:2]).transpose(1, 2)], dim=2)
-
-        logvar = None
-        if found.logvar is not None and lone.logvar is not None:
-            logvar = joined(found.logvar, lone.logvar)
-        return Posterior(joined(found.mean, lone.mean), logvar)
+    def _here(self, x: Tensor) -> Tensor:
+        return x.to(self.system.device, non_blocking=True)
 
     def condition(self, x: Tensor, batch: Batch, draws: Draws) -> Condition:
-        """What is known beside the noisy latents of x [B, C, T + n, h, w], but for a text read in the network."""
-        found = Condition(images=batch["image"].shape[1] if "image" in batch else 0)
+        """What is known beside the noisy latents of x [B, C, T, h, w], but for a text read in the network."""
+        found = Condition()
         if "text" in batch:
-            text, mask = (
-                batch[name].to(self.system.device, non_blocking=True) for name in ("text", "text_mask")
-            )
+            text, mask = self._here(batch["text"]), self._here(batch["text_mask"])
             found = replace(found, text=text.float(), text_mask=mask)
         elif self.system.text is not None:
             text, mask = self.system.text(batch["caption"])
             found = replace(found, text=text.float(), text_mask=mask)
         if knows_frames(self.recipe.tasks):
-            frames = x.shape[2] - found.images
             kind, more = draws.uniform(len(x), KNOWN), draws.uniform(len(x), CONTEXT)
-            mask = known_frames(self.recipe.tasks, frames, kind, more)
-            mask = F.pad(mask.to(x.dtype), (0, found.images))[:, None, :, None, None]  # B 1 T 1 1
+            mask = known_frames(self.recipe.tasks, x.shape[2], kind, more)
+            mask = mask.to(x.dtype)[:, None, :, None, None]  # B 1 T 1 1
             found = replace(found, known=mask * x, known_mask=mask)
         if factor := self.recipe.tasks.upsampling:
             low = self.system.normalizer(self._encode(batch, partial(blurred, factor=factor)).mean)
@@ -174,13 +169,12 @@ class Diffusion:
         t, h, w = where.shape[2:]
         if "mean" not in batch:
             t, h, w = latent_shape(self.system.autoencoder, t, h, w)
-        images = batch["image"].shape[1] if "image" in batch else 0
-        return len(where) * (t + images) * h * w
+        return (len(where) * t + len(batch.get("image_key", ()))) * h * w
 
     @torch.no_grad()
     def samples(self, model: nn.Module, step: int) -> dict[str, Tensor]:
         """A video a prompt, from the same noise each time; of super-resolution, of clips of the data."""
-        system, batch = self.system, self.loader.batch(0)
+        system, batch = self.system, self.loader.batch(self.loader.stills)
         prompts = list(self.recipe.run.prompts or batch["caption"][:SHOWN])
         if factor := self.recipe.tasks.upsampling:
             prompts = batch["caption"][:SHOWN]
@@ -228,6 +222,21 @@ class Diffusion:
 
     def state(self) -> dict[str, Any]:
         return self.system.state()
+
+
+def images_of(batch: Batch) -> Batch:
+    """The images beside the clips of a batch, as a batch of clips of one frame; {} where there are none."""
+    return {k.removeprefix("image_"): v for k, v in batch.items() if k.startswith("image_")}
+
+
+def sum_over_frames(values: Sequence[Tensor], frames: Sequence[int]) -> Tensor:
+    """Σ over samples of the mean over the frames of a clip and its images.
+
+    Args:
+        values: of clips [B], then of images [B · n] where there are any; frames: of one of each, T and 1.
+    """
+    shown = sum(len(v) * t for v, t in zip(values, frames, strict=True)) / len(values[0])  # T + n
+    return torch.stack([v.sum() * (t / shown) for v, t in zip(values, frames, strict=True)]).sum()
 
 
 def blocks_of(denoiser: nn.Module) -> Iterator[nn.Module]:

@@ -35,7 +35,8 @@ class Data(Section):
     batch: int | None = Field(None, ge=1, description="samples a micro-batch; null: as many as `tokens` hold")
     tokens: int = Field(8192, ge=1, description="latent positions a micro-batch may hold")
     captions: Literal["chosen", "sample"] = "chosen"
-    images: int = Field(0, ge=0, description="independent images after each clip (Ho et al. 2022: 4 to 8)")
+    images: int = Field(0, ge=0, description="independent images beside each clip (Ho et al. 2022: 4 to 8)")
+    stills: int = Field(0, ge=0, description="micro-batches of single frames before the first of clips")
     cache: str | None = Field(None, description="folder of `clipmill encode`: latents and text, no decoding")
     workers: int = Field(1, ge=0, description="processes that decode")
 

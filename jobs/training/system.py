@@ -34,7 +34,7 @@ from models.text_encoder import ByteText, PretrainedText
 class Network(nn.Module):
     """All that is trained: the denoiser, a text encoder trained along, the weighting's own parameters.
 
-    DDP and FSDP act around `forward` alone, so everything is asked of it: `network("loss", …)`,
+    DDP and FSDP act around `forward` alone, so everything is asked of it: `network("losses", …)`,
     `network("predict", …)`, `network("read", texts)`.
     """
 
@@ -56,6 +56,10 @@ class Network(nn.Module):
         """Features [B, L, D] and mask [B, L] of the text encoder that is trained along."""
         assert self.text is not None
         return self.text(texts)
+
+    def losses(self, *parts: tuple[Any, ...]) -> list[tuple[Tensor, Tensor]]:
+        """`loss` of each part, such as clips and the images beside them."""
+        return [self.loss(*part) for part in parts]
 
     def loss(
         self,

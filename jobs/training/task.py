@@ -113,11 +113,13 @@ class Draws:
 
     micro: the micro-batch's number over all ranks and the whole run, (step · accumulate + a) · world + rank.
     So two ranks draw what one rank that accumulates two micro-batches does.
+    part: of the micro-batch, where it has several (clips, images beside them).
     """
 
     seed: int
     micro: int
     device: torch.device
+    part: int = 0
 
     def normal(self, like: Tensor, stream: int = 0) -> Tensor:
         """N(0, 1) of like's shape and type [B, …]."""
@@ -135,7 +137,7 @@ class Draws:
         return torch.stack(rows)
 
     def _generator(self, sample: int, stream: int) -> torch.Generator:
-        words = torch.tensor([self.seed, self.micro, sample, stream]).numpy()
+        words = torch.tensor([self.seed, self.micro, self.part, sample, stream]).numpy()
         seed = int.from_bytes(_hash(words.tobytes()), "little") >> 1
         return torch.Generator(self.device).manual_seed(seed)
 

@@ -16,7 +16,7 @@ import yaml
 
 from jobs import encode as job
 from jobs import shard
-from jobs.training.diffusion import build
+from jobs.training.diffusion import build, images_of
 from jobs.training.recipe import TrainRecipe
 from jobs.training.task import Draws
 from models.latents import BlockDCT, Posterior
@@ -173,13 +173,22 @@ def test_images_from_the_cache_are_first_latent_frames_of_other_clips(run, cache
     stored = latents.LatentReader(str(cache), shapes, length=16)
     rows = {key: i for i, key in enumerate(stored.keys.to_pylist())}
     for batch in itertools.islice(loader, 4):
-        x = task.latents(batch, Draws(0, 0, CPU))
-        raw = task.system.normalizer.inverse(x)
-        for i, others in enumerate(batch["image_key"]):
-            assert batch["key"][i] not in others
-            for j, other in enumerate(others):
-                first = torch.from_numpy(stored.read(rows[other])["mean"][:, 0]).float()
-                torch.testing.assert_close(raw[i, :, j - 2], first, atol=1e-5, rtol=1e-5)
+        raw = task.system.normalizer.inverse(task.latents(images_of(batch), Draws(0, 0, CPU)))
+        for i, other in enumerate(batch["image_key"]):
+            assert batch["key"][i // 2] != other
+            first = torch.from_numpy(stored.read(rows[other])["mean"][:, :1]).float()
+            torch.testing.assert_close(raw[i], first, atol=1e-5, rtol=1e-5)
+
+
+def test_single_frames_from_the_cache_are_first_latent_frames(run, cache):
+    _, loader = build(recipe(data={"cache": str(cache), "stills": 3}), run, CPU)
+    shapes = [tuple(b.values()) for b in BUCKETS]
+    stored = latents.LatentReader(str(cache), shapes, length=16)
+    rows = {key: i for i, key in enumerate(stored.keys.to_pylist())}
+    for number, batch in enumerate(itertools.islice(loader, 4)):
+        for key, mean in zip(batch["key"], batch["mean"], strict=True):
+            whole = torch.from_numpy(stored.read(rows[key])["mean"])
+            assert torch.equal(mean, whole[:, :1] if number < 3 else whole)
 
 
 def test_frozen_text_is_kept_and_used(run, tmp_path):

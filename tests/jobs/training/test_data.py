@@ -171,10 +171,10 @@ def test_resumed_pixels_and_captions_are_bit_for_bit_those_of_the_undisturbed_ru
     for a, b in zip(itertools.islice(again, 3), whole[5:], strict=True):
         assert (a["key"], a["caption"], a["image_key"]) == (b["key"], b["caption"], b["image_key"])
         assert torch.equal(a["video"], b["video"])
-        assert torch.equal(a["image"], b["image"])
+        assert torch.equal(a["image_video"], b["image_video"])
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"tokens": 300}, {"images": 1}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"tokens": 300}, {"images": 1}, {"stills": 2}])
 def test_a_state_of_other_data_or_settings_is_refused(run, change):
     with pytest.raises(ValueError, match="use the same"):
         loader(run, **change).load_state_dict(loader(run).state_dict())
@@ -229,15 +229,37 @@ def test_images_are_frames_of_other_clips_in_the_clips_size(run):
     drawn = Counter()
     for batch in itertools.islice(one, one.epoch_length):
         *_, height, width = batch["video"].shape
-        assert batch["image"].shape == (len(batch["key"]), 3, 3, height, width)
-        for key, others, images in zip(batch["key"], batch["image_key"], batch["image"], strict=True):
-            assert key not in others
-            drawn.update(others)
-            for other, image in zip(others, images, strict=True):
-                row = every.index(other)
-                frame = one.reader.read(row, (1, height, width))["video"][:, 0]
-                assert np.array_equal(image.numpy(), frame)
+        assert batch["image_video"].shape == (3 * len(batch["key"]), 3, 1, height, width)
+        for i, other in enumerate(batch["image_key"]):
+            assert other != batch["key"][i // 3]
+            drawn[other] += 1
+            frame = one.reader.read(every.index(other), (1, height, width))
+            assert np.array_equal(batch["image_video"][i].numpy(), frame["video"])
+            assert batch["image_caption"][i] == frame["caption"]
     assert len(drawn) > len(every) / 2
+
+
+def test_single_frames_come_first_as_many_as_the_clips_would_have_then_the_clips_as_ever(run):
+    areas = [h // 8 * (w // 8) for _, h, w in SHAPES]
+    one, plain = loader(run, decode=True, stills=9, areas=areas), loader(run, decode=True)
+    every, seen = read_index(f"{run}/shards")["clip_id"].to_pylist(), Counter()
+    batches = list(itertools.islice(one, 14))
+    for batch in batches[:9]:
+        bucket = plain.reader.bucket[every.index(batch["key"][0])]
+        _, height, width = SHAPES[bucket]
+        assert batch["video"].shape == (plain.sizes[bucket] * SHAPES[bucket][0], 3, 1, height, width)
+        assert set(plain.reader.bucket[[every.index(k) for k in batch["key"]]]) == {bucket}
+        seen.update(batch["key"])
+    assert set(seen) == set(every)
+    for a, b in zip(batches[9:], plain, strict=False):
+        assert a["key"] == b["key"]
+        assert torch.equal(a["video"], b["video"])
+    again = loader(run, decode=True, stills=9, areas=areas, rank=1, world=2)
+    stopped = loader(run, decode=True, stills=9, areas=areas)
+    list(itertools.islice(stopped, 7))
+    again.load_state_dict(stopped.state_dict())
+    for a, b in zip(again, batches[8::2], strict=False):
+        assert torch.equal(a["video"], b["video"])
 
 
 def test_broken_clips_and_images_are_replaced_and_counted(run, tmp_path):
@@ -251,7 +273,7 @@ def test_broken_clips_and_images_are_replaced_and_counted(run, tmp_path):
     one = loader(str(tmp_path / "run"), decode=True, images=2)
     told, n = [], one.epoch_length
     for batch in itertools.islice(one, n):
-        assert not names & {*batch["key"], *itertools.chain(*batch["image_key"])}
+        assert not names & {*batch["key"], *batch["image_key"]}
         told += batch["skipped"]
     assert set(told) == names
     assert one.skipped == len(told) > 0
@@ -285,8 +307,9 @@ def test_an_autoencoder_that_joins_frames_takes_no_lone_images():
     class Joined:
         channels, stride, causal = 4, (2, 8, 8), False
 
-    with pytest.raises(ValueError, match=r"data\.images 2"):
-        positions_of(recipe(images=2), Joined())
+    for option in ("images", "stills"):
+        with pytest.raises(ValueError, match=rf"data\.{option} 2"):
+            positions_of(recipe(**{option: 2}), Joined())
 
 
 def test_missing_data_is_one_sentence(tmp_path):

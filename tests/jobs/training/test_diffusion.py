@@ -1,6 +1,7 @@
 """The diffusion task: each thing it draws, knows, drops and measures, against the same made by hand."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch.nn.functional as F
 from jobs import shard
 from jobs.training.checkpoint import load_model
 from jobs.training.data import positions_of
-from jobs.training.diffusion import LOW_NOISE, build, known_frames
+from jobs.training.diffusion import LOW_NOISE, build, images_of, known_frames, sum_over_frames
 from jobs.training.loop import train
 from jobs.training.recipe import Tasks, TrainRecipe, load_training
 from jobs.training.system import Network, build_network, build_process, load_system, to_unit
 from jobs.training.task import Draws
 from models.latents import BlockDCT
+from models.objective import prediction_error
 from tests.fixtures.run_folder import make_run_folder
 
 CPU = torch.device("cpu")
@@ -78,19 +80,65 @@ def test_all_ranks_normalise_alike(run):
     assert torch.equal(found[0].std, found[1].std)
 
 
-def test_images_are_appended_encoded_one_by_one_and_flagged(run):
-    task, loader = build(recipe(data={"images": 2}), run, CPU)
-    batch = first(loader)
-    draws = Draws(0, 0, CPU)
-    x = task.latents(batch, draws)
-    assert x.shape == (3, 9, 6, 4, 4)
-    assert task.condition(x, batch, draws).images == 2
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"kind": "dit", "dim": 32, "depth": 2, "heads": 2, "attention": "factorised"},
+        {"kind": "dit", "dim": 32, "depth": 2, "heads": 2},
+        {"kind": "unet3d", "width": 16, "multipliers": [1, 2], "depth": 1, "head_dim": 8},
+    ],
+    ids=["dit-factorised", "dit-full", "unet3d"],
+)
+def test_images_beside_clips_train_as_if_appended_in_time_and_masked(run, model):
+    """Ho et al. 2022, sec. 3.1: one pass over T + n frames, whose loss is their mean."""
+    task, loader = build(recipe(data={"images": 2}, model=model), run, CPU)
+    batch, draws = first(loader), Draws(0, 0, CPU)
+    network, process = stirred(task.system.network).eval(), task.system.process
+    got = task.loss("diffusion", network, batch, draws)
     assert task.tokens(batch) == 3 * 6 * 16
-    for b, n in itertools.product(range(3), range(2)):
-        lone = BlockDCT(8, 3).encode(to_unit(batch["image"][b, n])[None, :, None]).mean
-        torch.testing.assert_close(x[b : b + 1, :, 4 + n], task.system.normalizer(lone)[:, :, 0])
-    clips = task.system.normalizer(BlockDCT(8, 3).encode(to_unit(batch["video"])).mean)
-    torch.testing.assert_close(x[:, :, :4], clips)
+    assert (got.count, len(got.levels), len(got.errors)) == (3, 9, 9)
+
+    images = images_of(batch)
+    assert len(images["key"]) == 6
+    clip_parts = task._question(batch, draws)
+    image_parts = task._question(images, replace(draws, part=1))
+    parts = [clip_parts, image_parts]
+    for (x, *_), videos in zip(parts, (batch["video"], images["video"]), strict=True):
+        encoded = BlockDCT(8, 3).encode(to_unit(videos)).mean
+        torch.testing.assert_close(x, task.system.normalizer(encoded))
+    # with the clip's caption and level for its images, both ways ask the network the same
+    x, t, noise, told, _, _ = clip_parts
+    x_images, _, noise_images, *_ = image_parts
+    text, mask = network.read(batch["caption"])
+    told = replace(told, text=text, text_mask=mask)
+    again = replace(told, text=text.repeat_interleave(2, 0), text_mask=mask.repeat_interleave(2, 0))
+    twice = t.repeat_interleave(2)
+    apart = [
+        prediction_error(network.denoiser, process, x, t, noise, told),
+        prediction_error(network.denoiser, process, x_images, twice, noise_images, again),
+    ]
+
+    def joined(clips, images):
+        return torch.cat([clips, images.unflatten(0, (3, 2)).squeeze(3).transpose(1, 2)], dim=2)
+
+    whole = prediction_error(
+        network.denoiser,
+        process,
+        joined(x, x_images),
+        t,
+        joined(noise, noise_images),
+        replace(told, images=2),
+    )
+    torch.testing.assert_close(sum_over_frames(apart, [4, 1]), whole.sum())
+
+
+def test_each_image_has_the_caption_and_the_noise_of_its_own(run):
+    task, loader = build(recipe(data={"images": 2}), run, CPU)
+    batch, read = first(loader), []
+    task.system.network.text.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    losses = task.loss("diffusion", task.system.network, batch, Draws(0, 0, CPU))
+    assert read == [batch["caption"], batch["image_caption"]]
+    assert len(set(losses.levels.tolist())) == 9
 
 
 # ------------------------------------------------------------ what is known
@@ -124,10 +172,12 @@ def test_known_frames_reach_the_network_clean_and_images_are_never_known(run):
     batch = first(loader)
     x = task.latents(batch, Draws(0, 0, CPU))
     told = task.condition(x, batch, Draws(0, 0, CPU))
-    assert told.known_mask.shape == (3, 1, 5, 1, 1)
+    assert told.known_mask.shape == (3, 1, 4, 1, 1)
     assert told.known_mask[:, :, 0].all()
-    assert not told.known_mask[:, :, -1].any()
     assert torch.equal(told.known, x * told.known_mask)
+    images = images_of(batch)
+    x = task.latents(images, Draws(0, 0, CPU))
+    assert not task.condition(x, images, Draws(0, 0, CPU)).known_mask.any()
 
 
 def test_super_resolution_is_told_the_blurred_clip_with_noise_of_its_level(run):
