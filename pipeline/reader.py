@@ -31,6 +31,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -415,6 +416,7 @@ def decode(mp4: bytes, frames: int, fps: float | None, size: tuple[int, int] | N
     A time at or after the last frame shows the last frame. Raises BrokenSample.
     """
     import av
+    from av.video.reformatter import VideoReformatter
 
     try:
         with av.open(io.BytesIO(mp4), "r") as container:
@@ -433,7 +435,7 @@ def decode(mp4: bytes, frames: int, fps: float | None, size: tuple[int, int] | N
             if ticks[0] > start:
                 container.seek(ticks[0], stream=stream)
             sar = stream.sample_aspect_ratio or Fraction(1)  # 0 or none: unknown
-            return _at(container.decode(stream), ticks, size, sar)
+            return _at(container.decode(stream), ticks, partial(_picture, VideoReformatter(), size, sar))
     except av.FFmpegError as e:
         raise BrokenSample(str(e)) from e
 
@@ -450,13 +452,13 @@ def _extent(container: Any, stream: Any) -> tuple[int, int]:
     return start, max(pts + duration for pts, duration in packets) - start
 
 
-def _at(decoded: Iterator[Any], ticks: list[int], size: tuple[int, int] | None, sar: Fraction) -> np.ndarray:
+def _at(decoded: Iterator[Any], ticks: list[int], seen: Callable[[Any], np.ndarray]) -> np.ndarray:
     """The pictures seen at increasing times: of each, the last frame whose PTS is not after it."""
     pictures: list[np.ndarray] = []
     shown, picture = None, None
     for frame in decoded:
         while shown is not None and len(pictures) < len(ticks) and frame.pts > ticks[len(pictures)]:
-            picture = _picture(shown, size, sar) if picture is None else picture
+            picture = seen(shown) if picture is None else picture
             pictures.append(picture)
         if len(pictures) == len(ticks):
             break
@@ -464,19 +466,22 @@ def _at(decoded: Iterator[Any], ticks: list[int], size: tuple[int, int] | None, 
     if shown is None:
         raise BrokenSample("no frames")
     if len(pictures) < len(ticks):
-        picture = _picture(shown, size, sar) if picture is None else picture
+        picture = seen(shown) if picture is None else picture
         pictures += [picture] * (len(ticks) - len(pictures))
     return np.stack(pictures)
 
 
-def _picture(frame: Any, size: tuple[int, int] | None, sar: Fraction) -> np.ndarray:
-    """uint8 [H, W, 3] RGB; sar is the shape of a stored pixel, width ÷ height."""
+def _picture(scaler: Any, size: tuple[int, int] | None, sar: Fraction, frame: Any) -> np.ndarray:
+    """uint8 [H, W, 3] RGB; sar is the shape of a stored pixel, width ÷ height.
+
+    One scaler for all frames of a clip: to set it up takes longer than to scale a small picture.
+    """
     if size is None:
         return frame.to_ndarray(format="rgb24")
     height, width = size
     shown = frame.width * sar  # width in square pixels
     scale = max(width / shown, Fraction(height, frame.height))
     w, h = max(width, round(shown * scale)), max(height, round(frame.height * scale))
-    image = frame.to_ndarray(format="rgb24", width=w, height=h, interpolation="BICUBIC")
+    image = scaler.reformat(frame, w, h, "rgb24", interpolation="BICUBIC").to_ndarray()
     top, left = (h - height) // 2, (w - width) // 2
     return image[top : top + height, left : left + width]
