@@ -23,7 +23,7 @@ examples
   clipmill train diffusion run/ --recipe dit-xl --set data.cache=run/latents --out model/
 
 Training from the cache runs neither decoder nor encoders. It gives up variety: a clip keeps one window of
-time and one caption, those of the first epoch. Run the same command again after a kill and it goes on;
+time and one caption a copy, those of the first epochs. Run the same command again after a kill and it goes on;
 the bytes are those of an undisturbed run, on any number of ranks. A text encoder that is trained along
 (text.kind: bytes) is not cached.
 """
@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder, s3:// or gs:// of the cache")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
     parser.add_argument(
+        "--copies", type=int, default=1, metavar="N", help="of each clip, each another window (default: 1)"
+    )
+    parser.add_argument(
         "--batch", type=int, default=8, metavar="N", help="clips encoded at a time (default: 8)"
     )
     parser.add_argument("--clips", type=int, default=256, metavar="N", help="most clips a tar (default: 256)")
@@ -56,11 +59,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from jobs.training.recipe import load_training
 
-        if args.batch < 1 or args.clips < 1 or args.workers < 0:
-            raise ValueError("--batch and --clips must be at least 1, --workers at least 0")
+        if min(args.copies, args.batch, args.clips) < 1 or args.workers < 0:
+            raise ValueError("--copies, --batch and --clips must be at least 1, --workers at least 0")
         recipe = load_training(args.recipe, args.set)
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        encode(args.run, recipe, args.out, rank, world, args.batch, args.clips, args.workers, args.device)
+        sizes = {"batch": args.batch, "clips": args.clips, "copies": args.copies, "workers": args.workers}
+        encode(args.run, recipe, args.out, rank, world, **sizes, device=args.device)
     except (ValueError, StoreError, MissingModel) as e:  # RecipeError is a ValueError
         print(f"clipmill encode: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
@@ -75,6 +79,7 @@ def encode(
     world: int = 1,
     batch: int = 8,
     clips: int = 256,
+    copies: int = 1,
     workers: int = 0,
     device: str | None = None,
 ) -> None:
@@ -99,12 +104,13 @@ def encode(
     system = build_system(recipe, device_of(device))
     assert reader.shapes is not None
     positions = [int(np.prod(latent_shape(system.autoencoder, *shape))) for shape in reader.shapes]
-    parts = latents.plan(reader, [4 * system.autoencoder.channels * n for n in positions], clips)
+    parts = latents.plan(reader, [4 * system.autoencoder.channels * n for n in positions], clips, copies)
     store = Store(out)
-    latents.begin(store, made_with(recipe) | {"clips": latents.fingerprint(reader), "clips_a_tar": clips})
+    counts = {"clips": latents.fingerprint(reader), "clips_a_tar": clips, "copies": copies}
+    latents.begin(store, made_with(recipe) | counts)
 
     todo = [part for part in parts[rank::world] if not latents.is_done(store, part)]
-    work = [rows for part in todo for rows in _batches(part, batch)]
+    work = [(part.copy, rows) for part in todo for rows in _batches(part, batch)]
     clips_of: Any = _Clips(reader, work)
     stream = iter(DataLoader(clips_of, batch_size=None, num_workers=workers))
     for part in todo:
@@ -118,7 +124,7 @@ def encode(
     if index is None:
         print(f"rank {rank} is done; {store.uri} will be whole when the other ranks are")
         return
-    left_out = len(reader.keys) - len(index)
+    left_out = copies * len(reader.keys) - len(index)
     print(f"{len(index):,} clips in {len(parts):,} tars, {left_out:,} broken left out: {store.uri}")
 
 
@@ -129,7 +135,7 @@ def _batches(part: Part, size: int) -> list[Any]:
 class _Clips:
     """Batches of decoded clips of one bucket and the keys of the broken ones, for a DataLoader."""
 
-    def __init__(self, reader: ShardReader, work: list[Any]):
+    def __init__(self, reader: ShardReader, work: list[tuple[int, Any]]):
         self.reader, self.work = reader, work
 
     def __len__(self) -> int:
@@ -139,7 +145,8 @@ class _Clips:
         from pipeline.reader import BrokenSample
 
         found, broken = [], []
-        for row in self.work[i].tolist():
+        self.reader.epoch, rows = self.work[i]
+        for row in rows.tolist():
             try:
                 found.append(self.reader.read(row))
             except BrokenSample:

@@ -11,8 +11,8 @@ key.text.npy is float16 [L, D], one row a token, without padding; buckets are na
 
 The list of tars follows from the clips and their buckets. Each is one unit of work, written whole or not at
 all, by whichever rank it falls to; batches never span two. So the bytes depend neither on the number of
-ranks nor on how often the work was killed. A cache keeps one window of time and one caption a clip, those
-that an epoch of training from pixels would begin with: the variety of later epochs is given up.
+ranks nor on how often the work was killed. Copy c of a clip has the window of time and the caption that epoch
+c of training from pixels would show; the variety of later epochs is given up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class Part:
     name: str  # without suffix
     shape: Shape
     rows: np.ndarray  # of the run's index
+    copy: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ def name_of(shape: Shape) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def plan(reader: ShardReader, clip_bytes: Sequence[int], max_clips: int = MAX_CLIPS) -> list[Part]:
-    """The tars of a cache, in order: a bucket's clips as they come in the run's index.
+def plan(
+    reader: ShardReader, clip_bytes: Sequence[int], max_clips: int = MAX_CLIPS, copies: int = 1
+) -> list[Part]:
+    """The tars of a cache, in order: a bucket's clips as they come in the run's index, copy after copy.
 
     Args:
         reader: with `shapes`.
@@ -81,8 +84,8 @@ def plan(reader: ShardReader, clip_bytes: Sequence[int], max_clips: int = MAX_CL
     for bucket, shape in enumerate(reader.shapes):
         rows, name = np.flatnonzero(reader.bucket == bucket), name_of(shape)
         edges = split(np.full(len(rows), clip_bytes[bucket]), max_clips, MAX_BYTES)
-        for number, (a, b) in enumerate(pairwise(edges)):
-            parts.append(Part(f"{name}/{name}-{number:06d}", shape, rows[a:b]))
+        for number, (copy, (a, b)) in enumerate(product(range(copies), pairwise(edges))):
+            parts.append(Part(f"{name}/{name}-{number:06d}", shape, rows[a:b], copy))
     return parts
 
 

@@ -52,6 +52,7 @@ class Loader:
         images: image frames that come with each clip.
         stills: micro-batches of single frames before the first of clips; areas: latent positions of a frame
             of each bucket, where there are any.
+        lone: of latents from a cache, any frame is a picture by itself, not the first alone.
         rank, world: this process's place among those that train together.
         workers: processes that decode; 0 decodes in this one.
         pin: page-locked memory, from which copies to a GPU need no waiting.
@@ -74,6 +75,7 @@ class Loader:
         images: int = 0,
         stills: int = 0,
         areas: Sequence[int] = (),
+        lone: bool = False,
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
@@ -92,7 +94,7 @@ class Loader:
         self.sizes = [batch or tokens // p for p in positions]  # samples a micro-batch, by bucket
         areas = areas or positions
         self.frames = [n * p // a for n, p, a in zip(self.sizes, positions, areas, strict=True)]  # of stills
-        self.rank, self.world, self.workers, self.pin = rank, world, workers, pin
+        self.rank, self.world, self.workers, self.pin, self.lone = rank, world, workers, pin, lone
         self.first = self.step = (
             0  # the list's number before this rank's first; micro-batches handed out since
         )
@@ -134,7 +136,7 @@ class Loader:
     def _still(self, row: int) -> Sample:
         """A frame of the clip, or of the next sound one, as a clip of one frame."""
         if isinstance(self.reader, LatentReader):
-            return _first_frame(self.reader.sound(row))
+            return self._frame(self.reader.sound(row), row)
         assert self.reader.shapes is not None
         _, height, width = self.reader.shapes[self.reader.bucket[row]]
         return self.reader.sound(row, (1, height, width))
@@ -164,11 +166,17 @@ class Loader:
             except BrokenSample:
                 broken.append(reader.keys[other].as_py())
                 continue
-            found.append((_first_frame(image) if from_cache else image) | {"skipped": []})
+            found.append((self._frame(image, other) if from_cache else image) | {"skipped": []})
         if len(found) < wanted:
             raise StoreError(f"{reader.folder}: {PATIENCE} images in a row are broken; check the shards")
         found[0]["skipped"] = broken
         return found
+
+    def _frame(self, sample: Sample, row: int) -> Sample:
+        """Of a cache: the sample with latents [C, 1, h, w] of one frame, the first where only that stands alone."""
+        rng = np.random.default_rng([self.reader.seed, self.reader.epoch, row])
+        at = int(rng.integers(sample["mean"].shape[1])) if self.lone else 0
+        return sample | {k: sample[k][:, at : at + 1] for k in ("mean", "logvar") if sample[k] is not None}
 
     def __iter__(self) -> Iterator[Batch]:
         loader = DataLoader(
@@ -242,11 +250,6 @@ def _undisturbed(worker: int) -> None:
     """A signal to the whole process group is for the loop to answer; a worker ends when the loop does."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _first_frame(sample: Sample) -> Sample:
-    """Of a cache: the sample with latents [C, 1, h, w]."""
-    return sample | {k: sample[k][:, :1] for k in ("mean", "logvar") if sample[k] is not None}
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -335,6 +338,7 @@ def build_loader(
         images=recipe.data.images,
         stills=recipe.data.stills,
         areas=[math.prod(latent_shape(autoencoder, *s)[1:]) for s in shapes_of(recipe)],
+        lone=autoencoder.stride[0] == 1,
         rank=rank,
         world=world,
         workers=recipe.data.workers,

@@ -93,7 +93,7 @@ class Diffusion:
         self.system, self.recipe, self.loader = system, system.recipe, loader
         o = self.recipe.optimizer
         trained = [p for p in system.network.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, o.lr, o.betas, weight_decay=o.weight_decay)
+        optimizer = torch.optim.AdamW(trained, o.lr, o.betas, weight_decay=o.weight_decay, fused=True)
         self.phases = [Phase("diffusion", system.network, optimizer)]
 
     def loss(self, phase: str, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
