@@ -14,6 +14,7 @@ JOBS = {
     "sample": "videos from a trained diffusion model",
     "eval": "how far a model's videos are from real ones",
     "toy": "raw videos of a small world whose truth is known",
+    "judge": "whether a model that learned that world draws what the captions say",
     "doctor": "what is installed, which models a recipe needs, GPUs, the cluster",
     "demo": "all of it on a minute of real footage",
 }

@@ -300,9 +300,9 @@ def caption_of(file: Path) -> str:
 
 def load(args: argparse.Namespace) -> tuple[Any, Protocol]:
     """The model's system (`jobs.training.system`), and the protocol of what it makes."""
-    from jobs import sample
+    from jobs.training.system import load_trained
 
-    system = sample.load(args.generated, args.ema, args.device)
+    system = load_trained(args.generated, args.ema, args.device)
     run, bucket = system.recipe.run, system.bucket
     sampling = {
         "sampler": run.sampler,

@@ -117,36 +117,16 @@ def check(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- drawing
 
 
-def load(folder: str, ema: float | None, device: str | None) -> System:
-    """A trained system with its weights, in eval mode. ema: σ_rel; 0 the last weights, None the longest kept.
-
-    Raises ValueError, CheckpointError or MissingModel.
-    """
-    from jobs.training.checkpoint import load_model
-    from jobs.training.system import device_of, load_system
-
-    trained = load_model(Path(folder))
-    if trained.state.get("trains") != "diffusion":
-        raise ValueError(f"{folder} holds no diffusion model: give one that 'clipmill train diffusion' wrote")
-    lengths = trained.recipe["ema"]["lengths"]
-    if ema is None and lengths:
-        ema = max(lengths)
-    if ema:
-        trained = load_model(Path(folder), ema)
-    system = load_system(trained.state, device_of(device))
-    system.network.load_state_dict(trained.weights["diffusion"])
-    system.network.eval()
-    return system
-
-
 def sample(args: argparse.Namespace) -> tuple[dict[str, Tensor], float]:
     """Name → uint8 [T, H, W, 3] of every video, and their frames a second."""
     import torch
 
+    from jobs.training.system import load_trained
+
     if args.task == "cascade":
         maker: Any = Cascade(args)
     else:
-        maker = Maker(load(args.model, args.ema, args.device), args)
+        maker = Maker(load_trained(args.model, args.ema, args.device), args)
     videos: dict[str, Tensor] = {}
     for prompt in args.prompt or [""]:
         for _ in range(args.n):
@@ -245,9 +225,11 @@ class Cascade:
     """Video LDM end to end (Blattmann et al. 2023, fig. 5); models with the same autoencoder."""
 
     def __init__(self, args: argparse.Namespace):
+        from jobs.training.system import load_trained
+
         self.args = args
         folders = [args.keyframes, args.interpolator] + ([args.upsampler] if args.upsampler else [])
-        self.makers = [Maker(load(f, args.ema, args.device), args) for f in folders]
+        self.makers = [Maker(load_trained(f, args.ema, args.device), args) for f in folders]
         keys, between = self.makers[:2]
         if keys.system.recipe.autoencoder != between.system.recipe.autoencoder:
             raise ValueError(

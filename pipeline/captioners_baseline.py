@@ -205,3 +205,21 @@ class OnScreenText(Captioner):
 
     def _cut(self, line: str) -> str:
         return line if len(line) <= self.longest else line[: self.longest - 1].rstrip() + "…"
+
+
+# ---------------------------------------------------------------- captions that were there
+
+
+class Given(Captioner):
+    """`given`: a column of the list, of the row that named this clip or this source."""
+
+    name = "given"
+
+    def check(self) -> str:
+        return "needs no model, repeats what the list says"
+
+    def caption(self, video: Video, clip: Clip) -> str:
+        own = clip.meta.get(self.options.column, "")
+        whole = video.source.meta.get(self.options.column, "")
+        described = self.options.pieces or len(video.clips) == 1
+        return " ".join((own or (whole if described else "")).split())

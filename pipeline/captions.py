@@ -139,6 +139,7 @@ BUILT_IN = {
     "tags": "pipeline.captioners_baseline:Tags",
     "colour_motion": "pipeline.captioners_baseline:ColourMotion",
     "on_screen_text": "pipeline.captioners_baseline:OnScreenText",
+    "given": "pipeline.captioners_baseline:Given",
     "transformers": "pipeline.captioners_transformers:Transformers",
 }
 

@@ -156,6 +156,14 @@ class TextCaptioner(Section):
     lines: int = Field(4, ge=1, description="most prominent lines to quote")
 
 
+class GivenCaptioner(Section):
+    """`given`: the caption that the list, or a .txt beside the video in its tar, came with."""
+
+    kind: Literal["given"]
+    column: str = Field("caption", description="of the list")
+    pieces: bool = Field(False, description="also of clips that are a piece of what it was written for")
+
+
 class TransformersCaptioner(Section):
     """Any transformers image- or video-text-to-text model."""
 
@@ -187,7 +195,12 @@ class PythonCaptioner(Section):
 
 
 Captioner = Annotated[
-    TagsCaptioner | MotionColourCaptioner | TextCaptioner | TransformersCaptioner | PythonCaptioner,
+    TagsCaptioner
+    | MotionColourCaptioner
+    | TextCaptioner
+    | GivenCaptioner
+    | TransformersCaptioner
+    | PythonCaptioner,
     Field(discriminator="kind"),
 ]
 

@@ -21,6 +21,7 @@ caption of its own clip.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import signal
 from collections.abc import Iterator, Sequence
@@ -132,6 +133,18 @@ class Loader:
         batch = collate(samples) | {f"image_{name}": value for name, value in beside.items()}
         batch["skipped"] += batch.pop("image_skipped")
         return batch
+
+    def examples(self) -> Iterator[Batch]:
+        """The first micro-batch of each shape, for planning."""
+        seen = set()
+        first_epochs = (min(self.stills, self.stills_length), self.epoch_length)
+        for number in itertools.chain(
+            range(first_epochs[0]), range(self.stills, self.stills + first_epochs[1])
+        ):
+            shape = number < self.stills, int(self.reader.bucket[self.rows(number)[1][0]])
+            if shape not in seen:
+                seen.add(shape)
+                yield self.batch(number)
 
     def _still(self, row: int) -> Sample:
         """A frame of the clip, or of the next sound one, as a clip of one frame."""

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jobs.training.checkpoint import CheckpointError
 from jobs.training.data import Loader, build_loader
 from jobs.training.recipe import Tasks, TrainRecipe
-from jobs.training.system import System, blurred, build_system, knows_frames, to_unit
+from jobs.training.system import System, blurred, build_system, knows_frames, load_trained, to_unit
 from jobs.training.task import Batch, Draws, Losses, Phase
 from models.condition import Condition
 from models.embed import MissingModel
@@ -68,8 +69,40 @@ def build(
     except MissingModel as e:
         raise ValueError(str(e)) from e
     loader = build_loader(recipe, data, system.autoencoder, rank, world, pin=device.type == "cuda")
-    system.normalizer = measure(system, loader).to(device)
+    if recipe.start:
+        begin_with(system, recipe.start)
+    else:
+        system.normalizer = measure(system, loader).to(device)
     return Diffusion(system, loader), loader
+
+
+@torch.no_grad()
+def begin_with(system: System, folder: str) -> None:
+    """Give a new system the averaged weights and the normaliser of a trained one.
+
+    A convolution that takes more channels than the other's did (known frames) gets 0 for them, and parameters
+    that the other has not stay as they were made. Raises ValueError where something else differs.
+    """
+    try:
+        other = load_trained(folder, None, "cpu")
+    except (CheckpointError, MissingModel) as e:
+        raise ValueError(f"start: {e}") from e
+    for name in ("autoencoder", "text", "objective"):
+        if getattr(system.recipe, name) != getattr(other.recipe, name):
+            raise ValueError(
+                f"start {folder} was trained with another {name}: use the same, or leave start out"
+            )
+    own = system.network.state_dict()
+    for name, given in other.network.state_dict().items():
+        mine = own.get(name, given.new_empty(()))
+        part = mine[:, : given.shape[1]] if mine.ndim == given.ndim > 3 else mine
+        if part.shape != given.shape:
+            raise ValueError(
+                f"start {folder} has another {name}: use the same options of model, or leave start out"
+            )
+        mine.zero_()
+        part.copy_(given)
+    system.normalizer = other.normalizer.to(system.device)
 
 
 def _check(recipe: TrainRecipe) -> None:

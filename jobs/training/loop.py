@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from jobs.training import checkpoint
 from jobs.training.distributed import World, connect, gradient_norm, local_gradients, recompute, spread
 from jobs.training.metrics import Metrics, Progress
-from jobs.training.plan import Plan, autocast, make_plan
+from jobs.training.plan import autocast, make_plan
 from jobs.training.recipe import Optimizer, TrainRecipe
 from jobs.training.task import Batch, Draws, Loader, Phase, Task
 from models import attention
@@ -149,14 +149,11 @@ class Trainer:
 
     # ------------------------------------------------------------ before
 
-    def _prepare(self) -> Plan:
-        """Measure on the first micro-batch, then spread the phases and read the checkpoint."""
-        endless = iter(self.loader)
-        first = next(endless)
-        self.batches = _chain(first, endless)  # so that measuring takes none away
-        self.batch = self._to_device(first)
+    def _prepare(self) -> None:
+        """Measure on a micro-batch of each shape, then spread the phases and read the checkpoint."""
+        self.batches: Any = iter(self.loader)
         self._seed(0)
-        plan = make_plan(self.recipe, self.task, self.batch, self.world)
+        self.plan = make_plan(self.recipe, self.task, self._examples(), self.world)
         compute = self.recipe.compute
         self.models: dict[str, nn.Module] = {}
         for phase in self.task.phases:
@@ -176,23 +173,27 @@ class Trainer:
         }
         if self.folder:
             checkpoint.restore(self.folder, self.task.phases, self.averages, self.world)
-        return plan
+
+    def _examples(self) -> Iterator[Batch]:
+        for batch in self.loader.examples():
+            self.batch = self._to_device(batch)
+            yield self.batch
 
     # ------------------------------------------------------------ the loop
 
     def run(self, watch: Any, signals: Signals) -> Outcome:
         run = self.recipe.run
-        plan = self._prepare()
+        self._prepare()
         self.saver = checkpoint.Saver(self.out, run.keep, self.world)
         if self.folder:
             watch.resume(self.step)
-        watch.plan(plan.text)
+        watch.plan(self.plan.text)
         if self.world.rank == 0:
             since = f"from step {self.step} " if self.step else ""
-            print(f"{self.recipe.name}: {since}to {run.steps}\n{plan.text}", file=sys.stderr, flush=True)
+            print(f"{self.recipe.name}: {since}to {run.steps}\n{self.plan.text}", file=sys.stderr, flush=True)
         figures: dict[str, float] = {}
         saved = self.step if self.folder else 0
-        self.metrics.read(self.world, {}, 0, 1)
+        self.metrics.read(self.world, {}, 1)
         try:
             with Progress(self.step, run.steps, self.world.rank == 0) as progress:
                 while self.step < run.steps:
@@ -203,7 +204,7 @@ class Trainer:
                     if self.step % run.log_every == 0 or self.step == run.steps:
                         self.check()
                         rates = {p.name: p.optimizer.param_groups[0]["lr"] for p in self.task.phases}
-                        figures = self.metrics.read(self.world, rates, plan.flops_a_token, plan.peak.flops)
+                        figures = self.metrics.read(self.world, rates, self.plan.peak.flops)
                         watch.scalars(self.step, figures)
                     progress.update(self.step, figures)
                     start = time.perf_counter()
@@ -251,8 +252,8 @@ class Trainer:
             raise TrainError("the loader has ended, though it must go on epoch after epoch")
         waited = time.perf_counter() - start
         batch = self._to_device(batch)
-        skipped = len(batch.get("skipped", ()))
-        self.metrics.batch(self.task.tokens(batch), len(batch["key"]), skipped, waited)
+        tokens, skipped = self.task.tokens(batch), len(batch.get("skipped", ()))
+        self.metrics.batch(tokens, self.plan.flops(batch, tokens), len(batch["key"]), skipped, waited)
         return batch
 
     def _to_device(self, batch: Batch) -> Batch:
@@ -440,8 +441,3 @@ def rate_factor(optimizer: Optimizer, step: int, steps: int) -> float:
     if optimizer.decay == "cosine":
         return warm * 0.5 * (1 + math.cos(math.pi * done))
     return warm * (1 - done) if optimizer.decay == "linear" else warm
-
-
-def _chain(first: Batch, rest: Iterator[Batch]) -> Generator[Batch, None, None]:
-    yield first
-    yield from rest

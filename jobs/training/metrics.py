@@ -36,11 +36,15 @@ class Metrics:
         self.levels = torch.zeros(2, LEVELS, device=self.device)  # sums of losses, counts
         self.begin = time.perf_counter()
         self.steps = self.tokens = self.samples = self.skipped = 0
-        self.waited = self.aside = 0.0
+        self.flops = self.waited = self.aside = 0.0
 
-    def batch(self, tokens: int, samples: int, skipped: int, waited: float) -> None:
-        """A micro-batch of this rank came, after so many seconds."""
-        self.tokens, self.samples = self.tokens + tokens, self.samples + samples
+    def batch(self, tokens: int, flops: float, samples: int, skipped: int, waited: float) -> None:
+        """A micro-batch of this rank came, after so many seconds; flops: of the model, forward and backward."""
+        self.tokens, self.samples, self.flops = (
+            self.tokens + tokens,
+            self.samples + samples,
+            self.flops + flops,
+        )
         self.skipped, self.waited = self.skipped + skipped, self.waited + waited
 
     def losses(self, phase: str, losses: Losses) -> None:
@@ -60,19 +64,17 @@ class Metrics:
     def _name(self, what: str, phase: str) -> str:
         return what if len(self.phases) == 1 else f"{phase}/{what}"
 
-    def read(
-        self, world: World, rates: dict[str, float], flops_a_token: float, peak: float
-    ) -> dict[str, float]:
+    def read(self, world: World, rates: dict[str, float], peak: float) -> dict[str, float]:
         """All figures, over all ranks, and begin anew.
 
         Args:
             rates: learning rate by phase.
-            flops_a_token: of the model, forward and backward; peak: FLOP/s of one device.
+            peak: FLOP/s of one device.
         """
         mine = {name: (float(x), self.parts[name]) for name, x in self.sums.items()}
         levels = self.levels.tolist()
         seconds = time.perf_counter() - self.begin - self.aside
-        counts = (self.tokens, self.samples, self.skipped, self.waited / seconds / world.size)
+        counts = (self.tokens, self.flops, self.samples, self.skipped, self.waited / seconds / world.size)
         found: dict[str, float] = {}
         everyone = world.gather((mine, levels, counts, peak_memory(self.device)))
         for name in mine:
@@ -84,7 +86,7 @@ class Metrics:
                 found[f"loss/level_{i}"] = error / count
         for name, norms in self.norms.items():
             found[name] = float(torch.stack(norms).mean())
-        tokens, samples, skipped, waited = (
+        tokens, flops, samples, skipped, waited = (
             sum(column) for column in zip(*(e[2] for e in everyone), strict=True)
         )
         found |= {self._name("lr", phase): rate for phase, rate in rates.items()}
@@ -92,7 +94,7 @@ class Metrics:
             "tokens_per_second": tokens / seconds,
             "samples_per_second": samples / seconds,
             "step_seconds": seconds / max(self.steps, 1),
-            "mfu": tokens / seconds * flops_a_token / (peak * world.size),
+            "mfu": flops / seconds / (peak * world.size),
             "data_wait": waited,
             "skipped": skipped,
             "peak_memory_gb": max(e[3] for e in everyone) / 1e9,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +17,28 @@ from models.flops import Peak, cost, peak
 
 MOMENTS = 2  # that Adam keeps of a parameter
 
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a batch's tensors, by name
+
 
 @dataclass(frozen=True)
 class Plan:
     """Of one device.
 
-    flops_a_token: of all phases, forward and backward; batches of other shapes are taken to cost in
-        proportion to their tokens.
+    counted: FLOPs of all phases, forward and backward, of a micro-batch of each shape.
     """
 
     text: str
-    flops_a_token: float
+    counted: dict[Shapes, int]
+    a_token: float  # of the costliest
     peak: Peak
+
+    def flops(self, batch: Batch, tokens: int) -> float:
+        """Of a micro-batch; of a shape that was not counted, in proportion to its tokens."""
+        return self.counted.get(shapes(batch), self.a_token * tokens)
+
+
+def shapes(batch: Batch) -> Shapes:
+    return tuple((name, tuple(x.shape)) for name, x in sorted(batch.items()) if isinstance(x, Tensor))
 
 
 def autocast(recipe: TrainRecipe, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -35,21 +46,26 @@ def autocast(recipe: TrainRecipe, device: torch.device) -> contextlib.AbstractCo
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.compute.precision == "bf16")
 
 
-def make_plan(recipe: TrainRecipe, task: Task, batch: Batch, world: World) -> Plan:
-    """Run one micro-batch of every phase forward and backward, before anything is spread or compiled."""
+def make_plan(recipe: TrainRecipe, task: Task, examples: Iterable[Batch], world: World) -> Plan:
+    """Run a micro-batch of each shape forward and backward, before anything is spread or compiled."""
     device, compute = world.device, recipe.compute
     draws = Draws(recipe.seed, 0, device)
-    flops = saved = 0
-    for phase in task.phases:
+    counted: dict[Shapes, int] = {}
+    flops = tokens = saved = 0  # of the costliest
+    for batch in examples:
+        costs = 0
+        for phase in task.phases:
 
-        def loss(phase: Phase = phase) -> Tensor:
-            with autocast(recipe, device):
-                return task.loss(phase.name, phase.module, batch, draws).total
+            def loss(phase: Phase = phase, batch: Batch = batch) -> Tensor:
+                with autocast(recipe, device):
+                    return task.loss(phase.name, phase.module, batch, draws).total
 
-        found = cost(loss, phase.module, task.blocks(phase.module), device)
-        flops += found.flops
-        saved = max(saved, found.recomputed if compute.checkpointing else found.saved)
-    tokens = task.tokens(batch)
+            found = cost(loss, phase.module, task.blocks(phase.module), device)
+            costs += found.flops
+            saved = max(saved, found.recomputed if compute.checkpointing else found.saved)
+        counted[shapes(batch)] = costs
+        if costs >= flops:
+            flops, tokens = costs, task.tokens(batch)
     most = peak(device, torch.bfloat16 if compute.precision == "bf16" else torch.float32)
     shards = world.size if compute.parallel == "fsdp" else 1
     every = [(p, phase) for phase in task.phases for p in phase.module.parameters()]
@@ -76,7 +92,7 @@ def make_plan(recipe: TrainRecipe, task: Task, batch: Batch, world: World) -> Pl
         f"peak         {most.flops / 1e12:.3g} TFLOP/s a device ({most.source}): "
         f"{a_step / world.size / most.flops:.3g} s a step at best",
     ]
-    return Plan("\n".join(lines), flops / max(tokens, 1), most)
+    return Plan("\n".join(lines), counted, flops / max(tokens, 1), most)
 
 
 def _there(device: torch.device) -> int:

@@ -207,6 +207,9 @@ class TrainRecipe(Section):
     name: str
     trains: Literal["diffusion", "vae", "vlm"] = "diffusion"
     seed: int = 0
+    start: str | None = Field(
+        None, description="begin with the averaged weights of this diffusion model: a folder, to fine-tune it"
+    )
     data: Data = Data()
     autoencoder: Autoencoder = Autoencoder()
     text: Text = Text()

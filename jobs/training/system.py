@@ -309,6 +309,25 @@ def load_system(state: dict[str, Any], device: torch.device) -> System:
     return build_system(TrainRecipe.model_validate(state["recipe"]), device, normalizer)
 
 
+def load_trained(folder: str, ema: float | None, device: str | None) -> System:
+    """A trained system with its weights, in eval mode. ema: σ_rel; 0 the last weights, None the longest kept.
+
+    Raises ValueError, CheckpointError or MissingModel.
+    """
+    trained = load_model(Path(folder))
+    if trained.state.get("trains") != "diffusion":
+        raise ValueError(f"{folder} holds no diffusion model: give one that 'clipmill train diffusion' wrote")
+    lengths = trained.recipe["ema"]["lengths"]
+    if ema is None and lengths:
+        ema = max(lengths)
+    if ema:
+        trained = load_model(Path(folder), ema)
+    system = load_system(trained.state, device_of(device))
+    system.network.load_state_dict(trained.weights["diffusion"])
+    system.network.eval()
+    return system
+
+
 def knows_frames(tasks: Tasks) -> bool:
     return tasks.first_frame + tasks.prediction + tasks.interpolation > 0
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -306,6 +307,24 @@ def test_text_is_quoted_most_prominent_first_and_cut():
     v.clips[0].text = ["SALE", " ", "50 %\n off", "SALE", "x" * 100, "fourth"]
     said = run(stage, [v])[0][0].text
     assert said == f"The text on screen reads “SALE”, “50 % off” and “{'x' * 79}…”."
+
+
+# ---------------------------------------------------------------- captions that were there
+
+
+def test_a_given_caption_is_the_clips_own_or_that_of_a_source_that_was_not_split():
+    one, two = video([plain("000000")] * 4), video([plain("000000")] * 4, [(0, 2), (2, 4)])
+    for v in (one, two):
+        v.source = replace(v.source, meta={"caption": " A dog\nruns. ", "title": "Dogs"})
+    two.clips[1].meta = {"caption": "It stops."}
+
+    def said(**options):
+        stage = CaptionStage(section(kind="given", **options))
+        return [c[0].text for v in (one, two) for c in run(stage, [copy.deepcopy(v)])]
+
+    assert said() == ["A dog runs.", "", "It stops."]
+    assert said(pieces=True) == ["A dog runs.", "A dog runs.", "It stops."]
+    assert said(column="title") == ["Dogs", "", ""]
 
 
 # ---------------------------------------------------------------- transformers models

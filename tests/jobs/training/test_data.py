@@ -262,6 +262,16 @@ def test_single_frames_come_first_as_many_as_the_clips_would_have_then_the_clips
         assert torch.equal(a["video"], b["video"])
 
 
+def test_examples_are_one_micro_batch_of_each_shape(run):
+    areas = [h // 8 * (w // 8) for _, h, w in SHAPES]
+    one, other = (loader(run, decode=True, stills=9, areas=areas) for _ in range(2))
+    found = [tuple(batch["video"].shape) for batch in one.examples()]
+    seen = {tuple(batch["video"].shape) for batch in itertools.islice(other, 9 + other.epoch_length)}
+    assert len(found) == len(set(found)) == 2 * len(np.unique(one.reader.bucket))
+    assert set(found) == seen
+    assert one.state_dict()["batches"] == 0
+
+
 def test_broken_clips_and_images_are_replaced_and_counted(run, tmp_path):
     subprocess.run(["cp", "-r", run, tmp_path / "run"], check=True)
     index, names = read_index(f"{run}/shards").to_pylist(), set()

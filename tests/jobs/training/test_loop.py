@@ -185,11 +185,20 @@ def test_a_plan_is_told_before_the_first_step(tmp_path, capsys):
     trained = sum(p.numel() for p in Net().parameters()) - 1
     assert f"parameters   {trained} trained, 1 frozen" in text
     assert f"averages     {2 * 4 * trained / 1000:.3g} kB" in text
-    # micro-batch 0 is one sample: 8×8 products, forward, by weight and by input; the data needs no gradient
-    flops = 2 * (2 * 64 * (2 + 3) + 2 * 8 * 3)
+    # a sample: 8×8 products, forward, by weight and by input; the data needs no gradient. The largest has three
+    flops = 2 * 3 * (2 * 64 * (2 + 3) + 2 * 8 * 3)
     assert f"{flops / 1e12:.3g} TFLOP" in text
     assert "measured" in text
     assert text in capsys.readouterr().err
+
+
+def test_each_shape_counts_what_it_costs():
+    """Micro-batches of 1, 2 and 3 samples; of another shape, in proportion to its tokens."""
+    every = Numbers(0, 1).examples()
+    plan = loop.make_plan(recipe(), Toy(recipe(), CPU), every, loop.World(0, 1, CPU))
+    sample = 2 * 64 * (2 + 3) + 2 * 8 * 3
+    assert [plan.flops(batch, 99) for batch in every] == [sample, 2 * sample, 3 * sample]
+    assert plan.flops({"x": torch.zeros(7, 8)}, 7) == 7 * sample
 
 
 def test_progress_is_a_plain_line_where_there_is_no_terminal(tmp_path, capsys):
@@ -205,7 +214,7 @@ def test_progress_is_a_plain_line_where_there_is_no_terminal(tmp_path, capsys):
 def test_making_the_plan_changes_nothing(tmp_path, monkeypatch):
     run(recipe(), tmp_path / "with")
     real = loop.make_plan
-    empty = real(recipe(), Toy(recipe(), CPU), Numbers(0, 1).batch(0), loop.World(0, 1, CPU))
+    empty = real(recipe(), Toy(recipe(), CPU), Numbers(0, 1).examples(), loop.World(0, 1, CPU))
     monkeypatch.setattr(loop, "make_plan", lambda *_: empty)
     run(recipe(), tmp_path / "without")
     same(weights(tmp_path / "with", 6), weights(tmp_path / "without", 6))
