@@ -41,8 +41,8 @@ class UNet3D(nn.Module):
         width, multipliers: channels of level i are width · multipliers[i]; each level has half the height
             and width of the one before.
         depth: blocks a level on the way down (one more on the way up).
-        attention: levels with attention over space and time, 0 the finest; None for all. VDM: the levels
-            of 32, 16 and 8 pixels.
+        attention: levels with attention over space, 0 the finest; None for all. VDM: the levels of 32, 16
+            and 8 pixels. time: levels with attention over time; None for the same, as VDM.
         head_dim: channels of an attention head; `width` must be a multiple of it.
         cross_attention: attend to the text's tokens too, after each attention over space.
         full_3d: 3×3×3 convolutions, which mix neighbouring frames; then no joint training with images.
@@ -61,6 +61,7 @@ class UNet3D(nn.Module):
         multipliers: Sequence[int] = (1, 2, 4, 8),
         depth: int = 2,
         attention: Sequence[int] | None = None,
+        time: Sequence[int] | None = None,
         head_dim: int = 32,
         cross_attention: bool = False,
         full_3d: bool = False,
@@ -69,7 +70,8 @@ class UNet3D(nn.Module):
     ):
         super().__init__()
         attended = set(range(len(multipliers)) if attention is None else attention)
-        check_sizes(width, len(multipliers), attended, head_dim)
+        timed = attended if time is None else set(time)
+        check_sizes(width, len(multipliers), attended | timed, head_dim)
         if cross_attention and (text_width is None or not attended):
             raise ValueError(
                 "cross_attention needs text and a level with attention: give both, or turn it off"
@@ -82,8 +84,16 @@ class UNet3D(nn.Module):
         self.pool = TextPool(text_width, emb, head_dim) if text_width else None
 
         def block(c_in: int, c_out: int, level: int) -> Block:
-            heads = c_out // head_dim if level in attended else 0
-            return Block(c_in, c_out, emb, heads, text_width if cross_attention else None, full_3d)
+            heads = c_out // head_dim
+            return Block(
+                c_in,
+                c_out,
+                emb,
+                heads if level in attended else 0,
+                heads if level in timed else 0,
+                text_width if cross_attention else None,
+                full_3d,
+            )
 
         inputs = channels + (channels + 1) * context + channels * upsample
         self.unet = UNet(inputs, channels, [width * m for m in multipliers], depth, block, full_3d)
@@ -112,14 +122,20 @@ build = UNet3D  # a recipe's options are its arguments
 
 
 class Block(nn.Module):
-    """Residual block, attention over space, cross-attention to text, attention over time."""
+    """Residual block, attention over space, cross-attention to text, attention over time.
 
-    def __init__(self, c_in: int, c_out: int, emb: int, heads: int, text_width: int | None, full_3d: bool):
+    Args:
+        space, time: heads of attention, 0 for none; where there is none over space there is none to text.
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, emb: int, space: int, time: int, text_width: int | None, full_3d: bool
+    ):
         super().__init__()
         self.residual = ResBlock(c_in, c_out, emb, full_3d)
-        self.space = SpaceAttention(c_out, heads) if heads else None
-        self.cross = CrossAttention(c_out, heads, text_width) if heads and text_width else None
-        self.time = TimeAttention(c_out, heads) if heads else None
+        self.space = SpaceAttention(c_out, space) if space else None
+        self.cross = CrossAttention(c_out, space, text_width) if space and text_width else None
+        self.time = TimeAttention(c_out, time) if time else None
 
     def forward(
         self,
