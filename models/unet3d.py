@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import attend, join_heads, split_heads
-from models.condition import Condition, LevelEmbedding, frame_mask
+from models.condition import Condition, LevelEmbedding, frame_mask, sinusoids
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"width": 32, "multipliers": (1, 2, 4), "depth": 1},
@@ -45,6 +45,8 @@ class UNet3D(nn.Module):
             and 8 pixels. time: levels with attention over time; None for the same, as VDM.
         head_dim: channels of an attention head; `width` must be a multiple of it.
         cross_attention: attend to the text's tokens too, after each attention over space.
+        places: tell every frame its place in the clip, beside the distances of the others that VDM's time
+            attention knows. Without, what a caption says of before and after is learned very slowly.
         full_3d: 3×3×3 convolutions, which mix neighbouring frames; then no joint training with images.
         context: take `condition.known` and its mask as C + 1 more input channels.
         upsample: take `condition.low` as C more input channels, and embed its level.
@@ -64,6 +66,7 @@ class UNet3D(nn.Module):
         time: Sequence[int] | None = None,
         head_dim: int = 32,
         cross_attention: bool = False,
+        places: bool = False,
         full_3d: bool = False,
         context: bool = False,
         upsample: bool = False,
@@ -81,6 +84,7 @@ class UNet3D(nn.Module):
         emb = 4 * width
         self.level = LevelEmbedding(emb)
         self.low_level = LevelEmbedding(emb) if upsample else None
+        self.place = FramePlace(emb) if places else None
         self.pool = TextPool(text_width, emb, head_dim) if text_width else None
 
         def block(c_in: int, c_out: int, level: int) -> Block:
@@ -114,6 +118,8 @@ class UNet3D(nn.Module):
             emb = emb + self.low_level(
                 torch.zeros_like(level) if condition.low_level is None else condition.low_level
             )
+        if self.place is not None:
+            emb = emb[:, None] + self.place(x.shape[1], condition.images)  # B T E
         mask = frame_mask(x.shape[1], condition.images, z.device)
         return self.unet(x, emb, text, text_mask, mask).transpose(1, 2)  # B C T h w
 
@@ -140,7 +146,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # B T C h w
-        emb: Tensor,  # B E
+        emb: Tensor,  # B E, or B T E
         text: Tensor | None = None,  # B L D
         text_mask: Tensor | None = None,  # B 1 1 L
         frame_mask: Tensor | None = None,  # T T
@@ -223,7 +229,7 @@ class UNet(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions; the embedding [B, E] scales and shifts between them. The identity at first."""
+    """Two convolutions; the embedding [B, E] or [B, T, E] scales and shifts between them. The identity at first."""
 
     def __init__(self, c_in: int, c_out: int, emb: int, full_3d: bool = False):
         super().__init__()
@@ -234,7 +240,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # B T C' h w
-        scale, shift = self.modulation(F.silu(emb))[:, None, :, None, None].chunk(2, dim=2)  # B 1 C' 1 1
+        told = self.modulation(F.silu(emb if emb.ndim == 3 else emb[:, None]))  # B T|1 2C'
+        scale, shift = told[..., None, None].chunk(2, dim=2)  # B T|1 C' 1 1
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
         return self.skip(x) + h
 
@@ -343,6 +350,19 @@ class TextPool(nn.Module):
     def forward(self, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         query = self.query.to(text.dtype).expand(len(text), -1, -1)
         return self.attention(query, self.norm(text), text_mask)[:, 0]
+
+
+class FramePlace(nn.Module):
+    """T frames, of which the last so many are independent images → [T, E]; an image is a first frame."""
+
+    def __init__(self, emb: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(emb, emb), nn.SiLU(), zeroed(nn.Linear(emb, emb)))
+
+    def forward(self, frames: int, images: int = 0) -> Tensor:
+        weight = self.mlp[0].weight
+        at = torch.arange(frames, device=weight.device)
+        return self.mlp(sinusoids(at * (at < frames - images), weight.shape[1]).to(weight.dtype))
 
 
 class FrameNorm(nn.GroupNorm):

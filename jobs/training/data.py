@@ -24,7 +24,7 @@ import functools
 import itertools
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,7 +94,7 @@ class Loader:
         self.reader, self.positions, self.images, self.stills = reader, list(positions), images, stills
         self.sizes = [batch or tokens // p for p in positions]  # samples a micro-batch, by bucket
         areas = areas or positions
-        self.frames = [n * p // a for n, p, a in zip(self.sizes, positions, areas, strict=True)]  # of stills
+        self.still_sizes = [n * p // a for n, p, a in zip(self.sizes, positions, areas, strict=True)]
         self.rank, self.world, self.workers, self.pin, self.lone = rank, world, workers, pin, lone
         self.first = self.step = (
             0  # the list's number before this rank's first; micro-batches handed out since
@@ -103,7 +103,7 @@ class Loader:
         counts = np.bincount(reader.bucket, minlength=len(positions)).tolist()
         self.buckets = dict(zip(reader.shapes, counts, strict=True))  # clips in each
         self.epoch_length = sum(map(whole_batches, counts, self.sizes))
-        self.stills_length = sum(map(whole_batches, counts, self.frames))
+        self.stills_length = sum(map(whole_batches, counts, self.still_sizes))
 
     @property
     def weights(self) -> tuple[int, int]:
@@ -124,7 +124,9 @@ class Loader:
         """The micro-batch of that number of the endless list."""
         self.reader.epoch, rows = self.rows(number)
         if number < self.stills:
-            return collate([self._still(row) for row in rows.tolist()])
+            assert self.reader.shapes is not None
+            *_, height, width = self.reader.shapes[self.reader.bucket[rows[0]]]
+            return collate([self._frame(self.reader.sound, row, height, width) for row in rows.tolist()])
         samples = [self.reader.sound(int(row)) for row in rows]
         if not self.images:
             return collate(samples)
@@ -137,22 +139,13 @@ class Loader:
     def examples(self) -> Iterator[Batch]:
         """The first micro-batch of each shape, for planning."""
         seen = set()
-        first_epochs = (min(self.stills, self.stills_length), self.epoch_length)
-        for number in itertools.chain(
-            range(first_epochs[0]), range(self.stills, self.stills + first_epochs[1])
-        ):
+        stills = range(min(self.stills, self.stills_length))
+        clips = range(self.stills, self.stills + self.epoch_length)
+        for number in itertools.chain(stills, clips):
             shape = number < self.stills, int(self.reader.bucket[self.rows(number)[1][0]])
             if shape not in seen:
                 seen.add(shape)
                 yield self.batch(number)
-
-    def _still(self, row: int) -> Sample:
-        """A frame of the clip, or of the next sound one, as a clip of one frame."""
-        if isinstance(self.reader, LatentReader):
-            return self._frame(self.reader.sound(row), row)
-        assert self.reader.shapes is not None
-        _, height, width = self.reader.shapes[self.reader.bucket[row]]
-        return self.reader.sound(row, (1, height, width))
 
     def _images(self, sample: Sample, row: int, place: int) -> list[Sample]:
         """One frame of each of n other clips, in the sample's size; drawn by (seed, number of the batch, row)."""
@@ -165,28 +158,31 @@ class Loader:
         rng = np.random.default_rng([reader.seed, place, row])
         found: list[Sample] = []
         broken: list[str] = []
+        itself = 0
         while len(found) < wanted and len(broken) < PATIENCE:
             try:
                 other = int(rng.choice(usable))
                 if reader.keys[other].as_py() == sample["key"]:
-                    if len(usable) < 2:
+                    itself += 1
+                    if itself == PATIENCE:
                         raise StoreError(
                             f"{reader.folder}: no other clip of {width}×{height} to take images from; "
                             "set data.images to 0, or train from pixels"
                         )
                     continue
-                image = reader.read(other, None if from_cache else (1, height, width))
+                found.append(self._frame(reader.read, other, height, width) | {"skipped": []})
             except BrokenSample:
                 broken.append(reader.keys[other].as_py())
-                continue
-            found.append((self._frame(image, other) if from_cache else image) | {"skipped": []})
         if len(found) < wanted:
             raise StoreError(f"{reader.folder}: {PATIENCE} images in a row are broken; check the shards")
         found[0]["skipped"] = broken
         return found
 
-    def _frame(self, sample: Sample, row: int) -> Sample:
-        """Of a cache: the sample with latents [C, 1, h, w] of one frame, the first where only that stands alone."""
+    def _frame(self, read: Callable[..., Sample], row: int, height: int, width: int) -> Sample:
+        """A frame as a clip of one frame; from a cache the first one, where only that stands alone."""
+        if not isinstance(self.reader, LatentReader):
+            return read(row, (1, height, width))
+        sample = read(row)
         rng = np.random.default_rng([self.reader.seed, self.reader.epoch, row])
         at = int(rng.integers(sample["mean"].shape[1])) if self.lone else 0
         return sample | {k: sample[k][:, at : at + 1] for k in ("mean", "logvar") if sample[k] is not None}
@@ -236,7 +232,7 @@ class Loader:
 
     def _deal(self, epoch: int, stills: bool) -> list[np.ndarray]:
         rng = np.random.RandomState([self.reader.seed, epoch])
-        size = (self.frames if stills else self.sizes).__getitem__
+        size = (self.still_sizes if stills else self.sizes).__getitem__
         dealt = [rows for bucket in deal(self.reader.bucket, size, rng) for rows in bucket]
         return [dealt[i] for i in rng.permutation(len(dealt))]
 

@@ -87,8 +87,9 @@ def begin_with(system: System, folder: str) -> None:
         other = load_trained(folder, None, "cpu")
     except (CheckpointError, MissingModel) as e:
         raise ValueError(f"start: {e}") from e
-    for name in ("autoencoder", "text", "objective"):
-        if getattr(system.recipe, name) != getattr(other.recipe, name):
+    there = must_agree(other.recipe)
+    for name, mine in must_agree(system.recipe).items():
+        if there[name] != mine:
             raise ValueError(
                 f"start {folder} was trained with another {name}: use the same, or leave start out"
             )
@@ -103,6 +104,16 @@ def begin_with(system: System, folder: str) -> None:
         mine.zero_()
         part.copy_(given)
     system.normalizer = other.normalizer.to(system.device)
+
+
+def must_agree(recipe: TrainRecipe) -> dict[str, Any]:
+    """What weights are tied to: which numbers go in, and which are asked for."""
+    return {
+        "autoencoder": recipe.autoencoder,
+        "text": recipe.text,
+        "objective.schedule": recipe.objective.schedule,
+        "objective.prediction": recipe.objective.prediction,
+    }
 
 
 def _check(recipe: TrainRecipe) -> None:

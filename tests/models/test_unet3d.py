@@ -26,6 +26,7 @@ from models.unet3d import (
 )
 
 TINY: dict[str, Any] = {"width": 8, "multipliers": (1, 2), "depth": 1, "head_dim": 4}
+EVERY_OPTION = {"cross_attention": True, "places": True, "context": True, "upsample": True}
 CHANNELS, FRAMES, SIDE, TEXT = 3, 5, 4, 6
 
 
@@ -43,7 +44,7 @@ def scattered(module: nn.Module, seed: int = 1) -> nn.Module:
 
 def everything(batch: int = 2, frames: int = FRAMES, images: int = 0) -> tuple[UNet3D, Tensor, Condition]:
     """A model with every option that goes with images, and what it takes."""
-    model = scattered(build(CHANNELS, TEXT, **TINY, cross_attention=True, context=True, upsample=True))
+    model = scattered(build(CHANNELS, TEXT, **TINY, **EVERY_OPTION))
     shape = (batch, CHANNELS, frames, SIDE, SIDE)
     mask = torch.zeros(batch, 1, frames, 1, 1)
     mask[:, :, 0] = 1
@@ -130,6 +131,26 @@ def test_3x3x3_convolutions_refuse_independent_images():
         model(torch.zeros(1, CHANNELS, 4, 4, 4), torch.zeros(1), Condition(images=1))
 
 
+def test_frames_know_their_place_where_they_are_told():
+    """Frames of one and the same noise are drawn alike, whatever the time attention, unless told their place."""
+    z = normal(1, CHANNELS, 1, SIDE, SIDE).expand(-1, -1, FRAMES, -1, -1)
+    for places in (False, True):
+        out = scattered(build(CHANNELS, **TINY, attention=(), places=places))(z, LEVEL[:1], Condition())
+        alike = [torch.equal(out[:, :, 0], out[:, :, i]) for i in range(1, FRAMES)]
+        assert alike == [not places] * (FRAMES - 1)
+
+
+def test_time_has_levels_of_its_own():
+    model = build(CHANNELS, TEXT, **TINY, cross_attention=True, attention=(1,), time=(0,))
+    for at, block in model.unet.blocks():
+        found = [part is not None for part in (block.space, block.cross, block.time)]
+        assert found == ([False, False, True] if at == 0 else [True, True, False])
+    model, z = scattered(model), normal(2, CHANNELS, FRAMES, SIDE, SIDE)
+    before = model(z, LEVEL, Condition())
+    z[:, :, 0] += 1
+    assert (model(z, LEVEL, Condition()) != before).flatten(3).any(3).any(0).any(0).all()
+
+
 def dense(attention: nn.Module, x: Tensor, mask: Tensor, bias: Tensor | float = 0.0) -> Tensor:
     """Attention over all T·h·w places at once, [B, L, C]; mask [L, L], bias [H, L, L]; written out."""
     heads, size = attention.heads, x.shape[-1] // attention.heads
@@ -208,18 +229,18 @@ def test_relative_attention_has_as_many_parameters_as_the_paper_says(preset: str
 
 def test_at_first_blocks_of_equal_width_are_the_identity_and_the_output_is_zero():
     torch.manual_seed(0)
-    block, x = Block(8, 8, 16, 2, TEXT, False), torch.randn(2, 3, 8, 4, 4)
+    block, x = Block(8, 8, 16, 2, 2, TEXT, False), torch.randn(2, 3, 8, 4, 4)
     assert torch.equal(block(x, torch.randn(2, 16), torch.randn(2, 3, TEXT)), x)
     model = build(CHANNELS, **TINY)
     assert not model(torch.randn(1, CHANNELS, 3, 4, 4), torch.rand(1), Condition()).any()
 
 
-def test_every_parameter_learns_within_three_steps():
+def test_every_parameter_learns_within_four_steps():
     model, z, condition = everything()
-    fresh = build(CHANNELS, TEXT, **TINY, cross_attention=True, context=True, upsample=True).double()
+    fresh = build(CHANNELS, TEXT, **TINY, **EVERY_OPTION).double()
     optimizer = torch.optim.Adam(fresh.parameters(), lr=1e-2)
     moved = set()
-    for _ in range(3):
+    for _ in range(4):
         optimizer.zero_grad()
         (fresh(z, LEVEL, condition) - z).square().mean().backward()
         moved |= {n for n, p in fresh.named_parameters() if p.grad is not None and p.grad.any()}
