@@ -167,28 +167,45 @@ def test_training_from_the_cache_is_training_from_pixels(run, cache, tasks):
         assert "video" not in b
 
 
-def test_images_from_the_cache_are_first_latent_frames_of_other_clips(run, cache):
-    task, loader = build(recipe(data={"cache": str(cache), "images": 2}), run, CPU)
+def frames_of(mean: torch.Tensor, whole: np.ndarray) -> list[int]:
+    """Which latent frames of a clip [C, T, h, w] these latents [C, 1, h, w] are."""
+    return [i for i in range(whole.shape[1]) if torch.equal(mean, torch.from_numpy(whole[:, i : i + 1]))]
+
+
+@pytest.mark.parametrize("lone", [False, True])
+def test_images_and_stills_from_the_cache_are_latent_frames(run, cache, lone):
+    """The first one where only that stands alone (a causal autoencoder), else any."""
+    _, loader = build(recipe(data={"cache": str(cache), "images": 2, "stills": 6}), run, CPU)
+    assert loader.lone  # a DCT's latents are of one frame each
+    loader.lone = lone
     shapes = [tuple(b.values()) for b in BUCKETS]
     stored = latents.LatentReader(str(cache), shapes, length=16)
     rows = {key: i for i, key in enumerate(stored.keys.to_pylist())}
-    for batch in itertools.islice(loader, 4):
-        raw = task.system.normalizer.inverse(task.latents(images_of(batch), Draws(0, 0, CPU)))
-        for i, other in enumerate(batch["image_key"]):
-            assert batch["key"][i // 2] != other
-            first = torch.from_numpy(stored.read(rows[other])["mean"][:, :1]).float()
-            torch.testing.assert_close(raw[i], first, atol=1e-5, rtol=1e-5)
+    seen = set()
+    for number, batch in enumerate(itertools.islice(loader, 12)):
+        pictures = batch if number < 6 else images_of(batch)
+        for i, (key, mean) in enumerate(zip(pictures["key"], pictures["mean"], strict=True)):
+            found = frames_of(mean, stored.read(rows[key])["mean"])
+            assert found
+            seen.update(found)
+            assert number < 6 or key != batch["key"][i // 2]
+    assert (len(seen) > 1) == lone
+    assert 0 in seen
 
 
-def test_single_frames_from_the_cache_are_first_latent_frames(run, cache):
-    _, loader = build(recipe(data={"cache": str(cache), "stills": 3}), run, CPU)
+def test_copies_of_a_clip_are_the_windows_of_later_epochs(run, tmp_path):
+    job.encode(run, recipe(), str(tmp_path / "cache"), copies=2)
     shapes = [tuple(b.values()) for b in BUCKETS]
-    stored = latents.LatentReader(str(cache), shapes, length=16)
-    rows = {key: i for i, key in enumerate(stored.keys.to_pylist())}
-    for number, batch in enumerate(itertools.islice(loader, 4)):
-        for key, mean in zip(batch["key"], batch["mean"], strict=True):
-            whole = torch.from_numpy(stored.read(rows[key])["mean"])
-            assert torch.equal(mean, whole[:, :1] if number < 3 else whole)
+    pixels = ShardReader(f"{run}/shards", fps=4, shapes=shapes, layout="CTHW")
+    stored = latents.LatentReader(str(tmp_path / "cache"), shapes, length=16)
+    keys, every = stored.keys.to_pylist(), pixels.keys.to_pylist()
+    assert sorted(keys) == sorted(2 * every)
+    seen: dict[str, int] = {}
+    for i, key in enumerate(keys):
+        pixels.epoch = seen[key] = seen.get(key, -1) + 1
+        video = torch.from_numpy(pixels.read(every.index(key))["video"].copy())[None].float() / 127.5 - 1
+        expected = BlockDCT(8, 3).encode(video).mean[0].half().numpy()
+        np.testing.assert_allclose(stored.read(i)["mean"].astype(float), expected.astype(float), atol=2e-3)
 
 
 def test_frozen_text_is_kept_and_used(run, tmp_path):
