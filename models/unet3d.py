@@ -360,9 +360,9 @@ class FramePlace(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(emb, emb), nn.SiLU(), zeroed(nn.Linear(emb, emb)))
 
     def forward(self, frames: int, images: int = 0) -> Tensor:
-        weight = self.mlp[0].weight
+        weight = next(self.mlp.parameters())  # E E
         at = torch.arange(frames, device=weight.device)
-        return self.mlp(sinusoids(at * (at < frames - images), weight.shape[1]).to(weight.dtype))
+        return self.mlp(sinusoids(at * (at < frames - images), len(weight)).to(weight.dtype))
 
 
 class FrameNorm(nn.GroupNorm):
