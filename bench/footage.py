@@ -3,8 +3,8 @@
 python bench/footage.py reconstruct RUN --recipe NAME|FILE [--set autoencoder.path=vae/]
     PSNR and SSIM of the run's clips after the recipe's autoencoder, a window of each
 python bench/footage.py overfit MODEL --cache LATENTS
-    a model trained on few clips, asked for each by its caption: PSNR to that clip, and whether it is nearer
-    to it than to any other; both against the clip as its latents decode, and as it was
+    a model trained on few clips, asked for each by its caption: PSNR to that clip as its latents decode, and
+    whether it is nearer to it than to any other
 """
 
 from __future__ import annotations

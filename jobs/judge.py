@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     verdicts = [verdict(video, caption) for video, caption in zip(videos, captions, strict=True)]
     print(table(verdicts))
     if args.out:
-        keep(args.out, videos, captions, verdicts, system.recipe.data.fps or 8.0)
+        keep(args.out, videos, verdicts, system.recipe.data.fps or 8.0)
         print(f"{len(videos)} videos, sheet.png and judged.json in {args.out}")
     return 0
 
@@ -98,12 +98,12 @@ def draw_videos(
 
 def verdict(video: np.ndarray, caption: str) -> dict[str, str | bool | None]:
     """What of the caption is right, and what the reader sees."""
-    from pipeline.toy_reader import judge, read
+    from pipeline.toy_reader import read
+    from pipeline.toy_world import parse
 
-    right, seen = judge(video, caption), read(video).attributes
-    return {"caption": caption} | {
-        name: value for a in ATTRIBUTES for name, value in ((a, right[a]), (f"{a}_seen", getattr(seen, a)))
-    }
+    wanted, seen = vars(parse(caption)), vars(read(video).attributes)
+    right = {a: wanted[a] == seen[a] for a in ATTRIBUTES}
+    return {"caption": caption} | right | {f"{a}_seen": seen[a] for a in ATTRIBUTES}
 
 
 def table(verdicts: list[dict[str, str | bool | None]]) -> str:
@@ -120,11 +120,7 @@ def table(verdicts: list[dict[str, str | bool | None]]) -> str:
 
 
 def keep(
-    out: Path,
-    videos: list[np.ndarray],
-    captions: list[str],
-    verdicts: list[dict[str, str | bool | None]],
-    fps: float,
+    out: Path, videos: list[np.ndarray], verdicts: list[dict[str, str | bool | None]], fps: float
 ) -> None:
     """Write the videos, a contact sheet of the first ones, and the verdicts."""
     import torch
@@ -132,7 +128,7 @@ def keep(
     from jobs.training.monitor import contact_sheet, write_mp4
 
     out.mkdir(parents=True, exist_ok=True)
-    named = {caption: torch.from_numpy(video) for caption, video in zip(captions, videos, strict=True)}
+    named = {str(v["caption"]): torch.from_numpy(video) for v, video in zip(verdicts, videos, strict=True)}
     for i, (caption, video) in enumerate(named.items()):
         write_mp4(out / f"{i:03d} {caption}.mp4", video, fps)
     contact_sheet(dict(list(named.items())[:SHOWN])).save(out / "sheet.png")
