@@ -25,7 +25,7 @@ examples
 Training from the cache runs neither decoder nor encoders. It gives up variety: a clip keeps one window of
 time and one caption a copy, those of the first epochs. Run the same command again after a kill and it goes on;
 the bytes are those of an undisturbed run, on any number of ranks. A text encoder that is trained along
-(text.kind: bytes) is not cached.
+(text.kind: words) is not cached.
 """
 
 

@@ -1,4 +1,4 @@
-"""Captions to features a token, for denoisers that attend to text: a pretrained encoder, frozen, or bytes.
+"""Captions to features a token, for denoisers that attend to text: a pretrained encoder, frozen, or words.
 
 Both are called as
 
@@ -10,12 +10,14 @@ mask is True where there is a token; an empty text has a row of all False: 'no t
 
 from __future__ import annotations
 
+import hashlib
+import re
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models import text
 from models.attention import attend, join_heads, split_heads
 from models.embed import MissingModel
 from models.hub import transformers_weights
@@ -23,31 +25,58 @@ from models.hub import transformers_weights
 TOWERS = {"clip": "CLIPTextModel", "siglip": "SiglipTextModel"}  # of two-tower checkpoints only the text one
 
 
-class ByteText(nn.Module):
-    """A small transformer over UTF-8 bytes, trained along with the denoiser: no vocabulary, no weights to fetch.
+class WordText(nn.Module):
+    """A small transformer over words, trained along with the denoiser: no vocabulary file, no weights to fetch.
+
+    A word is the sum of two rows of a table, drawn by its hash (Svenstrup et al. 2017): words that share one
+    row still differ by the other. Letters would have to be put together to words first, which takes a small
+    model longer than everything else that it learns.
 
     Args:
-        length: L, bytes and two marks; longer captions are cut.
-        depth: transformer blocks; 0 leaves embeddings of bytes and positions.
+        length: L, words and signs; longer captions are cut.
+        depth: transformer blocks; 0 leaves embeddings of words and positions.
+        rows: of the table; as many as there are words is plenty.
     """
 
-    def __init__(self, length: int = 64, width: int = 192, depth: int = 2, heads: int = 4):
+    def __init__(
+        self, length: int = 64, width: int = 192, depth: int = 2, rows: int = 8192, heads: int = 4
+    ):
         super().__init__()
         if width % heads:
             raise ValueError(f"text width {width} is no multiple of {heads} heads; give one that is")
         self.length, self.width = length, width
-        self.embed = nn.Embedding(text.VOCABULARY, width)
+        self.embed = nn.EmbeddingBag(rows, width, mode="sum")
+        nn.init.normal_(self.embed.weight, std=0.5**0.5)  # of a word: 1
         self.position = nn.Parameter(torch.randn(length, width) * 0.02)
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        tokens = text.encode(texts, self.length).to(self.position.device)  # B L
-        mask = tokens != text.PAD
-        x = self.embed(tokens) + self.position  # B L D
+        found = [words(text)[: self.length] for text in texts]
+        device, rows = self.position.device, self.embed.num_embeddings
+        mask = torch.tensor([[i < len(row) for i in range(self.length)] for row in found], device=device)
+        places = [[h % rows for h in hashes(word)] for row in found for word in row]
+        x = self.position.repeat(len(texts), 1, 1)  # B L D
+        if places:
+            x = x.masked_scatter(mask[..., None], x[mask] + self.embed(torch.tensor(places, device=device)))
         for block in self.blocks:
             x = block(x, mask)
-        return self.norm(x), mask & _said(texts, mask.device)
+        return self.norm(x), mask
+
+
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
+
+
+def words(text: str) -> list[str]:
+    """Small words, signs, and each Chinese or Japanese letter, in order."""
+    return _WORD.findall(text.lower())
+
+
+@lru_cache(maxsize=1 << 16)
+def hashes(word: str) -> tuple[int, int]:
+    """Two independent numbers of 64 bits, the same on every machine."""
+    digest = hashlib.blake2b(word.encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
 class _Block(nn.Module):

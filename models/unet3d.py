@@ -346,10 +346,11 @@ class TextPool(nn.Module):
         super().__init__()
         self.query = nn.Parameter(torch.randn(1, 1, emb))
         self.norm, self.attention = nn.LayerNorm(text_width), Attention(emb, emb // head_dim, text_width)
+        self.norm_out = nn.LayerNorm(emb)  # an average of words is small beside what it is added to
 
     def forward(self, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         query = self.query.to(text.dtype).expand(len(text), -1, -1)
-        return self.attention(query, self.norm(text), text_mask)[:, 0]
+        return self.norm_out(self.attention(query, self.norm(text), text_mask)[:, 0])
 
 
 class FramePlace(nn.Module):

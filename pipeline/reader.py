@@ -474,14 +474,17 @@ def _at(decoded: Iterator[Any], ticks: list[int], seen: Callable[[Any], np.ndarr
 def _picture(scaler: Any, size: tuple[int, int] | None, sar: Fraction, frame: Any) -> np.ndarray:
     """uint8 [H, W, 3] RGB; sar is the shape of a stored pixel, width ÷ height.
 
-    One scaler for all frames of a clip: to set it up takes longer than to scale a small picture.
+    One scaler for all frames of a clip: to set it up takes longer than to scale a small picture. Without
+    FULL_CHR_H_INT swscale halves the width of the colours once more when it makes RGB of the scaled picture.
     """
+    from av.video.reformatter import Interpolation
+
     if size is None:
         return frame.to_ndarray(format="rgb24")
     height, width = size
     shown = frame.width * sar  # width in square pixels
     scale = max(width / shown, Fraction(height, frame.height))
     w, h = max(width, round(shown * scale)), max(height, round(frame.height * scale))
-    image = scaler.reformat(frame, w, h, "rgb24", interpolation="BICUBIC").to_ndarray()
+    image = scaler.reformat(frame, w, h, "rgb24", interpolation=Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT).to_ndarray()
     top, left = (h - height) // 2, (w - width) // 2
     return image[top : top + height, left : left + width]

@@ -53,11 +53,12 @@ class Autoencoder(Section):
 class Text(Section):
     """Captions to features."""
 
-    kind: Literal["none", "bytes", "transformers"] = "bytes"
+    kind: Literal["none", "words", "transformers"] = "words"
     model: str | None = Field(None, description="transformers: folder or hub id of CLIP, T5, Qwen, …")
     length: int = Field(64, ge=2, description="most tokens")
-    width: int = Field(192, ge=8, description="bytes: features a token")
-    depth: int = Field(2, ge=0, description="bytes: transformer layers, trained along")
+    width: int = Field(192, ge=8, description="words: features a token")
+    depth: int = Field(2, ge=0, description="words: transformer layers, trained along")
+    rows: int = Field(8192, ge=2, description="words: of the table that words are hashed into")
     dropout: float = Field(0.1, ge=0, lt=1, description="captions left out, for guidance")
 
 

@@ -28,7 +28,7 @@ from models.latents import Autoencoder, BlockDCT, Normalizer, Posterior, latent_
 from models.noise import Cosine, Flow, Linear, Schedule
 from models.objective import MinSNR, Process, Uncertainty, Weighting, prediction_error, uniform
 from models.samplers import SAMPLERS
-from models.text_encoder import ByteText, PretrainedText
+from models.text_encoder import PretrainedText, WordText
 
 
 class Network(nn.Module):
@@ -39,7 +39,7 @@ class Network(nn.Module):
     """
 
     def __init__(
-        self, denoiser: nn.Module, text: ByteText | None, process: Process, weighting: Weighting = uniform
+        self, denoiser: nn.Module, text: WordText | None, process: Process, weighting: Weighting = uniform
     ):
         super().__init__()
         self.denoiser, self.text, self.process = denoiser, text, process
@@ -276,8 +276,8 @@ def build_network(recipe: TrainRecipe, channels: int, frozen_text: PretrainedTex
         if wanted:
             options[name] = True
     own = None
-    if recipe.text.kind == "bytes":
-        own = ByteText(recipe.text.length, recipe.text.width, recipe.text.depth)
+    if recipe.text.kind == "words":
+        own = WordText(recipe.text.length, recipe.text.width, recipe.text.depth, recipe.text.rows)
     width = own.width if own else frozen_text.width if frozen_text else None
     weighting: Weighting = uniform
     if recipe.objective.weighting == "min_snr":

@@ -65,7 +65,7 @@ def model(tmp_path_factory):
         "name": "t",
         "data": {"fps": 4, "buckets": [{"frames": 4, "height": 32, "width": 32}], "batch": 2, "workers": 0},
         "autoencoder": {"kind": "dct", "patch": 8, "keep": 2},
-        "text": {"kind": "bytes", "length": 16, "width": 16, "depth": 1},
+        "text": {"kind": "words", "length": 16, "width": 16, "depth": 1},
         "model": {"kind": "dit", "dim": 32, "depth": 1, "heads": 2},
         "run": {"steps": 2, "sample_every": 0, "sample_steps": 2},
     }

@@ -36,7 +36,7 @@ def recipe(side=32, frames=5, **tasks) -> TrainRecipe:
                 "workers": 0,
             },
             "autoencoder": {"kind": "dct", "patch": 8, "keep": 3},
-            "text": {"kind": "bytes", "length": 16, "width": 16, "depth": 1},
+            "text": {"kind": "words", "length": 16, "width": 16, "depth": 1},
             "model": {"kind": "dit", "dim": 32, "depth": 1, "heads": 2},
             "tasks": {"stride": 2} | tasks,
             "run": {"steps": 20, "save_every": 20, "sample_every": 0, "sample_steps": 3},

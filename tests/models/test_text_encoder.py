@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from models.embed import MissingModel
-from models.text_encoder import ByteText, PretrainedText
+from models.text_encoder import PretrainedText, WordText, hashes, words
 from tests.fixtures.tiny_vlm import _bpe
 
 TEXTS = ["a red square moves", "", "the camera holds still over a blue background while a red square moves"]
@@ -79,9 +79,9 @@ def test_features_are_those_of_the_library_for_the_caption_alone_without_padding
     assert mask[2].sum() > mask[0].sum()
 
 
-@pytest.mark.parametrize("kind", ["t5", "bytes"])
+@pytest.mark.parametrize("kind", ["t5", "words"])
 def test_no_caption_is_a_row_without_tokens(folders, kind):
-    encoder = ByteText(32, 16, 1) if kind == "bytes" else PretrainedText(folders[kind])
+    encoder = WordText(32, 16, 1) if kind == "words" else PretrainedText(folders[kind])
     _, mask = encoder(["", "  ", "x"])
     assert mask.dtype == torch.bool
     assert not mask[:2].any()
@@ -98,30 +98,42 @@ def test_a_frozen_encoder_takes_no_gradient_and_stays_in_eval_mode(folders):
 
 
 @pytest.mark.parametrize("depth", [0, 2])
-def test_bytes_depend_on_no_other_caption_and_on_their_order(depth):
+def test_words_depend_on_no_other_caption_and_on_their_order(depth):
     torch.manual_seed(0)
-    encoder = ByteText(64, 16, depth).eval()
-    both, mask = encoder(["ab", "a much longer caption"])
-    alone, _ = encoder(["ab"])
-    assert both.shape == (2, 64, 16)
-    assert mask.sum(1).tolist() == [4, 23]  # begin and end beside the bytes
+    encoder = WordText(8, 16, depth).eval()
+    both, mask = encoder(["red circle", "a much longer caption of ten words, signs and all"])
+    alone, _ = encoder(["red circle"])
+    assert both.shape == (2, 8, 16)
+    assert mask.sum(1).tolist() == [2, 8]  # cut to the length
     torch.testing.assert_close(both[:1], alone)
-    turned, _ = encoder(["ba"])
-    assert not torch.allclose(alone[0, :4].sum(0), turned[0, :4].sum(0))  # no bag of bytes
+    turned, _ = encoder(["circle red"])
+    assert not torch.allclose(alone[0, :2].sum(0), turned[0, :2].sum(0))  # no bag of words
+
+
+def test_words_are_small_and_signs_and_chinese_letters_stand_alone():
+    assert words("Two RED circles, moving!") == ["two", "red", "circles", ",", "moving", "!"]
+    assert words("红色 круг été") == ["红", "色", "круг", "été"]
+    assert words(" \n") == []
+
+
+def test_words_that_share_a_row_of_the_table_differ_by_their_other_row():
+    """1,000 words in 256 rows: every row is shared, yet hardly a pair of words is one."""
+    places = {tuple(sorted(h % 256 for h in hashes(f"word{i}"))) for i in range(1000)}
+    assert len(places) > 950  # of 32,896 pairs, 1,000 drawn at random meet about 15 times
 
 
 def test_padding_is_not_looked_at():
     torch.manual_seed(0)
-    encoder = ByteText(16, 16, 2).eval()
-    features, mask = encoder(["abc"])
+    encoder = WordText(16, 16, 2).eval()
+    features, mask = encoder(["a b c"])
     with torch.no_grad():
-        encoder.embed.weight[256] += 100  # PAD
-    assert torch.equal(encoder(["abc"])[0][mask], features[mask])
+        encoder.position[3:] += 100
+    assert torch.equal(encoder(["a b c"])[0][mask], features[mask])
 
 
-def test_every_parameter_of_the_byte_encoder_is_trained():
-    encoder = ByteText(16, 16, 2)
-    encoder(["abc"])[0].square().sum().backward()
+def test_every_parameter_of_the_word_encoder_is_trained():
+    encoder = WordText(16, 16, 2)
+    encoder(["a b c"])[0].square().sum().backward()
     assert all(p.grad is not None for p in encoder.parameters())
 
 

@@ -342,6 +342,17 @@ def test_the_picture_covers_the_size_and_keeps_its_shape(tmp_path):
             assert abs(width - min(size[1], 32 * int(sar) * scale)) <= 2
 
 
+@pytest.mark.parametrize("along", ["X", "Y"])
+def test_colours_are_as_sharp_across_as_down(tmp_path, along):
+    """Stripes one colour sample wide, at half the size one pixel wide, differ as much either way."""
+    stripes = f"nullsrc=s=64x64:r=10,format=yuv420p,geq=lum=128:cb=128:cr='128+60*(1-2*mod({along},2))'"
+    path = tmp_path / "stripes.mkv"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "lavfi", "-i", stripes]
+    subprocess.run([*command, "-frames:v", "3", "-c:v", "ffv1", str(path)], check=True)
+    red = decode(path.read_bytes(), 1, None, (32, 32), 0.0)[0, 4:-4, 4:-4, 0].astype(int)
+    assert np.abs(np.diff(red, axis=1 if along == "X" else 0)).min() > 100
+
+
 def test_layout_and_stacking(shards):
     reader = ShardReader(shards, frames=2, size=(24, 32), layout="CTHW", batch_size=2)
     batch = next(iter(ShardLoader(reader)))

@@ -39,7 +39,7 @@ def recipe(**sections) -> TrainRecipe:
             "name": "t",
             "data": {"fps": 4, "buckets": buckets, "batch": 3, "workers": 0} | sections.pop("data", {}),
             "autoencoder": {"kind": "dct", "patch": 8, "keep": 3},
-            "text": {"kind": "bytes", "length": 16, "width": 16, "depth": 1} | sections.pop("text", {}),
+            "text": {"kind": "words", "length": 16, "width": 16, "depth": 1} | sections.pop("text", {}),
             "model": {"kind": "dit", "dim": 32, "depth": 1, "heads": 2},
         }
         | sections
