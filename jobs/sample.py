@@ -304,13 +304,14 @@ def read(path: Path, frames: int, fps: float, size: tuple[int, int]) -> Any:
 
 
 def write(out: Path, videos: dict[str, Tensor], fps: float) -> None:
-    """DIR/<number>-<prompt>.mp4 and DIR/sheet.png."""
+    """DIR/<number>-<prompt>.mp4, its prompt in .txt for clipmill eval --clip, and DIR/sheet.png."""
     from jobs.training.monitor import contact_sheet
 
     out.mkdir(parents=True, exist_ok=True)
     for name, video in videos.items():
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
         encode(out / f"{slug}.mp4", video, fps)
+        (out / f"{slug}.txt").write_text(name.partition(" ")[2] + "\n", encoding="utf-8")
     contact_sheet(videos).save(out / "sheet.png")
     print(f"{len(videos)} videos and sheet.png: {out}")
 

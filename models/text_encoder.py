@@ -38,9 +38,7 @@ class WordText(nn.Module):
         rows: of the table; as many as there are words is plenty.
     """
 
-    def __init__(
-        self, length: int = 64, width: int = 192, depth: int = 2, rows: int = 8192, heads: int = 4
-    ):
+    def __init__(self, length: int = 64, width: int = 192, depth: int = 2, rows: int = 8192, heads: int = 4):
         super().__init__()
         if width % heads:
             raise ValueError(f"text width {width} is no multiple of {heads} heads; give one that is")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import attend, join_heads, split_heads
-from models.condition import Condition, LevelEmbedding, frame_mask, sinusoids
+from models.condition import Condition, LevelEmbedding, frame_mask
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"width": 32, "multipliers": (1, 2, 4), "depth": 1},
@@ -29,6 +29,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vdm-256": {"width": 256, "multipliers": (1, 2, 4, 8), "head_dim": 64, "attention": (1, 2, 3)},
     "plain-3d": {"width": 32, "multipliers": (1, 2, 4), "depth": 1, "attention": (), "full_3d": True},
 }
+
+WAVES = 24  # that tell a position its place
 
 
 class UNet3D(nn.Module):
@@ -45,8 +47,9 @@ class UNet3D(nn.Module):
             and 8 pixels. time: levels with attention over time; None for the same, as VDM.
         head_dim: channels of an attention head; `width` must be a multiple of it.
         cross_attention: attend to the text's tokens too, after each attention over space.
-        places: tell every frame its place in the clip, beside the distances of the others that VDM's time
-            attention knows. Without, what a caption says of before and after is learned very slowly.
+        places: tell every position its place in space and time as 2 · WAVES more input channels. VDM's time
+            attention knows distances between frames alone, so what a caption says of before and after, or of
+            left and right, is learned very slowly without.
         full_3d: 3×3×3 convolutions, which mix neighbouring frames; then no joint training with images.
         context: take `condition.known` and its mask as C + 1 more input channels.
         upsample: take `condition.low` as C more input channels, and embed its level.
@@ -84,7 +87,7 @@ class UNet3D(nn.Module):
         emb = 4 * width
         self.level = LevelEmbedding(emb)
         self.low_level = LevelEmbedding(emb) if upsample else None
-        self.place = FramePlace(emb) if places else None
+        self.places = SpaceTimeWaves() if places else None
         self.pool = TextPool(text_width, emb, head_dim) if text_width else None
 
         def block(c_in: int, c_out: int, level: int) -> Block:
@@ -99,7 +102,7 @@ class UNet3D(nn.Module):
                 full_3d,
             )
 
-        inputs = channels + (channels + 1) * context + channels * upsample
+        inputs = 2 * WAVES * places + channels + (channels + 1) * context + channels * upsample
         self.unet = UNet(inputs, channels, [width * m for m in multipliers], depth, block, full_3d)
 
     def repeated(self) -> Iterator[nn.Module]:
@@ -118,8 +121,8 @@ class UNet3D(nn.Module):
             emb = emb + self.low_level(
                 torch.zeros_like(level) if condition.low_level is None else condition.low_level
             )
-        if self.place is not None:
-            emb = emb[:, None] + self.place(x.shape[1], condition.images)  # B T E
+        if self.places is not None:  # before the rest, which training for more tasks appends to
+            x = torch.cat([self.places(x, condition.images), x], dim=2)
         mask = frame_mask(x.shape[1], condition.images, z.device)
         return self.unet(x, emb, text, text_mask, mask).transpose(1, 2)  # B C T h w
 
@@ -353,17 +356,31 @@ class TextPool(nn.Module):
         return self.norm_out(self.attention(query, self.norm(text), text_mask)[:, 0])
 
 
-class FramePlace(nn.Module):
-    """T frames, of which the last so many are independent images → [T, E]; an image is a first frame."""
+class SpaceTimeWaves(nn.Module):
+    """Where every position of x [B, T, C, h, w] is, as [B, T, 2 · WAVES, h, w]: Fourier features (Tancik et al. 2020).
 
-    def __init__(self, emb: int):
+    Sine and cosine of π f·(t, y, x), the middle of the clip 0 and its edges ±1, for random f ~ N(0, 1). Most f
+    point into time and space at once: waves that travel, so that a text which scales one of them says which
+    way things move. Had time and space features of their own, it would have to learn their product first.
+    Independent images, the last so many of the frames, are at t = 0, as a clip of one frame is.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(emb, emb), nn.SiLU(), zeroed(nn.Linear(emb, emb)))
+        drawn = torch.randn(3, WAVES, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("frequencies", drawn)
 
-    def forward(self, frames: int, images: int = 0) -> Tensor:
-        weight = next(self.mlp.parameters())  # E E
-        at = torch.arange(frames, device=weight.device)
-        return self.mlp(sinusoids(at * (at < frames - images), len(weight)).to(weight.dtype))
+    def forward(self, x: Tensor, images: int = 0) -> Tensor:
+        b, frames, _, h, w = x.shape
+        t, *yx = (2 * (torch.arange(n, device=x.device) + 0.5) / n - 1 for n in (frames - images, h, w))
+        t = F.pad(t, (0, images))
+        angle = (
+            math.pi * torch.stack(torch.meshgrid(t, *yx, indexing="ij"), dim=-1) @ self.frequencies.float()
+        )
+        waves = torch.cat([angle.sin(), angle.cos()], dim=-1).permute(0, 3, 1, 2)  # T 2·WAVES h w
+        return waves.to(x.dtype).expand(b, -1, -1, -1, -1)
 
 
 class FrameNorm(nn.GroupNorm):

@@ -485,6 +485,8 @@ def _picture(scaler: Any, size: tuple[int, int] | None, sar: Fraction, frame: An
     shown = frame.width * sar  # width in square pixels
     scale = max(width / shown, Fraction(height, frame.height))
     w, h = max(width, round(shown * scale)), max(height, round(frame.height * scale))
-    image = scaler.reformat(frame, w, h, "rgb24", interpolation=Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT).to_ndarray()
+    image = scaler.reformat(
+        frame, w, h, "rgb24", interpolation=Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
+    ).to_ndarray()
     top, left = (h - height) // 2, (w - width) // 2
     return image[top : top + height, left : left + width]

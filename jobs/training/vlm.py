@@ -28,8 +28,10 @@ def build(
         raise ValueError(f"trains: vlm needs model.kind small_vlm, not {recipe.model.kind}")
     if len(recipe.data.buckets) > 1 or recipe.data.buckets[0].height != recipe.data.buckets[0].width:
         raise ValueError("data.buckets: the small VLM takes one bucket, as high as it is wide")
-    if recipe.data.images or recipe.data.cache:
-        raise ValueError("the small VLM sees pixels of clips: leave data.cache unset and data.images 0")
+    if recipe.data.images or recipe.data.stills or recipe.data.cache:
+        raise ValueError(
+            "the small VLM sees pixels of clips: leave data.cache unset, data.images and data.stills 0"
+        )
     task = Captioning(recipe, device)
     loader = Loader(
         reader_of(recipe, data),

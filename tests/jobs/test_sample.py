@@ -10,6 +10,7 @@ from PIL import Image
 
 from jobs import sample as job
 from jobs import shard
+from jobs.evaluate import caption_of
 from jobs.training.loop import train
 from jobs.training.recipe import TrainRecipe
 from tests.fixtures.run_folder import make_run_folder
@@ -85,6 +86,9 @@ def test_a_caption_becomes_so_many_videos_and_a_sheet(models, tmp_path):
         assert container.streams.video[0].average_rate == 4
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height > 4 * 32
+    assert [caption_of(p) for p in made] == ["waves, on a beach"] * 2 + [
+        "b"
+    ] * 2  # as clipmill eval reads them
 
 
 def test_the_seed_alone_decides_and_the_last_weights_are_others_than_their_average(models, tmp_path):
