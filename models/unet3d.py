@@ -149,7 +149,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # B T C h w
-        emb: Tensor,  # B E, or B T E
+        emb: Tensor,  # B E
         text: Tensor | None = None,  # B L D
         text_mask: Tensor | None = None,  # B 1 1 L
         frame_mask: Tensor | None = None,  # T T
@@ -232,7 +232,7 @@ class UNet(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions; the embedding [B, E] or [B, T, E] scales and shifts between them. The identity at first."""
+    """Two convolutions; the embedding [B, E] scales and shifts between them. The identity at first."""
 
     def __init__(self, c_in: int, c_out: int, emb: int, full_3d: bool = False):
         super().__init__()
@@ -243,8 +243,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # B T C' h w
-        told = self.modulation(F.silu(emb if emb.ndim == 3 else emb[:, None]))  # B T|1 2C'
-        scale, shift = told[..., None, None].chunk(2, dim=2)  # B T|1 C' 1 1
+        scale, shift = self.modulation(F.silu(emb))[:, None, :, None, None].chunk(2, dim=2)  # B 1 C' 1 1
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
         return self.skip(x) + h
 

@@ -161,7 +161,9 @@ class Diffusion:
     def _question(self, batch: Batch, draws: Draws) -> tuple[Any, ...]:
         """What `Network.loss` is asked of a batch."""
         x = self.latents(batch, draws)
-        t = TIMES[self.recipe.objective.times](draws.uniform(len(x), TIME))
+        o = self.recipe.objective
+        u = (draws.uniform(len(x), TIME) - o.pure_noise) / (1 - o.pure_noise)  # below 0: pure noise
+        t = torch.where(u < 0, 1.0, TIMES[o.times](u.clamp(min=0)))
         dropped = draws.uniform(len(x), DROPPED) < self.recipe.text.dropout
         texts = batch["caption"] if self.system.network.text is not None else None
         return x, t, draws.normal(x, NOISE), self.condition(x, batch, draws), texts, dropped

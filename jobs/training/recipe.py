@@ -108,6 +108,7 @@ class Objective(Section):
     weighting: Literal["uniform", "min_snr", "uncertainty"] = "uniform"
     min_snr_gamma: float = Field(5.0, gt=0)
     times: Literal["uniform", "logit_normal"] = Field("uniform", description="which t are trained on")
+    pure_noise: float = Field(0.0, ge=0, lt=1, description="share at t = 1, where the text says all there is")
 
 
 class Tasks(Section):

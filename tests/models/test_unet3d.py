@@ -15,11 +15,13 @@ from models.condition import Condition
 from models.noise import Cosine, level
 from models.unet3d import (
     PRESETS,
+    WAVES,
     Block,
     FrameConv,
     FrameNorm,
     RelativeBias,
     SpaceAttention,
+    SpaceTimeWaves,
     TimeAttention,
     UNet3D,
     build,
@@ -129,6 +131,19 @@ def test_3x3x3_convolutions_refuse_independent_images():
     model = build(CHANNELS, **TINY, full_3d=True)
     with pytest.raises(ValueError, match=r"images.*3×3×3"):
         model(torch.zeros(1, CHANNELS, 4, 4, 4), torch.zeros(1), Condition(images=1))
+
+
+def test_waves_are_those_of_the_middle_of_every_cell_and_images_are_in_the_middle_of_time():
+    waves = SpaceTimeWaves()
+    t, h, w = 4, 2, 6
+    found = waves(torch.zeros(2, t + 1, 3, h, w), images=1)
+    assert found.shape == (2, t + 1, 2 * WAVES, h, w)
+    for i, y, x in ((0, 0, 0), (3, 1, 2), (4, 0, 5)):
+        when = 0.0 if i == t else (2 * i + 1) / t - 1
+        place = torch.tensor([when, (2 * y + 1) / h - 1, (2 * x + 1) / w - 1])
+        angle = math.pi * place @ waves.frequencies
+        torch.testing.assert_close(found[1, i, :, y, x], torch.cat([angle.sin(), angle.cos()]))
+    assert torch.equal(waves(torch.zeros(1, 1, 3, h, w))[0, 0], found[0, t])  # a clip of one frame, too
 
 
 def test_frames_know_their_place_where_they_are_told():
