@@ -280,6 +280,18 @@ def test_what_is_frozen_gets_no_gradient_and_all_else_does(run, tmp_path):
 # ------------------------------------------------------------ the loss
 
 
+def test_so_many_samples_as_the_recipe_says_are_pure_noise_and_the_others_are_spread_as_ever(run):
+    task, loader = build(recipe(objective={"pure_noise": 0.4}), run, CPU)
+    batch, network = first(loader), task.system.network
+    found = [task.loss("diffusion", network, batch, Draws(0, micro, CPU)).levels for micro in range(100)]
+    angle = torch.cat(found) * torch.pi / 2
+    t = angle.sin() / (angle.sin() + angle.cos())  # of rectified flow
+    pure = t > 1 - 1e-6
+    assert abs(pure.float().mean() - 0.4) < 0.1  # of 300
+    quantiles = torch.quantile(t[~pure], torch.tensor([0.25, 0.5, 0.75]))
+    torch.testing.assert_close(quantiles, torch.tensor([0.25, 0.5, 0.75]), atol=0.12, rtol=0)
+
+
 @pytest.mark.parametrize("weighting", ["uniform", "min_snr"])
 def test_the_loss_is_the_formula(run, weighting):
     """Rectified flow, E‖v̂ − (ε − x)‖² of each sample; min-SNR-γ: times min(SNR, γ) · σ² of x̂'s error."""
