@@ -21,23 +21,38 @@ import torch
 from jobs.training.system import System, load_trained, to_unit
 from models.generate import extend, interpolate, with_known
 from pipeline.toy_reader import judge, trajectory, velocity
-from pipeline.toy_world import EDGE, SPEEDS, Scene, render, story
+from pipeline.toy_world import EDGE, SPEEDS, Scene, render, scene, story
 
 SIDE, BATCH = 32, 20
+FPS = 8.0  # of the videos of clipmill toy
 
 
-def scenes(n: int, frames: int, seed: int) -> list[Scene]:
-    """Scenes of one combination of attributes each, all objects inside the picture for so many frames."""
+def scenes(n: int, frames: int, seed: int, step: float = 1.0) -> list[Scene]:
+    """Scenes of evenly drawn attributes, all objects inside the picture for so many frames.
+
+    Args:
+        step: frames of the world from one to the next. Speeds are the world's own, the slower of them where
+            the fastest would leave the picture.
+    """
     rng = np.random.default_rng(seed)
-    fastest = (1 - 2 * EDGE) / (frames - 1)
+    slowest, fastest = (step * speed for speed in SPEEDS)
+    fastest = min(fastest, (1 - 2 * EDGE) / (frames - 1))
     found: list[Scene] = []
-    while len(found) < n:
-        (scene,) = story(rng, 1)
-        speed = np.array(scene.velocity) * min(1.0, fastest / SPEEDS[1])
-        whole = replace(scene, frames=frames, velocity=(float(speed[0]), float(speed[1])))
-        if (np.abs(whole.positions() - 0.5) <= 0.5 - EDGE).all():
-            found.append(whole)
+    for _ in range(n):
+        (drawn,) = story(rng, 1)
+        while True:
+            speed = np.sign(drawn.velocity) * rng.uniform(slowest, fastest)
+            whole = replace(drawn, frames=frames, velocity=(float(speed[0]), float(speed[1])))
+            if (np.abs(whole.positions() - 0.5) <= 0.5 - EDGE).all():
+                break
+            drawn = scene(rng, drawn.attributes)
+        found.append(whole)
     return found
+
+
+def step_of(system: System) -> float:
+    """Frames of the world from one frame of the model to its next."""
+    return FPS / (system.recipe.data.fps or FPS)
 
 
 def pictures(scene: Scene) -> np.ndarray:
@@ -79,7 +94,7 @@ def summary(name: str, values: list[float], wide: float = 2.0) -> None:
 
 
 def extension(system: System, n: int, seed: int) -> None:
-    told, drawn = scenes(n, 32, seed), []
+    told, drawn = scenes(n, 32, seed, step_of(system)), []
     true = [pictures(s) for s in told]
     for i in range(0, n, BATCH):
         condition = system.condition([s.attributes.caption() for s in told[i : i + BATCH]])
@@ -99,7 +114,7 @@ def extension(system: System, n: int, seed: int) -> None:
 
 
 def interpolation(system: System, n: int, seed: int) -> None:
-    told, drawn = scenes(n, 17, seed), []
+    told, drawn = scenes(n, 17, seed, step_of(system)), []
     true = [pictures(s) for s in told]
     for i in range(0, n, BATCH):
         condition = system.condition([s.attributes.caption() for s in told[i : i + BATCH]])
@@ -114,7 +129,7 @@ def interpolation(system: System, n: int, seed: int) -> None:
 
 
 def join(system: System, n: int, seed: int) -> None:
-    told = [s for s in scenes(2 * n, 8, seed) if s.attributes.direction != "still"][:n]
+    told = [s for s in scenes(2 * n, 8, seed, step_of(system)) if s.attributes.direction != "still"][:n]
     true = [pictures(s) for s in told]
     print(f"4 true frames → 8 by a model that is never told frames, {n} moving scenes, by their captions")
     ways = {"  replacement": 0.0} | {f"  reconstruction guidance {w:g}": w for w in (0.5, 1.0, 2.0, 4.0)}
