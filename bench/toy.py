@@ -69,8 +69,8 @@ def truth(scene: Scene) -> np.ndarray:
 def astray(videos: list[np.ndarray], told: list[Scene], frames: range | np.ndarray) -> list[float]:
     """Root mean square distance of the objects from where the law has them; NaN where they cannot be told."""
     found = []
-    for video, scene in zip(videos, told, strict=True):
-        seen, true = trajectory(video), truth(scene)
+    for video, law in zip(videos, told, strict=True):
+        seen, true = trajectory(video), truth(law)
         best = float("nan")
         if seen.shape == true.shape:  # which object is which is not known
             each = [seen[:, list(order)] - true for order in permutations(range(true.shape[1]))]
