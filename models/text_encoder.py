@@ -66,7 +66,7 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff
 
 
 def words(text: str) -> list[str]:
-    """Small words, signs, and each Chinese or Japanese letter, in order."""
+    """Words in lower case, signs, and each Chinese or Japanese letter, in order."""
     return _WORD.findall(text.lower())
 
 

@@ -86,9 +86,8 @@ def test_a_caption_becomes_so_many_videos_and_a_sheet(models, tmp_path):
         assert container.streams.video[0].average_rate == 4
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height > 4 * 32
-    assert [caption_of(p) for p in made] == ["waves, on a beach"] * 2 + [
-        "b"
-    ] * 2  # as clipmill eval reads them
+    read = [caption_of(p) for p in made]  # as clipmill eval does
+    assert read == ["waves, on a beach"] * 2 + ["b"] * 2
 
 
 def test_the_seed_alone_decides_and_the_last_weights_are_others_than_their_average(models, tmp_path):
