@@ -1,7 +1,8 @@
 """Reads the small world of `pipeline.toy_world` back from pictures: its captioner, its judge and its ruler.
 
 Nothing here is learnt. Objects are the connected patches of vivid colour; a shape is the drawn one that the
-object, averaged over all frames, correlates with best; a direction is a straight line through the centroids.
+object, averaged over all frames, correlates with best, at the size of this world's objects and, as far as that
+can be seen, at any; a direction is a straight line through the centroids.
 An attribute is None wherever the pictures do not settle it, so blank or confused pictures are never right by
 luck. It holds on H.264, on noise of ±10 grey levels and on the softness of a small diffusion model's samples,
 from about 24 pixels a side.
@@ -34,9 +35,14 @@ HUE = 25 / 360  # farthest from a named colour; the names are at least 55° apar
 DARK, LIGHT = 75, 180  # grey levels below and above which a background is black or white
 STILL, MOVING = 0.035, 0.06  # picture sides in the whole clip
 ASTRAY = 0.35  # most travel across a direction, as a share of that along it
-ALIKE, CLEARLY = 0.93, 0.003  # least correlation with a shape, and more than with any other
+ALIKE, CLEARLY = (
+    0.93,
+    0.005,
+)  # least correlation with a shape of this world's size, and more than with any other
+FORM = 0.003  # how much better another shape may fit at whatever size fits it best
 TEXTURED = 4.0  # grey levels of the background's waves from which there are any
-PATCH = 24  # pixels a side of the mean picture of an object
+PATCH, WINDOW = 24, 2.2  # the mean picture of an object: pixels a side, and the side in units of the object's
+EQUAL = {"circle": 2 / np.pi**0.5, "square": 1.0, "triangle": 2**0.5}  # sides of boxes of shapes of area 1
 
 
 @dataclass(frozen=True)
@@ -66,12 +72,12 @@ def read(frames: np.ndarray) -> Reading:
     """All attributes of a clip, each None where it cannot be told."""
     vivid = _vividness(frames)
     seen, agree = _steady([_blobs(f, v) for f, v in zip(frames, vivid, strict=True)])
-    size = max(frames.shape[1:3])
+    size, side = max(frames.shape[1:3]), float(np.prod(frames.shape[1:3])) ** 0.5
     tracks = _tracks(seen)
     found = {
         "count": (list(COUNTS)[len(tracks) - 1], agree) if 1 <= len(tracks) <= 3 else (None, 0.0),
         "colour": _same([_colour(track) for track in tracks.values()]),
-        "shape": _same([_shape(track) for track in tracks.values()]),
+        "shape": _same([_shape(track, side) for track in tracks.values()]),
         "direction": _same(
             [_direction(*_line(_path(track)), len(frames), size) for track in tracks.values()]
         ),
@@ -241,19 +247,29 @@ def _colour(track: list[tuple[int, Blob]]) -> Told:
     return (name, share) if share >= AGREEING else (None, 0.0)
 
 
-def _shape(track: list[tuple[int, Blob]]) -> Told:
-    """By correlation of the object's mean picture, brought to unit area, with each shape drawn as softly."""
+def _shape(track: list[tuple[int, Blob]], size: float) -> Told:
+    """The shape that the object's mean picture correlates with best, each drawn as large as this world draws it.
+
+    A soft circle differs from a soft square by its size more than by its form; but where the form alone speaks
+    for another shape, as a small square's does, it is neither.
+    """
     blobs = [blob for _, blob in track]
-    scale = 2.2 * float(np.median([b.area for b in blobs])) ** 0.5 / PATCH  # pixels of the frame a pixel here
+    scores = _correlations(blobs, SIDE * size, dict.fromkeys(SHAPES, 1.0))
+    forms = _correlations(blobs, float(np.median([b.area for b in blobs])) ** 0.5, EQUAL)
+    best, second = sorted(scores, key=lambda s: -scores[s])[:2]
+    margin = scores[best] - scores[second]
+    if scores[best] < ALIKE or margin < CLEARLY or forms[best] < max(forms.values()) - FORM:
+        return None, 0.0
+    return best, min(1.0, margin / (5 * CLEARLY))
+
+
+def _correlations(blobs: list[Blob], unit: float, sides: dict[str, float]) -> dict[str, float]:
+    """Of the mean picture with each shape, whose box has sides of so many units of so many pixels."""
+    scale = WINDOW * unit / PATCH  # pixels of the frame a pixel here
     mean = np.mean([_patch(b, scale) for b in blobs], axis=0).ravel()
     mean = mean - mean.mean()
     mean /= np.linalg.norm(mean) + 1e-9
-    scores = {shape: float((templates(shape) @ mean).max()) for shape in SHAPES}
-    best, second = sorted(scores, key=lambda s: -scores[s])[:2]
-    margin = scores[best] - scores[second]
-    if scores[best] < ALIKE or margin < CLEARLY:
-        return None, 0.0
-    return best, min(1.0, margin / (5 * CLEARLY))
+    return {shape: float((templates(shape, side) @ mean).max()) for shape, side in sides.items()}
 
 
 def _patch(blob: Blob, scale: float) -> np.ndarray:
@@ -264,16 +280,15 @@ def _patch(blob: Blob, scale: float) -> np.ndarray:
 
 
 @functools.cache
-def templates(shape: str) -> np.ndarray:
-    """A shape of unit area at several softnesses, [n, PATCH · PATCH], each of mean 0 and length 1."""
+def templates(shape: str, side: float) -> np.ndarray:
+    """A shape at several softnesses, [n, PATCH · PATCH], each of mean 0 and length 1; its box has this side."""
     fine = 4
-    at = ((np.arange(PATCH * fine) + 0.5) / (PATCH * fine) - 0.5) * 2.2
+    at = ((np.arange(PATCH * fine) + 0.5) / (PATCH * fine) - 0.5) * WINDOW
     x, y = np.meshgrid(at, at)
-    side = {"circle": 2 / np.pi**0.5, "square": 1.0, "triangle": 2**0.5}[shape]
     sharp = coverage(shape, x, y, side, at[1] - at[0]).astype(np.float32)
     drawn = []
-    for blur in (0.05, 0.1, 0.15, 0.2):  # of the side of its area
-        soft = cv2.GaussianBlur(sharp, (0, 0), blur / 2.2 * PATCH * fine)
+    for blur in (0.05, 0.1, 0.15, 0.2):
+        soft = cv2.GaussianBlur(sharp, (0, 0), blur / WINDOW * PATCH * fine)
         t = cv2.resize(soft, (PATCH, PATCH), interpolation=cv2.INTER_AREA).ravel()
         t = t - t.mean()
         drawn.append(t / np.linalg.norm(t))

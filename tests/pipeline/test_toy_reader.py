@@ -70,6 +70,30 @@ def test_small_soft_noisy_pictures_are_read(sigma):
     assert not wrong([(a, noisy(soft(f, sigma) if sigma else f)) for a, f in films])
 
 
+@pytest.mark.parametrize("sigma", [1.3, 1.6])
+def test_no_shape_is_taken_for_another_where_pictures_are_softer_than_the_corners_of_a_square(sigma):
+    read = unread = 0
+    for i, a in enumerate(list(world.every())[::3]):
+        seen = reader.read(noisy(soft(small(film(a, i, frames=8)), sigma))).attributes
+        if seen.count == a.count:  # neighbours may have run together
+            assert seen.shape in (a.shape, None)
+            read += seen.shape == a.shape
+            unread += seen.shape is None
+    assert read > 100
+    assert unread < 0.1 * read if sigma < 1.5 else unread < 0.5 * read
+
+
+@pytest.mark.parametrize(("shape", "times"), [("square", 0.886), ("circle", 1.128)])
+@pytest.mark.parametrize("sigma", [0, 0.6, 1.0])
+def test_a_shape_of_anothers_area_is_not_the_other(monkeypatch, shape, times, sigma):
+    """A square with the area of a circle, and the other way round."""
+    attributes = Attributes("one", "green", shape, "left", "black")
+    monkeypatch.setattr(world, "SIDE", world.SIDE * times)
+    for seed in range(10):
+        frames = noisy(soft(small(film(attributes, seed, frames=8)), sigma or 0.01))
+        assert reader.read(frames).attributes.shape in (shape, None)
+
+
 def garbage() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (8, 4, 4, 3)).astype(np.uint8)
