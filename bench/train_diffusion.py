@@ -1,17 +1,17 @@
 """Step time and memory of training, against the same models in diffusers, in one run.
 
-    .venv/bin/python -m bench.train_diffusion [--device cuda] [--rounds 5] [--out bench/results/train_diffusion.md]
+    .venv/bin/python -m bench.train_diffusion [--device cuda] [--precision fp32] [--rounds 5]
 
-Pairs of the same shape, the same parameters and the same work: a step is forward, backward and AdamW on random
-latents with a mean-squared loss. Both sides take turns, each round in a process of its own, so that neither's
-memory or warm caches help the other. On CUDA both compute in bf16 by autocast, and a third column compiles ours
-block by block, as `compute.compile` does; MFU is 3 × the multiply–adds of the forward pass × 2 ÷ (time × peak).
+Pairs of the same shape and the same work: a step is forward, backward and AdamW on random latents with a
+mean-squared loss, in bf16 by autocast where asked. Each side steps as its trainer does: ours with fused AdamW,
+diffusers' training examples with torch's default; of the step, what AdamW takes is said. `compiled` is ours
+compiled block by block, as `compute.compile` does. The sides take turns, each round in a process of its own, so
+that neither's memory or warm caches help another. MFU is 3 × the operations of the forward pass ÷ (time × peak).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import resource
 import statistics
@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-Step = Callable[[], Tensor]
+WARM = 3  # steps before the first that is timed
+SIDES = ("clipmill", "compiled", "diffusers")
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense FLOP/s
 
 
@@ -102,36 +103,40 @@ PAIRS = {
 DEVICE = "cpu"
 
 
-def run(make: Callable, size: str, batch: int, steps: int, compiled: bool) -> dict[str, float]:
-    """Seconds a step (median, after warm-up), peak memory, parameters and multiply–adds, in this process."""
+def run(pair: str, side: str, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds a step and of AdamW (medians, after warm-up), peak memory, parameters, operations; in this process."""
+    ours = side != "diffusers"
+    make = PAIRS[pair][0 if ours else 1]
     torch.manual_seed(0)
-    model, forward = make(size, batch)
+    model, forward = make(args.size, args.batch)
     model = model.to(DEVICE).train()
     cuda = DEVICE == "cuda"
-    if compiled:
+    if side == "compiled":
         for block in model.blocks:
             block.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=cuda)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True if ours else None)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    def step() -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
-            loss = forward(model).float().square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    times = []
-    for i in range(steps + 3):
-        start = time.perf_counter()
-        step()
+    def now() -> float:
         if cuda:
             torch.cuda.synchronize()
-        if i >= 3:
-            times.append(time.perf_counter() - start)
+        return time.perf_counter()
+
+    times, updates = [], []
+    for i in range(args.steps + WARM):
+        start = now()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=args.precision == "bf16"):
+            loss = forward(model).float().square().mean()
+        loss.backward()
+        derived = now()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if i >= WARM:
+            updates.append(now() - derived)
+            times.append(now() - start)
     found = {
         "seconds": statistics.median(times),
+        "adamw": statistics.median(updates),
         "memory_mb": torch.cuda.max_memory_allocated() / 1e6
         if cuda
         else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
@@ -145,9 +150,16 @@ def run(make: Callable, size: str, batch: int, steps: int, compiled: bool) -> di
     return found | {"forward_flops": counter.get_total_flops()}
 
 
+def mfu(found: dict[str, float]) -> str:
+    """Of the device's dense bf16 peak; – where that is not known, as on a CPU."""
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else ""
+    peak = next((p for key, p in PEAK_BF16.items() if key in name), None)
+    return f"{3 * found['forward_flops'] / found['seconds'] / peak:.1%}" if peak else "–"
+
+
 def alone(pair: str, side: str, args: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, "-m", "bench.train_diffusion", "--one", pair, side]
-    for name in ("device", "size", "batch", "steps"):
+    for name in ("device", "size", "batch", "steps", "precision"):
         command += [f"--{name}", str(getattr(args, name))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -162,6 +174,7 @@ def main() -> int:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--size", default="S", help="of DiT: S, B, L or XL (default: S)")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5, help="timed steps a process")
     parser.add_argument("--rounds", type=int, default=3)
@@ -170,34 +183,27 @@ def main() -> int:
     args = parser.parse_args()
     DEVICE = args.device
     if args.one:
-        pair, side = args.one
-        make = PAIRS[pair][1 if side == "diffusers" else 0]
-        print(json.dumps(run(make, args.size, args.batch, args.steps, side == "compiled")))
+        print(json.dumps(run(*args.one, args)))
         return 0
     lines = [
-        "| model | side | parameters | s a step | ÷ ours | memory MB |"
-        + (" MFU |" if DEVICE == "cuda" else "")
+        "| model | side | parameters | s a step | of it AdamW | ÷ clipmill | memory MB | MFU |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    lines.append("|" + "---|" * (7 if DEVICE == "cuda" else 6))
-    sides = ["clipmill", "diffusers"] + (["compiled"] if DEVICE == "cuda" else [])
     for pair in PAIRS:
-        rounds: dict[str, list[dict[str, float]]] = {s: [] for s in sides}
+        rounds: dict[str, list[dict[str, float]]] = {s: [] for s in SIDES}
         for _ in range(args.rounds):
-            for side in sides:
+            for side in SIDES:
                 rounds[side].append(alone(pair, side, args))
                 print(pair, side, rounds[side][-1], file=sys.stderr, flush=True)
-        ours = statistics.median(r["seconds"] for r in rounds["clipmill"])
         for side, found in rounds.items():
-            seconds = statistics.median(r["seconds"] for r in found)
-            memory = statistics.median(r["memory_mb"] for r in found)
-            line = f"| {pair.format(size=args.size)}, batch {args.batch} | {side} | {found[0]['parameters']:,.0f} "
-            line += f"| {seconds:.3f} | {seconds / ours:.2f} | {memory:,.0f} |"
-            if DEVICE == "cuda":
-                name = torch.cuda.get_device_name()
-                peak = next((p for key, p in PEAK_BF16.items() if key in name), None)
-                flops = 3 * found[0]["forward_flops"]
-                line += f" {flops / seconds / peak:.1%} |" if peak else " – |"
-            lines.append(line)
+            m = {key: statistics.median(r[key] for r in found) for key in found[0]}
+            ratios = [r["seconds"] / o["seconds"] for r, o in zip(found, rounds["clipmill"], strict=True)]
+            lines.append(
+                f"| {pair.format(size=args.size)}, batch {args.batch}, {args.precision} | {side} "
+                f"| {m['parameters']:,.0f} | {m['seconds']:.3f} | {m['adamw']:.3f} "
+                f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}…{max(ratios):.2f}) "
+                f"| {m['memory_mb']:,.0f} | {mfu(m)} |"
+            )
     text = "\n".join(lines) + "\n"
     print(text)
     if args.out:

@@ -81,7 +81,7 @@ class AutoencoderTask:
     def _phase(name: str, module: nn.Module, recipe: TrainRecipe) -> Phase:
         o = recipe.optimizer
         trained = [p for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, o.lr, o.betas, weight_decay=o.weight_decay)
+        optimizer = torch.optim.AdamW(trained, o.lr, o.betas, weight_decay=o.weight_decay, fused=True)
         return Phase(name, module, optimizer, ema=name == "vae")
 
     def loss(self, phase: str, model: nn.Module, batch: Batch, draws: Draws) -> Losses:

@@ -63,7 +63,11 @@ class Captioning:
         model: SmallVLM = import_spec(recipe.model.kind).build(sizes, **options).to(device)
         self.positions = model.visual + self.length
         o = torch.optim.AdamW(
-            model.parameters(), optimizer.lr, optimizer.betas, weight_decay=optimizer.weight_decay
+            model.parameters(),
+            optimizer.lr,
+            optimizer.betas,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
         )
         self.phases = [Phase("vlm", model, o)]
 
