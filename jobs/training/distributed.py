@@ -86,7 +86,7 @@ def keep_freed_memory() -> None:
     """Have glibc's malloc keep what is freed: every step takes the same memory again.
 
     Otherwise it goes back to the system and comes as new pages, to be cleared and mapped at their first touch: a
-    tenth to a fifth of a step on a CPU (bench/results/train_diffusion.md). Does nothing with another libc.
+    tenth of a step on a CPU, or more (bench/results/train_diffusion.md). Does nothing with another libc.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
