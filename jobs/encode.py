@@ -93,7 +93,8 @@ def encode(
     from torch.utils.data import DataLoader
 
     from jobs.training.data import made_with, reader_of
-    from jobs.training.system import build_system, device_of
+    from jobs.training.distributed import device_of
+    from jobs.training.system import build_system
     from models.latents import latent_shape
     from pipeline import latents
     from pipeline.store import Store

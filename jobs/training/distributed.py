@@ -63,7 +63,7 @@ def connect(device: str | None = None) -> Iterator[World]:
     Raises ValueError where that device is not there.
     """
     own = False
-    where = _device(device)
+    where = device_of(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     else:
@@ -93,7 +93,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The named device, 'cuda' being this process's GPU (LOCAL_RANK); none: that GPU, where there is one.
+
+    Raises ValueError where it is not there.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

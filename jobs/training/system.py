@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jobs.training.checkpoint import load_model
+from jobs.training.distributed import device_of
 from jobs.training.recipe import Autoencoder as AutoencoderRecipe
 from jobs.training.recipe import Bucket, Objective, Tasks, TrainRecipe, import_spec
 from jobs.training.recipe import Text as TextRecipe
@@ -188,18 +188,6 @@ class System:
             "recipe": self.recipe.model_dump(mode="json"),
             "normalizer": {"mean": self.normalizer.mean.tolist(), "std": self.normalizer.std.tolist()},
         }
-
-
-def device_of(name: str | None) -> torch.device:
-    """The named device; none: this process's GPU (LOCAL_RANK) where there is one. Raises ValueError."""
-    if name is None:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name} cannot be used here: give cpu, cuda or cuda:N") from e
-    return device
 
 
 def to_unit(video: Tensor) -> Tensor:
