@@ -23,17 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.toy import SIDE, pictures
 from pipeline.toy_reader import read, trajectory
-from pipeline.toy_world import SHAPES, Attributes, every, parse, render, scene
+from pipeline.toy_world import SHAPES, Attributes, every, parse, scene
 
-SIDE, CROP = 32, 13
+CROP = 13
 SOFT, NOISY = 1.2, 40  # the most that the network is trained on: pixels, grey levels
 
 
 def drawn(attributes: Attributes, rng: np.random.Generator, softness: float, noise: int) -> np.ndarray:
     """uint8 [8, 32, 32, 3]"""
-    large = render(scene(rng, attributes, (8, 8)), 2 * SIDE)
-    frames = np.stack([cv2.resize(f, (SIDE, SIDE), interpolation=cv2.INTER_AREA) for f in large])
+    frames = pictures(scene(rng, attributes, (8, 8)))
     if softness:
         frames = np.stack([cv2.GaussianBlur(f, (0, 0), softness) for f in frames])
     return (frames + rng.integers(-noise, noise + 1, frames.shape)).clip(0, 255).astype(np.uint8)

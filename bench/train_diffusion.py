@@ -3,7 +3,7 @@
     .venv/bin/python -m bench.train_diffusion [--device cuda] [--precision fp32] [--rounds 5]
 
 Pairs of the same shape and the same work: a step is forward, backward and AdamW on random latents with a
-mean-squared loss, in bf16 by autocast where asked. Each side steps as its trainer does: ours with fused AdamW and,
+mean-squared loss, in bf16 by autocast unless told. Each side steps as its trainer does: ours with fused AdamW and,
 on a CPU, with memory that is kept from step to step; diffusers' training examples with torch's defaults. Of the
 step, what AdamW takes is said; `plain` is ours with torch's defaults too, so the model alone. `compiled` is ours
 compiled block by block, as `compute.compile` does. The sides take turns, each round in a process of its own, so

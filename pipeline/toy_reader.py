@@ -35,10 +35,7 @@ HUE = 25 / 360  # farthest from a named colour; the names are at least 55° apar
 DARK, LIGHT = 75, 180  # grey levels below and above which a background is black or white
 STILL, MOVING = 0.035, 0.06  # picture sides in the whole clip
 ASTRAY = 0.35  # most travel across a direction, as a share of that along it
-ALIKE, CLEARLY = (
-    0.93,
-    0.005,
-)  # least correlation with a shape of this world's size, and more than with any other
+ALIKE, CLEARLY = 0.93, 0.005  # least correlation with a shape at its own size, and more than with any other
 FORM = 0.003  # how much better another shape may fit at whatever size fits it best
 TEXTURED = 4.0  # grey levels of the background's waves from which there are any
 PATCH, WINDOW = 24, 2.2  # the mean picture of an object: pixels a side, and the side in units of the object's
@@ -247,14 +244,14 @@ def _colour(track: list[tuple[int, Blob]]) -> Told:
     return (name, share) if share >= AGREEING else (None, 0.0)
 
 
-def _shape(track: list[tuple[int, Blob]], size: float) -> Told:
+def _shape(track: list[tuple[int, Blob]], side: float) -> Told:
     """The shape that the object's mean picture correlates with best, each drawn as large as this world draws it.
 
     A soft circle differs from a soft square by its size more than by its form; but where the form alone speaks
-    for another shape, as a small square's does, it is neither.
+    for another shape, as a small square's does, it is neither. side: of the picture, pixels.
     """
     blobs = [blob for _, blob in track]
-    scores = _correlations(blobs, SIDE * size, dict.fromkeys(SHAPES, 1.0))
+    scores = _correlations(blobs, SIDE * side, dict.fromkeys(SHAPES, 1.0))
     forms = _correlations(blobs, float(np.median([b.area for b in blobs])) ** 0.5, EQUAL)
     best, second = sorted(scores, key=lambda s: -scores[s])[:2]
     margin = scores[best] - scores[second]

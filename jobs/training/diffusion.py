@@ -135,10 +135,7 @@ class Diffusion:
 
     def __init__(self, system: System, loader: Loader):
         self.system, self.recipe, self.loader = system, system.recipe, loader
-        o = self.recipe.optimizer
-        trained = [p for p in system.network.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, o.lr, o.betas, weight_decay=o.weight_decay, fused=True)
-        self.phases = [Phase("diffusion", system.network, optimizer)]
+        self.phases = [Phase.of("diffusion", system.network, self.recipe.optimizer)]
 
     def loss(self, phase: str, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
         """Clips and the images beside them go through the network one after the other.

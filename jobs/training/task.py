@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from jobs.training.recipe import Optimizer
+
 Batch = dict[str, Any]
 
 
@@ -47,6 +49,13 @@ class Phase:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     ema: bool = True
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, o: Optimizer, ema: bool = True) -> Phase:
+        """With AdamW over what of the module is trained."""
+        trained = [p for p in module.parameters() if p.requires_grad]
+        adamw = torch.optim.AdamW(trained, o.lr, o.betas, weight_decay=o.weight_decay, fused=True)
+        return cls(name, module, adamw, ema)
 
 
 class Loader(Protocol):

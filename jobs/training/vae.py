@@ -71,18 +71,11 @@ class AutoencoderTask:
         if wanted.perceptual != "none" and wanted.perceptual_weight:
             files = (wanted.perceptual_file, wanted.perceptual_heads)
             self.perceptual = perceptual.build(wanted.perceptual, *files).to(device)
-        self.phases = [self._phase("vae", self.vae.to(device), recipe)]
+        self.phases = [Phase.of("vae", self.vae.to(device), recipe.optimizer)]
         if wanted.adversarial:
             self.discriminator = PatchDiscriminator(wanted.discriminator_width).to(device)
-            self.phases.append(self._phase("discriminator", self.discriminator, recipe))
+            self.phases.append(Phase.of("discriminator", self.discriminator, recipe.optimizer, ema=False))
         self.shown: list[Tensor] = []
-
-    @staticmethod
-    def _phase(name: str, module: nn.Module, recipe: TrainRecipe) -> Phase:
-        o = recipe.optimizer
-        trained = [p for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, o.lr, o.betas, weight_decay=o.weight_decay, fused=True)
-        return Phase(name, module, optimizer, ema=name == "vae")
 
     def loss(self, phase: str, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
         video = to_unit(batch["video"].to(self.device, non_blocking=True))

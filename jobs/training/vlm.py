@@ -53,7 +53,7 @@ class Captioning:
     """
 
     def __init__(self, recipe: TrainRecipe, device: torch.device):
-        bucket, optimizer = recipe.data.buckets[0], recipe.optimizer
+        bucket = recipe.data.buckets[0]
         self.device, self.length = device, recipe.text.length
         options = recipe.model.options()
         if bucket.width % (patch := options.get("patch", 16)):
@@ -62,14 +62,7 @@ class Captioning:
         sizes = (bucket.frames, bucket.width, self.length)
         model: SmallVLM = import_spec(recipe.model.kind).build(sizes, **options).to(device)
         self.positions = model.visual + self.length
-        o = torch.optim.AdamW(
-            model.parameters(),
-            optimizer.lr,
-            optimizer.betas,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
-        self.phases = [Phase("vlm", model, o)]
+        self.phases = [Phase.of("vlm", model, recipe.optimizer)]
 
     def loss(self, phase: str, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
         words = text.encode(batch["caption"], self.length)
