@@ -147,7 +147,7 @@ def is_worker(pid: int) -> bool:
     return (
         (line.startswith(b"ray::") and b"IDLE" not in line)
         or b"ffmpeg" in line
-        or b"pipeline.isolate" in line
+        or b"pipeline.io.isolate" in line
     )
 
 

@@ -38,7 +38,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from pipeline import ffmpeg
+from pipeline.io import ffmpeg
 
 ROOT = Path(__file__).parent.parent
 # clipmill's own settings for 30 frames a second

@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
 
-    from pipeline import needs, recipe, run, sources, store
+    from pipeline import needs, recipe, run, sources
+    from pipeline.io import store
 
     try:
         chosen = recipe.load(args.recipe, args.set)

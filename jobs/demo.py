@@ -129,7 +129,7 @@ def card(path: Path) -> None:
 
 
 def ffmpeg(*args: object) -> None:
-    from pipeline.ffmpeg import find
+    from pipeline.io.ffmpeg import find
 
     command = [find(), "-nostdin", "-v", "error", "-y", *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -142,7 +142,7 @@ def summary(run: Path) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline.store import Store
+    from pipeline.io.store import Store
 
     store = Store(str(run))
     decisions = {d["clip_id"]: d for d in store.read_table("decisions.parquet").to_pylist()}

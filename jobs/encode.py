@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     from models.embed import MissingModel
-    from pipeline.store import StoreError
+    from pipeline.io.store import StoreError
 
     try:
         from jobs.training.recipe import load_training
@@ -97,7 +97,7 @@ def encode(
     from jobs.training.system import build_system
     from models.latents import latent_shape
     from pipeline import latents
-    from pipeline.store import Store
+    from pipeline.io.store import Store
 
     if recipe.data.cache:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": None})})

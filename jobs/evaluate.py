@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     from models.embed import MissingModel
+    from pipeline.io.store import StoreError
     from pipeline.reader import BrokenSample
-    from pipeline.store import StoreError
 
     try:
         result = evaluate(args)
@@ -218,8 +218,8 @@ def real_videos(against: str, protocol: Protocol, notes: list[str]) -> Iterator[
     import pyarrow.compute as pc
     import torch
 
+    from pipeline.io.store import Store
     from pipeline.reader import BrokenSample, ShardReader, read_index
-    from pipeline.store import Store
 
     inside = f"{against.rstrip('/')}/shards"
     shards = inside if Store(inside).exists("index.parquet") else against

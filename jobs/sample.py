@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from jobs.training.checkpoint import CheckpointError
     from models.embed import MissingModel
-    from pipeline.ffmpeg import FFmpegError
+    from pipeline.io.ffmpeg import FFmpegError
     from pipeline.reader import BrokenSample
 
     try:
@@ -319,7 +319,7 @@ def write(out: Path, videos: dict[str, Tensor], fps: float) -> None:
 def encode(path: Path, video: Tensor, fps: float) -> None:
     """uint8 [T, H, W, 3] as H.264 with the settings of the mill's clips, every frame once. Raises FFmpegError."""
     from pipeline.cut import encoder
-    from pipeline.ffmpeg import encode_rgb
+    from pipeline.io.ffmpeg import encode_rgb
     from pipeline.recipe import Cut
 
     height, width = video.shape[1:3]

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"clipmill toy: {wrong}", file=sys.stderr)
         return 2
 
-    from pipeline.ffmpeg import FFmpegError
+    from pipeline.io.ffmpeg import FFmpegError
 
     try:
         scenes = make(args.out, args.videos, args.scenes, args.size, args.fps, args.pan, args.seed)
@@ -124,7 +124,7 @@ def truth(name: str, scene: Scene, start: int, end: int, size: int) -> dict[str,
 
 def encode(path: Path, pictures: np.ndarray, fps: int) -> None:
     """uint8 [T, H, W, 3] RGB to H.264. Raises FFmpegError."""
-    from pipeline.ffmpeg import encode_rgb
+    from pipeline.io.ffmpeg import encode_rgb
 
     height, width = pictures.shape[1:3]
     output = [*CODEC, "-bitexact", f"file:{path}"]

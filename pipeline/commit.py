@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from pipeline.io.store import Store
 from pipeline.record import VIDEO_SCHEMA, Video, clip_row, clip_schema, video_row
 from pipeline.stages import Produces, Resources
-from pipeline.store import Store
 
 
 class CommitStage:

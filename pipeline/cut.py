@@ -28,11 +28,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import ffmpeg
+from pipeline.io import ffmpeg
+from pipeline.io.store import Store, StoreError
 from pipeline.recipe import Cut, RecipeError
 from pipeline.record import Clip, Media, Video
 from pipeline.stages import Produces, Resources, StageError, fail
-from pipeline.store import Store, StoreError
 
 # An x264 encoder with its lookahead takes about 70 bytes a pixel: a process stays below 0.6 GB.
 PIXELS = 8 * 1280 * 720  # of all clips that one process encodes

@@ -25,9 +25,9 @@ import pyarrow.parquet as pq
 
 from pipeline.choose import best
 from pipeline.duplicates import near_duplicates
+from pipeline.io.store import Store
 from pipeline.recipe import Decide, Duplicates, Recipe, RecipeError, Rule
 from pipeline.record import DECISION_SCHEMA
-from pipeline.store import Store
 
 NO_CAPTION, DUPLICATE = "no_caption", "duplicate"  # names of rules that no recipe may use
 SIGNATURE = "emb_signature"  # column of pipeline.signature

@@ -1,7 +1,7 @@
 """Each source is read and decoded once; what the later stages look at is made on the way.
 
 `DecodeStage` runs in a worker and hands a local file to `analyse`, which runs in a child process
-(`pipeline.isolate`) because libav may hang or crash on what strangers made. The child imports nothing but
+(`pipeline.io.isolate`) because libav may hang or crash on what strangers made. The child imports nothing but
 numpy, av and cv2; full pictures live there one at a time.
 
 The picture stream is the first one that is not a cover picture, ffmpeg's `0:V:0`. Its frames' PTS are the ones
@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from pipeline.ffmpeg import OPEN, picture_stream
-from pipeline.isolate import Child, ChildError, Stalled
+from pipeline.io.ffmpeg import OPEN, picture_stream
+from pipeline.io.isolate import Child, ChildError, Stalled
 
 if TYPE_CHECKING:  # the child has no need of pyarrow and pydantic
     from av.container import InputContainer

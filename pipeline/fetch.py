@@ -40,9 +40,9 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipeline.io.store import StoreError
 from pipeline.record import Source
 from pipeline.stages import StageError
-from pipeline.store import StoreError
 
 CHUNK = 1 << 20
 READ_AHEAD = 1 << 16  # bytes asked of a remote file at least, when seeking in it
@@ -613,7 +613,7 @@ def _youtube(uri: str, to: Path, limits: Limits) -> None:
         import yt_dlp
     except ImportError as e:
         raise StageError(f"{uri}: YouTube videos need yt-dlp; pip install clipmill[youtube]") from e
-    from pipeline import ffmpeg
+    from pipeline.io import ffmpeg
 
     deadline = time.monotonic() + limits.total_s
 

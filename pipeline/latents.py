@@ -30,9 +30,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.buckets import Shape
+from pipeline.io.store import Store, StoreError
 from pipeline.pack import split
 from pipeline.reader import BrokenSample, Sample, ShardReader
-from pipeline.store import Store, StoreError
 
 MAX_CLIPS, MAX_BYTES = 256, 256 << 20  # of a tar: what a killed rank loses at most
 LARGEST = float(np.finfo(np.float16).max)

@@ -32,9 +32,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.decide import Decided, decide, schema
+from pipeline.io.store import Ranges, Store, StoreError
 from pipeline.recipe import Recipe, Shards
 from pipeline.record import CLIP_SCHEMA, DECISION_SCHEMA
-from pipeline.store import Ranges, Store, StoreError
 
 BLOCK = 512  # tar: a member is a header block and its bytes, padded to whole blocks
 END = 2 * BLOCK  # of a tar: two blocks of zeros

@@ -39,7 +39,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.buckets import Shape, deal, fit, whole_batches
-from pipeline.store import Ranges, Store, StoreError
+from pipeline.io.store import Ranges, Store, StoreError
 
 try:
     from torch.utils.data import IterableDataset

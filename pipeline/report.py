@@ -26,8 +26,8 @@ import pyarrow as pa
 import yaml
 
 from pipeline.decide import CHOSEN, DUPLICATE, NO_CAPTION
+from pipeline.io.store import Store
 from pipeline.report_data import DROPPED_SHOWN, Limit, Run, all_pictures, choose
-from pipeline.store import Store
 
 SOURCES_SHOWN = 300  # rows of the table
 BINS = 40  # of a histogram, about

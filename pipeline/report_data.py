@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from pipeline.decide import CHOSEN, DUPLICATE, clip_files, funnel
+from pipeline.io.store import Store, StoreError
 from pipeline.record import CLIP_SCHEMA, DECISION_SCHEMA, VIDEO_SCHEMA
-from pipeline.store import Store, StoreError
 
 KEPT_SHOWN = 24  # clips
 DROPPED_SHOWN = 8  # clips a rule

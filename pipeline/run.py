@@ -27,11 +27,11 @@ from typing import Any
 from pipeline import commit, sources
 from pipeline.decide import check_rules
 from pipeline.graph import build
+from pipeline.io.store import Store, StoreError
 from pipeline.progress import Display, Ledger
 from pipeline.recipe import Recipe
 from pipeline.record import Source, Video, clip_schema
 from pipeline.stages import Resources, Stage, StageError, fail, produced, run_stage
-from pipeline.store import Store, StoreError
 
 MAX_DEATHS = 3  # a source on which so many worker processes died becomes an error
 SILENCE_S = 1800.0  # no worker heard of for so long: the cluster is lost
@@ -117,7 +117,7 @@ def _open(store: Store, recipe: Recipe, started: datetime, command: str) -> dict
 
 def _versions() -> dict[str, str]:
     """What made the run; part of every sample's provenance."""
-    from pipeline import ffmpeg
+    from pipeline.io import ffmpeg
 
     found = {"python": platform.python_version()}
     for name in (

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
 
+from pipeline.io.store import StoreError
 from pipeline.record import Error, Video
-from pipeline.store import StoreError
 
 
 class StageError(Exception):

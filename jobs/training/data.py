@@ -36,9 +36,9 @@ from jobs.training.recipe import TrainRecipe
 from jobs.training.task import Batch
 from models.latents import Autoencoder, latent_shape
 from pipeline.buckets import Shape, deal, whole_batches
+from pipeline.io.store import StoreError
 from pipeline.latents import LatentReader, made_of
 from pipeline.reader import PATIENCE, BrokenSample, Sample, ShardReader
-from pipeline.store import StoreError
 
 ARRAYS = ("video", "mean", "logvar", "text", "text_mask")
 

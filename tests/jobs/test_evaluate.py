@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from jobs import evaluate
+from pipeline.io.store import Store
 from pipeline.pack import shard
-from pipeline.store import Store
 from tests.fixtures import run_folder
 
 CLIP = {

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from pipeline import cut as cut_module
-from pipeline import ffmpeg
 from pipeline.cut import CutStage, Index, groups
 from pipeline.decode import analyse
+from pipeline.io import ffmpeg
+from pipeline.io.store import StoreError
 from pipeline.recipe import Cut, Decode, RecipeError
 from pipeline.record import Source, Video
-from pipeline.store import StoreError
 from tests.fixtures.numbered import number, picture, write
 
 SHARED = Path(__file__).parents[3] / "shared" / "videos"

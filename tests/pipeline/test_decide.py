@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 import pytest
 
 from pipeline.decide import clip_files, decide, funnel
+from pipeline.io.store import Store
 from pipeline.recipe import Recipe, RecipeError, parse
 from pipeline.record import DECISION_SCHEMA, clip_schema
-from pipeline.store import Store
 from tests.fixtures.run_folder import (
     CAPTIONERS,
     EMBEDDING,

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from pipeline.decode import NO_PTS, DecodeError, DecodeStage, Orientation, analyse, fitted, timeline
-from pipeline.isolate import Child, Stalled
+from pipeline.io.isolate import Child, Stalled
 from pipeline.recipe import Decode
 from pipeline.record import Source, Video
 from pipeline.stages import run_stage

@@ -27,9 +27,9 @@ import pytest
 
 from pipeline import fetch
 from pipeline.fetch import Limits, localised, release
+from pipeline.io.store import StoreError
 from pipeline.record import Source
 from pipeline.stages import StageError
-from pipeline.store import StoreError
 
 BODY = random.Random(0).randbytes(300_000)
 SHA = hashlib.sha256(BODY).hexdigest()

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from pipeline import latents
+from pipeline.io.store import Store, StoreError
 from pipeline.latents import Encoded, LatentReader, Part
 from pipeline.reader import BrokenSample
-from pipeline.store import Store, StoreError
 
 SHAPES = [(4, 16, 16), (8, 16, 24)]
 

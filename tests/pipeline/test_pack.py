@@ -20,9 +20,9 @@ import pytest
 from jobs.shard import main
 from pipeline import pack
 from pipeline.decide import clip_files
+from pipeline.io.store import Ranges, Store, StoreError
 from pipeline.pack import bucket, shard, split
 from pipeline.recipe import parse
-from pipeline.store import Ranges, Store, StoreError
 from tests.fixtures.run_folder import CAPTIONERS, EMBEDDING, EMBEDDING_SIZE, make_run_folder
 
 ROOT = Path(__file__).parents[2]

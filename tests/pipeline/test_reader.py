@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
+from pipeline.io.store import Store, StoreError
 from pipeline.pack import shard
 from pipeline.reader import BrokenSample, ShardLoader, ShardReader, decode, read_index
 from pipeline.recipe import parse
-from pipeline.store import Store, StoreError
 from tests.fixtures.run_folder import make_run_folder
 
 

@@ -3,10 +3,10 @@
 import pytest
 
 from pipeline import commit
+from pipeline.io.store import Store, StoreError
 from pipeline.progress import Display, Ledger, _clock
 from pipeline.run import Pool, RunError, Worker, fit, pools, run_ray
 from pipeline.stages import Resources, produced
-from pipeline.store import Store, StoreError
 from tests.fixtures.toy_stages import Toy, units
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.io.store import Store
 from pipeline.pack import shard
 from pipeline.reader import ShardReader
 from pipeline.recipe import parse
-from pipeline.store import Store
 from tests.fixtures.run_folder import make_run_folder
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from pipeline.io.store import StoreError
 from pipeline.record import Source, Video
 from pipeline.stages import Produces, Resources, StageError, produced, run_stage
-from pipeline.store import StoreError
 
 
 class Marking:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from pipeline.store import Store, StoreError
+from pipeline.io.store import Store, StoreError
 
 
 def test_a_file_appears_only_when_its_block_ends(tmp_path):
@@ -36,7 +36,7 @@ def test_an_exception_leaves_the_old_file_and_no_partial_one(tmp_path):
 
 def test_a_killed_writer_leaves_nothing_under_the_final_name_and_sweep_clears_the_rest(tmp_path):
     code = (
-        "import sys, time\nfrom pipeline.store import Store\n"
+        "import sys, time\nfrom pipeline.io.store import Store\n"
         f"with Store({str(tmp_path)!r}).writer('x.tar') as f:\n"
         "    f.write(b'0' * 9999); f.flush(); print('go', flush=True); time.sleep(60)"
     )
@@ -83,7 +83,7 @@ def test_an_output_below_a_file_is_refused(tmp_path):
 
 def test_a_second_driver_is_refused_and_a_dead_ones_lock_is_free(tmp_path):
     code = (
-        "import time\nfrom pipeline.store import Store\n"
+        "import time\nfrom pipeline.io.store import Store\n"
         f"with Store({str(tmp_path)!r}).lock():\n    print('go', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)

@@ -37,7 +37,7 @@ _SIZE = struct.Struct("!Q")
 _BEAT_S = 0.5  # a beat is sent at most this often
 
 # argv: socket, parent's pid, bytes of memory, then the parent's sys.path
-_BOOT = "import sys; sys.path[:] = sys.argv[4:]; from pipeline.isolate import serve; serve(*map(int, sys.argv[1:4]))"
+_BOOT = "import sys; sys.path[:] = sys.argv[4:]; from pipeline.io.isolate import serve; serve(*map(int, sys.argv[1:4]))"
 
 
 class ChildError(Exception):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.isolate import Child, Crashed, Stalled
+from pipeline.io.isolate import Child, Crashed, Stalled
 
 AT = "tests.fixtures.misbehave:"
 
@@ -165,7 +165,7 @@ def test_a_forgotten_child_ends():
 @pytest.mark.parametrize("doing", ["hang", "hang_in_c", "idle"])
 def test_the_child_goes_when_its_parent_is_killed(doing):
     code = (
-        "import time; from pipeline.isolate import Child; c = Child();"
+        "import time; from pipeline.io.isolate import Child; c = Child();"
         f"print(c.call('{AT}pid', stall_s=60), flush=True);"
         + ("time.sleep(1000)" if doing == "idle" else f"c.call('{AT}{doing}', stall_s=1000)")
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import ffmpeg
+from pipeline.io import ffmpeg
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_slow_ffmpeg_is_left_alone(script, step):
 def test_ffmpeg_dies_with_its_parent(script, tmp_path):
     exe = script(f"echo $$ > {tmp_path}/pid; exec sleep 60")
     parent = subprocess.Popen(
-        [sys.executable, "-c", f"from pipeline import ffmpeg; ffmpeg.run([{exe!r}], 60)"],
+        [sys.executable, "-c", f"from pipeline.io import ffmpeg; ffmpeg.run([{exe!r}], 60)"],
         cwd=Path(__file__).parents[2],
     )
     pid = int(wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip()))
@@ -127,7 +127,7 @@ def test_ffmpeg_dies_with_its_parent(script, tmp_path):
 def test_ffmpeg_is_killed_when_its_caller_is_interrupted(script, tmp_path):
     exe = script(f"echo $$ > {tmp_path}/pid; exec sleep 60")
     code = (  # a process started in the background may ignore Ctrl-C
-        "import signal\nfrom pipeline import ffmpeg\n"
+        "import signal\nfrom pipeline.io import ffmpeg\n"
         f"signal.signal(signal.SIGINT, signal.default_int_handler)\nffmpeg.run([{exe!r}], 60)"
     )
     parent = subprocess.Popen(
