@@ -62,8 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
 
-    from pipeline import needs, recipe, run, sources
+    from pipeline import needs, recipe, run
     from pipeline.io import store
+    from pipeline.sources.listing import listing as sources
 
     try:
         chosen = recipe.load(args.recipe, args.set)

@@ -113,7 +113,7 @@ class CutStage:
                 ) from e
 
     def __call__(self, videos: list[Video]) -> list[Video]:
-        from pipeline.fetch import localised, release
+        from pipeline.sources.fetch import localised, release
 
         pieces: list[Piece] = []
         with scratch() as folder:

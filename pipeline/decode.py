@@ -67,7 +67,7 @@ class DecodeStage:
         self.child = Child(self.options.max_memory_gb)
 
     def __call__(self, videos: list[Video]) -> list[Video]:
-        from pipeline.fetch import release
+        from pipeline.sources.fetch import release
         from pipeline.stages import StageError, fail
 
         for video in videos:
@@ -79,7 +79,7 @@ class DecodeStage:
         return videos
 
     def _decode(self, video: Video) -> None:
-        from pipeline.fetch import localised
+        from pipeline.sources.fetch import localised
         from pipeline.stages import StageError
 
         assert self.child is not None, "setup() comes first"

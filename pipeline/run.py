@@ -24,13 +24,14 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pipeline import commit, sources
+from pipeline import commit
 from pipeline.decide import check_rules
 from pipeline.graph import build
 from pipeline.io.store import Store, StoreError
 from pipeline.progress import Display, Ledger
 from pipeline.recipe import Recipe
 from pipeline.record import Source, Video, clip_schema
+from pipeline.sources.listing import listing as sources
 from pipeline.stages import Resources, Stage, StageError, fail, produced, run_stage
 
 MAX_DEATHS = 3  # a source on which so many worker processes died becomes an error
@@ -55,7 +56,7 @@ def curate(
     """Raw videos to captioned shards in `out`; run again after any interruption to finish.
 
     Args:
-        args: the SOURCE arguments, see `pipeline.sources`.
+        args: the SOURCE arguments, see `pipeline.sources.listing`.
         runner: 'ray' (Ray Data, here or at `address`) or 'local' (this process, no Ray).
         address: a Ray cluster ('auto', 'host:port', 'ray://…'); none starts one here.
         workers: upper bound on the workers of each pool.

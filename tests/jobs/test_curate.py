@@ -113,7 +113,7 @@ def test_running_again_reads_no_source_and_changes_no_byte(raw, run, monkeypatch
         for p in run.rglob("*")
         if p.suffix in (".tar", ".parquet")
     }
-    monkeypatch.setattr("pipeline.fetch.localised", None)  # any read of a source would raise
+    monkeypatch.setattr("pipeline.sources.fetch.localised", None)  # any read of a source would raise
     assert curate.main([str(raw), "--out", str(run), *FAST]) == 0
     assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in before}
 

@@ -38,8 +38,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipeline import fetch
 from pipeline.record import Source
+from pipeline.sources.listing import fetch
 from pipeline.stages import StageError
 
 VIDEOS = frozenset(

@@ -19,9 +19,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import fetch
 from pipeline.record import Source
-from pipeline.sources import SourceError, list_sources, unit_name, units
+from pipeline.sources.listing import SourceError, fetch, list_sources, unit_name, units
 from pipeline.stages import StageError
 
 

@@ -25,10 +25,10 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from pipeline import fetch
-from pipeline.fetch import Limits, localised, release
 from pipeline.io.store import StoreError
 from pipeline.record import Source
+from pipeline.sources.fetch import Limits, localised, release
+from pipeline.sources.listing import fetch
 from pipeline.stages import StageError
 
 BODY = random.Random(0).randbytes(300_000)
