@@ -19,12 +19,12 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from pipeline.decode import DecodeStage
 from pipeline.duplicates import near_duplicates
-from pipeline.events import end_samples
 from pipeline.recipe import Decode, Duplicates
 from pipeline.record import Source, Video
 from pipeline.signature import grey, moments, signature
+from pipeline.split.decode import DecodeStage
+from pipeline.split.events import end_samples
 
 EDITS = {
     "re-encoded, CRF 34": "-crf 34",

@@ -228,7 +228,7 @@ def video_encoder(recipe: Recipe) -> Check:
     from pipeline.recipe import RecipeError
 
     try:
-        from pipeline.cut import CutStage
+        from pipeline.split.cut import CutStage
 
         stage = CutStage(recipe.cut, tempfile.gettempdir())
         stage.setup()

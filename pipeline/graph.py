@@ -5,13 +5,13 @@ from __future__ import annotations
 from pipeline.aesthetic import AestheticStage
 from pipeline.captions import caption_stages
 from pipeline.choose import ChooseStage
-from pipeline.cut import CutStage
-from pipeline.decode import DecodeStage
-from pipeline.events import EventStage
 from pipeline.recipe import Recipe
 from pipeline.scores import ScoreStage
-from pipeline.shots import ShotStage
 from pipeline.signature import SignatureStage
+from pipeline.split.cut import CutStage
+from pipeline.split.decode import DecodeStage
+from pipeline.split.events import EventStage
+from pipeline.split.shots import ShotStage
 from pipeline.stages import Stage
 from pipeline.text import TextStage
 

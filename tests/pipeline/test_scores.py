@@ -100,8 +100,8 @@ def test_motion_uses_the_times_of_frames_not_their_number():
 
 
 def test_motion_does_not_depend_on_the_codec(tmp_path):
-    from pipeline.decode import DecodeStage
     from pipeline.record import Source
+    from pipeline.split.decode import DecodeStage
 
     frames = film(lambda t: view(WORLD, 70 * t, 25 * t, size=(320, 180)), 1.5)
     found = []
@@ -393,8 +393,8 @@ def test_pictures_of_one_pixel_are_survived():
 
 @pytest.mark.skipif(not VIDEOS.is_dir(), reason="no shared videos beside the repository")
 def test_real_logos_are_found_and_real_clean_footage_is_not_flagged():
-    from pipeline.decode import DecodeStage
     from pipeline.record import Source
+    from pipeline.split.decode import DecodeStage
 
     expected = {
         "panda70m/7nxhg1S6BV4.22.mp4": True,

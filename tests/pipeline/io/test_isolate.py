@@ -64,9 +64,9 @@ def test_the_child_is_a_fresh_interpreter_without_the_heavy_packages(child):
 
 def test_decoding_loads_no_more_than_it_needs(child):
     with pytest.raises(Exception, match="cannot be read"):
-        child.call("pipeline.decode:analyse", "/nonexistent", None, stall_s=60)
+        child.call("pipeline.split.decode:analyse", "/nonexistent", None, stall_s=60)
     loaded = child.call(AT + "modules", stall_s=60)
-    assert "pipeline.decode" in loaded
+    assert "pipeline.split.decode" in loaded
     assert not {"pyarrow", "pydantic", "torch", "ray"} & loaded
 
 

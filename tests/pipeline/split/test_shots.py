@@ -7,7 +7,7 @@ import pytest
 from models.transnet import windows
 from pipeline.recipe import Decode, Shots
 from pipeline.record import Shot, Source, Video
-from pipeline.shots import ShotStage, boundary_cuts, candidate_windows, content_cuts, given_shots
+from pipeline.split.shots import ShotStage, boundary_cuts, candidate_windows, content_cuts, given_shots
 from tests.fixtures.scenes import dissolve, scene, steady, video
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "videos"
@@ -144,7 +144,7 @@ def test_an_interval_meets_a_frame_despite_rounded_seconds():
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared videos are not here")
 def test_real_clips_put_end_to_end_are_cut_exactly_where_they_meet(network):
     """Parts of real clips, decoded and joined: the cuts are those, and full inference finds no others."""
-    from pipeline.decode import DecodeStage
+    from pipeline.split.decode import DecodeStage
 
     stage = DecodeStage(Decode())
     stage.setup()

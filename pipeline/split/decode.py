@@ -88,7 +88,7 @@ class DecodeStage:
             video.sha256 = local.sha256
             try:
                 found: Analysis = self.child.call(
-                    "pipeline.decode:analyse",
+                    "pipeline.split.decode:analyse",
                     local.path,
                     SimpleNamespace(**options.model_dump()),
                     stall_s=options.stall_s,

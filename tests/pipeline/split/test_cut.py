@@ -17,13 +17,13 @@ import av
 import numpy as np
 import pytest
 
-from pipeline import cut as cut_module
-from pipeline.cut import CutStage, Index, groups
-from pipeline.decode import analyse
 from pipeline.io import ffmpeg
 from pipeline.io.store import StoreError
 from pipeline.recipe import Cut, Decode, RecipeError
 from pipeline.record import Source, Video
+from pipeline.split import cut as cut_module
+from pipeline.split.cut import CutStage, Index, groups
+from pipeline.split.decode import analyse
 from tests.fixtures.numbered import number, picture, write
 
 SHARED = Path(__file__).parents[3] / "shared" / "videos"

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.decode import NO_PTS, DecodeError, DecodeStage, Orientation, analyse, fitted, timeline
 from pipeline.io.isolate import Child, Stalled
 from pipeline.recipe import Decode
 from pipeline.record import Source, Video
+from pipeline.split.decode import NO_PTS, DecodeError, DecodeStage, Orientation, analyse, fitted, timeline
 from pipeline.stages import run_stage
 from tests.fixtures import videos as make
 from tests.fixtures.videos import made
@@ -467,7 +467,7 @@ def test_a_playlist_is_refused_and_the_file_it_names_is_not_opened(tmp_path, mak
     with Child() as child:
         child.call("tests.fixtures.misbehave:pid", stall_s=60)
         with pytest.raises(DecodeError, match="playlist"):
-            child.call("pipeline.decode:analyse", str(path), OPTIONS, stall_s=20)
+            child.call("pipeline.split.decode:analyse", str(path), OPTIONS, stall_s=20)
 
 
 @pytest.mark.parametrize(("maker", "suffix"), DISGUISES)
@@ -595,7 +595,7 @@ def test_a_longer_video_takes_no_more_memory_than_what_is_kept_of_it():
     def peak_mb(frames: int) -> float:
         path = made(make.cfr, frames=frames, size=(640, 360), options=("-preset", "ultrafast"))
         with Child() as child:
-            child.call("pipeline.decode:analyse", str(path), OPTIONS, stall_s=60)
+            child.call("pipeline.split.decode:analyse", str(path), OPTIONS, stall_s=60)
             status = Path(f"/proc/{child.pid}/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
 

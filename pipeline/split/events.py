@@ -25,7 +25,7 @@ import numpy as np
 from pipeline.recipe import Events, RecipeError
 from pipeline.record import Clip, Frames, Sample, Video
 from pipeline.samples import picture
-from pipeline.shots import frame_at
+from pipeline.split.shots import frame_at
 from pipeline.stages import Produces, Resources
 
 if TYPE_CHECKING:  # it imports torch

@@ -5,10 +5,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from pipeline.events import EventStage, Piece, distance, end_samples, fit, pieces, stitch, thinned
 from pipeline.recipe import Embedder, Events, RecipeError
 from pipeline.record import Clip, Sample, Shot, Video
-from pipeline.shots import given_shots
+from pipeline.split.events import EventStage, Piece, distance, end_samples, fit, pieces, stitch, thinned
+from pipeline.split.shots import given_shots
 from tests.fixtures.scenes import Greys, grey_distance, steady, video
 
 AS_MADE = Events(min_s=2.5, max_s=60, longer="truncate", trim=0.1)  # Panda-70M, reference table
