@@ -22,7 +22,7 @@ import numpy as np
 from pipeline.duplicates import near_duplicates
 from pipeline.recipe import Decode, Duplicates
 from pipeline.record import Source, Video
-from pipeline.signature import grey, moments, signature
+from pipeline.score.signature import grey, moments, signature
 from pipeline.split.decode import DecodeStage
 from pipeline.split.events import end_samples
 

@@ -30,7 +30,7 @@ from pipeline.recipe import Decide, Duplicates, Recipe, RecipeError, Rule
 from pipeline.record import DECISION_SCHEMA
 
 NO_CAPTION, DUPLICATE = "no_caption", "duplicate"  # names of rules that no recipe may use
-SIGNATURE = "emb_signature"  # column of pipeline.signature
+SIGNATURE = "emb_signature"  # column of pipeline.score.signature
 CHOSEN = "caption."  # prefix of a rule's column: a score of the chosen caption
 RANKED = ["width", "height", "duration_s", "score_sharpness"]  # the better of two near-duplicates
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pipeline.aesthetic import AestheticStage
 from pipeline.captions import caption_stages
 from pipeline.choose import ChooseStage
 from pipeline.recipe import Recipe
-from pipeline.scores import ScoreStage
-from pipeline.signature import SignatureStage
+from pipeline.score.aesthetic import AestheticStage
+from pipeline.score.signature import SignatureStage
+from pipeline.score.stage import ScoreStage
+from pipeline.score.text import TextStage
 from pipeline.split.cut import CutStage
 from pipeline.split.decode import DecodeStage
 from pipeline.split.events import EventStage
 from pipeline.split.shots import ShotStage
 from pipeline.stages import Stage
-from pipeline.text import TextStage
 
 
 def build(recipe: Recipe, out: str) -> list[Stage]:

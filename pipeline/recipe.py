@@ -124,7 +124,7 @@ class Aesthetic(Section):
 
 
 class Scores(Section):
-    """What is measured of every clip; pipeline/scores.py has the table of meanings and units."""
+    """What is measured of every clip; pipeline/score/stage.py has the table of meanings and units."""
 
     motion: bool = Field(True, description="motion, motion_object, pan_x, pan_y, zoom, stillness")
     picture: bool = Field(True, description="sharpness, exposure, clipped, black_borders")
@@ -246,7 +246,7 @@ class Duplicates(Section):
     within: float = Field(0.955, gt=0, le=1, description="one source: cosine of redundant clips' embeddings")
     across: float = Field(0.8, gt=0, le=1, description="two sources: cosine of copies' embeddings …")
     signature: float = Field(
-        0.75, gt=0, le=1, description="… and of their signatures (pipeline/signature.py)"
+        0.75, gt=0, le=1, description="… and of their signatures (pipeline/score/signature.py)"
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline import recipe
 from pipeline.record import Video
-from pipeline.text import Line, TextStage, covered_share, prominent
+from pipeline.score.text import Line, TextStage, covered_share, prominent
 from tests.fixtures.moving import record, texture, view
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import nn
 
 from pipeline import recipe
-from pipeline.aesthetic import AestheticStage
 from pipeline.record import Video
 from pipeline.samples import pictures
+from pipeline.score.aesthetic import AestheticStage
 from tests.fixtures.moving import film, record, texture, view
 
 CONFIG = {

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.record import Frames, Sample, Source, Video
-from pipeline.signature import MOMENTS, NAME, SIZE, SignatureStage, moments, signature
+from pipeline.score.signature import MOMENTS, NAME, SIZE, SignatureStage, moments, signature
 
 
 def noise(seed: int) -> np.ndarray:

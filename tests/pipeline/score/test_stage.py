@@ -9,7 +9,15 @@ import pytest
 
 from pipeline import recipe
 from pipeline.record import Video
-from pipeline.scores import MOTION, PICTURE, ScoreStage, active_area, camera_motion, decode_grey, stillness
+from pipeline.score.stage import (
+    MOTION,
+    PICTURE,
+    ScoreStage,
+    active_area,
+    camera_motion,
+    decode_grey,
+    stillness,
+)
 from tests.fixtures.moving import SIZE, encode, film, record, texture, view
 
 WORLD = texture()
