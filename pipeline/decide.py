@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.choose import best
+from pipeline.caption.choose import best
 from pipeline.duplicates import near_duplicates
 from pipeline.io.store import Store
 from pipeline.recipe import Decide, Duplicates, Recipe, RecipeError, Rule

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.captions import caption_stages
-from pipeline.choose import ChooseStage
+from pipeline.caption.captioner import caption_stages
+from pipeline.caption.choose import ChooseStage
 from pipeline.recipe import Recipe
 from pipeline.score.aesthetic import AestheticStage
 from pipeline.score.signature import SignatureStage

@@ -7,7 +7,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline import captions, choose
+from pipeline.caption import captioner as captions
+from pipeline.caption import choose
 from pipeline.recipe import Captioner, Recipe, RecipeError
 from pipeline.split.cut import CutStage
 

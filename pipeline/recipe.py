@@ -187,7 +187,7 @@ class TransformersCaptioner(Section):
 
 
 class PythonCaptioner(Section):
-    """A captioner of your own, see pipeline/captions.py."""
+    """A captioner of your own, see pipeline/caption/captioner.py."""
 
     kind: Literal["python"]
     captioner: str = Field(description="'file.py:Class' or 'package.module:Class'")

@@ -22,7 +22,7 @@ from itertools import permutations
 import cv2
 import numpy as np
 
-from pipeline.captions import Captioner
+from pipeline.caption.captioner import Captioner
 from pipeline.record import Clip, Video
 from pipeline.samples import pictures
 from pipeline.toy_world import COLOURS, COUNTS, DIRECTIONS, SHAPES, SIDE, TEXTURE, Attributes, coverage, parse

@@ -8,7 +8,7 @@ import pytest
 from jobs.cli import JOBS
 from jobs.training.recipe import TRAINING
 from pipeline import recipe
-from pipeline.captions import caption_stages
+from pipeline.caption.captioner import caption_stages
 from pipeline.stages import run_stage
 from tests.fixtures.clips import plain, video
 

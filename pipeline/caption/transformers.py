@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.captions import Captioner, sentences
+from pipeline.caption.captioner import Captioner, sentences
 from pipeline.recipe import RecipeError, TransformersCaptioner
 from pipeline.record import Caption, Clip, Sample, Video
 from pipeline.samples import picture, samples, spread

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import choose, recipe
-from pipeline.choose import ChooseStage, best, consensus, similarity
+from pipeline import recipe
+from pipeline.caption import choose
+from pipeline.caption.choose import ChooseStage, best, consensus, similarity
 from pipeline.record import CAPTION, Caption
 from tests.fixtures.clips import noise, video
 
@@ -72,7 +73,7 @@ def test_the_choice_is_the_same_on_rows_read_back_from_parquet(tmp_path):
 
 def test_choosing_imports_nothing_heavy():
     code = (
-        "import sys, pipeline.choose\n"
+        "import sys, pipeline.caption.choose\n"
         "heavy = ('torch', 'transformers', 'open_clip', 'cv2', 'av', 'ray', 'onnxruntime')\n"
         "print([m for m in heavy if m in sys.modules])"
     )

@@ -11,7 +11,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from pipeline.captions import Captioner
+from pipeline.caption.captioner import Captioner
 from pipeline.record import Clip, Video
 from pipeline.samples import pictures
 

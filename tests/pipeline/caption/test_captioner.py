@@ -10,10 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline import captioners_baseline as baseline
-from pipeline import captioners_transformers as transformer
-from pipeline import captions, recipe
-from pipeline.captions import Captioner, CaptionStage, sentences
+from pipeline import recipe
+from pipeline.caption import baselines as baseline
+from pipeline.caption import captioner as captions
+from pipeline.caption import transformers as transformer
+from pipeline.caption.captioner import Captioner, CaptionStage, sentences
 from pipeline.record import Caption
 from pipeline.samples import pictures, samples, spread
 from tests.fixtures import tiny_vlm
@@ -115,7 +116,7 @@ def test_two_captioners_of_one_name_are_refused():
 
 def test_embedded_captioners_need_no_download_and_no_heavy_import():
     code = (
-        "import sys, pipeline.captions as c, pipeline.recipe as r\n"
+        "import sys, pipeline.caption.captioner as c, pipeline.recipe as r\n"
         "stages = c.caption_stages(r.load('embedded').captions)\n"
         "said = [c.build(s.section).check() for s in stages]\n"
         "print([s.model for s in stages])\n"
@@ -146,9 +147,9 @@ def test_the_example_in_the_docstring_works(tmp_path):
         ("nowhere.py:A", "cannot be imported"),
         ("no.such.module:A", "cannot be imported"),
         ("NoColon", "cannot be imported"),
-        ("pipeline.captions:NoClass", "has no class 'NoClass'"),
+        ("pipeline.caption.captioner:NoClass", "has no class 'NoClass'"),
         ("pipeline.record:Clip", "has no class 'Clip' made from"),
-        ("pipeline.captions:Captioner", "has no name"),
+        ("pipeline.caption.captioner:Captioner", "has no name"),
     ],
 )
 def test_a_captioner_that_cannot_be_had_is_one_clear_sentence(captioner, message):

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from pipeline.captions import sentences
+from pipeline.caption.captioner import sentences
 from pipeline.recipe import Choose, RecipeError
 from pipeline.record import Caption, Clip, Video
 from pipeline.samples import pictures

@@ -3,7 +3,7 @@
 A captioner of your own is a class in a file of yours and a line in the recipe; nothing else changes:
 
     # shape.py
-    from pipeline.captions import Captioner
+    from pipeline.caption.captioner import Captioner
     from pipeline.samples import pictures
 
     class Shape(Captioner):
@@ -136,11 +136,11 @@ def caption_stages(captioners: Sequence[recipe.Captioner]) -> list[CaptionStage]
 
 
 BUILT_IN = {
-    "tags": "pipeline.captioners_baseline:Tags",
-    "colour_motion": "pipeline.captioners_baseline:ColourMotion",
-    "on_screen_text": "pipeline.captioners_baseline:OnScreenText",
-    "given": "pipeline.captioners_baseline:Given",
-    "transformers": "pipeline.captioners_transformers:Transformers",
+    "tags": "pipeline.caption.baselines:Tags",
+    "colour_motion": "pipeline.caption.baselines:ColourMotion",
+    "on_screen_text": "pipeline.caption.baselines:OnScreenText",
+    "given": "pipeline.caption.baselines:Given",
+    "transformers": "pipeline.caption.transformers:Transformers",
 }
 
 
@@ -174,7 +174,7 @@ def _load(name: str) -> type[Captioner]:
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, Captioner)):
         raise recipe.RecipeError(
-            f"captioner {name!r}: {where} has no class {class_name!r} made from pipeline.captions.Captioner"
+            f"captioner {name!r}: {where} has no class {class_name!r} made from pipeline.caption.captioner.Captioner"
         )
     return found
 
