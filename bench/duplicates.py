@@ -19,7 +19,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from pipeline.duplicates import near_duplicates
+from pipeline.decide.duplicates import near_duplicates
 from pipeline.recipe import Decode, Duplicates
 from pipeline.record import Source, Video
 from pipeline.score.signature import grey, moments, signature

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
 
-    from pipeline.decide import funnel
+    from pipeline.decide.rules import funnel
     from pipeline.io.store import Store, StoreError
     from pipeline.pack import read_run, shard
     from pipeline.recipe import RecipeError, load, parse

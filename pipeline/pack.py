@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.decide import Decided, decide, schema
+from pipeline.decide.rules import Decided, decide, schema
 from pipeline.io.store import Ranges, Store, StoreError
 from pipeline.recipe import Recipe, Shards
 from pipeline.record import CLIP_SCHEMA, DECISION_SCHEMA

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from pipeline.decide import CHOSEN, DUPLICATE, NO_CAPTION
+from pipeline.decide.rules import CHOSEN, DUPLICATE, NO_CAPTION
 from pipeline.io.store import Store
 from pipeline.report_data import DROPPED_SHOWN, Limit, Run, all_pictures, choose
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from pipeline.decide import CHOSEN, DUPLICATE, clip_files, funnel
+from pipeline.decide.rules import CHOSEN, DUPLICATE, clip_files, funnel
 from pipeline.io.store import Store, StoreError
 from pipeline.record import CLIP_SCHEMA, DECISION_SCHEMA, VIDEO_SCHEMA
 

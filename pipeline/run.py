@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline import commit
-from pipeline.decide import check_rules
+from pipeline.decide.rules import check_rules
 from pipeline.graph import build
 from pipeline.io.store import Store, StoreError
 from pipeline.progress import Display, Ledger

@@ -19,7 +19,7 @@ import pytest
 
 from jobs.shard import main
 from pipeline import pack
-from pipeline.decide import clip_files
+from pipeline.decide.rules import clip_files
 from pipeline.io.store import Ranges, Store, StoreError
 from pipeline.pack import bucket, shard, split
 from pipeline.recipe import parse

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.caption.choose import best
-from pipeline.duplicates import near_duplicates
+from pipeline.decide.duplicates import near_duplicates
 from pipeline.io.store import Store
 from pipeline.recipe import Decide, Duplicates, Recipe, RecipeError, Rule
 from pipeline.record import DECISION_SCHEMA

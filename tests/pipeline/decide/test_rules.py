@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from pipeline.decide import clip_files, decide, funnel
+from pipeline.decide.rules import clip_files, decide, funnel
 from pipeline.io.store import Store
 from pipeline.recipe import Recipe, RecipeError, parse
 from pipeline.record import DECISION_SCHEMA, clip_schema
