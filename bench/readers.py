@@ -48,7 +48,7 @@ for sample in get_loader(dataset):
 
 
 def own(shards: Path) -> set[str]:
-    from pipeline.reader import ShardReader
+    from pipeline.shards.reader import ShardReader
 
     return {s["key"] for s in ShardReader(str(shards), decode=False, shuffle=False)}
 

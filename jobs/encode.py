@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jobs.training.recipe import TrainRecipe
     from jobs.training.system import System
-    from pipeline.latents import Encoded, Part
-    from pipeline.reader import Sample, ShardReader
+    from pipeline.shards.latents import Encoded, Part
+    from pipeline.shards.reader import Sample, ShardReader
 
 EPILOG = """
 examples
@@ -96,8 +96,8 @@ def encode(
     from jobs.training.distributed import device_of
     from jobs.training.system import build_system
     from models.latents import latent_shape
-    from pipeline import latents
     from pipeline.io.store import Store
+    from pipeline.shards import latents
 
     if recipe.data.cache:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": None})})
@@ -143,7 +143,7 @@ class _Clips:
         return len(self.work)
 
     def __getitem__(self, i: int) -> tuple[list[Sample], list[str]]:
-        from pipeline.reader import BrokenSample
+        from pipeline.shards.reader import BrokenSample
 
         found, broken = [], []
         self.reader.epoch, rows = self.work[i]
@@ -163,7 +163,7 @@ def _encoded(
     import torch
 
     from jobs.training.system import to_unit
-    from pipeline.latents import Encoded
+    from pipeline.shards.latents import Encoded
 
     for samples, unread in batches:
         broken += unread

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from models.embed import MissingModel
     from pipeline.io.store import StoreError
-    from pipeline.reader import BrokenSample
+    from pipeline.shards.reader import BrokenSample
 
     try:
         result = evaluate(args)
@@ -219,7 +219,7 @@ def real_videos(against: str, protocol: Protocol, notes: list[str]) -> Iterator[
     import torch
 
     from pipeline.io.store import Store
-    from pipeline.reader import BrokenSample, ShardReader, read_index
+    from pipeline.shards.reader import BrokenSample, ShardReader, read_index
 
     inside = f"{against.rstrip('/')}/shards"
     shards = inside if Store(inside).exists("index.parquet") else against
@@ -255,7 +255,7 @@ def folder_videos(folder: Path, protocol: Protocol, notes: list[str]) -> Iterato
     """
     import torch
 
-    from pipeline.reader import BrokenSample, decode
+    from pipeline.shards.reader import BrokenSample, decode
 
     for file in sorted(folder.rglob("*.mp4")):
         data = file.read_bytes()
@@ -276,7 +276,7 @@ def seconds(mp4: bytes) -> float:
 
     import av
 
-    from pipeline.reader import BrokenSample
+    from pipeline.shards.reader import BrokenSample
 
     try:
         with av.open(io.BytesIO(mp4), "r") as container:

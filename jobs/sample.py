@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     from jobs.training.checkpoint import CheckpointError
     from models.embed import MissingModel
     from pipeline.io.ffmpeg import FFmpegError
-    from pipeline.reader import BrokenSample
+    from pipeline.shards.reader import BrokenSample
 
     try:
         check(args)
@@ -295,7 +295,7 @@ def read(path: Path, frames: int, fps: float, size: tuple[int, int]) -> Any:
         with Image.open(path) as picture:
             fitted = ImageOps.fit(picture.convert("RGB"), (size[1], size[0]), Image.Resampling.BICUBIC)
         return np.stack([np.asarray(fitted)] * frames)
-    from pipeline.reader import BrokenSample, decode
+    from pipeline.shards.reader import BrokenSample, decode
 
     try:
         return decode(path.read_bytes(), frames, fps, size, 0.0)

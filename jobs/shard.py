@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from pipeline.decide.rules import funnel
     from pipeline.io.store import Store, StoreError
-    from pipeline.pack import read_run, shard
     from pipeline.recipe import RecipeError, load, parse
+    from pipeline.shards.pack import read_run, shard
 
     try:
         for item in args.set:

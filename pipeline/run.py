@@ -64,7 +64,8 @@ def curate(
 
     Returns the contents of run.json. Raises RunError, StoreError, or sources.SourceError.
     """
-    from pipeline import pack, report
+    from pipeline import report
+    from pipeline.shards import pack
 
     store = Store(out)
     started = datetime.now(UTC)

@@ -35,10 +35,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from jobs.training.recipe import TrainRecipe
 from jobs.training.task import Batch
 from models.latents import Autoencoder, latent_shape
-from pipeline.buckets import Shape, deal, whole_batches
 from pipeline.io.store import StoreError
-from pipeline.latents import LatentReader, made_of
-from pipeline.reader import PATIENCE, BrokenSample, Sample, ShardReader
+from pipeline.shards.buckets import Shape, deal, whole_batches
+from pipeline.shards.latents import LatentReader, made_of
+from pipeline.shards.reader import PATIENCE, BrokenSample, Sample, ShardReader
 
 ARRAYS = ("video", "mean", "logvar", "text", "text_mask")
 

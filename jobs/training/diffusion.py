@@ -27,7 +27,7 @@ from models.condition import Condition
 from models.embed import MissingModel
 from models.latents import Normalizer, Posterior, Statistics, latent_shape
 from models.objective import TIMES, at_level
-from pipeline.latents import statistics
+from pipeline.shards.latents import statistics
 
 SHOWN = 4  # captions of the data that are sampled where the recipe has no prompts
 MEASURED = 64  # clips whose latents the normaliser is measured on, at least (or an epoch)

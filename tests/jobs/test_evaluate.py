@@ -12,7 +12,7 @@ import torch
 
 from jobs import evaluate
 from pipeline.io.store import Store
-from pipeline.pack import shard
+from pipeline.shards.pack import shard
 from tests.fixtures import run_folder
 
 CLIP = {
@@ -172,7 +172,7 @@ def test_clips_that_are_too_short_are_left_out_not_frozen(run):
 def test_real_videos_are_the_middles_of_clips_as_they_are_stored(run):
     import tarfile
 
-    from pipeline.reader import decode
+    from pipeline.shards.reader import decode
 
     wanted = []
     for tar in (run / "shards").rglob("*.tar"):
@@ -206,7 +206,7 @@ def tiny_clip(tmp_path_factory) -> str:
 
 def test_clip_scores_are_those_of_the_scorer_with_own_and_other_captions(made, run, networks, tiny_clip):
     from models.clip_score import ClipScorer
-    from pipeline.reader import decode
+    from pipeline.shards.reader import decode
 
     options = ["--n", "4", "--size", "32", "--features", str(networks / "colours.pt"), "--clip", tiny_clip]
     row = evaluated(made, run, *options)["numbers"][-1]

@@ -18,8 +18,8 @@ import pytest
 
 from pipeline import report, report_data
 from pipeline.io.store import Store, StoreError
-from pipeline.pack import shard
 from pipeline.record import Caption, Clip, Error, Source, Video, clip_id
+from pipeline.shards.pack import shard
 from tests.fixtures import run_folder
 
 CHROMIUM = Path("/usr/bin/chromium")

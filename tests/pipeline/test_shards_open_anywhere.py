@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.io.store import Store
-from pipeline.pack import shard
-from pipeline.reader import ShardReader
 from pipeline.recipe import parse
+from pipeline.shards.pack import shard
+from pipeline.shards.reader import ShardReader
 from tests.fixtures.run_folder import make_run_folder
 
 

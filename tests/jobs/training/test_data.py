@@ -15,9 +15,9 @@ from jobs import shard
 from jobs.training.data import Loader, build_loader, positions_of
 from jobs.training.recipe import TrainRecipe
 from models.latents import BlockDCT
-from pipeline.buckets import fit
 from pipeline.io.store import StoreError
-from pipeline.reader import ShardReader, read_index
+from pipeline.shards.buckets import fit
+from pipeline.shards.reader import ShardReader, read_index
 from tests.fixtures.run_folder import make_run_folder
 
 SHAPES = [(4, 32, 32), (8, 32, 56), (24, 16, 16)]  # at 4 a second: 1, 2 and 6 s

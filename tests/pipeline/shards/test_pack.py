@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.shard import main
-from pipeline import pack
 from pipeline.decide.rules import clip_files
 from pipeline.io.store import Ranges, Store, StoreError
-from pipeline.pack import bucket, shard, split
 from pipeline.recipe import parse
+from pipeline.shards import pack
+from pipeline.shards.pack import bucket, shard, split
 from tests.fixtures.run_folder import CAPTIONERS, EMBEDDING, EMBEDDING_SIZE, make_run_folder
 
 ROOT = Path(__file__).parents[2]

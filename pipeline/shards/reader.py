@@ -38,8 +38,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.buckets import Shape, deal, fit, whole_batches
 from pipeline.io.store import Ranges, Store, StoreError
+from pipeline.shards.buckets import Shape, deal, fit, whole_batches
 
 try:
     from torch.utils.data import IterableDataset

@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 import pytest
 
 from pipeline.io.store import Store, StoreError
-from pipeline.pack import shard
-from pipeline.reader import BrokenSample, ShardLoader, ShardReader, decode, read_index
 from pipeline.recipe import parse
+from pipeline.shards.pack import shard
+from pipeline.shards.reader import BrokenSample, ShardLoader, ShardReader, decode, read_index
 from tests.fixtures.run_folder import make_run_folder
 
 

@@ -7,10 +7,10 @@ import tarfile
 import numpy as np
 import pytest
 
-from pipeline import latents
 from pipeline.io.store import Store, StoreError
-from pipeline.latents import Encoded, LatentReader, Part
-from pipeline.reader import BrokenSample
+from pipeline.shards import latents
+from pipeline.shards.latents import Encoded, LatentReader, Part
+from pipeline.shards.reader import BrokenSample
 
 SHAPES = [(4, 16, 16), (8, 16, 24)]
 

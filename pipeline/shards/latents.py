@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.buckets import Shape
 from pipeline.io.store import Store, StoreError
-from pipeline.pack import split
-from pipeline.reader import BrokenSample, Sample, ShardReader
+from pipeline.shards.buckets import Shape
+from pipeline.shards.pack import split
+from pipeline.shards.reader import BrokenSample, Sample, ShardReader
 
 MAX_CLIPS, MAX_BYTES = 256, 256 << 20  # of a tar: what a killed rank loses at most
 LARGEST = float(np.finfo(np.float16).max)
