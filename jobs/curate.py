@@ -62,8 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
 
-    from pipeline import needs, recipe, run
+    from pipeline import recipe
     from pipeline.io import store
+    from pipeline.run.job import job as run
+    from pipeline.run.job import needs
     from pipeline.sources.listing import listing as sources
 
     try:

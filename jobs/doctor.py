@@ -240,8 +240,8 @@ def video_encoder(recipe: Recipe) -> Check:
 
 def models(recipe: Recipe) -> Iterator[Check]:
     """Every model the recipe names and where it comes from; no weights are loaded or fetched."""
-    from pipeline.needs import models
     from pipeline.recipe import RecipeError
+    from pipeline.run.needs import models
 
     for name, where in models(recipe):
         try:

@@ -1,7 +1,7 @@
 """What a stage is, and how one is run on one unit of work.
 
 A stage is a plain object: build it, `setup()` once a worker, call it with the videos of one unit. It
-needs no Ray; `pipeline.graph` lists the stages a recipe names, and `pipeline.run`
+needs no Ray; `pipeline.graph` lists the stages a recipe names, and `pipeline.run.job`
 puts them on Ray Data or runs them in this process.
 Module level imports of stage files stay light: models are imported in `setup`.
 """

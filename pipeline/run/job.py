@@ -24,13 +24,13 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pipeline import commit
 from pipeline.decide.rules import check_rules
 from pipeline.graph import build
 from pipeline.io.store import Store, StoreError
-from pipeline.progress import Display, Ledger
 from pipeline.recipe import Recipe
 from pipeline.record import Source, Video, clip_schema
+from pipeline.run.job import commit
+from pipeline.run.progress import Display, Ledger
 from pipeline.sources.listing import listing as sources
 from pipeline.stages import Resources, Stage, StageError, fail, produced, run_stage
 

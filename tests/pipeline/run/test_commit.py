@@ -1,8 +1,7 @@
 """Commits: the videos' file is the mark; a unit without it never happened."""
 
-from pipeline import commit
 from pipeline.io.store import Store
-from pipeline.run import run_local
+from pipeline.run.job import commit, run_local
 from pipeline.stages import produced
 from tests.fixtures.toy_stages import Toy, units
 

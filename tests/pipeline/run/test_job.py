@@ -2,10 +2,9 @@
 
 import pytest
 
-from pipeline import commit
 from pipeline.io.store import Store, StoreError
-from pipeline.progress import Display, Ledger, _clock
-from pipeline.run import Pool, RunError, Worker, fit, pools, run_ray
+from pipeline.run.job import Pool, RunError, Worker, commit, fit, pools, run_ray
+from pipeline.run.progress import Display, Ledger, _clock
 from pipeline.stages import Resources, produced
 from tests.fixtures.toy_stages import Toy, units
 
