@@ -25,8 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("dir", metavar="DIR", help="output folder of a run, also s3:// or gs://")
     args = parser.parse_args(argv)
 
-    from pipeline import report
     from pipeline.io import store
+    from pipeline.report.page import page as report
 
     try:
         print(report.write(store.Store(args.dir)))

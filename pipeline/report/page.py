@@ -27,7 +27,7 @@ import yaml
 
 from pipeline.decide.rules import CHOSEN, DUPLICATE, NO_CAPTION
 from pipeline.io.store import Store
-from pipeline.report_data import DROPPED_SHOWN, Limit, Run, all_pictures, choose
+from pipeline.report.data import DROPPED_SHOWN, Limit, Run, all_pictures, choose
 
 SOURCES_SHOWN = 300  # rows of the table
 BINS = 40  # of a histogram, about

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import report, report_data
 from pipeline.io.store import Store, StoreError
 from pipeline.record import Caption, Clip, Error, Source, Video, clip_id
+from pipeline.report.page import data as report_data
+from pipeline.report.page import page as report
 from pipeline.shards.pack import shard
 from tests.fixtures import run_folder
 
