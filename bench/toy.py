@@ -20,8 +20,8 @@ import torch
 
 from jobs.training.system import System, load_trained, to_unit
 from models.generate import extend, interpolate, with_known
-from pipeline.toy_reader import judge, trajectory, velocity
-from pipeline.toy_world import EDGE, SPEEDS, Scene, render, scene, story
+from pipeline.toy.reader import judge, trajectory, velocity
+from pipeline.toy.world import EDGE, SPEEDS, Scene, render, scene, story
 
 SIDE, BATCH = 32, 20
 FPS = 8.0  # of the videos of clipmill toy

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.toy import SIDE, pictures
-from pipeline.toy_reader import read, trajectory
-from pipeline.toy_world import SHAPES, Attributes, every, parse, scene
+from pipeline.toy.reader import read, trajectory
+from pipeline.toy.world import SHAPES, Attributes, every, parse, scene
 
 CROP = 13
 SOFT, NOISY = 1.2, 40  # the most that the network is trained on: pixels, grey levels

@@ -19,7 +19,7 @@ examples
   clipmill judge toy/model --n 450 --out toy/judged
 
 Captions are drawn from all 450 combinations of count, colour, shape, direction and background, none twice.
-Each video is read by rules, exactly (pipeline/toy_reader.py); what cannot be read is wrong. --out keeps the
+Each video is read by rules, exactly (pipeline/toy/reader.py); what cannot be read is wrong. --out keeps the
 videos, a contact sheet and judged.json, a line a video.
 """
 
@@ -74,7 +74,7 @@ def draw_captions(n: int, seed: int) -> list[str]:
     """n of the sentences of this world, none twice."""
     import numpy as np
 
-    from pipeline.toy_world import every
+    from pipeline.toy.world import every
 
     whole = [attributes.caption() for attributes in every()]
     return [whole[i] for i in np.random.default_rng(seed).permutation(len(whole))[:n]]
@@ -98,8 +98,8 @@ def draw_videos(
 
 def verdict(video: np.ndarray, caption: str) -> dict[str, str | bool | None]:
     """What of the caption is right, and what the reader sees."""
-    from pipeline.toy_reader import read
-    from pipeline.toy_world import parse
+    from pipeline.toy.reader import read
+    from pipeline.toy.world import parse
 
     wanted, seen = vars(parse(caption)), vars(read(video).attributes)
     right = {a: wanted[a] == seen[a] for a in ATTRIBUTES}

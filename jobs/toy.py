@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipeline.toy_world import Scene
+    from pipeline.toy.world import Scene
 
 EPILOG = """
 One to three circles, squares or triangles of one colour move over black or white, scene after scene, with
@@ -91,7 +91,7 @@ def make(out: Path, videos: int, scenes: int, size: int, fps: int, pan: float, s
     """
     import numpy as np
 
-    from pipeline import toy_world
+    from pipeline.toy import world as toy_world
 
     (out / "videos").mkdir(parents=True, exist_ok=True)
     lines = []

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import curate, toy
-from pipeline import toy_world
+from pipeline.toy import world as toy_world
 
 
 @pytest.fixture(scope="module")

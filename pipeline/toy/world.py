@@ -1,7 +1,7 @@
 """A small world whose truth is known: one to three objects of one shape and colour move over black or white.
 
 What training and sampling must get right is then a matter of fact: a clip is described completely by six
-attributes, its caption is one sentence made from them, and `pipeline.toy_reader` reads them back from the
+attributes, its caption is one sentence made from them, and `pipeline.toy.reader` reads them back from the
 pictures. Lengths are in picture sides and times in frames until `render` draws them, so one scene may be
 drawn at any size.
 

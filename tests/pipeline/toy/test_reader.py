@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from jobs import toy
-from pipeline import toy_reader as reader
-from pipeline import toy_world as world
-from pipeline.toy_world import Attributes
+from pipeline.toy import reader, world
+from pipeline.toy.world import Attributes
 
 NOTHING = Attributes(None, None, None, None, None, None)
 

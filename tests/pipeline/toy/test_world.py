@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline import toy_world as world
-from pipeline.toy_world import Attributes
+from pipeline.toy import world
+from pipeline.toy.world import Attributes
 
 
 def scenes(number: int, pan: float = 0.3) -> list[world.Scene]:

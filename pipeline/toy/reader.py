@@ -1,4 +1,4 @@
-"""Reads the small world of `pipeline.toy_world` back from pictures: its captioner, its judge and its ruler.
+"""Reads the small world of `pipeline.toy.world` back from pictures: its captioner, its judge and its ruler.
 
 Nothing here is learnt. Objects are the connected patches of vivid colour; a shape is the drawn one that the
 object, averaged over all frames, correlates with best, at the size of this world's objects and, as far as that
@@ -25,7 +25,7 @@ import numpy as np
 from pipeline.caption.captioner import Captioner
 from pipeline.record import Clip, Video
 from pipeline.samples import pictures
-from pipeline.toy_world import COLOURS, COUNTS, DIRECTIONS, SHAPES, SIDE, TEXTURE, Attributes, coverage, parse
+from pipeline.toy.world import COLOURS, COUNTS, DIRECTIONS, SHAPES, SIDE, TEXTURE, Attributes, coverage, parse
 
 VIVID = 80  # largest less smallest of R, G, B at the edge of an object; its middle has 150 to 195
 SMALLEST, LARGEST = 0.35 * SIDE**2, 1.5 * SIDE**2  # share of the picture that an object covers: half … 1 box
