@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from jobs.training.system import System, load_trained, to_unit
-from models.generate import extend, interpolate, with_known
+from models.diffusion.generate import extend, interpolate, with_known
 from pipeline.toy.reader import judge, trajectory, velocity
 from pipeline.toy.world import EDGE, SPEEDS, Scene, render, scene, story
 

@@ -33,7 +33,7 @@ PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense FLOP/s
 
 
 def image_ours(size: str, batch: int) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
-    from models.condition import Condition
+    from models.diffusion.condition import Condition
     from models.dit import PRESETS, build
 
     model = build(4, **PRESETS[f"{size}/2"], classes=1000, learn_sigma=True)
@@ -62,7 +62,7 @@ def image_diffusers(size: str, batch: int) -> tuple[nn.Module, Callable[[nn.Modu
 
 
 def video_ours(size: str, batch: int, frames: int = 16) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
-    from models.condition import Condition
+    from models.diffusion.condition import Condition
     from models.dit import PRESETS, build
 
     model = build(4, **PRESETS[f"Latte-{size}/2"])

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jobs.training.system import System
-    from models.generate import Draw
+    from models.diffusion.generate import Draw
 
 EPILOG = """
 examples
@@ -161,7 +161,7 @@ class Maker:
 
     def latents(self, prompt: str, seed: int) -> Tensor:
         """[1, C, T, h, w]"""
-        from models.generate import extend, interpolate, upsample, with_known
+        from models.diffusion.generate import extend, interpolate, upsample, with_known
 
         args, system, draw = self.args, self.system, self.draw(seed)
         told = system.condition([prompt])
@@ -246,7 +246,7 @@ class Cascade:
         self.fps = keys.fps * between.stride**args.times
 
     def __call__(self, prompt: str, seed: int) -> Tensor:
-        from models.generate import cascade, interpolate
+        from models.diffusion.generate import cascade, interpolate
 
         keys, between = self.makers[0], self.makers[1]
         told = between.system.condition([prompt])
@@ -267,7 +267,7 @@ class Cascade:
         import torch
 
         from jobs.training.system import enlarged, to_unit
-        from models.generate import upsample
+        from models.diffusion.generate import upsample
 
         system, draw = self.makers[2].system, self.makers[2].draw(seed)
         told = system.condition([prompt])

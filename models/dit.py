@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Axis, CrossAttention, SelfAttention, along
-from models.condition import Condition, LevelEmbedding, frame_mask, sinusoids
+from models.diffusion.condition import Condition, LevelEmbedding, frame_mask, sinusoids
 
 SIZES: dict[str, dict[str, Any]] = {
     "XS": {"dim": 192, "depth": 6, "heads": 3},  # small enough for a CPU

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import CrossAttention, Packing, Rotary, SelfAttention
-from models.condition import Condition, LevelEmbedding
+from models.diffusion.condition import Condition, LevelEmbedding
 from models.dit import Caption, input_channels, mlp, modulate, patchify, unpatchify, with_conditions
 
 PRESETS: dict[str, dict[str, Any]] = {

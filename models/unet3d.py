@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import attend, join_heads, split_heads
-from models.condition import Condition, LevelEmbedding, frame_mask
+from models.diffusion.condition import Condition, LevelEmbedding, frame_mask
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"width": 32, "multipliers": (1, 2, 4), "depth": 1},

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.condition import Condition, LevelEmbedding, sinusoids
-from models.noise import level as noise_level
+from models.diffusion.condition import Condition, LevelEmbedding, sinusoids
+from models.diffusion.noise import level as noise_level
 from models.unet3d import (
     Attention,
     CrossAttention,

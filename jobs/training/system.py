@@ -22,12 +22,12 @@ from jobs.training.distributed import device_of
 from jobs.training.recipe import Autoencoder as AutoencoderRecipe
 from jobs.training.recipe import Bucket, Objective, Tasks, TrainRecipe, import_spec
 from jobs.training.recipe import Text as TextRecipe
-from models.condition import Condition
-from models.generate import Draw, drawer
+from models.diffusion.condition import Condition
+from models.diffusion.generate import Draw, drawer
+from models.diffusion.noise import Cosine, Flow, Linear, Schedule
+from models.diffusion.objective import MinSNR, Process, Uncertainty, Weighting, prediction_error, uniform
+from models.diffusion.samplers import SAMPLERS
 from models.latents import Autoencoder, BlockDCT, Normalizer, Posterior, latent_shape
-from models.noise import Cosine, Flow, Linear, Schedule
-from models.objective import MinSNR, Process, Uncertainty, Weighting, prediction_error, uniform
-from models.samplers import SAMPLERS
 from models.text_encoder import PretrainedText, WordText
 
 
@@ -140,11 +140,11 @@ class System:
         seed: int = 0,
         reconstruct: float = 0.0,
     ) -> Draw:
-        """(shape, condition) → latents, as `models.generate` takes it; what is not given is as the recipe has it.
+        """(shape, condition) → latents, as `models.diffusion.generate` takes it; what is not given is as the recipe has it.
 
         Args:
             network: as it is wrapped, or its own.
-            sampler: a name in `models.samplers`; 'auto' is DPM-Solver++(2M).
+            sampler: a name in `models.diffusion.samplers`; 'auto' is DPM-Solver++(2M).
             reconstruct: weight of reconstruction guidance, for a network that was trained without known
                 frames; one that was trained with them is told them as well.
 

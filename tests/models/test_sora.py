@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import models.sora
-from models.condition import Condition
+from models.diffusion.condition import Condition
 from models.dit import patchify, unpatchify
 from models.sora import PRESETS, Sora, build
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import backend
-from models.condition import Condition
-from models.noise import Cosine, level
+from models.diffusion.condition import Condition
+from models.diffusion.noise import Cosine, level
 from models.unet3d import (
     PRESETS,
     WAVES,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.condition import Condition
-from models.noise import level as noise_level
+from models.diffusion.condition import Condition
+from models.diffusion.noise import level as noise_level
 from models.video_ldm import (
     PRESETS,
     KnownFrames,

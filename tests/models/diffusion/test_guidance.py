@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from models.condition import Condition
-from models.guidance import classifier_free, reconstruction, renoised, replacement, shrink
-from models.noise import Cosine, Flow, Linear, over
-from models.objective import Process, of
-from models.samplers import SAMPLERS, ancestral, heun, timesteps
+from models.diffusion.condition import Condition
+from models.diffusion.guidance import classifier_free, reconstruction, renoised, replacement, shrink
+from models.diffusion.noise import Cosine, Flow, Linear, over
+from models.diffusion.objective import Process, of
+from models.diffusion.samplers import SAMPLERS, ancestral, heun, timesteps
 
 F64 = torch.float64
 MEAN, SPREAD = 0.8, 0.5  # of x with a text; without, N(0, SPREAD²)

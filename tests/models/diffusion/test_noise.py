@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from models.noise import Cosine, Flow, Linear, from_logsnr, level, logsnr, over
+from models.diffusion.noise import Cosine, Flow, Linear, from_logsnr, level, logsnr, over
 
 T = torch.linspace(0, 1, 101, dtype=torch.float64)
 

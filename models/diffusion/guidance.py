@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.condition import Condition
-from models.noise import Schedule, over
-from models.objective import Denoise, Process, denoiser
-from models.samplers import normal
+from models.diffusion.condition import Condition
+from models.diffusion.noise import Schedule, over
+from models.diffusion.objective import Denoise, Process, denoiser
+from models.diffusion.samplers import normal
 
 
 def classifier_free(

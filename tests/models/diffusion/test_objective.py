@@ -8,9 +8,9 @@ import scipy.stats
 import torch
 from torch import nn
 
-from models.condition import Condition
-from models.noise import Cosine, Flow, Linear, logsnr, over
-from models.objective import (
+from models.diffusion.condition import Condition
+from models.diffusion.noise import Cosine, Flow, Linear, logsnr, over
+from models.diffusion.objective import (
     MinSNR,
     Process,
     Uncertainty,
@@ -24,7 +24,7 @@ from models.objective import (
     to_eps,
     to_x,
 )
-from models.samplers import dpmpp_2m, timesteps
+from models.diffusion.samplers import dpmpp_2m, timesteps
 
 SCHEDULES = [Cosine(), Cosine(shift=-1.0), Linear(), Flow(), Flow(3.0)]
 PREDICTIONS = ["eps", "x", "v", "flow"]

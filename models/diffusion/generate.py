@@ -25,10 +25,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.condition import Condition
-from models.guidance import classifier_free, reconstruction, replacement
-from models.objective import Process, at_level
-from models.samplers import Sampler, dpmpp_2m, normal, timesteps
+from models.diffusion.condition import Condition
+from models.diffusion.guidance import classifier_free, reconstruction, replacement
+from models.diffusion.objective import Process, at_level
+from models.diffusion.samplers import Sampler, dpmpp_2m, normal, timesteps
 
 Shape = tuple[int, int, int, int, int]
 Draw = Callable[[Shape, Condition], Tensor]
@@ -56,7 +56,7 @@ def drawer(
     what the network was trained for (`tell_known`), by reconstruction guidance, or by both.
 
     Args:
-        sampler: of `models.samplers`; options of its own are bound with `functools.partial`.
+        sampler: of `models.diffusion.samplers`; options of its own are bound with `functools.partial`.
         guidance, interval, rescale: `guidance.classifier_free`.
         tell_known: pass `condition.known` to the network; False for one that was not trained with it.
         reconstruct: w_r of `guidance.reconstruction` for known frames; 0 is none.

@@ -1,6 +1,6 @@
 """What a denoiser is trained to predict, at which times, weighted how; and the trained network as x̂(z, t).
 
-A noisy latent is z = α x + σ ε, under any schedule (`models.noise`). A network predicts one of
+A noisy latent is z = α x + σ ε, under any schedule (`models.diffusion.noise`). A network predicts one of
 
     eps    ε              DDPM (Ho et al. 2020)
     x      x
@@ -21,9 +21,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from models import noise as noises
-from models.condition import Condition
-from models.noise import Schedule, over
+from models.diffusion import noise as noises
+from models.diffusion.condition import Condition
+from models.diffusion.noise import Schedule, over
 
 Prediction = Literal["eps", "x", "v", "flow"]
 Denoise = Callable[[Tensor, Tensor], Tensor]

@@ -16,8 +16,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from models.noise import Cosine, Flow, Linear, logsnr
-from models.samplers import (
+from models.diffusion.noise import Cosine, Flow, Linear, logsnr
+from models.diffusion.samplers import (
     SAMPLERS,
     ancestral,
     ddim,

@@ -5,9 +5,9 @@ Every denoiser of this package is called as
     model(z, level, condition) → prediction
 
     z          [B, C, T, h, w]  noisy latents
-    level      [B]              angle of the noise, 0…1 (`models.noise.level`)
+    level      [B]              angle of the noise, 0…1 (`models.diffusion.noise.level`)
     condition  Condition        below; every field may be None
-    prediction [B, C, T, h, w]  of ε, x, v or the flow: `models.objective` knows which, the model does not
+    prediction [B, C, T, h, w]  of ε, x, v or the flow: `models.diffusion.objective` knows which, the model does not
 
 so that models, objectives and samplers combine freely. A model raises ValueError for a field that it was
 not built to take.

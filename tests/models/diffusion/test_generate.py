@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from models.condition import Condition
-from models.generate import cascade, drawer, extend, interpolate, key_places, upsample, with_known
-from models.noise import Cosine
-from models.objective import Process
-from models.samplers import SAMPLERS, ancestral, dpmpp_2m
+from models.diffusion.condition import Condition
+from models.diffusion.generate import cascade, drawer, extend, interpolate, key_places, upsample, with_known
+from models.diffusion.noise import Cosine
+from models.diffusion.objective import Process
+from models.diffusion.samplers import SAMPLERS, ancestral, dpmpp_2m
 
 RHO = 0.9
 F64 = torch.float64

@@ -6,7 +6,7 @@
     z          noise of times[0], [B, …]; float32 or float64
     times      [N + 1] decreasing in 0…1; denoise is called at all but the last. Where that is 0 the last
                step returns x̂: t = 0 is data, α = 1 and σ = 0, also where a schedule stops just short of it
-    schedule   t → (α, σ) with z = α x + σ ε, any of `models.noise`
+    schedule   t → (α, σ) with z = α x + σ ε, any of `models.diffusion.noise`
     generator  of the noise that is added, on any device; the samplers of an ODE draw none
 
 Scalars are Python floats, so float64 throughout. Below, t is the time of z and s < t that of the next z.
@@ -22,8 +22,8 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from models.noise import Schedule, logsnr
-from models.objective import Denoise
+from models.diffusion.noise import Schedule, logsnr
+from models.diffusion.objective import Denoise
 
 
 class Sampler(Protocol):
