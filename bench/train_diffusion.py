@@ -33,8 +33,8 @@ PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense FLOP/s
 
 
 def image_ours(size: str, batch: int) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from models.denoisers.dit import PRESETS, build
     from models.diffusion.condition import Condition
-    from models.dit import PRESETS, build
 
     model = build(4, **PRESETS[f"{size}/2"], classes=1000, learn_sigma=True)
     z, level = torch.randn(batch, 4, 1, 32, 32), torch.rand(batch)
@@ -45,7 +45,7 @@ def image_ours(size: str, batch: int) -> tuple[nn.Module, Callable[[nn.Module], 
 def image_diffusers(size: str, batch: int) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     from diffusers import DiTTransformer2DModel
 
-    from models.dit import SIZES
+    from models.denoisers.dit import SIZES
 
     s = SIZES[size]
     model = DiTTransformer2DModel(
@@ -62,8 +62,8 @@ def image_diffusers(size: str, batch: int) -> tuple[nn.Module, Callable[[nn.Modu
 
 
 def video_ours(size: str, batch: int, frames: int = 16) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from models.denoisers.dit import PRESETS, build
     from models.diffusion.condition import Condition
-    from models.dit import PRESETS, build
 
     model = build(4, **PRESETS[f"Latte-{size}/2"])
     z, level = torch.randn(batch, 4, frames, 32, 32), torch.rand(batch)
@@ -75,7 +75,7 @@ def video_diffusers(
 ) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     from diffusers import LatteTransformer3DModel
 
-    from models.dit import SIZES
+    from models.denoisers.dit import SIZES
 
     s = SIZES[size]
     model = LatteTransformer3DModel(  # its layers are pairs, spatial and temporal

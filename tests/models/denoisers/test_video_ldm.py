@@ -10,9 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.diffusion.condition import Condition
-from models.diffusion.noise import level as noise_level
-from models.video_ldm import (
+from models.denoisers.video_ldm import (
     PRESETS,
     KnownFrames,
     Layer,
@@ -24,6 +22,8 @@ from models.video_ldm import (
     build,
     timestep,
 )
+from models.diffusion.condition import Condition
+from models.diffusion.noise import level as noise_level
 from tests.models.test_unet3d import learnt, normal, scattered
 
 CHANNELS, FRAMES, SIDE, TEXT = 4, 5, 4, 8

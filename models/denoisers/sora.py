@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import CrossAttention, Packing, Rotary, SelfAttention
+from models.denoisers.dit import Caption, input_channels, mlp, modulate, patchify, unpatchify, with_conditions
 from models.diffusion.condition import Condition, LevelEmbedding
-from models.dit import Caption, input_channels, mlp, modulate, patchify, unpatchify, with_conditions
 
 PRESETS: dict[str, dict[str, Any]] = {
     "XS": {"dim": 192, "ffn": 768, "heads": 3, "depth": 6},  # small enough for a CPU

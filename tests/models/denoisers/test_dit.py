@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.denoisers.dit import PRESETS, Block, DiT, build, patchify, time_positions, unpatchify
 from models.diffusion.condition import Condition
-from models.dit import PRESETS, Block, DiT, build, patchify, time_positions, unpatchify
 
 SMALL: dict[str, Any] = {"dim": 32, "depth": 2, "heads": 2}
 ATTENTIONS = ["full", "factorised", "alternating"]

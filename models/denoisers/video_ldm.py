@@ -26,9 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.diffusion.condition import Condition, LevelEmbedding, sinusoids
-from models.diffusion.noise import level as noise_level
-from models.unet3d import (
+from models.denoisers.unet3d import (
     Attention,
     CrossAttention,
     FrameNorm,
@@ -40,6 +38,8 @@ from models.unet3d import (
     inputs,
     tokens,
 )
+from models.diffusion.condition import Condition, LevelEmbedding, sinusoids
+from models.diffusion.noise import level as noise_level
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"width": 32, "multipliers": (1, 2, 4), "depth": 1},

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import models.sora
+import models.denoisers.sora
+from models.denoisers.dit import patchify, unpatchify
+from models.denoisers.sora import PRESETS, Sora, build
 from models.diffusion.condition import Condition
-from models.dit import patchify, unpatchify
-from models.sora import PRESETS, Sora, build
 
 SMALL: dict[str, Any] = {"dim": 48, "ffn": 80, "heads": 2, "depth": 2}
 BUCKETS = [(1, 4, 6), (5, 4, 4), (3, 8, 2), (2, 2, 10)]  # an image, and clips of any aspect
@@ -236,9 +236,9 @@ def test_one_frame_is_the_image_path(monkeypatch: pytest.MonkeyPatch):
         rows, columns = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
         angle = torch.cat([rows[:, None] * rate, columns[:, None] * rate], dim=-1)
         angle = F.pad(angle, (head // 2 - 2 * third, 0))
-        return models.sora.Rotary(angle.cos(), angle.sin())
+        return models.denoisers.sora.Rotary(angle.cos(), angle.sin())
 
-    monkeypatch.setattr(models.sora, "rotary", flat)
+    monkeypatch.setattr(models.denoisers.sora, "rotary", flat)
     assert (model(z, level, condition) - out).abs().max() < 1e-12
 
 
@@ -251,9 +251,9 @@ def test_the_prediction_does_not_depend_on_where_the_grid_begins(monkeypatch: py
 
     def shifted(*sides: Any, by: tuple[int, int, int]) -> Any:
         grid = torch.cartesian_prod(*(torch.arange(n) for n in sides[:3])) + torch.tensor(by)
-        return models.sora.Rotary.of(grid, sides[3])
+        return models.denoisers.sora.Rotary.of(grid, sides[3])
 
-    monkeypatch.setattr(models.sora, "rotary", lambda *a: shifted(*a, by=(9, -4, 100)))
+    monkeypatch.setattr(models.denoisers.sora, "rotary", lambda *a: shifted(*a, by=(9, -4, 100)))
     assert (model(z, level, condition) - out).abs().max() < 1e-10
 
 
@@ -267,7 +267,7 @@ def test_a_new_model_gives_zero_and_its_blocks_are_the_identity_bit_for_bit():
         model(torch.randn(2, 3, 3, 4, 4), torch.rand(2), Condition()), torch.zeros(2, 3, 3, 4, 4)
     )
     x, c, words = torch.randn(2, 12, 48), torch.randn(2, 48), torch.randn(2, 5, 48)
-    turn = models.sora.rotary(3, 2, 2, 24, torch.device("cpu"), torch.float32)
+    turn = models.denoisers.sora.rotary(3, 2, 2, 24, torch.device("cpu"), torch.float32)
     for block in model.blocks:
         assert torch.equal(block(x, model.ada(c).unflatten(-1, (6, -1)), turn, words), x)
 

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import backend
-from models.diffusion.condition import Condition
-from models.diffusion.noise import Cosine, level
-from models.unet3d import (
+from models.denoisers.unet3d import (
     PRESETS,
     WAVES,
     Block,
@@ -26,6 +24,8 @@ from models.unet3d import (
     UNet3D,
     build,
 )
+from models.diffusion.condition import Condition
+from models.diffusion.noise import Cosine, level
 
 TINY: dict[str, Any] = {"width": 8, "multipliers": (1, 2), "depth": 1, "head_dim": 4}
 EVERY_OPTION = {"cross_attention": True, "places": True, "context": True, "upsample": True}
