@@ -95,7 +95,7 @@ def encode(
     from jobs.training.data import made_with, reader_of
     from jobs.training.distributed import device_of
     from jobs.training.system import build_system
-    from models.latents import latent_shape
+    from models.autoencoders.latents import latent_shape
     from pipeline.io.store import Store
     from pipeline.shards import latents
 

@@ -184,7 +184,7 @@ class Maker:
     def _given(self) -> Tensor:
         """Normalised latents of what is given, [1, C, K, h, w]."""
         from jobs.training.system import enlarged
-        from models.latents import latent_shape
+        from models.autoencoders.latents import latent_shape
 
         system, task = self.system, self.args.task
         autoencoder, bucket = system.autoencoder, system.bucket

@@ -23,10 +23,10 @@ from jobs.training.data import Loader, build_loader
 from jobs.training.recipe import Tasks, TrainRecipe
 from jobs.training.system import System, blurred, build_system, knows_frames, load_trained, to_unit
 from jobs.training.task import Batch, Draws, Losses, Phase
+from models.autoencoders.latents import Normalizer, Posterior, Statistics, latent_shape
 from models.diffusion.condition import Condition
 from models.diffusion.objective import TIMES, at_level
 from models.embed import MissingModel
-from models.latents import Normalizer, Posterior, Statistics, latent_shape
 from pipeline.shards.latents import statistics
 
 SHOWN = 4  # captions of the data that are sampled where the recipe has no prompts

@@ -22,12 +22,12 @@ from jobs.training.distributed import device_of
 from jobs.training.recipe import Autoencoder as AutoencoderRecipe
 from jobs.training.recipe import Bucket, Objective, Tasks, TrainRecipe, import_spec
 from jobs.training.recipe import Text as TextRecipe
+from models.autoencoders.latents import Autoencoder, BlockDCT, Normalizer, Posterior, latent_shape
 from models.diffusion.condition import Condition
 from models.diffusion.generate import Draw, drawer
 from models.diffusion.noise import Cosine, Flow, Linear, Schedule
 from models.diffusion.objective import MinSNR, Process, Uncertainty, Weighting, prediction_error, uniform
 from models.diffusion.samplers import SAMPLERS
-from models.latents import Autoencoder, BlockDCT, Normalizer, Posterior, latent_shape
 from models.text_encoder import PretrainedText, WordText
 
 
@@ -214,11 +214,11 @@ def build_autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> Autoen
         raise ValueError(f"autoencoder.kind {recipe.kind} needs autoencoder.path: name {what}")
     found: Any
     if recipe.kind == "diffusers":
-        from models.autoencoders import load
+        from models.autoencoders.published import load
 
         found = load(recipe.path)
     else:
-        from models.vae import build
+        from models.autoencoders.vae import build
 
         trained = load_model(Path(recipe.path))
         if "vae" not in trained.weights:

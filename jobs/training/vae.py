@@ -23,9 +23,14 @@ from jobs.training.data import build_loader, reader_of
 from jobs.training.recipe import TrainRecipe, VAELoss
 from jobs.training.system import to_bytes, to_unit
 from jobs.training.task import Batch, Draws, Loader, Losses, Phase
-from models import perceptual, vae
-from models.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
-from models.latents import Posterior, latent_shape
+from models.autoencoders.discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+)
+from models.autoencoders.latents import Posterior, latent_shape
+from models.autoencoders.published import perceptual, vae
 from models.quality import psnr
 
 SHOWN = 2  # clips whose reconstruction is looked at
@@ -143,5 +148,5 @@ class AutoencoderTask:
         return iter(())
 
     def state(self) -> dict[str, Any]:
-        """`vae`: what `models.vae.build` takes."""
+        """`vae`: what `models.autoencoders.vae.build` takes."""
         return {"vae": self.made_of}

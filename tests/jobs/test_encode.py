@@ -19,7 +19,7 @@ from jobs import shard
 from jobs.training.diffusion import build, images_of
 from jobs.training.recipe import TrainRecipe
 from jobs.training.task import Draws
-from models.latents import BlockDCT, Posterior
+from models.autoencoders.latents import BlockDCT, Posterior
 from pipeline.shards import latents
 from pipeline.shards.reader import ShardReader, read_index
 from tests.fixtures.run_folder import make_run_folder

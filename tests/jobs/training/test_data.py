@@ -14,7 +14,7 @@ import torch
 from jobs import shard
 from jobs.training.data import Loader, build_loader, positions_of
 from jobs.training.recipe import TrainRecipe
-from models.latents import BlockDCT
+from models.autoencoders.latents import BlockDCT
 from pipeline.io.store import StoreError
 from pipeline.shards.buckets import fit
 from pipeline.shards.reader import ShardReader, read_index

@@ -17,8 +17,8 @@ from jobs.training.loop import train
 from jobs.training.recipe import Tasks, TrainRecipe, load_training
 from jobs.training.system import Network, build_network, build_process, load_system, load_trained, to_unit
 from jobs.training.task import Draws
+from models.autoencoders.latents import BlockDCT
 from models.diffusion.objective import prediction_error
-from models.latents import BlockDCT
 from tests.fixtures.run_folder import make_run_folder
 
 CPU = torch.device("cpu")

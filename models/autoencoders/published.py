@@ -1,4 +1,4 @@
-"""Autoencoders of published models, by `diffusers`, under one protocol (`models.latents.Autoencoder`).
+"""Autoencoders of published models, by `diffusers`, under one protocol (`models.autoencoders.latents.Autoencoder`).
 
 vae = load("stable-diffusion-xl/vae")           # a folder with config.json, or a hub id
 z = vae.normalizer(vae.encode(video).mean)      # as the model's own diffusion network saw it
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.autoencoders.latents import Normalizer, Posterior, latent_shape
 from models.embed import MissingModel
-from models.latents import Normalizer, Posterior, latent_shape
 
 FRAMES = 16  # that an image autoencoder takes at a time
 

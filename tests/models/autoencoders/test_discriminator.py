@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from models.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from models.autoencoders.discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+)
 
 
 def tiny() -> PatchDiscriminator:

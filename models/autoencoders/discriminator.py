@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.vae import ChannelNorm
+from models.autoencoders.vae import ChannelNorm
 
 
 class PatchDiscriminator(nn.Module):
