@@ -1,4 +1,4 @@
-"""The small vision-language model (`models/small_vlm.py`) as a task of the training loop: video → caption.
+"""The small vision-language model (`models/language/small_vlm.py`) as a task of the training loop: video → caption.
 
 `model` is `small_vlm`; its frames and size are those of the one bucket, which is square, its words
 `text.length` bytes. The loss is a word's: a batch weighs as many parts as it has caption bytes.
@@ -16,8 +16,8 @@ from jobs.training.data import Loader, reader_of
 from jobs.training.recipe import TrainRecipe, import_spec
 from jobs.training.system import to_unit
 from jobs.training.task import Batch, Draws, Losses, Phase
-from models import text
-from models.small_vlm import SmallVLM, caption_loss
+from models.language import text
+from models.language.small_vlm import SmallVLM, caption_loss
 
 
 def build(

@@ -18,8 +18,8 @@ from jobs.training.loop import train as run_training
 from jobs.training.recipe import load_training
 from jobs.training.task import Draws
 from jobs.training.vlm import build
-from models import text
-from models.small_vlm import caption_loss
+from models.language import text
+from models.language.small_vlm import caption_loss
 from tests.fixtures.run_folder import make_run_folder
 from tests.fixtures.toy_training import Notes, in_ranks, weights
 

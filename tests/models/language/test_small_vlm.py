@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from models import text
-from models.small_vlm import SmallVLM, caption_loss
+from models.language import text
+from models.language.small_vlm import SmallVLM, caption_loss
 
 
 def model() -> SmallVLM:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import text
+from models.language import text
 
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"width": 48, "depth": 2, "heads": 4},
