@@ -28,7 +28,7 @@ from models.diffusion.generate import Draw, drawer
 from models.diffusion.noise import Cosine, Flow, Linear, Schedule
 from models.diffusion.objective import MinSNR, Process, Uncertainty, Weighting, prediction_error, uniform
 from models.diffusion.samplers import SAMPLERS
-from models.text_encoder import PretrainedText, WordText
+from models.encoders.text import PretrainedText, WordText
 
 
 class Network(nn.Module):

@@ -179,7 +179,7 @@ def test_i3d_arguments_with_another_output_are_refused(tmp_path):
 
 
 def test_a_vivit_is_its_features_of_resized_frames(tmp_path):
-    from models.vivit import ViViT
+    from models.encoders.vivit import ViViT
 
     torch.manual_seed(0)
     options = {"frames": 4, "size": 32, "dim": 24, "depth": 1, "heads": 2, "model": 3}

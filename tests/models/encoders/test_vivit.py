@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.vivit import PRESETS, DotProductAttention, FactorisedBlock, ViViT, central_frame, load_image_vit
+from models.encoders.vivit import (
+    PRESETS,
+    DotProductAttention,
+    FactorisedBlock,
+    ViViT,
+    central_frame,
+    load_image_vit,
+)
 
 SMALL: dict[str, Any] = {
     "frames": 6,

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from models.embed import MissingModel
-from models.text_encoder import PretrainedText, WordText, hashes, words
+from models.encoders.text import PretrainedText, WordText, hashes, words
 from tests.fixtures.tiny_vlm import _bpe
 
 TEXTS = ["a red square moves", "", "the camera holds still over a blue background while a red square moves"]
