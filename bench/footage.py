@@ -17,7 +17,7 @@ import torch
 from jobs.training.data import reader_of
 from jobs.training.recipe import load_training
 from jobs.training.system import build_autoencoder, load_trained, to_unit
-from models.quality import psnr, ssim
+from models.measures.quality import psnr, ssim
 
 
 def reconstruct(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from models.features import VideoFeatures
+    from models.measures.features import VideoFeatures
 
 EPILOG = """
 examples
@@ -116,7 +116,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is printed and written. Raises what `main` catches, one sentence each."""
     import torch
 
-    from models.features import load_features
+    from models.measures.features import load_features
 
     check(args)
     folder = Path(args.generated)
@@ -358,7 +358,7 @@ def distances(
     network: VideoFeatures, made: Seen, real: Seen, protocol: Protocol, notes: list[str]
 ) -> list[dict[str, Any]]:
     """Fréchet and kernel distance of n generated to n real videos, and of n other real ones to the same."""
-    from models.frechet import frechet_distance, kernel_distance, moments, too_few
+    from models.measures.frechet import frechet_distance, kernel_distance, moments, too_few
 
     n = protocol.n
     ours, known = made.features[network.hash][:n], real.features[network.hash]
@@ -379,8 +379,8 @@ def clip_scorer(name: str | None, device: str) -> Any:
     """Raises MissingModel where the weights cannot be had."""
     if name is None:
         return None
-    from models.clip_score import ClipScorer
-    from models.features import clip_parts
+    from models.measures.clip_score import ClipScorer
+    from models.measures.features import clip_parts
 
     return ClipScorer(*clip_parts(name), device)
 
@@ -389,8 +389,8 @@ def clip_scores(
     scorer: Any, name: str, made: Seen, real: Seen, protocol: Protocol, notes: list[str]
 ) -> list[dict[str, Any]]:
     """Mean CLIPScore of videos with their own caption, and with that of another: what chance gives."""
-    from models.clip_score import clip_score
-    from models.features import weights_hash
+    from models.measures.clip_score import clip_score
+    from models.measures.features import weights_hash
 
     n = protocol.n
     if not all(made.captions[:n]):

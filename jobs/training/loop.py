@@ -380,7 +380,7 @@ class Trainer:
         run, world = self.recipe.run, self.world
         if self.frechet is None:
             from jobs.training.monitor import FrechetInLoop
-            from models.features import load_features
+            from models.measures.features import load_features
 
             features = load_features(run.features, str(world.device))
             protocol = {

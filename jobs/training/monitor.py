@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from models.features import VideoFeatures
+    from models.measures.features import VideoFeatures
 
 PAGE_EVERY_S = 300.0  # the page is written anew at least so often, while steps are logged
 VIDEO_SIDE = 128  # pixels that the shorter side of an mp4 has at least
@@ -308,7 +308,7 @@ class FrechetInLoop:
     compared with the first, too: what a perfect model would score.
 
     Args:
-        features: a network of `models.features`.
+        features: a network of `models.measures.features`.
         real: batches of real videos, uint8 [B, T, H, W, 3]; read only where nothing is kept.
         n: real videos to compare with; sample as many, since the distance depends on it.
         protocol: what else decides the numbers (data, frames, fps, size, seed); another one measures anew.
@@ -322,7 +322,7 @@ class FrechetInLoop:
         n: int,
         protocol: dict[str, Any] | None = None,
     ):
-        from models.frechet import frechet_distance, kernel_distance, moments
+        from models.measures.frechet import frechet_distance, kernel_distance, moments
 
         self.features = features
         known = self._real_features(Path(out), real, n, protocol or {})
@@ -343,7 +343,7 @@ class FrechetInLoop:
         import torch
         import torch.distributed as dist
 
-        from models.frechet import frechet_distance, kernel_distance, moments
+        from models.measures.frechet import frechet_distance, kernel_distance, moments
 
         found = [self.features(v) for v in videos]
         mine = torch.cat(found) if found else self.real[:0]

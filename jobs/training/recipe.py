@@ -200,7 +200,7 @@ class Run(Section):
         0, ge=0, description="videos sampled each time to measure their distance to real ones"
     )
     features: str = Field(
-        "efficientnet-lite0", description="the network of that distance (`models.features`)"
+        "efficientnet-lite0", description="the network of that distance (`models.measures.features`)"
     )
     wandb: bool = False
 

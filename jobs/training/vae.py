@@ -31,7 +31,7 @@ from models.autoencoders.discriminator import (
 )
 from models.autoencoders.latents import Posterior, latent_shape
 from models.autoencoders.published import perceptual, vae
-from models.quality import psnr
+from models.measures.quality import psnr
 
 SHOWN = 2  # clips whose reconstruction is looked at
 

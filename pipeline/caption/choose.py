@@ -4,7 +4,7 @@ Two ways to judge, both written into each caption's `scores`:
 
 - `consensus`: mean similarity to what the other captioners said. A statement that several models make on
   their own is rarely made up; but shared mistakes win too, so look at it beside a visual score.
-- `clip_score`: how well the text fits the pictures (`models.clip_score`), where weights are given.
+- `clip_score`: how well the text fits the pictures (`models.measures.clip_score`), where weights are given.
 
 `best` is the choice itself. It needs nothing but the captions' rows, so that `clipmill shard` makes it again
 without a model.
@@ -120,7 +120,7 @@ class ChooseStage:
         if self.section.method == "open_clip":
             import torch
 
-            from models.clip_score import ClipScorer
+            from models.measures.clip_score import ClipScorer
 
             torch.set_num_threads(max(1, int(self.resources.cpus)))
             device = "cuda" if torch.cuda.is_available() else "cpu"

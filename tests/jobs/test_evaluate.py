@@ -205,7 +205,7 @@ def tiny_clip(tmp_path_factory) -> str:
 
 
 def test_clip_scores_are_those_of_the_scorer_with_own_and_other_captions(made, run, networks, tiny_clip):
-    from models.clip_score import ClipScorer
+    from models.measures.clip_score import ClipScorer
     from pipeline.shards.reader import decode
 
     options = ["--n", "4", "--size", "32", "--features", str(networks / "colours.pt"), "--clip", tiny_clip]

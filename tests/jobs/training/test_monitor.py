@@ -15,7 +15,7 @@ import torch
 from jobs.training import monitor
 from jobs.training.monitor import FrechetInLoop, Metrics, Monitor, contact_sheet, write_mp4, write_samples
 from jobs.training.recipe import TrainRecipe
-from models.frechet import frechet_distance, kernel_distance, moments
+from models.measures.frechet import frechet_distance, kernel_distance, moments
 from pipeline.recipe import RecipeError
 from tests.fixtures import numbered
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from models.autoencoders.published import vae
-from models.quality import psnr
+from models.measures.quality import psnr
 
 STRIDES = [(2, 4, 4), (4, 4, 4), (4, 4, 2), (1, 4, 4)]
 

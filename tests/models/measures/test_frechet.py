@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from models.frechet import Moments, frechet_distance, kernel_distance, moments, too_few
+from models.measures.frechet import Moments, frechet_distance, kernel_distance, moments, too_few
 
 
 def normal(n: int, d: int, seed: int = 0) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from models.quality import psnr, ssim
+from models.measures.quality import psnr, ssim
 
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:

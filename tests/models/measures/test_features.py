@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.features import (
+from models.measures.features import (
     Network,
     clip_parts,
     efficientnet_lite0,
@@ -18,7 +18,7 @@ from models.features import (
     torchscript,
     weights_hash,
 )
-from models.frechet import frechet_distance, moments
+from models.measures.frechet import frechet_distance, moments
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from models import hub
-from models.clip_score import ClipScorer, clip_score
 from models.embed import MissingModel
+from models.measures.clip_score import ClipScorer, clip_score
 from tests.fixtures.clips import noise
 
 CONFIG = {
