@@ -44,7 +44,7 @@ class Eye:
     def __init__(self) -> None:
         import torch
 
-        from models.embed import EfficientNetLite0
+        from models.curation.embed import EfficientNetLite0
 
         torch.set_num_threads(1)
         self.decode, self.embedder = DecodeStage(Decode()), EfficientNetLite0()

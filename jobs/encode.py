@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: this rank's GPU, where there is one)")
     args = parser.parse_args(argv)
 
-    from models.embed import MissingModel
+    from models.curation.embed import MissingModel
     from pipeline.io.store import StoreError
 
     try:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from models.embed import MissingModel, open_clip_size
+from models.curation.embed import MissingModel, open_clip_size
 
 TIMEOUT_S = 10.0
 IN_CACHE = "in the local cache"

@@ -204,7 +204,7 @@ def to_bytes(video: Tensor) -> Tensor:
 
 
 def build_autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> Autoencoder:
-    """Frozen. Raises ValueError or models.embed.MissingModel: one sentence with the fix."""
+    """Frozen. Raises ValueError or models.curation.embed.MissingModel: one sentence with the fix."""
     if recipe.kind == "none":
         return BlockDCT(1, 1)  # of one pixel a block: the pixels, their colours decorrelated
     if recipe.kind == "dct":
@@ -229,7 +229,7 @@ def build_autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> Autoen
 
 
 def build_text(recipe: TextRecipe, device: torch.device) -> PretrainedText | None:
-    """The frozen text encoder; None for the others. Raises ValueError or models.embed.MissingModel."""
+    """The frozen text encoder; None for the others. Raises ValueError or models.curation.embed.MissingModel."""
     if recipe.kind != "transformers":
         return None
     if not recipe.model:
@@ -278,7 +278,7 @@ def build_network(recipe: TrainRecipe, channels: int, frozen_text: PretrainedTex
 def build_system(recipe: TrainRecipe, device: torch.device, normalizer: Normalizer | None = None) -> System:
     """With new weights, the same for the same seed; without a normaliser, latents as they are.
 
-    Raises ValueError or models.embed.MissingModel: one sentence with the fix.
+    Raises ValueError or models.curation.embed.MissingModel: one sentence with the fix.
     """
     autoencoder = build_autoencoder(recipe.autoencoder, device)
     if normalizer is None:

@@ -112,13 +112,13 @@ class VGG16Features(nn.Module):
 
 
 class EfficientNetLite0Features(nn.Module):
-    """The last block at each of five resolutions, 1/2 to 1/32, of the network of `models.embed`."""
+    """The last block at each of five resolutions, 1/2 to 1/32, of the network of `models.curation.embed`."""
 
     widths = (16, 24, 40, 112, 320)
     ends = (0, 2, 4, 10, 15)
 
     def __init__(self) -> None:
-        from models.embed import EfficientNetLite0
+        from models.curation.embed import EfficientNetLite0
 
         super().__init__()
         self.net = EfficientNetLite0().net

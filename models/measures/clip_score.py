@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models.embed import OpenClip
+from models.curation.embed import OpenClip
 
 WEIGHT = 2.5
 
@@ -25,7 +25,7 @@ class ClipScorer:
     """Scores texts against the frames of one clip with an open_clip model.
 
     Args:
-        model, pretrained: as for `models.embed.OpenClip`; MissingModel where the weights cannot be had.
+        model, pretrained: as for `models.curation.embed.OpenClip`; MissingModel where the weights cannot be had.
     """
 
     def __init__(self, model: str, pretrained: str, device: str = "cpu"):

@@ -106,7 +106,7 @@ class Network:
 
 def efficientnet_lite0(device: str = "cpu") -> PooledFrames:
     """EfficientNet-Lite0 with ImageNet-1k weights: mean of the last feature map of each frame, 1280 numbers."""
-    from models.embed import EfficientNetLite0
+    from models.curation.embed import EfficientNetLite0
 
     network = EfficientNetLite0(device)
 
@@ -126,7 +126,7 @@ def efficientnet_lite0(device: str = "cpu") -> PooledFrames:
 
 def clip_frames(model: str, weights: str = "", device: str = "cpu") -> PooledFrames:
     """Unit image features of an open_clip model. Raises MissingModel where the weights cannot be had."""
-    from models.embed import OpenClip
+    from models.curation.embed import OpenClip
 
     clip = OpenClip(model, weights, device)
 

@@ -39,7 +39,7 @@ class Tags(Captioner):
     def setup(self) -> None:
         import torch
 
-        from models.embed import EfficientNetLite0
+        from models.curation.embed import EfficientNetLite0
 
         torch.set_num_threads(max(1, int(self.resources.cpus)))
         self.net = EfficientNetLite0()

@@ -159,7 +159,7 @@ def check(section: Choose) -> str:
     """
     if section.method == "consensus":
         return "needs no model"
-    from models.embed import MissingModel
+    from models.curation.embed import MissingModel
     from models.hub import open_clip_weights
 
     try:

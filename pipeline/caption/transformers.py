@@ -10,14 +10,14 @@ from pipeline.record import Caption, Clip, Sample, Video
 from pipeline.samples import picture, samples, spread
 
 if TYPE_CHECKING:
-    from models.vlm_captioner import Answer, Look
+    from models.curation.vlm_captioner import Answer, Look
 
 CONTEXT = {"title": "Title", "description": "Description", "subtitles": "Subtitles"}
 CONTEXT_LENGTH = 1000  # characters of each
 
 
 class Transformers(Captioner):
-    """See `models.vlm_captioner` for which models work, and TransformersCaptioner for the options."""
+    """See `models.curation.vlm_captioner` for which models work, and TransformersCaptioner for the options."""
 
     options: TransformersCaptioner
 
@@ -27,8 +27,8 @@ class Transformers(Captioner):
         self.batch = options.batch
 
     def check(self) -> str:
-        from models.embed import MissingModel
-        from models.vlm_captioner import check
+        from models.curation.embed import MissingModel
+        from models.curation.vlm_captioner import check
 
         try:
             return check(self.options.model, self.options.revision, self.options.input)
@@ -39,7 +39,7 @@ class Transformers(Captioner):
         import torch
         import transformers
 
-        from models.vlm_captioner import VLMCaptioner
+        from models.curation.vlm_captioner import VLMCaptioner
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -68,7 +68,7 @@ class Transformers(Captioner):
 
     def _look(self, video: Video, clip: Clip) -> Look | None:
         """What the model is shown of a clip; none where no sampled frame lies in it."""
-        from models.vlm_captioner import Look
+        from models.curation.vlm_captioner import Look
 
         inside = samples(video, clip)
         if not inside:

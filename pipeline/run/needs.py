@@ -78,7 +78,7 @@ def local(path: str) -> str:
 
 
 def open_clip(name: str, pretrained: str) -> str:
-    from models.embed import MissingModel
+    from models.curation.embed import MissingModel
     from models.hub import open_clip_weights
 
     try:

@@ -31,8 +31,8 @@ class AestheticStage:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        from models.aesthetic import AestheticHead
-        from models.embed import OpenClip
+        from models.curation.aesthetic import AestheticHead
+        from models.curation.embed import OpenClip
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":

@@ -29,7 +29,7 @@ from pipeline.split.shots import frame_at
 from pipeline.stages import Produces, Resources
 
 if TYPE_CHECKING:  # it imports torch
-    from models.embed import Embedder
+    from models.curation.embed import Embedder
 
 Span = tuple[int, int]  # frames [start, end)
 
@@ -74,7 +74,7 @@ class EventStage:
             return
         self.embedding, size = "efficientnet_lite0", 1280
         if options.embedder.kind == "open_clip":
-            from models.embed import MissingModel, open_clip_name, open_clip_size
+            from models.curation.embed import MissingModel, open_clip_name, open_clip_size
 
             self.embedding = open_clip_name(options.embedder.model)
             try:
@@ -89,7 +89,7 @@ class EventStage:
             return
         import torch
 
-        from models.embed import EfficientNetLite0, OpenClip
+        from models.curation.embed import EfficientNetLite0, OpenClip
 
         torch.set_num_threads(max(1, int(self.resources.cpus)))
         device = "cuda" if torch.cuda.is_available() else "cpu"

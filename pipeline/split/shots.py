@@ -1,6 +1,6 @@
 """Where the camera cuts: every frame's 48 × 27 thumb in, shots that cover the video out.
 
-`transnetv2` is the network of `models.transnet`. It costs 80 GFLOP for 50 frames, so it looks only at
+`transnetv2` is the network of `models.curation.transnet`. It costs 80 GFLOP for 50 frames, so it looks only at
 windows in which a cheap difference of the thumbs says that something may have changed; everywhere
 else the probability of a boundary is taken as 0. `content` is PySceneDetect's ContentDetector.
 """
@@ -37,7 +37,7 @@ class ShotStage:
         if self.options.detector == "transnetv2":
             import torch
 
-            from models.transnet import TransNetV2
+            from models.curation.transnet import TransNetV2
 
             torch.set_num_threads(max(1, int(self.resources.cpus)))
             self.net = TransNetV2(device="cuda" if torch.cuda.is_available() else "cpu")
@@ -63,21 +63,21 @@ class ShotStage:
         o = self.options
         if o.detector == "content":
             return content_cuts(thumbs, o.content_threshold, o.min_shot_frames)
-        from models.transnet import boundary_probabilities
+        from models.curation.transnet import boundary_probabilities
 
         chosen = candidate_windows(thumbs, o.candidate_threshold)
         return boundary_cuts(boundary_probabilities(self.net, thumbs, chosen), o.threshold)
 
 
 def candidate_windows(thumbs: np.ndarray, threshold: float) -> list[int]:
-    """Windows of `models.transnet` in which the colours change enough for a boundary.
+    """Windows of `models.curation.transnet` in which the colours change enough for a boundary.
 
     Frame i is compared with frame i + 8 (or the last one) by the earth mover's distance of their
     colours, per channel, mean of the three, in grey levels 0 … 255; where that reaches the threshold
     every window that answers for a frame of i … i + 8 is a candidate. Sorted pixel values forget where
     things are, so motion counts little and a change of scene much. Threshold 0 takes every window.
     """
-    from models.transnet import STRIDE
+    from models.curation.transnet import STRIDE
 
     n = len(thumbs)
     marked: set[int] = set()

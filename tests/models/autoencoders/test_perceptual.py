@@ -7,7 +7,7 @@ import torch
 from torchvision.models import vgg16
 
 from models.autoencoders.published import perceptual
-from models.embed import EfficientNetLite0
+from models.curation.embed import EfficientNetLite0
 from tests.fixtures.moving import texture
 
 WIDTHS = {"vgg16": (64, 128, 256, 512, 512), "efficientnet_lite0": (16, 24, 40, 112, 320)}

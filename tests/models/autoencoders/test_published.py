@@ -8,7 +8,7 @@ import torch
 
 from models.autoencoders.latents import latent_shape
 from models.autoencoders.published import published as autoencoders
-from models.embed import MissingModel
+from models.curation.embed import MissingModel
 
 diffusers = pytest.importorskip("diffusers")
 

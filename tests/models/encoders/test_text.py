@@ -15,7 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from models.embed import MissingModel
+from models.curation.embed import MissingModel
 from models.encoders.text import PretrainedText, WordText, hashes, words
 from tests.fixtures.tiny_vlm import _bpe
 

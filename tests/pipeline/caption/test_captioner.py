@@ -401,7 +401,7 @@ def test_the_prompt_with_its_context_is_kept(llava):
     ],
 )
 def test_a_first_sentence_is_whole_although_the_answer_was_cut_off(text, complete, expected):
-    from models.vlm_captioner import Answer
+    from models.curation.vlm_captioner import Answer
 
     captioner = captions.build(section(kind="transformers", model="a/b", first_sentence=True))
     caption = captioner._caption(Answer(text, complete, ""))

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.transnet import windows
+from models.curation.transnet import windows
 from pipeline.recipe import Decode, Shots
 from pipeline.record import Shot, Source, Video
 from pipeline.split.shots import ShotStage, boundary_cuts, candidate_windows, content_cuts, given_shots

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.aesthetic import AestheticHead
+from models.curation.aesthetic import AestheticHead
 
 
 def published_mlp(width: int = 768) -> nn.Module:

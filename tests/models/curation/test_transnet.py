@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.transnet import CONTEXT, STRIDE, WINDOW, TransNetV2, boundary_probabilities, windows
+from models.curation.transnet import CONTEXT, STRIDE, WINDOW, TransNetV2, boundary_probabilities, windows
 from tests.fixtures.scenes import scene
 
 
