@@ -64,9 +64,9 @@ def main(argv: list[str] | None = None) -> int:
 
     from pipeline import recipe
     from pipeline.io import store
-    from pipeline.run.job import job as run
-    from pipeline.run.job import needs
-    from pipeline.sources.listing import listing as sources
+    from pipeline.run import job as run
+    from pipeline.run import needs
+    from pipeline.sources import listing as sources
 
     try:
         chosen = recipe.load(args.recipe, args.set)

@@ -31,7 +31,7 @@ def test_the_captioner_of_ten_lines_captions(tmp_path):
 
 def test_the_stage_of_ten_lines_scores():
     space: dict = {}
-    exec(CODE["pipeline/brightness.py"], space)
+    exec(CODE["pipeline/score/brightness.py"], space)
     stage = space["BrightnessStage"]()
     stage.setup()
     v = video([plain("808080", 48, 64)])
@@ -50,7 +50,7 @@ def test_every_file_and_command_it_names_exists():
     for link in re.findall(r"\]\(([\w/.-]+)\)", README):
         assert (ROOT / link).exists(), link
     for path in re.findall(r"`((?:bench|pipeline|models|jobs)/[\w/]+\.py)`", README):
-        assert (ROOT / path).exists() or path == "pipeline/brightness.py", path
+        assert (ROOT / path).exists() or path == "pipeline/score/brightness.py", path
     for job in re.findall(r"clipmill (\w+) ", "\n".join(re.findall(r"```\n(.*?)```", README, re.S))):
         assert job in JOBS, job
     known = {*recipe.bundled(), *recipe.bundled(TRAINING)}

@@ -100,7 +100,7 @@ def import_spec(kind: str) -> Any:
 
 
 class Objective(Section):
-    """What is predicted, at which noise, weighted how (`models/diffusion/noise.py`, `models/diffusion/objective.py`)."""
+    """What is predicted, at which noise, weighted how (`models/diffusion`: noise, objective)."""
 
     schedule: Literal["cosine", "linear", "flow"] = "flow"
     shift: float = Field(1.0, gt=0, description="flow: t′ = s t / (1 + (s − 1) t); cosine: SNR × 1/s²")

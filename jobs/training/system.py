@@ -140,7 +140,7 @@ class System:
         seed: int = 0,
         reconstruct: float = 0.0,
     ) -> Draw:
-        """(shape, condition) → latents, as `models.diffusion.generate` takes it; what is not given is as the recipe has it.
+        """(shape, condition) → latents, as `models.diffusion.generate` takes it; the recipe says what is not given.
 
         Args:
             network: as it is wrapped, or its own.

@@ -23,6 +23,7 @@ from jobs.training.data import build_loader, reader_of
 from jobs.training.recipe import TrainRecipe, VAELoss
 from jobs.training.system import to_bytes, to_unit
 from jobs.training.task import Batch, Draws, Loader, Losses, Phase
+from models.autoencoders import perceptual, vae
 from models.autoencoders.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
@@ -30,7 +31,6 @@ from models.autoencoders.discriminator import (
     generator_loss,
 )
 from models.autoencoders.latents import Posterior, latent_shape
-from models.autoencoders.published import perceptual, vae
 from models.measures.quality import psnr
 
 SHOWN = 2  # clips whose reconstruction is looked at

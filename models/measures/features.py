@@ -184,7 +184,7 @@ def middle_square(videos: Tensor, side: int) -> Tensor:
 
 
 def vivit(file: str | Path, device: str = "cpu") -> Network:
-    """The clip features of a `models.encoders.vivit.ViViT` kept by torch.save({"options": …, "weights": state dict}, file).
+    """The clip features of a `ViViT` kept by torch.save({"options": …, "weights": state dict}, file).
 
     Frames are resized to the size of its options. Raises ValueError where the file holds something else.
     """

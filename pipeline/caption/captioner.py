@@ -21,8 +21,8 @@ A captioner of your own is a class in a file of yours and a line in the recipe; 
 worker, `options` holds what the recipe gives, `batch` and `caption_batch` serve models that like batches.
 A caption must depend on its own clip and source alone, never on chance or on the other sources of a unit.
 
-Captioners that come with clipmill: `captioners_baseline.py` (embedded, no download) and
-`captioners_transformers.py` (any image- or video-text-to-text model of `transformers`).
+Captioners that come with clipmill: `caption/baselines.py` (embedded, no download) and
+`caption/transformers.py` (any image- or video-text-to-text model of `transformers`).
 """
 
 from __future__ import annotations

@@ -686,7 +686,7 @@ def page(run: Run) -> str:
     ]
     sections = [s for s in sections if s[2]]
     links = [("overview", "Overview"), *((name, title) for name, title, _ in sections)]
-    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     script = template.split("<script>")[1].split("</script>")[0]
     return Template(template).substitute(
         title=html.escape(f"clipmill · {run.store.uri}"),

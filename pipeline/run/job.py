@@ -29,9 +29,9 @@ from pipeline.graph import build
 from pipeline.io.store import Store, StoreError
 from pipeline.recipe import Recipe
 from pipeline.record import Source, Video, clip_schema
-from pipeline.run.job import commit
+from pipeline.run import commit
 from pipeline.run.progress import Display, Ledger
-from pipeline.sources.listing import listing as sources
+from pipeline.sources import listing as sources
 from pipeline.stages import Resources, Stage, StageError, fail, produced, run_stage
 
 MAX_DEATHS = 3  # a source on which so many worker processes died becomes an error

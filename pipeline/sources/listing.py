@@ -39,7 +39,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipeline.record import Source
-from pipeline.sources.listing import fetch
+from pipeline.sources import fetch
 from pipeline.stages import StageError
 
 VIDEOS = frozenset(

@@ -209,7 +209,7 @@ def test_copies_of_a_clip_are_the_windows_of_later_epochs(run, tmp_path):
 
 
 def test_frozen_text_is_kept_and_used(run, tmp_path):
-    from tests.models.test_text_encoder import _save
+    from tests.models.encoders.test_text import _save
 
     text = {"kind": "transformers", "model": _save(tmp_path / "t5", "t5"), "length": 24}
     job.encode(run, recipe(text=text), str(tmp_path / "cache"))

@@ -260,7 +260,7 @@ def test_captions_are_left_out_as_often_as_the_recipe_says_and_wholly(run):
 
 
 def test_what_is_frozen_gets_no_gradient_and_all_else_does(run, tmp_path):
-    from tests.models.test_text_encoder import _save
+    from tests.models.encoders.test_text import _save
 
     text = {"kind": "transformers", "model": _save(tmp_path / "t5", "t5"), "length": 24, "dropout": 0.5}
     for options in ({"text": text}, {"objective": {"weighting": "uncertainty"}, "text": {"dropout": 0.5}}):

@@ -15,7 +15,7 @@ import torch
 from jobs.training import charts, page
 from jobs.training.charts import Curve, Line, Scale, chart, linear_ticks, log_ticks, short
 from jobs.training.monitor import Metrics, write_samples
-from tests.pipeline.test_report import CHROMIUM, EVIL, Page
+from tests.pipeline.report.test_page import CHROMIUM, EVIL, Page
 
 RECIPE = {
     "name": "toy",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.models import vgg16
 
-from models.autoencoders.published import perceptual
+from models.autoencoders import perceptual
 from models.curation.embed import EfficientNetLite0
 from tests.fixtures.moving import texture
 

@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 
+from models.autoencoders import published as autoencoders
 from models.autoencoders.latents import latent_shape
-from models.autoencoders.published import published as autoencoders
 from models.curation.embed import MissingModel
 
 diffusers = pytest.importorskip("diffusers")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.autoencoders.published import vae
+from models.autoencoders import vae
 from models.measures.quality import psnr
 
 STRIDES = [(2, 4, 4), (4, 4, 4), (4, 4, 2), (1, 4, 4)]

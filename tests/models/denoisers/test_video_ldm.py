@@ -24,7 +24,7 @@ from models.denoisers.video_ldm import (
 )
 from models.diffusion.condition import Condition
 from models.diffusion.noise import level as noise_level
-from tests.models.test_unet3d import learnt, normal, scattered
+from tests.models.denoisers.test_unet3d import learnt, normal, scattered
 
 CHANNELS, FRAMES, SIDE, TEXT = 4, 5, 4, 8
 TINY: dict[str, Any] = {"width": 8, "multipliers": (1, 2), "depth": 1, "head_dim": 4}

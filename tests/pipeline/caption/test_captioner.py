@@ -48,7 +48,7 @@ class Loud(Captioner):
 
 @pytest.fixture
 def loud(tmp_path):
-    (tmp_path / "loud.py").write_text("from tests.pipeline.test_captions import Loud\n")
+    (tmp_path / "loud.py").write_text("from tests.pipeline.caption.test_captioner import Loud\n")
     return CaptionStage(section(kind="python", captioner=f"{tmp_path}/loud.py:Loud"))
 
 

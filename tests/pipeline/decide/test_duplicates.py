@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from pipeline.decide import duplicates
 from pipeline.decide.duplicates import near_duplicates
-from pipeline.decide.rules import duplicates
 
 
 def brute_force(vectors, source, within, across):

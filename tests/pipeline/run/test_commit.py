@@ -1,7 +1,8 @@
 """Commits: the videos' file is the mark; a unit without it never happened."""
 
 from pipeline.io.store import Store
-from pipeline.run.job import commit, run_local
+from pipeline.run import commit
+from pipeline.run.job import run_local
 from pipeline.stages import produced
 from tests.fixtures.toy_stages import Toy, units
 

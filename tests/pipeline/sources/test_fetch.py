@@ -27,8 +27,8 @@ import pytest
 
 from pipeline.io.store import StoreError
 from pipeline.record import Source
+from pipeline.sources import fetch
 from pipeline.sources.fetch import Limits, localised, release
-from pipeline.sources.listing import fetch
 from pipeline.stages import StageError
 
 BODY = random.Random(0).randbytes(300_000)

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.record import Source
-from pipeline.sources.listing import SourceError, fetch, list_sources, unit_name, units
+from pipeline.sources import fetch
+from pipeline.sources.listing import SourceError, list_sources, unit_name, units
 from pipeline.stages import StageError
 
 
