@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     from pipeline.io import store
-    from pipeline.report.page import page as report
+    from pipeline.report import page as report
 
     try:
         print(report.write(store.Store(args.dir)))

@@ -64,7 +64,7 @@ def curate(
 
     Returns the contents of run.json. Raises RunError, StoreError, or sources.SourceError.
     """
-    from pipeline.report.page import page as report
+    from pipeline.report import page as report
     from pipeline.shards import pack
 
     store = Store(out)

@@ -19,7 +19,7 @@ import pytest
 from pipeline.io.store import Store, StoreError
 from pipeline.record import Caption, Clip, Error, Source, Video, clip_id
 from pipeline.report import data as report_data
-from pipeline.report.page import page as report
+from pipeline.report import page as report
 from pipeline.shards.pack import shard
 from tests.fixtures import run_folder
 

@@ -9,15 +9,9 @@ import pytest
 
 from pipeline import recipe
 from pipeline.record import Video
-from pipeline.score.stage import (
-    MOTION,
-    PICTURE,
-    ScoreStage,
-    active_area,
-    camera_motion,
-    decode_grey,
-    stillness,
-)
+from pipeline.score.motion import MOTION, camera_motion, stillness
+from pipeline.score.picture import PICTURE, active_area, decode_grey
+from pipeline.score.stage import ScoreStage
 from tests.fixtures.moving import SIZE, encode, film, record, texture, view
 
 WORLD = texture()
