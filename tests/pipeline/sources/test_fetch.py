@@ -27,8 +27,9 @@ import pytest
 
 from pipeline.io.store import StoreError
 from pipeline.record import Source
-from pipeline.sources import fetch
-from pipeline.sources.fetch import Limits, localised, release
+from pipeline.sources import fetch, http, names
+from pipeline.sources.fetch import localised, release
+from pipeline.sources.names import Limits
 from pipeline.stages import StageError
 
 BODY = random.Random(0).randbytes(300_000)
@@ -164,15 +165,15 @@ def test_a_local_file_is_used_where_it_lies(tmp_path: Path) -> None:
 def test_any_file_name_survives_the_way_through_a_utf8_uri(tmp_path: Path, name: bytes) -> None:
     path = str(tmp_path / os.fsdecode(name))
     Path(path).write_bytes(name)
-    uri = fetch.uri_of(path)
+    uri = names.uri_of(path)
     assert uri.encode("utf-8")
-    assert fetch.path_of(uri) == path
+    assert names.path_of(uri) == path
     assert got(uri) == name
 
 
 def test_distinct_paths_have_distinct_uris() -> None:
     paths = [os.fsdecode(b"/v/\xff.mp4"), "/v/%FF.mp4", "/v/\\xff.mp4", "/file:///v/%FF.mp4"]
-    assert len({fetch.uri_of(p) for p in paths}) == len(paths)
+    assert len({names.uri_of(p) for p in paths}) == len(paths)
 
 
 def test_a_link_to_a_file_is_followed_and_a_circle_is_refused(tmp_path: Path) -> None:
@@ -262,9 +263,9 @@ def test_retry_after_is_honoured_and_bounded(server: Server) -> None:
 
 def test_retry_after_as_a_date() -> None:
     soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
-    assert 27 < (fetch._retry_after({"Retry-After": soon}) or 0) <= 30
-    assert fetch._retry_after({"Retry-After": "soon"}) is None
-    assert fetch._retry_after({}) is None
+    assert 27 < (http._retry_after({"Retry-After": soon}) or 0) <= 30
+    assert http._retry_after({"Retry-After": "soon"}) is None
+    assert http._retry_after({}) is None
 
 
 def test_tries_are_bounded(server: Server, scratch: Path) -> None:
@@ -422,7 +423,7 @@ def tar(tmp_path: Path) -> Tar:
 
 def test_a_member_of_a_local_tar(tar: Tar, scratch: Path) -> None:
     for name, data in (("x#1.mp4", BODY), ("y.mp4", BODY[::-1])):
-        source = Source(fetch.member_uri(str(tar.path), name), name, member=tar.members[name])
+        source = Source(names.member_uri(str(tar.path), name), name, member=tar.members[name])
         with localised(source) as local:
             assert Path(local.path).read_bytes() == data
         release(source)
@@ -444,7 +445,7 @@ def test_a_member_of_a_remote_tar_costs_its_own_bytes(tar: Tar, server: Server) 
 
 
 def test_a_tar_that_changed_or_whose_server_knows_no_ranges_is_refused(tar: Tar, server: Server) -> None:
-    source = Source(fetch.member_uri(str(tar.path), "y.mp4"), "y", member=(500_000, 500_000))
+    source = Source(names.member_uri(str(tar.path), "y.mp4"), "y", member=(500_000, 500_000))
     with pytest.raises(StageError, match="changed"), localised(source):
         pass
     server.script = [whole]
@@ -475,7 +476,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """s3://bucket served from a folder."""
     (tmp_path / "s3" / "bucket").mkdir(parents=True)
     fs = pafs.SubTreeFileSystem(str(tmp_path / "s3"), pafs.LocalFileSystem())
-    monkeypatch.setattr(fetch, "object_store", lambda uri: (fs, fetch.split_options(uri)[0].split("://")[1]))
+    monkeypatch.setattr(fetch, "object_store", lambda uri: (fs, names.split_options(uri)[0].split("://")[1]))
     return tmp_path / "s3" / "bucket"
 
 
@@ -489,12 +490,12 @@ def test_an_object_is_fetched_whole_and_by_range(bucket: Path) -> None:
 
 
 def test_options_of_an_object_store_are_told_from_its_keys() -> None:
-    assert fetch.split_options("s3://b/a?.mp4") == ("s3://b/a?.mp4", "")
-    assert fetch.split_options("s3://b/a.mp4?endpoint_override=localhost:9000&scheme=http") == (
+    assert names.split_options("s3://b/a?.mp4") == ("s3://b/a?.mp4", "")
+    assert names.split_options("s3://b/a.mp4?endpoint_override=localhost:9000&scheme=http") == (
         "s3://b/a.mp4",
         "?endpoint_override=localhost:9000&scheme=http",
     )
-    fs, key = fetch.object_store("s3://bucket/a b/%20?.mp4?region=eu-west-1")
+    fs, key = names.object_store("s3://bucket/a b/%20?.mp4?region=eu-west-1")
     assert (key, fs.region) == ("bucket/a b/%20?.mp4", "eu-west-1")  # type: ignore[attr-defined]
 
 
@@ -511,7 +512,7 @@ def test_youtube_without_yt_dlp_names_the_extra(monkeypatch: pytest.MonkeyPatch,
 
 def test_only_youtube_goes_through_yt_dlp() -> None:
     for url in ("https://notyoutube.com/v.mp4", "https://h/youtube.com/v.mp4", "https://youtube.com.evil/v"):
-        assert not fetch.YOUTUBE.match(url)
+        assert not names.YOUTUBE.match(url)
 
 
 def test_youtube_through_yt_dlp(monkeypatch: pytest.MonkeyPatch, scratch: Path) -> None:

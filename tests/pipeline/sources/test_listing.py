@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.record import Source
-from pipeline.sources import fetch
-from pipeline.sources.listing import SourceError, list_sources, unit_name, units
+from pipeline.sources import fetch, listing
+from pipeline.sources.listing import list_sources, unit_name, units
+from pipeline.sources.names import SourceError, split_options, tar_of
 from pipeline.stages import StageError
 
 
@@ -450,7 +451,7 @@ def test_the_videos_of_a_tar_are_listed_byte_exact(top: Path, format: int) -> No
     data = path.read_bytes()
     for source, (name, expected) in zip(found, videos, strict=True):
         assert source.name == f"a b#c.tar/{name.encode('utf-8', 'backslashreplace').decode()}"
-        assert fetch.tar_of(source.uri) == str(path)
+        assert tar_of(source.uri) == str(path)
         source.uri.encode()
         assert source.member is not None
         offset, size = source.member
@@ -589,7 +590,8 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "s3"
     (root / "bucket").mkdir(parents=True)
     fs = pafs.SubTreeFileSystem(str(root), pafs.LocalFileSystem())
-    monkeypatch.setattr(fetch, "object_store", lambda uri: (fs, fetch.split_options(uri)[0].split("://")[1]))
+    for module in (fetch, listing):
+        monkeypatch.setattr(module, "object_store", lambda uri: (fs, split_options(uri)[0].split("://")[1]))
     return root / "bucket"
 
 
