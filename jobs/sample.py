@@ -320,7 +320,7 @@ def encode(path: Path, video: Tensor, fps: float) -> None:
     """uint8 [T, H, W, 3] as H.264 with the settings of the mill's clips, every frame once. Raises FFmpegError."""
     from pipeline.io.ffmpeg import encode_rgb
     from pipeline.recipe import Cut
-    from pipeline.split.cut import encoder
+    from pipeline.split.encode import encoder
 
     height, width = video.shape[1:3]
     colours = "yuv444p" if height % 2 or width % 2 else "yuv420p"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.report.page import NBSP, Child, Markup, div, h, number
+from pipeline.report.html import NBSP, Child, Markup, div, h, number
 
 POINTS = 400  # of a curve at most; of more rows, the mean of each stretch
 COLUMNS = 80  # of a chart that answer to the pointer

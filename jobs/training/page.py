@@ -25,7 +25,7 @@ import yaml
 
 from jobs.training.charts import Curve, Line, chart
 from pipeline.report import page as report
-from pipeline.report.page import NBSP, Child, Markup, div, h, join, note, number, span
+from pipeline.report.html import NBSP, Child, Markup, div, h, join, note, number, span
 
 VIDEO_BYTES = 4_000_000  # of mp4 on the page, together
 SHEETS, SHEET_BYTES = 24, 6_000_000  # steps in the history of samples, and their JPEGs together

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import stat
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,11 +33,9 @@ if TYPE_CHECKING:  # the child has no need of pyarrow and pydantic
     from pipeline.recipe import Decode
     from pipeline.record import Video
 
-THUMB = (48, 27)  # width, height: TransNetV2's input
-NO_PTS = np.iinfo(np.int64).min  # libav's AV_NOPTS_VALUE
-UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
-# Of AVColorSpace (ITU-T H.273, table 4) what swscale refuses: YCgCo, BT.2020 constant luminance, ICtCp, …
-UNKNOWN_COLOURS = {8, *range(10, 18)}
+from pipeline.split.clock import NO_PTS, Clock, timeline
+from pipeline.split.pictures import Pictures
+
 PLAYLISTS = (
     b"#EXTM3U",
     b"ffconcat",
@@ -188,12 +185,12 @@ def analyse(path: str, options: Decode, beat: Callable[[], None] = lambda: None)
         step = max(1, round(1 / (rate * time_base)))
         longest = int(options.max_duration_s / time_base)
         reader = _Reader(container, stream, beat)
-        clock = _Clock(step)
-        pictures: _Pictures | None = None
+        clock = Clock(step)
+        pictures: Pictures | None = None
         duration = 0
         for n, frame in enumerate(reader.frames()):
             if pictures is None:
-                pictures = _Pictures(frame, stream.sample_aspect_ratio or Fraction(1), time_base, options)
+                pictures = Pictures(frame, stream.sample_aspect_ratio or Fraction(1), time_base, options)
             clock.read(frame.pts, frame.dts)
             if clock.elapsed > longest:
                 _check_limits(0, 0, float(clock.elapsed * time_base), options)
@@ -377,239 +374,3 @@ class _Reader:
         if self.stopped:
             found.append(f"reading stopped before the end ({self.stopped.lower()})")
         return found
-
-
-class _Clock:
-    """PTS of each frame as ffmpeg's decoder has it, and the ticks that have passed since the first.
-
-    A frame without PTS has the DTS of its packet, and so have all frames once PTS have run backwards more often
-    than DTS (libavcodec's `best_effort_timestamp`).
-    """
-
-    def __init__(self, step: int):
-        self.step = step  # ticks from frame to frame where the stamps do not tell
-        self.elapsed = -step
-        self.stamps: list[int | None] = []
-        self.last_pts = self.last_dts = NO_PTS
-        self.faulty_pts = self.faulty_dts = 0
-
-    def read(self, pts: int | None, dts: int | None) -> None:
-        self.faulty_pts += pts is not None and pts <= self.last_pts
-        self.faulty_dts += dts is not None and dts <= self.last_dts
-        last = self.stamps[-1] if self.stamps else None
-        stamp = None
-        if pts is not None or dts is not None:
-            self.last_pts = cast(int, dts if pts is None else pts)
-            self.last_dts = cast(int, pts if dts is None else dts)
-            stamp = self.last_pts if self.faulty_pts <= self.faulty_dts else self.last_dts
-        self.elapsed += self.step if stamp is None or last is None or stamp <= last else stamp - last
-        self.stamps.append(stamp)
-
-
-def timeline(stamps: Sequence[int | None], step: int) -> tuple[np.ndarray, int]:
-    """Strictly increasing PTS from what the frames carried, and how many had to be made up.
-
-    The longest strictly increasing subsequence is kept as it is (so one wild stamp costs one stamp, and where a
-    clock was reset in mid-stream the longer part is kept). Between kept stamps the others are spread evenly,
-    before the first and after the last they are a typical step apart. Only where a gap has fewer ticks than
-    frames are the stamps behind it pushed on, a tick a frame.
-
-    Args:
-        stamps: PTS of the frames in order of presentation, in ticks; none where missing.
-        step: ticks from one frame to the next where the stamps do not tell.
-
-    Returns:
-        int64 [n] and the number of entries that are not the frame's own stamp.
-    """
-    kept = _longest_increasing(stamps)
-    n = len(stamps)
-    if len(kept) == n:
-        return np.array(stamps, np.int64), 0
-    own = np.array([NO_PTS if s is None else s for s in stamps], np.int64)
-    if not kept:
-        return np.arange(n, dtype=np.int64) * step, n
-    if len(kept) > 1:
-        step = max(1, int(np.median(np.diff(own[kept]) / np.diff(kept))))
-    base = own[kept[0]]  # floats hold differences of stamps exactly, stamps perhaps not
-    pts = (
-        np.rint(np.interp(np.arange(n), kept, (own[kept] - base).astype(np.float64))).astype(np.int64) + base
-    )
-    pts[: kept[0]] = base - step * np.arange(kept[0], 0, -1)
-    pts[kept[-1] + 1 :] = own[kept[-1]] + step * np.arange(1, n - kept[-1])
-    pts = np.maximum.accumulate(pts - np.arange(n)) + np.arange(n)
-    return pts, int(np.count_nonzero(pts != own))
-
-
-def _longest_increasing(stamps: Sequence[int | None]) -> list[int]:
-    """Indices of the longest strictly increasing subsequence (patience sorting); of several the latest."""
-    ends: list[int] = []  # the smallest stamp that ends an increasing run of each length
-    at: list[int] = []  # where that stamp stands
-    before: dict[int, int | None] = {}  # what comes before it in that run
-    for i, stamp in enumerate(stamps):
-        if stamp is None:
-            continue
-        length = bisect_left(ends, stamp)
-        before[i] = at[length - 1] if length else None
-        ends[length : length + 1] = [stamp]
-        at[length : length + 1] = [i]
-    run: list[int] = []
-    last = at[-1] if at else None
-    while last is not None:
-        run.append(last)
-        last = before[last]
-    return run[::-1]
-
-
-# Pictures ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Orientation:
-    """How a stored picture becomes upright: first transposed, then flipped."""
-
-    transpose: bool = False
-    flip_x: bool = False
-    flip_y: bool = False
-
-    @classmethod
-    def of(cls, matrix: bytes) -> Orientation:
-        """From a display matrix: int32 [3, 3] in native order, (x', y') = (a·x + c·y, b·x + d·y).
-
-        ISO/IEC 14496-12, 6.2.2 (libavutil/display.h); angles between are taken to the nearest right angle.
-        """
-        (a, b, _), (c, d, _), _ = np.frombuffer(matrix, np.int32, 9).reshape(3, 3).tolist()
-        if abs(b) + abs(c) > abs(a) + abs(d):
-            return cls(True, c < 0, b < 0)
-        return cls(False, a < 0, d < 0)
-
-    @property
-    def rotation(self) -> int:
-        """Degrees counter-clockwise (of a mirrored picture, those before it is flipped left to right)."""
-        if self.transpose:
-            return 90 if self.flip_y else 270
-        return 180 if self.flip_y else 0
-
-    def upright(self, pictures: np.ndarray) -> np.ndarray:
-        """[n, h, w, …] stored → [n, h, w, …] upright, a view."""
-        if self.transpose:
-            pictures = pictures.swapaxes(1, 2)
-        return pictures[:, :: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1]
-
-
-class _Scaler:
-    """Scales frames (swscale, bicubic) so that, made upright, they have one size."""
-
-    def __init__(self, size: tuple[int, int], pix_fmt: str, orientation: Orientation):
-        from av.video.reformatter import Interpolation, VideoReformatter
-
-        self.width, self.height = size[::-1] if orientation.transpose else size  # as stored
-        self.pix_fmt, self.orientation = pix_fmt, orientation
-        self.reformatter, self.bicubic = VideoReformatter(), Interpolation.BICUBIC
-
-    def stored(self, frame: VideoFrame) -> np.ndarray:
-        """uint8 [h, w] or [h, w, 3]."""
-        return self.reformatter.reformat(
-            frame, self.width, self.height, self.pix_fmt, interpolation=self.bicubic, threads=1
-        ).to_ndarray()
-
-    def upright(self, frame: VideoFrame) -> np.ndarray:
-        return np.ascontiguousarray(self.orientation.upright(self.stored(frame)[None])[0])
-
-
-class _Stack:
-    """Scaled frames in one growing block of memory."""
-
-    def __init__(self, scaler: _Scaler):
-        self.scaler = scaler
-        self.data = bytearray()
-
-    def add(self, frame: VideoFrame) -> None:
-        self.data += self.scaler.stored(frame).tobytes()
-
-    def upright(self) -> np.ndarray:
-        """uint8 [n, h, w] or [n, h, w, 3]."""
-        colours = () if self.scaler.pix_fmt == "gray" else (3,)
-        stored = np.frombuffer(self.data, np.uint8).reshape(
-            -1, self.scaler.height, self.scaler.width, *colours
-        )
-        return np.ascontiguousarray(self.scaler.orientation.upright(stored))
-
-
-class _Grid:
-    """Picks the first frame at or after each k / rate seconds."""
-
-    def __init__(self, rate: float, time_base: Fraction):
-        per_tick = Fraction(rate).limit_denominator(10_000) * time_base
-        self.slots, self.ticks = per_tick.numerator, per_tick.denominator  # so many slots in so many ticks
-        self.next = 0
-
-    def due(self, elapsed: int) -> bool:
-        if elapsed * self.slots < self.next * self.ticks:
-            return False
-        self.next = elapsed * self.slots // self.ticks + 1
-        return True
-
-
-class _Pictures:
-    """What is kept of the frames as they pass; shapes and sizes are those of the first."""
-
-    def __init__(self, first: VideoFrame, stored_sar: Fraction, time_base: Fraction, options: Decode):
-        matrix: Any = first.side_data.get("DISPLAYMATRIX")
-        self.orientation = Orientation() if matrix is None else Orientation.of(bytes(matrix))
-        turned = self.orientation.transpose
-        self.width, self.height = (first.height, first.width) if turned else (first.width, first.height)
-        self.sar = 1 / stored_sar if turned else stored_sar
-        self.pix_fmt = first.format.name
-        self.options = options
-        self.stored_size = (first.width, first.height)
-        self.changes = 0
-        self.first_change = ""
-        self.approximate = False  # a colour matrix that had to be guessed
-
-        def scaler(size: tuple[int, int], pix_fmt: str) -> _Scaler:
-            return _Scaler(size, pix_fmt, self.orientation)
-
-        self.thumbs = _Stack(scaler(THUMB, "rgb24"))
-        self.grey = _Stack(scaler(fitted(self.width, self.height, self.sar, options.grey_size), "gray"))
-        self.grey_frame: list[int] = []
-        self.grey_grid = _Grid(options.grey_fps, time_base)
-        self.sample = scaler(fitted(self.width, self.height, self.sar, options.sample_size), "bgr24")
-        self.samples: list[tuple[int, bytes]] = []
-        self.sample_grid = _Grid(options.sample_fps, time_base)
-
-    def add(self, n: int, frame: VideoFrame, elapsed: int) -> None:
-        """Frame n, that many ticks after the first."""
-        if (frame.width, frame.height) != self.stored_size:
-            (w, h), self.stored_size = self.stored_size, (frame.width, frame.height)
-            self.first_change = self.first_change or f"{w}x{h} to {frame.width}x{frame.height} at frame {n}"
-            self.changes += 1
-        if frame.colorspace in UNKNOWN_COLOURS:
-            frame.colorspace, self.approximate = UNSPECIFIED, True
-        self.thumbs.add(frame)
-        if self.grey_grid.due(elapsed):
-            self.grey.add(frame)
-            self.grey_frame.append(n)
-        if self.sample_grid.due(elapsed):
-            self.samples.append((n, self._jpeg(frame)))
-
-    def warnings(self) -> list[str]:
-        found = []
-        if self.changes:
-            more = f" and {self.changes - 1} more times" if self.changes > 1 else ""
-            found.append(f"the picture size changes from {self.first_change}{more}")
-        if self.approximate:
-            found.append("the colour matrix is not supported and was taken for BT.601")
-        return found
-
-    def _jpeg(self, frame: VideoFrame) -> bytes:
-        import cv2
-
-        quality = [cv2.IMWRITE_JPEG_QUALITY, self.options.jpeg_quality]
-        return cv2.imencode(".jpg", self.sample.upright(frame), quality)[1].tobytes()
-
-
-def fitted(width: int, height: int, sar: Fraction, longest: int) -> tuple[int, int]:
-    """The largest size with square pixels, no side enlarged and none above `longest`."""
-    w, h = (width, height / sar) if sar > 1 else (width * sar, Fraction(height))
-    shrink = min(Fraction(1), longest / Fraction(max(w, h)))
-    return max(1, round(w * shrink)), max(1, round(h * shrink))

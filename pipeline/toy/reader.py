@@ -22,9 +22,6 @@ from itertools import permutations
 import cv2
 import numpy as np
 
-from pipeline.caption.captioner import Captioner
-from pipeline.record import Clip, Video
-from pipeline.samples import pictures
 from pipeline.toy.world import COLOURS, COUNTS, DIRECTIONS, SHAPES, SIDE, TEXTURE, Attributes, coverage, parse
 
 VIVID = 80  # largest less smallest of R, G, B at the edge of an object; its middle has 150 to 195
@@ -121,20 +118,6 @@ def velocity(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if len(t) > 2:
             speeds[i], astray[i] = _line([(int(k), (float(path[k, 0]), float(path[k, 1]))) for k in t])
     return speeds, astray
-
-
-class ToyReader(Captioner):
-    """`toy-reader`: the true caption of a clip of the small world; none of anything else."""
-
-    name = "toy-reader"
-    frames = 16
-
-    def setup(self) -> None:
-        cv2.setNumThreads(1)
-
-    def caption(self, video: Video, clip: Clip) -> str:
-        seen = pictures(video, clip, self.frames)
-        return read(np.stack(seen)).caption() if seen else ""
 
 
 # ---------------------------------------------------------------- objects

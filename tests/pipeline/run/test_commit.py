@@ -2,7 +2,7 @@
 
 from pipeline.io.store import Store
 from pipeline.run import commit
-from pipeline.run.job import run_local
+from pipeline.run.worker import run_local
 from pipeline.stages import produced
 from tests.fixtures.toy_stages import Toy, units
 

@@ -4,8 +4,9 @@ import pytest
 
 from pipeline.io.store import Store, StoreError
 from pipeline.run import commit
-from pipeline.run.job import Pool, RunError, Worker, fit, pools, run_ray
 from pipeline.run.progress import Display, Ledger, _clock
+from pipeline.run.ray import Pool, fit, pools, run_ray
+from pipeline.run.worker import RunError, Worker
 from pipeline.stages import Resources, produced
 from tests.fixtures.toy_stages import Toy, units
 

@@ -22,8 +22,10 @@ from pipeline.io.store import StoreError
 from pipeline.recipe import Cut, Decode, RecipeError
 from pipeline.record import Source, Video
 from pipeline.split import cut as cut_module
-from pipeline.split.cut import CutStage, Index, groups
+from pipeline.split.cut import CutStage
 from pipeline.split.decode import analyse
+from pipeline.split.packets import Index
+from pipeline.split.piece import groups
 from tests.fixtures.numbered import number, picture, write
 
 SHARED = Path(__file__).parents[3] / "shared" / "videos"

@@ -19,7 +19,9 @@ from PIL import Image
 from pipeline.io.isolate import Child, Stalled
 from pipeline.recipe import Decode
 from pipeline.record import Source, Video
-from pipeline.split.decode import NO_PTS, DecodeError, DecodeStage, Orientation, analyse, fitted, timeline
+from pipeline.split.clock import NO_PTS, timeline
+from pipeline.split.decode import DecodeError, DecodeStage, analyse
+from pipeline.split.pictures import Orientation, fitted
 from pipeline.stages import run_stage
 from tests.fixtures import videos as make
 from tests.fixtures.videos import made
