@@ -63,10 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     from pipeline import recipe
-    from pipeline.io import store
+    from pipeline.faults import StoreError
     from pipeline.run import job as run
     from pipeline.run import needs
-    from pipeline.sources import listing as sources
+    from pipeline.run.worker import RunError
+    from pipeline.sources.names import SourceError
 
     try:
         chosen = recipe.load(args.recipe, args.set)
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
             retry_errors=args.retry_errors,
             command="clipmill curate " + shlex.join(sys.argv[2:] if argv is None else argv),
         )
-    except (recipe.RecipeError, run.RunError, sources.SourceError, store.StoreError) as e:
+    except (recipe.RecipeError, RunError, SourceError, StoreError) as e:
         print(f"clipmill curate: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

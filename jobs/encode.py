@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: this rank's GPU, where there is one)")
     args = parser.parse_args(argv)
 
-    from models.curation.embed import MissingModel
-    from pipeline.io.store import StoreError
+    from models.hub import MissingModel
+    from pipeline.faults import StoreError
 
     try:
         from jobs.training.recipe import load_training

@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: eval.json in the first folder")
     args = parser.parse_args(argv)
 
-    from models.curation.embed import MissingModel
-    from pipeline.io.store import StoreError
+    from models.hub import MissingModel
+    from pipeline.faults import StoreError
     from pipeline.shards.reader import BrokenSample
 
     try:

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from jobs.training.checkpoint import CheckpointError
     from jobs.training.system import load_trained
-    from models.curation.embed import MissingModel
+    from models.hub import MissingModel
 
     try:
         if not 1 <= args.n <= 450:

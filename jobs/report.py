@@ -25,12 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("dir", metavar="DIR", help="output folder of a run, also s3:// or gs://")
     args = parser.parse_args(argv)
 
-    from pipeline.io import store
+    from pipeline.faults import StoreError
+    from pipeline.io.store import Store
     from pipeline.report import page as report
 
     try:
-        print(report.write(store.Store(args.dir)))
-    except (store.StoreError, OSError) as e:
+        print(report.write(Store(args.dir)))
+    except (StoreError, OSError) as e:
         print(f"clipmill report: {e}", file=sys.stderr)
         return 2
     return 0

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     from jobs.training.checkpoint import CheckpointError
-    from models.curation.embed import MissingModel
+    from models.hub import MissingModel
     from pipeline.io.ffmpeg import FFmpegError
     from pipeline.shards.reader import BrokenSample
 

@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     from pipeline.decide.rules import funnel
-    from pipeline.io.store import Store, StoreError
+    from pipeline.faults import StoreError
+    from pipeline.io.store import Store
     from pipeline.recipe import RecipeError, load, parse
     from pipeline.shards.pack import read_run, shard
 

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ray", type=int, metavar="N", help="train with N workers of Ray Train")
     args = parser.parse_args(argv)
 
-    from pipeline.io.store import StoreError
+    from pipeline.faults import StoreError
 
     try:
         return run(args)

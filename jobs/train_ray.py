@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.training.loop import Outcome, train
 from jobs.training.recipe import TrainRecipe
-from pipeline.io.store import StoreError
+from pipeline.faults import StoreError
 
 RESTARTS = 3  # of the workers, after a death that is no fault of recipe or data
 

@@ -14,7 +14,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from models.curation.embed import MissingModel, open_clip_size
+
+class MissingModel(RuntimeError):
+    """A model that cannot be had here; the message is one sentence with the fix."""
+
 
 TIMEOUT_S = 10.0
 IN_CACHE = "in the local cache"
@@ -68,6 +71,35 @@ def _open_clip_on_hub(repo: str, file: str) -> str:
     if any(_cached(repo, name, None) for name in names):
         return IN_CACHE
     return _on_hub(repo, None)
+
+
+def open_clip_size(model: str, pretrained: str = "") -> int:
+    """Length of an open_clip model's embedding, without building the model.
+
+    Raises MissingModel for an unknown architecture or folder, and for weights that are neither a file
+    nor one of the architecture's tags.
+    """
+    import open_clip
+
+    try:
+        config = open_clip.get_model_config(model)
+    except OSError as e:
+        raise MissingModel(
+            f"open_clip model {model!r} cannot be read: {' '.join(str(e).split())}; download it once with "
+            f"network access, or name a local-dir: folder that holds open_clip_config.json"
+        ) from e
+    if config is None:
+        raise MissingModel(
+            f"open_clip has no architecture {model!r}; list them with open_clip.list_models(), "
+            f"or name a hf-hub: or local-dir: model"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if ":" not in model and pretrained not in tags and not Path(pretrained).is_file():
+        raise MissingModel(
+            f"open_clip {model}: pretrained {pretrained!r} is neither a weights file nor one of its tags "
+            f"({', '.join(tags) or 'it has none'})"
+        )
+    return int(config["embed_dim"])
 
 
 def _cached(repo: str, file: str, revision: str | None) -> Path | None:

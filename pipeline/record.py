@@ -119,6 +119,7 @@ class Error:
     stage: str
     message: str  # one sentence
     at: str  # UTC, ISO 8601
+    kind: str = "source"  # whose fault, see pipeline.faults; 'transient' is tried again by the next run
 
 
 @dataclass
@@ -201,6 +202,7 @@ VIDEO_SCHEMA = _described(
         ("error", pa.string(), "one sentence; null when ok"),
         ("stage", pa.string(), "stage that failed; null when ok"),
         ("error_at", pa.string(), "UTC time of the failure, ISO 8601"),
+        ("error_kind", pa.string(), "whose fault: 'source', 'worker' or 'transient'; null when ok"),
         ("warnings", pa.list_(pa.string()), "trouble that was survived"),
         ("duration_s", pa.float64(), "first PTS to end of last frame, seconds"),
         ("width", pa.int32(), "upright, stored pixels"),
@@ -280,6 +282,7 @@ def video_row(v: Video) -> dict[str, Any]:
         "error": None if v.error is None else v.error.message,
         "stage": None if v.error is None else v.error.stage,
         "error_at": None if v.error is None else v.error.at,
+        "error_kind": None if v.error is None else v.error.kind,
         "warnings": v.warnings,
         "duration_s": v.duration_s if v.width else None,
         "width": v.width or None,

@@ -1,7 +1,7 @@
 """What a stage is, and how one is run on one unit of work.
 
 A stage is a plain object: build it, `setup()` once a worker, call it with the videos of one unit. It
-needs no Ray; `pipeline.graph` lists the stages a recipe names, and `pipeline.run.job`
+needs no Ray; `pipeline.graph` lists the stages a recipe names, and `pipeline.run`
 puts them on Ray Data or runs them in this process.
 Module level imports of stage files stay light: models are imported in `setup`.
 """
@@ -9,22 +9,23 @@ Module level imports of stage files stay light: models are imported in `setup`.
 from __future__ import annotations
 
 import time
-import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from pipeline.io.store import StoreError
+from pipeline.faults import StoreError, TransientFault, WorkerFault, kind_of, sentence
 from pipeline.record import Error, Video
 
+T = TypeVar("T")
 
-class StageError(Exception):
-    """A source that a stage cannot use; the message is one sentence for the `error` column."""
+TRIES = 3  # calls of a stage that the moment spoils, before that becomes somebody's fault
+BACKOFF_S = 0.5  # wait before the second call, doubled for the third
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one worker of a stage takes from the cluster."""
+    """What one worker of a stage takes from the cluster; with the recipe's wishes put in, `stage.resources`."""
 
     cpus: float = 1.0
     gpus: float = 0.0
@@ -44,6 +45,8 @@ class Stage(Protocol):
     name: str
     resources: Resources
     produces: Produces
+    # Optional: `whole_unit = True` for a stage that writes one file for its unit. It is never given a part
+    # of the unit, tells its videos' faults by `fail` itself, and may be called again from the start.
 
     def setup(self) -> None:
         """Once a worker: load the model."""
@@ -51,8 +54,9 @@ class Stage(Protocol):
     def __call__(self, videos: list[Video]) -> list[Video]:
         """Grow the records of one unit, in place, and return them.
 
-        Raise StageError (or anything) to fail a video. A stage is idempotent: called again on a video
-        it has half done, it gives what one call would have given.
+        Go over them as `for video in each(videos)`, so that it is known which one was in work when the process
+        dies or hangs. Raise a fault of `pipeline.faults` (or anything) to fail a video. A stage is idempotent:
+        called again on a video it has half done, it gives what one call would have given.
         """
         ...
 
@@ -66,24 +70,50 @@ def produced(stages: list[Stage]) -> Produces:
     return all_
 
 
+# Who is in work ------------------------------------------------------------------------------------
+
+_watcher: Callable[[str], None] | None = None  # one a process: whoever runs the stages
+
+
+def watched_by(watcher: Callable[[str], None] | None) -> None:
+    """From now on tell `watcher` the uri of every video that a stage of this process turns to."""
+    global _watcher
+    _watcher = watcher
+
+
+def each(videos: Iterable[Video]) -> Iterator[Video]:
+    """The videos one by one, each announced: if the process dies or hangs now, that one is to blame."""
+    for video in videos:
+        if _watcher is not None:
+            _watcher(video.source.uri)
+        yield video
+
+
+# Running a stage -----------------------------------------------------------------------------------
+
+
 def run_stage(stage: Stage, videos: list[Video]) -> list[Video]:
     """Run a stage on one unit; a video it fails on becomes an error and the others go on.
 
-    The unit is tried whole (models batch across its videos), then, if that raises, video by video.
+    The unit is tried whole (models batch across its videos), then, if that fails, video by video; a stage
+    that writes one file for the unit is only ever tried whole. What may be the moment's fault is tried TRIES
+    times. Raises WorkerFault and StoreError, which are no video's fault.
     """
     good = [v for v in videos if v.error is None]
     if not good:
         return videos
     start = time.perf_counter()
     try:
-        stage(good)
-    except StoreError:
-        raise  # the output, not a video, is at fault: the run ends
-    except Exception as e:
+        _call(stage, good)
+    except (StoreError, WorkerFault):
+        raise
+    except (Exception, SystemExit) as e:
+        if getattr(stage, "whole_unit", False):
+            raise WorkerFault(f"stage '{stage.name}' failed on a whole unit: {sentence(e)}") from e
         if len(good) == 1:
             fail(good[0], stage.name, e)
         else:
-            for v in good:
+            for v in each(good):
                 run_stage(stage, [v])
             return videos
     spent = time.perf_counter() - start
@@ -92,14 +122,40 @@ def run_stage(stage: Stage, videos: list[Video]) -> list[Video]:
     return videos
 
 
+def _call(stage: Stage, videos: list[Video]) -> None:
+    """Call a stage, patiently; a worker's fault comes out as one, named after the stage."""
+    try:
+        patiently(lambda: stage(videos))
+    except Exception as e:
+        if kind_of(e) is WorkerFault and not isinstance(e, WorkerFault):
+            raise WorkerFault(f"stage '{stage.name}': {sentence(e)}") from e
+        raise
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """What `call` returns; called up to TRIES times, with growing waits, while the moment is at fault.
+
+    For work that may be done again from the start: a stage on its unit, one video inside a whole-unit stage.
+    """
+    for attempt in range(1, TRIES):
+        try:
+            return call()
+        except Exception as e:
+            if kind_of(e) is not TransientFault:
+                raise
+            time.sleep(BACKOFF_S * 2 ** (attempt - 1))
+    return call()
+
+
 def fail(video: Video, stage: str, e: BaseException) -> None:
-    """Turn an exception into the video's error row: one sentence, the stage, the time."""
-    if isinstance(e, StageError):
-        message = str(e)
-    else:
-        where = traceback.extract_tb(e.__traceback__)
-        at = f" at {where[-1].filename.rsplit('/', 1)[-1]}:{where[-1].lineno}" if where else ""
-        message = f"{type(e).__name__}: {e}{at}"
-    video.error = Error(stage, " ".join(message.split()), datetime.now(UTC).isoformat(timespec="seconds"))
+    """Turn an exception into the video's error row: one sentence, its kind, the stage, the time.
+
+    Raises `e` where it is no video's fault.
+    """
+    kind = kind_of(e)
+    if isinstance(e, Exception) and issubclass(kind, StoreError | WorkerFault):
+        raise e
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    video.error = Error(stage, sentence(e), at, kind.kind)
     video.frames = None
     video.clips = []

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "pipeline": {"models", "pipeline"},
     "jobs": {"models", "pipeline", "jobs"},
 }
-KNOW_RAY = {"pipeline/run/job.py", "jobs/doctor.py", "jobs/train_ray.py"}
+KNOW_RAY = {"pipeline/run/ray.py", "jobs/doctor.py", "jobs/train_ray.py"}
 HEAVY = {"torch", "ray", "transformers", "open_clip", "onnxruntime", "rapidocr", "cv2", "av"}
 
 
@@ -34,6 +34,65 @@ def test_dependencies_point_from_jobs_to_pipeline_to_models_only(package: str):
     for path in (ROOT / package).rglob("*.py"):
         beyond = imports(path) & {"jobs", "pipeline", "models", "tests", "bench"} - MAY_IMPORT[package]
         assert not beyond, f"{path.relative_to(ROOT)} imports {beyond}"
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Files of this repository that a file imports, as dotted names, wherever in it the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if (ROOT / f"{name.replace('.', '/')}.py").is_file()}
+
+
+def graph_of(package: str, key) -> dict[str, set[str]]:
+    """Who imports whom among the files of a package, or among what `key` makes of their names."""
+    graph: dict[str, set[str]] = {}
+    for path in (ROOT / package).rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        to = {key(m) for m in modules_imported(path) if m.startswith(f"{package}.")}
+        graph.setdefault(key(name), set()).update(to - {key(name)})
+    return graph
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """A path that comes back to where it began; [] where there is none."""
+    done: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return []
+        for to in sorted(graph.get(node, ())):
+            if found := visit(to, [*path, node]):
+                return found
+        done.add(node)
+        return []
+
+    return next((found for node in sorted(graph) if (found := visit(node, []))), [])
+
+
+def folder_of(name: str) -> str:
+    """'pipeline.split' of 'pipeline.split.cut'; a file that lies in the package itself stands for itself."""
+    return ".".join(name.split(".")[:2])
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_no_file_imports_itself_by_a_detour(package: str):
+    assert circle_in(graph_of(package, lambda name: name)) == []
+
+
+@pytest.mark.parametrize("package", ["models", "pipeline"])
+def test_no_folder_imports_itself_by_a_detour(package: str):
+    assert circle_in(graph_of(package, folder_of)) == []
+
+
+def test_the_circle_test_finds_circles():
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def test_only_the_files_that_start_it_know_ray():

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from jobs.training.recipe import TrainRecipe
 from jobs.training.task import Batch
 from models.autoencoders.latents import Autoencoder, latent_shape
-from pipeline.io.store import StoreError
+from pipeline.faults import StoreError
 from pipeline.shards.buckets import Shape, deal, whole_batches
 from pipeline.shards.latents import LatentReader, made_of
 from pipeline.shards.reader import PATIENCE, BrokenSample, Sample, ShardReader

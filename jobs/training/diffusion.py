@@ -24,9 +24,9 @@ from jobs.training.recipe import Tasks, TrainRecipe
 from jobs.training.system import System, blurred, build_system, knows_frames, load_trained, to_unit
 from jobs.training.task import Batch, Draws, Losses, Phase
 from models.autoencoders.latents import Normalizer, Posterior, Statistics, latent_shape
-from models.curation.embed import MissingModel
 from models.diffusion.condition import Condition
 from models.diffusion.objective import TIMES, at_level
+from models.hub import MissingModel
 from pipeline.shards.latents import statistics
 
 SHOWN = 4  # captions of the data that are sampled where the recipe has no prompts

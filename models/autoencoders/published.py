@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from models.autoencoders.latents import Normalizer, Posterior, latent_shape
-from models.curation.embed import MissingModel
+from models.hub import MissingModel
 
 FRAMES = 16  # that an image autoencoder takes at a time
 

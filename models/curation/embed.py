@@ -7,7 +7,6 @@ on a GPU in batches of one fixed size (padded), because the size of a batch can 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -15,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from models.hub import MissingModel, open_clip_size
+
 GPU_BATCH = 32
-
-
-class MissingModel(RuntimeError):
-    """A model that cannot be had here; the message is one sentence with the fix."""
 
 
 class Embedder(Protocol):
@@ -110,35 +107,6 @@ def open_clip_name(model: str) -> str:
     """Column name of an open_clip model: 'ViT-B-32' → 'open_clip_vit_b_32'."""
     tail = model.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
     return "open_clip_" + "".join(c if c.isalnum() else "_" for c in tail.lower())
-
-
-def open_clip_size(model: str, pretrained: str = "") -> int:
-    """Length of an open_clip model's embedding, without building the model.
-
-    Raises MissingModel for an unknown architecture or folder, and for weights that are neither a file
-    nor one of the architecture's tags.
-    """
-    import open_clip
-
-    try:
-        config = open_clip.get_model_config(model)
-    except OSError as e:
-        raise MissingModel(
-            f"open_clip model {model!r} cannot be read: {' '.join(str(e).split())}; download it once with "
-            f"network access, or name a local-dir: folder that holds open_clip_config.json"
-        ) from e
-    if config is None:
-        raise MissingModel(
-            f"open_clip has no architecture {model!r}; list them with open_clip.list_models(), "
-            f"or name a hf-hub: or local-dir: model"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    if ":" not in model and pretrained not in tags and not Path(pretrained).is_file():
-        raise MissingModel(
-            f"open_clip {model}: pretrained {pretrained!r} is neither a weights file nor one of its tags "
-            f"({', '.join(tags) or 'it has none'})"
-        )
-    return int(config["embed_dim"])
 
 
 @torch.inference_mode()

@@ -19,8 +19,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from models.curation.embed import MissingModel
-from models.hub import transformers_weights
+from models.hub import MissingModel, transformers_weights
 
 Input = Literal["video", "images", "image"]
 

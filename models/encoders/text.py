@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import attend, join_heads, split_heads
-from models.curation.embed import MissingModel
-from models.hub import transformers_weights
+from models.hub import MissingModel, transformers_weights
 
 TOWERS = {"clip": "CLIPTextModel", "siglip": "SiglipTextModel"}  # of two-tower checkpoints only the text one
 

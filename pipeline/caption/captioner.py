@@ -37,7 +37,7 @@ from typing import Any
 
 from pipeline import recipe
 from pipeline.record import Caption, Clip, Video
-from pipeline.stages import Produces, Resources
+from pipeline.stages import Produces, Resources, each
 
 
 class Captioner:
@@ -87,7 +87,7 @@ class CaptionStage:
         self.captioner.setup()
 
     def __call__(self, videos: list[Video]) -> list[Video]:
-        for video in videos:
+        for video in each(videos):
             video.warnings = [w for w in video.warnings if not w.startswith(f"{self.name}: ")]
             # batches of one video's clips only: the size of a batch can change the last bits of a score
             for i in range(0, len(video.clips), self.captioner.batch):

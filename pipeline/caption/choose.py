@@ -23,7 +23,7 @@ from pipeline.caption.captioner import sentences
 from pipeline.recipe import Choose, RecipeError
 from pipeline.record import Caption, Clip, Video
 from pipeline.samples import pictures
-from pipeline.stages import Produces, Resources
+from pipeline.stages import Produces, Resources, each
 
 SCORE = {"consensus": "consensus", "open_clip": "clip_score"}
 DIGITS = 6  # kept of a score: what is left of float noise must not decide between equals
@@ -127,7 +127,7 @@ class ChooseStage:
             self.scorer = ClipScorer(self.section.model, self.section.pretrained, device)
 
     def __call__(self, videos: list[Video]) -> list[Video]:
-        for video in videos:
+        for video in each(videos):
             for clip in video.clips:
                 _put(clip.captions, SCORE["consensus"], consensus([c.text for c in clip.captions]))
                 if self.section.method == "open_clip":
@@ -159,8 +159,7 @@ def check(section: Choose) -> str:
     """
     if section.method == "consensus":
         return "needs no model"
-    from models.curation.embed import MissingModel
-    from models.hub import open_clip_weights
+    from models.hub import MissingModel, open_clip_weights
 
     try:
         return open_clip_weights(section.model, section.pretrained)

@@ -27,8 +27,8 @@ class Transformers(Captioner):
         self.batch = options.batch
 
     def check(self) -> str:
-        from models.curation.embed import MissingModel
         from models.curation.vlm_captioner import check
+        from models.hub import MissingModel
 
         try:
             return check(self.options.model, self.options.revision, self.options.input)

@@ -23,9 +23,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-
-class StoreError(Exception):
-    """The output cannot be written or read: ends the run with one sentence, never a video's error row."""
+from pipeline.faults import StoreError
 
 
 class Store:

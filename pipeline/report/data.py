@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from pipeline.decide.rules import CHOSEN, DUPLICATE, clip_files, funnel
-from pipeline.io.store import Store, StoreError
+from pipeline.faults import StoreError
+from pipeline.io.store import Store
 from pipeline.record import CLIP_SCHEMA, DECISION_SCHEMA, VIDEO_SCHEMA
 
 KEPT_SHOWN = 24  # clips

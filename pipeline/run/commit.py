@@ -18,6 +18,7 @@ class CommitStage:
     """The last stage: measured rows to parquet, the videos' file last."""
 
     name = "commit"
+    whole_unit = True
     resources = Resources(cpus=1.0)
 
     def __init__(self, out: str, columns: Produces):

@@ -78,8 +78,7 @@ def local(path: str) -> str:
 
 
 def open_clip(name: str, pretrained: str) -> str:
-    from models.curation.embed import MissingModel
-    from models.hub import open_clip_weights
+    from models.hub import MissingModel, open_clip_weights
 
     try:
         return open_clip_weights(name, pretrained)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.io.store import StoreError
+from pipeline.faults import StoreError
 from pipeline.record import Video
 from pipeline.run.progress import Display, Ledger
 from pipeline.run.worker import RunError, Worker

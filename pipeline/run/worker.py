@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
+from pipeline.faults import SourceFault
 from pipeline.record import Video
 from pipeline.run.progress import Display, Ledger
-from pipeline.stages import Stage, StageError, fail, run_stage
+from pipeline.stages import Stage, fail, patiently, run_stage, watched_by
 
 MAX_DEATHS = 3  # a source on which so many worker processes died becomes an error
 
@@ -57,15 +59,19 @@ class Worker:
                     fail(
                         v,
                         stage,
-                        StageError(f"the worker process died {deaths} times in stage '{stage}' here"),
+                        SourceFault(f"the worker process died {deaths} times in stage '{stage}' here"),
                     )
         for stage in self.stages:
-            whole = stage.name in ("cut", "commit")  # these write one file a unit
+            whole = getattr(stage, "whole_unit", False)
             for group in [videos] if whole or died is None else [[v] for v in videos]:
                 ledger.working(unit, group[0].source.uri, stage.name)
+                watched_by(partial(_note, ledger, unit, stage.name))
                 errors = sum(v.error is not None for v in group)
                 start = time.perf_counter()
-                run_stage(stage, group) if stage.name != "commit" else stage(group)
+                if stage.name == "commit":  # it writes the failed ones too
+                    patiently(partial(stage, group))
+                else:
+                    run_stage(stage, group)
                 ledger.add(
                     stage.name,
                     len(group),
@@ -76,3 +82,7 @@ class Worker:
                 )
         ledger.end(unit)
         return videos
+
+
+def _note(ledger: Any, unit: str, stage: str, source: str) -> None:
+    ledger.working(unit, source, stage)

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.recipe import Aesthetic, RecipeError
 from pipeline.record import Video
 from pipeline.samples import pictures
-from pipeline.stages import Produces, Resources
+from pipeline.stages import Produces, Resources, each
 
 
 class AestheticStage:
@@ -61,7 +61,7 @@ class AestheticStage:
     def __call__(self, videos: list[Video]) -> list[Video]:
         import torch
 
-        for video in videos:
+        for video in each(videos):
             for clip in video.clips:
                 seen = pictures(video, clip, self.recipe.frames)
                 if not seen:

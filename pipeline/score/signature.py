@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.record import Clip, Sample, Video
 from pipeline.samples import samples
-from pipeline.stages import Produces, Resources
+from pipeline.stages import Produces, Resources, each
 
 NAME = "signature"
 MOMENTS, GRID = 4, 8  # pictures a clip; cells along each side of a picture
@@ -31,7 +31,7 @@ class SignatureStage:
         cv2.setNumThreads(1)
 
     def __call__(self, videos: list[Video]) -> list[Video]:
-        for video in videos:
+        for video in each(videos):
             for clip in video.clips:
                 seen = moments(video, clip)
                 if seen:

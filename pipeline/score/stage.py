@@ -29,7 +29,7 @@ from pipeline.samples import samples
 from pipeline.score.motion import MOTION, motion_of
 from pipeline.score.picture import PICTURE, active_area, decode_grey, picture_scores
 from pipeline.score.watermark import COMPANY, Evidence, watermarks
-from pipeline.stages import Produces, Resources
+from pipeline.stages import Produces, Resources, each
 
 
 class ScoreStage:
@@ -48,7 +48,7 @@ class ScoreStage:
         cv2.setNumThreads(1)
 
     def __call__(self, videos: list[Video]) -> list[Video]:
-        for video in videos:
+        for video in each(videos):
             if video.frames is None:
                 continue
             if self.recipe.motion:

@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.recipe import Text
 from pipeline.record import Video
 from pipeline.samples import pictures
-from pipeline.stages import Produces, Resources
+from pipeline.stages import Produces, Resources, each
 
 SAME_TEXT = 0.8  # likeness of two readings (2 × matching letters ÷ all letters) that makes them one
 
@@ -67,7 +67,7 @@ class TextStage:
         )
 
     def __call__(self, videos: list[Video]) -> list[Video]:
-        for video in videos:
+        for video in each(videos):
             for clip in video.clips:
                 seen = pictures(video, clip, self.recipe.frames)
                 if not seen:

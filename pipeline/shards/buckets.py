@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from pipeline.io.store import StoreError
+from pipeline.faults import StoreError
 
 Shape = tuple[int, int, int]  # frames, height, width
 

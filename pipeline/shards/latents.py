@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.io.store import Store, StoreError
+from pipeline.faults import StoreError
+from pipeline.io.store import Store
 from pipeline.shards.buckets import Shape
 from pipeline.shards.pack import split
 from pipeline.shards.reader import BrokenSample, Sample, ShardReader

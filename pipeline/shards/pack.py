@@ -32,7 +32,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.decide.rules import Decided, decide, schema
-from pipeline.io.store import Ranges, Store, StoreError
+from pipeline.faults import StoreError
+from pipeline.io.store import Ranges, Store
 from pipeline.recipe import Recipe, Shards
 from pipeline.record import CLIP_SCHEMA, DECISION_SCHEMA
 

@@ -38,7 +38,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.io.store import Ranges, Store, StoreError
+from pipeline.faults import StoreError
+from pipeline.io.store import Ranges, Store
 from pipeline.shards.buckets import Shape, deal, fit, whole_batches
 
 try:

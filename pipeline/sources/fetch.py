@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from pipeline.io.store import StoreError
+from pipeline.faults import SourceFault, StoreError
 from pipeline.record import Source
 from pipeline.sources.http import HttpFile, get
 from pipeline.sources.names import (
@@ -43,7 +43,6 @@ from pipeline.sources.names import (
     tar_of,
 )
 from pipeline.sources.youtube import download
-from pipeline.stages import StageError
 
 READ_AHEAD = 1 << 16  # bytes asked of a remote file at least, when seeking in it
 KEEP_S = 2 * 3600.0  # a scratch file nobody has used for so long is swept
@@ -62,11 +61,11 @@ class Localised:
 def localised(source: Source, hash: bool = True, limits: Limits = LIMITS) -> Iterator[Localised]:
     """The source as a local regular file for the length of the block.
 
-    Raises StageError (one sentence: which source, what is wrong, what to do) for the source's faults and
+    Raises SourceFault (one sentence: which source, what is wrong, what to do) for the source's faults and
     StoreError where the scratch disk is full or not writable.
     """
     if source.problem:
-        raise StageError(source.problem)
+        raise SourceFault(source.problem)
     path = path_of(source.uri) if source.member is None else None
     if path is not None:
         with _open_regular(path, source.uri) as f:
@@ -189,12 +188,12 @@ def _open_regular(path: str, uri: str) -> io.BufferedReader:
     try:
         info = Path(path).stat()
         if not stat.S_ISREG(info.st_mode):
-            raise StageError(
+            raise SourceFault(
                 f"{uri}: not a regular file ({_KINDS.get(stat.S_IFMT(info.st_mode), 'special')})"
             )
         f = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
     except ValueError as e:
-        raise StageError(f"{uri}: not a path: {e}") from e
+        raise SourceFault(f"{uri}: not a path: {e}") from e
     except OSError as e:
         fix = {
             errno.ENOENT: "no such file; check the path",
@@ -202,10 +201,10 @@ def _open_regular(path: str, uri: str) -> io.BufferedReader:
             errno.EACCES: "permission denied; make it readable",
             errno.ELOOP: "its symbolic links lead in a circle",
         }
-        raise StageError(f"{uri}: {fix.get(e.errno or 0, e.strerror)}") from e
+        raise SourceFault(f"{uri}: {fix.get(e.errno or 0, e.strerror)}") from e
     if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
         f.close()
-        raise StageError(f"{uri}: not a regular file")
+        raise SourceFault(f"{uri}: not a regular file")
     return f
 
 
@@ -227,7 +226,7 @@ def _digest(f: io.BufferedReader) -> str:
 def random_access(uri: str, limits: Limits = LIMITS) -> Iterator[tuple[io.BufferedReader, int]]:
     """A local or remote file to seek in, and its size; what is not read is not transferred.
 
-    Raises StageError, also while it is read.
+    Raises SourceFault, also while it is read.
     """
     path = path_of(uri)
     if path is not None:
@@ -257,11 +256,11 @@ def _fetch(source: Source, to: Path, limits: Limits) -> None:
         elif uri.startswith(("http://", "https://")):
             get(uri, out, source.member, limits)
             if source.member and out.tell() < source.member[1]:
-                raise StageError(f"{source.uri}: the tar ends inside it; it has changed since it was listed")
+                raise SourceFault(f"{source.uri}: the tar ends inside it; it has changed since it was listed")
         elif uri.startswith(OBJECTS):
             _object(source, uri, out, limits)
         else:
-            raise StageError(
+            raise SourceFault(
                 f"{uri}: unknown kind of address; use a path, file://, http(s)://, s3:// or gs://"
             )
         out.flush()
@@ -274,7 +273,7 @@ def _copy_range(src: Any, out: BinaryIO, offset: int, size: int, uri: str) -> No
     while left:
         data = src.read(min(CHUNK, left))
         if not data:
-            raise StageError(f"{uri}: the file ends {left} bytes early; it has changed since it was listed")
+            raise SourceFault(f"{uri}: the file ends {left} bytes early; it has changed since it was listed")
         out.write(data)
         left -= len(data)
 
@@ -285,7 +284,7 @@ def _object(source: Source, uri: str, out: BinaryIO, limits: Limits) -> None:
     with _object_faults(uri), fs.open_input_file(key) as f:
         offset, size = source.member or (0, f.size())
         if size > limits.max_bytes:
-            raise StageError(f"{uri}: {size} bytes are more than the limit of {limits.max_bytes}")
+            raise SourceFault(f"{uri}: {size} bytes are more than the limit of {limits.max_bytes}")
         _copy_range(f, out, offset, size, source.uri)
 
 
@@ -295,8 +294,8 @@ def _object_faults(uri: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as e:
-        raise StageError(f"{uri}: not found; check the bucket and the key") from e
+        raise SourceFault(f"{uri}: not found; check the bucket and the key") from e
     except (pa.ArrowException, OSError) as e:
         if getattr(e, "errno", None) in FULL:
             raise  # not the source's fault
-        raise StageError(f"{uri}: cannot be read: {one_line(e)}") from e
+        raise SourceFault(f"{uri}: cannot be read: {one_line(e)}") from e

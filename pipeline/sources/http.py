@@ -15,8 +15,8 @@ import urllib.request
 from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
+from pipeline.faults import SourceFault
 from pipeline.sources.names import CHUNK, Limits, one_line
-from pipeline.stages import StageError
 
 RETRY = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers that a later try may better
 
@@ -33,7 +33,7 @@ def get(uri: str, out: BinaryIO, span: tuple[int, int] | None, limits: Limits) -
     """GET the whole file, or a span (offset, size) of it as far as there is one.
 
     A broken transfer goes on where it broke. Returns the size of the whole file where the server says it.
-    Raises StageError.
+    Raises SourceFault.
     """
     deadline = time.monotonic() + limits.total_s
     transfer = _Transfer(uri, out, span, limits, deadline)
@@ -46,13 +46,13 @@ def get(uri: str, out: BinaryIO, span: tuple[int, int] | None, limits: Limits) -
             failed = failed + 1 if out.tell() <= best else 1
             best = max(best, out.tell())
             if failed >= limits.tries:
-                raise StageError(f"{uri}: {e}, {failed} times in a row; try again later") from e
+                raise SourceFault(f"{uri}: {e}, {failed} times in a row; try again later") from e
             wait = limits.backoff_s * 2 ** (failed - 1) * random.uniform(0.75, 1.25)
             wait = min(wait, limits.max_wait_s) if e.wait is None else e.wait
             if e.wait is not None and e.wait > limits.max_wait_s:
-                raise StageError(f"{uri}: {e}, and not before {e.wait:.0f} s; try again later") from e
+                raise SourceFault(f"{uri}: {e}, and not before {e.wait:.0f} s; try again later") from e
             if time.monotonic() + wait > deadline:
-                raise StageError(f"{uri}: {e}, and {limits.total_s:g} s are over; try again later") from e
+                raise SourceFault(f"{uri}: {e}, and {limits.total_s:g} s are over; try again later") from e
             time.sleep(wait)
 
 
@@ -70,7 +70,7 @@ class _Transfer:
         self.version = ""  # strong ETag or Last-Modified of the first answer
 
     def attempt(self) -> None:
-        """Ask for what is missing and write it. Raises _Again or StageError."""
+        """Ask for what is missing and write it. Raises _Again or SourceFault."""
         try:
             with self.opener.open(self._request(), timeout=self.limits.timeout_s) as answer:
                 self._accept(answer)
@@ -79,11 +79,11 @@ class _Transfer:
             with e:
                 self._refused(e)
         except http.client.InvalidURL as e:
-            raise StageError(f"{self.uri}: not a valid address: {one_line(e)}") from e
+            raise SourceFault(f"{self.uri}: not a valid address: {one_line(e)}") from e
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
             reason = getattr(e, "reason", e)
             if isinstance(reason, ssl.SSLCertVerificationError):
-                raise StageError(
+                raise SourceFault(
                     f"{self.uri}: {reason.verify_message}; its certificate is not trusted"
                 ) from e
             if isinstance(reason, TimeoutError):
@@ -108,7 +108,9 @@ class _Transfer:
         """Check that the body is what was asked for; start over where the server sends the whole file."""
         headers = answer.headers
         if headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise StageError(f"{self.uri}: sent {headers['Content-Encoding']}-encoded although not asked for")
+            raise SourceFault(
+                f"{self.uri}: sent {headers['Content-Encoding']}-encoded although not asked for"
+            )
         etag = headers.get("ETag", "")
         version = etag if etag.startswith('"') else headers.get("Last-Modified", "")
         if answer.status == 206:
@@ -123,7 +125,7 @@ class _Transfer:
             if size is not None:
                 self.total = size - first if length is None else min(length, size - first)
         elif self.span:
-            raise StageError(
+            raise SourceFault(
                 f"{self.uri}: the server does not send byte ranges; download the tar and give its path"
             )
         else:
@@ -131,7 +133,7 @@ class _Transfer:
             self.size = self.total = answer.length  # None when the server does not say
         self.version = version
         if (self.total or 0) > self.limits.max_bytes:
-            raise StageError(
+            raise SourceFault(
                 f"{self.uri}: {self.total} bytes are more than the limit of {self.limits.max_bytes}"
             )
 
@@ -141,12 +143,12 @@ class _Transfer:
             self.out.write(data)
             have = self.out.tell()
             if have > self.limits.max_bytes:
-                raise StageError(f"{self.uri}: more than the limit of {self.limits.max_bytes} bytes")
+                raise SourceFault(f"{self.uri}: more than the limit of {self.limits.max_bytes} bytes")
             if self.total is not None and have > self.total:
                 self._restart()
                 raise _Again(f"more than the {self.total} bytes that were announced")
             if time.monotonic() > self.deadline:
-                raise StageError(
+                raise SourceFault(
                     f"{self.uri}: {have} bytes in {self.limits.total_s:g} s; the server is too slow"
                 )
 
@@ -155,7 +157,7 @@ class _Transfer:
         self.out.truncate()
 
     def _refused(self, e: urllib.error.HTTPError) -> None:
-        """Turn an HTTP error into _Again or StageError."""
+        """Turn an HTTP error into _Again or SourceFault."""
         if e.code in RETRY:
             raise _Again(f"HTTP {e.code} {e.reason}", _retry_after(e.headers)) from e
         if e.code == 416 and self.out.tell():  # our range ends behind the file: it has become shorter
@@ -168,8 +170,8 @@ class _Transfer:
             410: "gone; the link is dead",
         }
         if e.code in range(300, 400):
-            raise StageError(f"{self.uri}: HTTP {e.code}, redirects in a circle or too often") from e
-        raise StageError(f"{self.uri}: HTTP {e.code}, {why.get(e.code, one_line(e.reason))}") from e
+            raise SourceFault(f"{self.uri}: HTTP {e.code}, redirects in a circle or too often") from e
+        raise SourceFault(f"{self.uri}: HTTP {e.code}, {why.get(e.code, one_line(e.reason))}") from e
 
 
 class HttpFile(io.RawIOBase):
@@ -179,7 +181,9 @@ class HttpFile(io.RawIOBase):
         self.uri, self.limits, self.at = uri, limits, 0
         size = get(uri, io.BytesIO(), (0, 1), limits)
         if size is None:
-            raise StageError(f"{uri}: the server does not say how large it is; download it and give its path")
+            raise SourceFault(
+                f"{uri}: the server does not say how large it is; download it and give its path"
+            )
         self.size = size
 
     def readable(self) -> bool:
@@ -211,7 +215,7 @@ class _Redirect(urllib.request.HTTPRedirectHandler):
     def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
         target = urllib.parse.urljoin(req.full_url, headers.get("Location", ""))
         if not target.lower().startswith(("http://", "https://")):
-            raise StageError(f"{req.full_url}: redirects to {target}, which is not http(s)")
+            raise SourceFault(f"{req.full_url}: redirects to {target}, which is not http(s)")
         return super().http_error_302(req, fp, code, msg, headers)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302

@@ -25,6 +25,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipeline.faults import SourceFault
 from pipeline.record import Source
 from pipeline.sources.lists import home, joined, list_rows
 from pipeline.sources.names import (
@@ -47,7 +48,6 @@ from pipeline.sources.names import (
     uri_of,
 )
 from pipeline.sources.tars import videos_of
-from pipeline.stages import StageError
 
 
 def list_sources(args: list[str], recursive: bool = True) -> list[Source]:
@@ -121,7 +121,7 @@ def _expand(arg: str, recursive: bool) -> Iterator[Source]:
     for f in found:
         try:
             yield from _file(f)
-        except StageError as e:
+        except SourceFault as e:
             if len(found) == 1:  # there is nothing else in this argument to go on with
                 raise SourceError(str(e)) from e
             yield Source(f.uri, name_of(f.name), problem=str(e))

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.faults import SourceFault
 from pipeline.record import Source
 from pipeline.sources.fetch import localised, release
 from pipeline.sources.names import (
@@ -32,7 +33,6 @@ from pipeline.sources.names import (
     uri_of,
 )
 from pipeline.sources.tars import videos_of
-from pipeline.stages import StageError
 
 
 def home(path: str) -> Path:
@@ -54,7 +54,7 @@ def list_rows(uri: str, suffix: str) -> Iterator[Source]:
                 if isinstance(row, str):
                     raise ValueError(row)
                 yield from _row(row, uri)
-            except (ValueError, StageError) as e:
+            except (ValueError, SourceFault) as e:
                 where = f"{uri}#{number}"
                 yield Source(where, name_of(where), problem=f"{uri}, row {number}: {e}")
     release(source)

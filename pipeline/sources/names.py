@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.stages import StageError
+from pipeline.faults import SourceFault
 
 VIDEOS = frozenset(
     ".3g2 .3gp .asf .avi .dv .f4v .flv .ivf .m2ts .m4v .mkv .mov .mp4 "  # noqa: SIM905
@@ -158,7 +158,7 @@ def object_store(uri: str) -> tuple[pafs.FileSystem, str]:
     """File system and 'bucket/key' of an s3:// or gs:// uri; the key is taken literally.
 
     pyarrow's options may follow the key, e.g. '?region=…' or '?endpoint_override=localhost:9000&scheme=http'.
-    Raises StageError.
+    Raises SourceFault.
     """
     scheme, rest = uri.split("://", 1)
     place, options = split_options(rest)
@@ -166,7 +166,7 @@ def object_store(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
         fs, _ = pafs.FileSystem.from_uri(f"{scheme}://{bucket}{options}")
     except (pa.ArrowException, OSError, ValueError) as e:
-        raise StageError(f"{uri}: {one_line(e)}; write it as {scheme}://bucket/key") from e
+        raise SourceFault(f"{uri}: {one_line(e)}; write it as {scheme}://bucket/key") from e
     return fs, place
 
 

@@ -8,10 +8,10 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from pipeline.faults import SourceFault
 from pipeline.record import Source
 from pipeline.sources.fetch import random_access
 from pipeline.sources.names import VIDEOS, extensions, member_uri, metadata, name_of, suffix_of, utf8
-from pipeline.stages import StageError
 
 SIDECAR_BYTES = 1 << 20  # larger .json and .txt members of a tar are not metadata
 
@@ -22,7 +22,7 @@ SIDECAR_BYTES = 1 << 20  # larger .json and .txt members of a tar are not metada
 def videos_of(uri: str, name: str, meta: dict[str, str]) -> Iterator[Source]:
     """The videos in a tar, each by its byte range, with the .json and .txt of the same key as metadata.
 
-    Of a damaged tar the whole members are listed, then the tar itself with the problem. Raises StageError
+    Of a damaged tar the whole members are listed, then the tar itself with the problem. Raises SourceFault
     where it cannot be opened or holds no video.
     """
     number = 0
@@ -39,14 +39,14 @@ def videos_of(uri: str, name: str, meta: dict[str, str]) -> Iterator[Source]:
                         size=info.size,
                         member=(info.offset_data, info.size),
                     )
-    except (tarfile.TarError, StageError) as e:
-        if isinstance(e, StageError) and not number:
+    except (tarfile.TarError, SourceFault) as e:
+        if isinstance(e, SourceFault) and not number:
             raise
         problem = f"{uri}: damaged tar, {e}; the {number} videos before are used, write the tar anew"
     if problem:
         yield Source(uri, name_of(name), meta, problem=problem)
     elif not number:
-        raise StageError(f"{uri}: no videos in this tar; looked for {extensions()}")
+        raise SourceFault(f"{uri}: no videos in this tar; looked for {extensions()}")
 
 
 def _samples(f: io.BufferedReader, size: int) -> Iterator[tuple[list[tarfile.TarInfo], dict[str, str]]]:

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.faults import SourceFault
 from pipeline.sources.names import Limits, one_line
-from pipeline.stages import StageError
 
 
 def download(uri: str, to: Path, limits: Limits) -> None:
@@ -17,14 +17,14 @@ def download(uri: str, to: Path, limits: Limits) -> None:
     try:
         import yt_dlp
     except ImportError as e:
-        raise StageError(f"{uri}: YouTube videos need yt-dlp; pip install clipmill[youtube]") from e
+        raise SourceFault(f"{uri}: YouTube videos need yt-dlp; pip install clipmill[youtube]") from e
     from pipeline.io import ffmpeg
 
     deadline = time.monotonic() + limits.total_s
 
     def in_time(_: dict[str, Any]) -> None:
         if time.monotonic() > deadline:
-            raise StageError(f"{uri}: not downloaded in {limits.total_s:g} s; the server is too slow")
+            raise SourceFault(f"{uri}: not downloaded in {limits.total_s:g} s; the server is too slow")
 
     said = logging.getLogger("clipmill.yt_dlp")
     said.disabled = True  # it says on the terminal what it also raises
@@ -53,9 +53,9 @@ def download(uri: str, to: Path, limits: Limits) -> None:
             download.download([uri])
         files = sorted(folder.glob("video.*"))
         if len(files) != 1:
-            raise StageError(f"{uri}: yt-dlp brought no video, or more than {limits.max_bytes} bytes")
+            raise SourceFault(f"{uri}: yt-dlp brought no video, or more than {limits.max_bytes} bytes")
         files[0].replace(to)
     except yt_dlp.utils.YoutubeDLError as e:
-        raise StageError(f"{uri}: {one_line(e).removeprefix('ERROR: ')}") from e
+        raise SourceFault(f"{uri}: {one_line(e).removeprefix('ERROR: ')}") from e
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -20,19 +20,21 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipeline.faults import SourceFault, TransientFault, WorkerFault
 from pipeline.io import ffmpeg
-from pipeline.io.store import Store, StoreError
+from pipeline.io.store import Store
 from pipeline.recipe import Cut, RecipeError
 from pipeline.record import Media, Video
 from pipeline.split.encode import encoder, picture_filters, picture_size
 from pipeline.split.packets import Index, mux
 from pipeline.split.piece import Inexact, Piece, groups
-from pipeline.stages import Produces, Resources, StageError, fail
+from pipeline.stages import Produces, Resources, each, fail, patiently
 
 SCRATCH = "clipmill-cut-"  # how the names of scratch folders begin
 
@@ -41,6 +43,7 @@ class CutStage:
     """Writes `media/<unit>.tar` and sets `clip.media`; a source it fails on does not hold up the others."""
 
     name = "cut"
+    whole_unit = True
 
     def __init__(self, recipe: Cut, out: str):
         self.recipe = recipe
@@ -67,39 +70,44 @@ class CutStage:
                 ) from e
 
     def __call__(self, videos: list[Video]) -> list[Video]:
-        from pipeline.sources.fetch import localised, release
+        from pipeline.sources.fetch import release
 
         pieces: list[Piece] = []
-        with scratch() as folder:
-            for n, video in enumerate(videos):
-                if not video.clips:
-                    continue
-                try:
-                    with localised(video.source) as local:
-                        if local.sha256 != video.sha256:
-                            raise StageError(
-                                f"{video.source.uri}: changed while it was being curated; run the same command "
-                                "again once nothing writes to it"
-                            )
-                        pieces += self._cut(video, local.path, folder / str(n))
-                except StoreError:
-                    raise
-                except OSError as e:
-                    if e.errno in (errno.ENOSPC, errno.EDQUOT):
-                        raise scratch_full() from e
-                    fail(video, self.name, e)
-                except Exception as e:
-                    fail(video, self.name, e)
-            if pieces:
-                self._pack(f"media/{videos[0].unit}.tar", pieces)
+        try:
+            with scratch() as folder:
+                for n, video in enumerate(each(videos)):
+                    if video.clips:
+                        try:
+                            pieces += patiently(partial(self._source, video, folder / str(n)))
+                        except Exception as e:
+                            fail(video, self.name, e)
+                if pieces:
+                    self._pack(f"media/{videos[0].unit}.tar", pieces)
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise scratch_full() from e
+            raise
         for video in videos:
             release(video.source)  # no later stage reads it
         return videos
 
     # One source --------------------------------------------------------------------------------------
 
+    def _source(self, video: Video, folder: Path) -> list[Piece]:
+        """Every clip of a source as a file in `folder`, which is emptied first. Raises SourceFault, TransientFault."""
+        from pipeline.sources.fetch import localised
+
+        shutil.rmtree(folder, ignore_errors=True)
+        with localised(video.source) as local:
+            if local.sha256 != video.sha256:
+                raise TransientFault(
+                    f"{video.source.uri}: changed while it was being curated; run the same command again once "
+                    "nothing writes to it"
+                )
+            return self._cut(video, local.path, folder)
+
     def _cut(self, video: Video, path: str, folder: Path) -> list[Piece]:
-        """Write every clip of a source. Raises StageError."""
+        """Write every clip of a source. Raises SourceFault."""
         import av
 
         folder.mkdir()
@@ -116,7 +124,7 @@ class CutStage:
     def _encode(self, path: str, index: Index, group: list[Piece]) -> None:
         """Encode a few clips of one source; when that goes wrong, one by one in ever surer ways.
 
-        Raises StageError when none of the ways gives the frames that were asked for.
+        Raises SourceFault when none of the ways gives the frames that were asked for.
         """
         audio = self.recipe.audio and index.audio
         seek = index.seek(group[0])
@@ -128,7 +136,7 @@ class CutStage:
             try:
                 self._try(path, seek, by, [self._mp4(piece, index, sound) for piece in group], group)
             except ffmpeg.Stalled as e:
-                raise StageError(f"{index.video.source.uri}: {e}") from e
+                raise SourceFault(f"{index.video.source.uri}: {e}") from e
             except (ffmpeg.FFmpegError, Inexact) as e:
                 trouble = e
                 continue
@@ -139,7 +147,7 @@ class CutStage:
                 _warn(index.video, f"{group[0]} was cut by frame number: {trouble}")
             return
         if len(group) == 1:
-            raise StageError(f"{index.video.source.uri}: {trouble}") from trouble
+            raise SourceFault(f"{index.video.source.uri}: {trouble}") from trouble
         for piece in group:
             self._encode(path, index, [piece])
 
@@ -288,7 +296,7 @@ class CutStage:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for unfinished clips, gone afterwards. Raises StoreError where none can be made.
+    """A folder for unfinished clips, gone afterwards. Raises WorkerFault where none can be made.
 
     Also removes those that killed workers have left: nobody holds their lock any more.
     """
@@ -318,8 +326,8 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def scratch_full() -> StoreError:
-    return StoreError(
+def scratch_full() -> WorkerFault:
+    return WorkerFault(
         f"cannot write to {tempfile.gettempdir()}: no space left on it; free some space there or set TMPDIR to "
         "another disk, then run the same command again"
     )

@@ -16,6 +16,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -65,19 +66,19 @@ class DecodeStage:
 
     def __call__(self, videos: list[Video]) -> list[Video]:
         from pipeline.sources.fetch import release
-        from pipeline.stages import StageError, fail
+        from pipeline.stages import each, fail, patiently
 
-        for video in videos:
+        for video in each(videos):
             try:
-                self._decode(video)
-            except StageError as e:
-                fail(video, self.name, e)  # here, or run_stage would decode the whole unit again
+                patiently(partial(self._decode, video))
+            except Exception as e:
                 release(video.source)  # a good one stays for the cut
+                fail(video, self.name, e)  # here, or run_stage would decode the whole unit again
         return videos
 
     def _decode(self, video: Video) -> None:
+        from pipeline.faults import SourceFault
         from pipeline.sources.fetch import localised
-        from pipeline.stages import StageError
 
         assert self.child is not None, "setup() comes first"
         name, options = video.source.name, self.options
@@ -91,19 +92,19 @@ class DecodeStage:
                     stall_s=options.stall_s,
                 )
             except DecodeError as e:
-                raise StageError(f"{name}: {e}") from e
+                raise SourceFault(f"{name}: {e}") from e
             except MemoryError as e:
                 limit = f"{options.max_memory_gb:g} GiB (decode.max_memory_gb)"
-                raise StageError(
+                raise SourceFault(
                     f"{name}: decoding it needs more memory than {limit}; raise the limit"
                 ) from e
             except Stalled as e:
-                raise StageError(
+                raise SourceFault(
                     f"{name}: no frame for {options.stall_s:g} s; the decoder hangs on this file, re-encode it "
                     "or raise decode.stall_s"
                 ) from e
             except ChildError as e:
-                raise StageError(f"{name}: the decoder crashed on this file ({e}); re-encode it") from e
+                raise SourceFault(f"{name}: the decoder crashed on this file ({e}); re-encode it") from e
         found.fill(video)
 
 

@@ -26,7 +26,7 @@ from pipeline.recipe import Events, RecipeError
 from pipeline.record import Clip, Frames, Sample, Video
 from pipeline.samples import picture
 from pipeline.split.shots import frame_at
-from pipeline.stages import Produces, Resources
+from pipeline.stages import Produces, Resources, each
 
 if TYPE_CHECKING:  # it imports torch
     from models.curation.embed import Embedder
@@ -74,7 +74,8 @@ class EventStage:
             return
         self.embedding, size = "efficientnet_lite0", 1280
         if options.embedder.kind == "open_clip":
-            from models.curation.embed import MissingModel, open_clip_name, open_clip_size
+            from models.curation.embed import open_clip_name
+            from models.hub import MissingModel, open_clip_size
 
             self.embedding = open_clip_name(options.embedder.model)
             try:
@@ -99,7 +100,7 @@ class EventStage:
         )
 
     def __call__(self, videos: list[Video]) -> list[Video]:
-        for video in videos:
+        for video in each(videos):
             if "events" not in video.counts:
                 self.split(video)
         return videos

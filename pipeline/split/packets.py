@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.faults import SourceFault
 from pipeline.io import ffmpeg
 from pipeline.record import Video
 from pipeline.split.piece import Piece
-from pipeline.stages import StageError
 
 # Containers whose index leads to a keyframe and whose packets all carry a PTS, and codecs whose keyframes
 # start afresh (H.264 and HEVC are looked at more closely): where ffmpeg may seek.
@@ -32,7 +32,7 @@ class Index:
         self.container, self.video = container, video
         self.stream = ffmpeg.picture_stream(container)
         if self.stream is None or video.frames is None:
-            raise StageError(f"{video.source.uri}: has no frames to cut")
+            raise SourceFault(f"{video.source.uri}: has no frames to cut")
         none = np.empty((0, 3), np.int64)
         packets = video.frames.packets
         self.packets = none if packets is None or container.format.name not in SEEKABLE else packets

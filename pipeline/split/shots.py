@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.recipe import Shots
 from pipeline.record import Shot, Video
-from pipeline.stages import Produces, Resources
+from pipeline.stages import Produces, Resources, each
 
 SPAN = 8  # frames the cheap difference looks ahead: a fade or dissolve adds up over several
 
@@ -43,7 +43,7 @@ class ShotStage:
             self.net = TransNetV2(device="cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, videos: list[Video]) -> list[Video]:
-        for video in videos:
+        for video in each(videos):
             assert video.frames is not None
             if "shots" in video.counts:
                 continue

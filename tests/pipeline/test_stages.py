@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.io.store import StoreError
+from pipeline.faults import SourceFault, StoreError
 from pipeline.record import Source, Video
-from pipeline.stages import Produces, Resources, StageError, produced, run_stage
+from pipeline.stages import Produces, Resources, produced, run_stage
 
 
 class Marking:
@@ -17,7 +17,7 @@ class Marking:
     def __call__(self, videos):
         for v in videos:
             if v.source.name.startswith("bad"):
-                raise StageError(f"{v.source.name} is bad")
+                raise SourceFault(f"{v.source.name} is bad")
             if v.source.name.startswith("bug"):
                 raise KeyError("x")
             v.counts["marked"] = 1

@@ -15,7 +15,7 @@ from jobs import shard
 from jobs.training.data import Loader, build_loader, positions_of
 from jobs.training.recipe import TrainRecipe
 from models.autoencoders.latents import BlockDCT
-from pipeline.io.store import StoreError
+from pipeline.faults import StoreError
 from pipeline.shards.buckets import fit
 from pipeline.shards.reader import ShardReader, read_index
 from tests.fixtures.run_folder import make_run_folder

@@ -8,7 +8,7 @@ import torch
 
 from models.autoencoders import published as autoencoders
 from models.autoencoders.latents import latent_shape
-from models.curation.embed import MissingModel
+from models.hub import MissingModel
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import InterpolationMode, Resize
 
-from models.curation.embed import EfficientNetLite0, MissingModel, OpenClip, open_clip_name, open_clip_size
+from models.curation.embed import EfficientNetLite0, OpenClip, open_clip_name
+from models.hub import MissingModel, open_clip_size
 
 
 def pictures(n: int) -> list[np.ndarray]:

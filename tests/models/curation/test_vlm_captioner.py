@@ -12,8 +12,8 @@ import torch
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
 
 from models import hub
-from models.curation.embed import MissingModel
 from models.curation.vlm_captioner import Look, VLMCaptioner, check
+from models.hub import MissingModel
 from tests.fixtures import tiny_vlm
 from tests.fixtures.clips import noise
 

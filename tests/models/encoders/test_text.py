@@ -15,8 +15,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from models.curation.embed import MissingModel
 from models.encoders.text import PretrainedText, WordText, hashes, words
+from models.hub import MissingModel
 from tests.fixtures.tiny_vlm import _bpe
 
 TEXTS = ["a red square moves", "", "the camera holds still over a blue background while a red square moves"]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from models import hub
-from models.curation.embed import MissingModel
+from models.hub import MissingModel
 from models.measures.clip_score import ClipScorer, clip_score
 from tests.fixtures.clips import noise
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from pipeline.io.store import Store, StoreError
+from pipeline.faults import StoreError
+from pipeline.io.store import Store
 
 
 def test_a_file_appears_only_when_its_block_ends(tmp_path):

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.io.store import Store, StoreError
+from pipeline.faults import StoreError
+from pipeline.io.store import Store
 from pipeline.record import Caption, Clip, Error, Source, Video, clip_id
 from pipeline.report import data as report_data
 from pipeline.report import page as report

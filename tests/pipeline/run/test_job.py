@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipeline.io.store import Store, StoreError
+from pipeline.faults import StoreError
+from pipeline.io.store import Store
 from pipeline.run import commit
 from pipeline.run.progress import Display, Ledger, _clock
 from pipeline.run.ray import Pool, fit, pools, run_ray

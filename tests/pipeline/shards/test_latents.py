@@ -7,7 +7,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from pipeline.io.store import Store, StoreError
+from pipeline.faults import StoreError
+from pipeline.io.store import Store
 from pipeline.shards import latents
 from pipeline.shards.latents import Encoded, LatentReader, Part
 from pipeline.shards.reader import BrokenSample

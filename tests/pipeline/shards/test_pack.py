@@ -19,7 +19,8 @@ import pytest
 
 from jobs.shard import main
 from pipeline.decide.rules import clip_files
-from pipeline.io.store import Ranges, Store, StoreError
+from pipeline.faults import StoreError
+from pipeline.io.store import Ranges, Store
 from pipeline.recipe import parse
 from pipeline.shards import pack
 from pipeline.shards.pack import bucket, shard, split

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from pipeline.io.store import Store, StoreError
+from pipeline.faults import StoreError
+from pipeline.io.store import Store
 from pipeline.recipe import parse
 from pipeline.shards.pack import shard
 from pipeline.shards.reader import BrokenSample, ShardLoader, ShardReader, decode, read_index

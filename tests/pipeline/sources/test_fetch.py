@@ -25,12 +25,11 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from pipeline.io.store import StoreError
+from pipeline.faults import SourceFault, StoreError
 from pipeline.record import Source
 from pipeline.sources import fetch, http, names
 from pipeline.sources.fetch import localised, release
 from pipeline.sources.names import Limits
-from pipeline.stages import StageError
 
 BODY = random.Random(0).randbytes(300_000)
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -130,7 +129,7 @@ def got(uri: str, limits: Limits = QUICK) -> bytes:
 
 
 def refused(uri: str, limits: Limits = QUICK) -> str:
-    with pytest.raises(StageError) as e, localised(Source(uri, uri), limits=limits):
+    with pytest.raises(SourceFault) as e, localised(Source(uri, uri), limits=limits):
         pass
     assert "\n" not in str(e.value)
     return str(e.value)
@@ -214,7 +213,7 @@ def test_a_missing_and_an_unreadable_file_say_so(tmp_path: Path) -> None:
 
 def test_what_listing_found_wrong_is_raised(tmp_path: Path) -> None:
     with (
-        pytest.raises(StageError, match="row 3: bad"),
+        pytest.raises(SourceFault, match="row 3: bad"),
         localised(Source("x", "x", problem="l.csv, row 3: bad")),
     ):
         pass
@@ -446,15 +445,15 @@ def test_a_member_of_a_remote_tar_costs_its_own_bytes(tar: Tar, server: Server) 
 
 def test_a_tar_that_changed_or_whose_server_knows_no_ranges_is_refused(tar: Tar, server: Server) -> None:
     source = Source(names.member_uri(str(tar.path), "y.mp4"), "y", member=(500_000, 500_000))
-    with pytest.raises(StageError, match="changed"), localised(source):
+    with pytest.raises(SourceFault, match="changed"), localised(source):
         pass
     server.script = [whole]
     source = Source(f"{server.url}/t.tar#y.mp4", "y", member=(10, 10))
-    with pytest.raises(StageError, match="byte ranges"), localised(source, limits=QUICK):
+    with pytest.raises(SourceFault, match="byte ranges"), localised(source, limits=QUICK):
         pass
     server.script = [ranged]
     source = Source(f"{server.url}/t.tar#z.mp4", "z", member=(len(BODY) - 5, 10))
-    with pytest.raises(StageError, match="changed"), localised(source, limits=QUICK):
+    with pytest.raises(SourceFault, match="changed"), localised(source, limits=QUICK):
         pass
 
 

@@ -19,11 +19,11 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.faults import SourceFault
 from pipeline.record import Source
 from pipeline.sources import fetch, listing
 from pipeline.sources.listing import list_sources, unit_name, units
 from pipeline.sources.names import SourceError, split_options, tar_of
-from pipeline.stages import StageError
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def refused(*args: object) -> str:
 
 def problem(source: Source) -> str:
     """What fetching the source raises."""
-    with pytest.raises(StageError) as e, fetch.localised(source):
+    with pytest.raises(SourceFault) as e, fetch.localised(source):
         pass
     return str(e.value)
 

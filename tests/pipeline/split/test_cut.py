@@ -17,8 +17,8 @@ import av
 import numpy as np
 import pytest
 
+from pipeline.faults import StoreError
 from pipeline.io import ffmpeg
-from pipeline.io.store import StoreError
 from pipeline.recipe import Cut, Decode, RecipeError
 from pipeline.record import Source, Video
 from pipeline.split import cut as cut_module
