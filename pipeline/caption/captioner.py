@@ -3,7 +3,7 @@
 A captioner of your own is a class in a file of yours and a line in the recipe; nothing else changes:
 
     # shape.py
-    from pipeline.caption.captioner import Captioner
+    from pipeline.captions import Captioner
     from pipeline.samples import pictures
 
     class Shape(Captioner):
