@@ -308,10 +308,13 @@ class Recipe(Section):
         {}, description="by stage name; what is unset keeps its default"
     )
 
+    def measured(self) -> dict[str, Any]:
+        """Everything that changes what `curate` measures, as plain data."""
+        return self.model_dump(mode="json", exclude={"name", "decide", "shards", "resources"})
+
     def measure_key(self) -> str:
         """Hash of everything that changes what `curate` measures."""
-        measured = self.model_dump(mode="json", exclude={"name", "decide", "shards", "resources"})
-        return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.measured(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 R = TypeVar("R", bound=Section)

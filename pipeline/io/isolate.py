@@ -160,7 +160,11 @@ def serve(fd: int, parent: int, max_bytes: int) -> None:
     """The child's side: answer calls until the parent goes away."""
     pipe = socket.socket(fileno=fd)
     _die_with(parent, fd)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for stop in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # sent to the whole group; the parent handles them, and we go with it
+        signal.signal(stop, signal.SIG_IGN)
     if max_bytes:
         import resource
 

@@ -44,7 +44,7 @@ class Limit:
     left: int  # clips left once it and every rule before it are applied
 
 
-HEAVY = {"captions", "text", "meta"}  # columns read for the shown clips only
+HEAVY = {"captions", "text", "meta", "sample_frames"}  # columns read for the shown clips only
 
 
 class Run:

@@ -126,6 +126,10 @@ class EventStage:
                 mean = ends[0] + ends[1]
                 clip.embeddings[self.embedding] = mean / np.linalg.norm(mean)
         frames.samples = thinned(frames.samples, clips, self.options.clip_samples)
+        for clip in clips:
+            clip.sample_frames = [
+                s.frame for s in frames.samples if clip.start_frame <= s.frame < clip.end_frame
+            ]
         frames.thumbs = None
         video.clips = clips
         video.counts |= counts
