@@ -169,7 +169,7 @@ def test_the_child_goes_when_its_parent_is_killed(doing):
         f"print(c.call('{AT}pid', stall_s=60), flush=True);"
         + ("time.sleep(1000)" if doing == "idle" else f"c.call('{AT}{doing}', stall_s=1000)")
     )
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=root)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
