@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -63,7 +64,7 @@ class Text(Section):
 
 
 class Model(Section):
-    """The network: `models/<kind>.py`, whose `build` takes what else is written here."""
+    """The network: `models/*/<kind>.py`, whose `build` takes what else is written here."""
 
     model_config = Section.model_config | {"extra": "allow"}
     kind: str = "dit"
@@ -74,7 +75,7 @@ class Model(Section):
         try:
             module = import_spec(self.kind)
         except ImportError as e:
-            raise ValueError(f"there is no models/{self.kind}.py with a build function") from e
+            raise ValueError(f"there is no models/*/{self.kind}.py with a build function") from e
         if self.preset is not None and self.preset not in module.PRESETS:
             raise ValueError(f"preset {self.preset!r} of {self.kind} is none of {', '.join(module.PRESETS)}")
         taken = list(inspect.signature(module.build).parameters)
@@ -89,14 +90,17 @@ class Model(Section):
         return preset | (self.__pydantic_extra__ or {})
 
 
+NETWORKS = ("denoisers", "autoencoders", "language")  # folders of models/ with a file a kind
+
+
 def import_spec(kind: str) -> Any:
-    """models/<kind>.py. Raises ImportError where it is not a denoiser's file."""
-    if not kind.isidentifier():
-        raise ImportError(kind)
-    module = import_module(f"models.{kind}")
-    if not hasattr(module, "build") or not hasattr(module, "PRESETS"):
-        raise ImportError(kind)
-    return module
+    """models/*/<kind>.py. Raises ImportError where no such file has a network that a recipe can name."""
+    for folder in NETWORKS:
+        if kind.isidentifier() and find_spec(f"models.{folder}.{kind}"):
+            module = import_module(f"models.{folder}.{kind}")
+            if hasattr(module, "build") and hasattr(module, "PRESETS"):
+                return module
+    raise ImportError(kind)
 
 
 class Objective(Section):
