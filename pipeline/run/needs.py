@@ -48,8 +48,8 @@ def models(recipe: Recipe) -> Iterator[tuple[str, Callable[[], str]]]:
     for own in recipe.stages:
         yield f"stage: {Path(own.stage).name}", partial(stage, own)
     for section in recipe.captions:
-        name = getattr(section, "model", None) or getattr(section, "captioner", section.kind)
-        name = name.rsplit("/", 1)[-1] if section.kind == "python" else name
+        name = section.model if section.kind == "transformers" else section.kind
+        name = Path(section.captioner).name if section.kind == "python" else name
         yield f"caption: {name}", partial(captioner, section)
     if recipe.captions:
         yield f"choose: {recipe.choose.method}", partial(choose.check, recipe.choose)
