@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -25,6 +26,7 @@ from pipeline.io.store import Store
 from pipeline.stages import in_work
 
 FILE, VERBOSE = "CLIPMILL_LOG", "CLIPMILL_VERBOSE"  # how the processes of a run know; read by `attach`
+SHOWN = 3  # warnings of one kind on the terminal
 log = logging.getLogger("clipmill")
 
 SECRETS = re.compile(
@@ -66,11 +68,27 @@ class _File(logging.FileHandler):
 
 
 class _Terminal(logging.Handler):
-    """The message alone, to whatever stderr is now (a live display puts its own there)."""
+    """The message alone, to whatever stderr is now (a live display puts its own there).
+
+    Args:
+        most: messages of one kind that are shown; the rest are in the file.
+    """
+
+    def __init__(self, level: int, most: int | None):
+        super().__init__(level)
+        self.most, self.shown = most, Counter[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
+        self.shown[str(record.msg)] += 1
+        times = self.shown[str(record.msg)]
+        if self.most is None or times <= self.most:
+            text = without_secrets(record.getMessage())
+        elif times == self.most + 1:
+            text = "… and more of that kind, see the log"
+        else:
+            return
         with contextlib.suppress(OSError, ValueError):
-            print(without_secrets(record.getMessage()), file=sys.stderr)
+            print(text, file=sys.stderr)
 
 
 def attach() -> None:
@@ -98,7 +116,7 @@ def logging_to(store: Store, verbose: bool = False) -> Iterator[str]:
     name = "run.log" if store.local else time.strftime("log/%Y%m%dT%H%M%SZ.log", time.gmtime())
     folder = None if store.local else tempfile.TemporaryDirectory(prefix="clipmill-log-")
     path = store.path(name) if folder is None else f"{folder.name}/run.log"
-    terminal = _Terminal(logging.DEBUG if verbose else logging.WARNING)
+    terminal = _Terminal(logging.DEBUG, None) if verbose else _Terminal(logging.WARNING, SHOWN)
     before = log.level, log.propagate
     try:
         file = _File(path)

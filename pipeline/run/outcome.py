@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -130,45 +130,38 @@ KINDS = {
 def outcome(store: Store) -> Outcome:
     """Read what a run's folder holds: videos/, clips/ and decisions.parquet."""
     found = Outcome()
-    warned: list[tuple[str, str, str]] = []  # captioner, why, name
     failed: list[dict[str, Any]] = []
-    columns = ["source", "name", "status", "error", "error_kind", "stage", "warnings"]
+    columns = ["source", "name", "status", "error", "error_kind", "stage"]
     for name in store.list("videos", ".parquet"):
-        for row in store.read_table(name, columns).to_pylist():
-            if row["status"] == "ok":
-                found.sources += 1
-                for warning in row["warnings"] or []:
-                    if match := CAPTION_WARNING.fullmatch(warning):
-                        warned.append((match[1], match[3], row["name"]))
-            else:
-                failed.append(row)
+        rows = store.read_table(name, columns).to_pylist()
+        failed += [r for r in rows if r["status"] != "ok"]
+        found.sources += sum(r["status"] == "ok" for r in rows)
     by_kind: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in failed:
         text = f"{row['stage']}: {_nameless(row['error'] or '', row['name'], row['source'])}"
         by_kind[row["error_kind"] or "source"].append((text, row["name"]))
     found.errors = {kind: grouped(by_kind[kind]) for kind in sorted(by_kind, key=lambda k: -len(by_kind[k]))}
-    _clips(store, found, warned)
+    _clips(store, found)
     return found
 
 
-def _clips(store: Store, found: Outcome, warned: list[tuple[str, str, str]]) -> None:
+SAID = [f"captions.list.element.{name}" for name in ("model", "outcome", "reason")]
+
+
+def _clips(store: Store, found: Outcome) -> None:
     """Clips, decisions and captions of the outcome."""
-    parts, wrong = [], Counter[str]()
+    parts = []
+    wrong: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for name in clip_files(store):
-        table = store.read_table(
-            name, ["clip_id", "duration_s", "captions.list.element.model", "captions.list.element.outcome"]
-        )
+        table = store.read_table(name, ["clip_id", "name", "duration_s", *SAID])
         parts.append(table.select(["clip_id", "duration_s"]))
-        if "captions" in table.column_names:
-            said = table["captions"].combine_chunks().flatten()
-            bad = said.filter(pc.equal(said.field("outcome"), "error")) if len(said) else said
-            wrong.update(bad.field("model").to_pylist())
-    for model, count in wrong.most_common():
-        reasons = grouped((why, name) for who, why, name in warned if who == model)
-        untold = count - _count(reasons)
-        found.caption_errors[model] = reasons + (
-            [Reason("reason not recorded", untold)] if untold > 0 else []
-        )
+        said = table["captions"].combine_chunks().flatten()
+        if len(said) and pc.any(pc.equal(said.field("outcome"), "error")).as_py():
+            for row in table.to_pylist():
+                for c in row["captions"] or []:
+                    if c["outcome"] == "error":
+                        wrong[c["model"]].append((c["reason"] or "", row["name"]))
+    found.caption_errors = {m: grouped(wrong[m]) for m in sorted(wrong, key=lambda m: -len(wrong[m]))}
     if not parts or not store.exists("decisions.parquet"):
         return
     clips, decisions = pa.concat_tables(parts), store.read_table("decisions.parquet")

@@ -24,10 +24,12 @@ import pyarrow.compute as pc
 from pipeline.decide.rules import clip_files
 from pipeline.faults import SourceFault, StoreError
 from pipeline.graph import build
+from pipeline.io.answer import Refused, checked
 from pipeline.io.isolate import Child, ChildError
 from pipeline.io.store import Ranges, Store
 from pipeline.recipe import Decode, Recipe
 from pipeline.record import CAPTION, CLIP_SCHEMA, Caption, Clip, Frames, Media, Sample, Source, Video
+from pipeline.split.resample import Resampled
 from pipeline.stages import Produces, Resources, Stage, each
 
 Wanted = Mapping[str, set[str]]  # captioner → ids of the clips that want its caption
@@ -100,17 +102,17 @@ class ReopenStage:
         self.ranges = self.ranges or Ranges(self.store)
         for video in each(videos):
             found = [self._clip(clip) for clip in video.clips]
-            video.time_base = Fraction(*found[0]["time_base"])
+            video.time_base = found[0].time_base
             last = max(c.end_frame for c in video.clips)
             pts = np.zeros(last + 1, np.int64)
             samples: dict[int, bytes] = {}
             for clip, seen in zip(video.clips, found, strict=True):
                 start = round(Fraction(clip.start_s) / video.time_base)
                 inside = slice(clip.start_frame, clip.end_frame)
-                pts[inside] = start + np.array(seen["pts"], np.int64)
+                pts[inside] = start + seen.pts
                 if not pts[clip.end_frame]:
                     pts[clip.end_frame] = round(Fraction(clip.end_s) / video.time_base)
-                samples |= {clip.start_frame + n: jpeg for n, jpeg in seen["samples"]}
+                samples |= dict(zip(clip.sample_frames, seen.jpegs, strict=True))
             video.frames = Frames(
                 pts=pts[:last],
                 end_pts=int(pts[last]),
@@ -121,11 +123,11 @@ class ReopenStage:
             )
         return videos
 
-    def _clip(self, clip: Clip) -> dict[str, Any]:
-        """What `resample` finds in a clip's mp4. Raises SourceFault, StoreError."""
+    def _clip(self, clip: Clip) -> Resampled:
+        """What a clip's mp4 holds. Raises SourceFault, StoreError."""
         assert clip.media is not None
         assert self.ranges is not None
-        media = clip.media
+        media, options = clip.media, self.options
         data = self.ranges.read(media.tar, media.offset, media.size)
         if hashlib.sha256(data).hexdigest() != media.sha256:
             raise StoreError(
@@ -133,12 +135,11 @@ class ReopenStage:
                 "other bytes than were committed; the folder is damaged"
             )
         wanted = [n - clip.start_frame for n in clip.sample_frames]
-        options = self.options
         with tempfile.NamedTemporaryFile(prefix="clipmill-clip-", suffix=".mp4") as f:
             f.write(data)
             f.flush()
             try:
-                seen = self.child.call(
+                answer = self.child.call(
                     "pipeline.split.resample:resample",
                     f.name,
                     wanted,
@@ -146,10 +147,13 @@ class ReopenStage:
                     options.jpeg_quality,
                     stall_s=options.stall_s,
                 )
-            except (ChildError, ValueError, MemoryError) as e:
+                seen = checked(Resampled, answer)
+            except (ChildError, Refused, MemoryError) as e:
                 raise SourceFault(f"clip {clip.clip_id} cannot be decoded again: {e}") from e
-        if len(seen["pts"]) != clip.end_frame - clip.start_frame:
-            raise SourceFault(f"clip {clip.clip_id} has {len(seen['pts'])} frames, not those of its row")
+        if len(seen.pts) != clip.end_frame - clip.start_frame or len(seen.jpegs) != len(wanted):
+            raise SourceFault(
+                f"clip {clip.clip_id} has {len(seen.pts)} frames, which are not those of its row"
+            )
         return seen
 
 

@@ -9,31 +9,41 @@ Runs in a child process (pipeline.io.isolate); imports nothing but numpy, av and
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Annotated
 
+import numpy as np
+
+from pipeline.io.answer import Of
 from pipeline.io.ffmpeg import OPEN
 from pipeline.split.pictures import fitted
 
 
+@dataclass
+class Resampled:
+    """What an mp4 holds."""
+
+    pts: Annotated[np.ndarray, Of("int64", "n")]  # of every frame, ticks of time_base
+    time_base: Fraction
+    jpegs: list[bytes]  # of the wanted frames that are there, in their order
+
+
 def resample(
     path: str, wanted: list[int], size: int, quality: int, beat: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
+) -> Resampled:
     """Decode an mp4 that the cut wrote.
 
     Args:
-        wanted: frames to keep, numbered from 0.
+        wanted: frames to keep, numbered from 0, increasing.
         size: longer side of a kept frame, pixels (never enlarged).
         quality: of the JPEGs.
-
-    Returns `pts` (ticks of `time_base`, of every frame), `time_base` (numerator, denominator) and
-    `samples`, (frame, JPEG) pairs. Raises ValueError where a wanted frame is not there.
     """
     import av
     import cv2
     from av.video.reformatter import Interpolation, VideoReformatter
 
-    keep, pts, samples = set(wanted), [], []
+    keep, pts, jpegs = set(wanted), [], []
     reformatter = VideoReformatter()
     with av.open(f"file:{path}", options=OPEN, metadata_errors="replace") as container:
         stream = container.streams.video[0]
@@ -49,11 +59,5 @@ def resample(
                     frame, width, height, "bgr24", interpolation=Interpolation.BICUBIC, threads=1
                 )
                 options = [cv2.IMWRITE_JPEG_QUALITY, quality]
-                samples.append((n, cv2.imencode(".jpg", small.to_ndarray(), options)[1].tobytes()))
-    if len(samples) < len(keep):
-        raise ValueError(f"the clip has {len(pts)} frames, and frame {max(keep)} was wanted")
-    return {
-        "pts": pts,
-        "time_base": (time_base.numerator, time_base.denominator),
-        "samples": samples,
-    }
+                jpegs.append(cv2.imencode(".jpg", small.to_ndarray(), options)[1].tobytes())
+    return Resampled(np.array(pts, np.int64), time_base, jpegs)

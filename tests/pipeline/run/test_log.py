@@ -35,6 +35,14 @@ def test_warnings_reach_the_terminal_and_the_rest_only_when_verbose(tmp_path, ca
     assert capsys.readouterr().err.splitlines() == ["loud", "quiet", "loud"]
 
 
+def test_warnings_of_one_kind_do_not_fill_the_terminal(tmp_path, capsys):
+    with logging_to(Store(str(tmp_path))) as name:
+        for n in range(20):
+            log.warning("clip %d failed", n)
+    assert len(capsys.readouterr().err.splitlines()) == 4
+    assert len((tmp_path / name).read_text().splitlines()) == 20
+
+
 def test_a_worker_process_writes_to_the_same_file_and_is_shown_when_verbose(tmp_path, capsys):
     code = "from pipeline.run.log import attach, log; attach(); attach(); log.info('from the worker')"
     with logging_to(Store(str(tmp_path)), verbose=True):
