@@ -17,6 +17,7 @@ NO_RESTARTS = np.empty((0, 3), np.int64)
 
 LONGEST_S = 60.0  # nothing is shown longer: a gap above that is a jump of the clock (see `_breaks`)
 SETTLED = 4  # stamps in a row that make a new clock; fewer are wild ones
+EXCURSION = 100  # frames after which a clock that goes on where it was is a new one all the same
 
 
 class Clock:
@@ -85,7 +86,10 @@ def timeline(stamps: Sequence[int | None], step: int, second: int) -> Timeline:
         second: ticks of a second.
     """
     n = len(stamps)
-    breaks = _breaks(stamps, step, second)
+    breaks, wild = _breaks(stamps, step, second)
+    stamps = list(stamps)
+    for i in wild:
+        stamps[i] = None
     if len(breaks) > 3 and n * step < len(breaks) * second:
         first = next(s for s in stamps if s is not None)
         return Timeline(np.arange(n, dtype=np.int64) * step + first, n - 1, NO_RESTARTS)
@@ -109,27 +113,49 @@ def _longest_gap(step: int, second: int) -> int:
     return max(round(LONGEST_S * second), 100 * step)
 
 
-def _breaks(stamps: Sequence[int | None], step: int, second: int) -> list[int]:
-    """Frames at which the clock starts again: SETTLED stamps in a row that all lie before, or far behind, it."""
+def _breaks(stamps: Sequence[int | None], step: int, second: int) -> tuple[list[int], list[int]]:
+    """Frames at which the clock starts again, and frames with stamps that left it for a while.
+
+    It starts again with SETTLED stamps in a row that all lie before, or far behind, it. Where the old clock goes
+    on within EXCURSION stamps, those in between were wild and nothing started.
+    """
     known = [(i, s) for i, s in enumerate(stamps) if s is not None]
     longest = _longest_gap(step, second)
     found: list[int] = []
+    wild: set[int] = set()
     trusted: list[tuple[int, int]] = []  # on the clock of the moment
 
     def off(stamp: int, frame: int) -> int:
         at, last = trusted[-1]
         return -1 if stamp <= last else int(stamp - last > longest + (frame - at) * step)
 
+    def goes_on(old: tuple[int, int], new: tuple[int, int]) -> bool:
+        return abs(new[1] - old[1] - (new[0] - old[0]) * step) <= SETTLED * step
+
     for k, (i, s) in enumerate(known):
+        if i in wild:
+            continue
         if trusted and (way := off(s, i)):
             run = known[k : k + SETTLED]
-            strayed = any(s > t > s - longest for _, t in trusted[-SETTLED:])  # the few before it were wild
-            if len(run) < SETTLED or (way < 0 and strayed) or any(off(t, j) != way for j, t in run):
+            before = next(
+                (n for n in range(2, min(EXCURSION, len(trusted)) + 1) if goes_on(trusted[-n], (i, s))), 0
+            )
+            after = next(
+                (n for n in range(1, EXCURSION) if goes_on(trusted[-1], known[min(k + n, len(known) - 1)])), 0
+            )
+            if before:  # so the last few that were trusted had left it
+                wild.update(j for j, _ in trusted[1 - before :])
+                del trusted[1 - before :]
+            elif after:
+                wild.update(j for j, _ in known[k : k + after])
                 continue
-            found.append(i)
-            trusted = []
+            elif len(run) < SETTLED or any(off(t, j) != way for j, t in run):
+                continue
+            else:
+                found.append(i)
+                trusted = []
         trusted.append((i, s))
-    return found
+    return found, sorted(wild)
 
 
 def _repaired(stamps: Sequence[int | None], step: int) -> tuple[np.ndarray, int, int]:

@@ -31,6 +31,7 @@ import numpy as np
 
 from pipeline.faults import SourceFault, TransientFault, WorkerFault
 from pipeline.io import ffmpeg
+from pipeline.io.answer import Refused, checked
 from pipeline.io.isolate import Child, ChildError
 from pipeline.io.store import Store
 from pipeline.recipe import Cut, RecipeError
@@ -39,6 +40,7 @@ from pipeline.split.encode import encoder, picture_filters, picture_size
 from pipeline.split.packets import Index, mux
 from pipeline.split.pictures import THUMB
 from pipeline.split.piece import Inexact, Piece, groups
+from pipeline.split.sound import Heard
 from pipeline.stages import Produces, Resources, each, fail, patiently
 
 SCRATCH = "clipmill-cut-"  # how the names of scratch folders begin
@@ -138,16 +140,16 @@ class CutStage:
         shifts = np.append(0, video.frames.restarts[:, 1])
         shifts = shifts[1:][np.diff(shifts) != 0]  # a clock that jumped ahead keeps its stamps
         try:
-            sounds, warnings = self.child.call(
-                "pipeline.split.sound:extract",
-                path,
-                spans,
-                [int(s) * tick for s in shifts],
-                stall_s=self.recipe.stall_s,
-            )
-        except (ChildError, MemoryError) as e:
-            sounds, warnings = [None] * len(pieces), [f"no sound: its decoder crashed or hung ({e})"]
-        for piece, sound in zip(pieces, sounds, strict=True):
+            moved = [int(s) * tick for s in shifts]
+            function, stall_s = "pipeline.split.sound:extract", self.recipe.stall_s
+            heard = checked(Heard, self.child.call(function, path, spans, moved, stall_s=stall_s))
+            if len(heard.clips) != len(pieces):
+                raise Refused("its answer contradicts itself")
+        except (ChildError, Refused, MemoryError) as e:
+            self.child.close()  # it may no longer be itself
+            heard = Heard([None] * len(pieces), [f"no sound: its decoder crashed or hung ({e})"])
+        warnings = heard.warnings
+        for piece, sound in zip(pieces, heard.clips, strict=True):
             piece.sound = sound
         silent = [p for p in pieces if p.sound is None]
         if silent:

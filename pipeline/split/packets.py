@@ -163,7 +163,7 @@ def mux(piece: Piece, template: Any, packets: list[Any]) -> None:
     options |= {"movflags": "+faststart", "fflags": "+bitexact"}
     with (
         av.open(f"file:{piece.path}", "w", format="mp4", options=options) as out,
-        av.open(io.BytesIO(piece.sound), "r") if piece.sound else nullcontext() as sound,
+        av.open(io.BytesIO(piece.sound), "r", format="mp4") if piece.sound else nullcontext() as sound,
     ):
         picture = out.add_stream_from_template(template, opaque=True)
         picture.time_base = Fraction(1, tick)

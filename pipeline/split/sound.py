@@ -43,13 +43,21 @@ class Stretch:
             self.heard += b - a
 
 
+@dataclass
+class Heard:
+    """What `extract` answers."""
+
+    clips: list[bytes | None]  # an mp4 with one AAC track that begins with the clip
+    warnings: list[str]  # trouble that was survived
+
+
 def extract(
     path: str,
     spans: Sequence[tuple[Fraction, Fraction]],
     shifts: Sequence[Fraction],
     beat: Callable[[], None] = lambda: None,
-) -> tuple[list[bytes | None], list[str]]:
-    """The sound of each span, as an mp4 with one AAC track that begins at its start, and warnings.
+) -> Heard:
+    """The sound of each span.
 
     Args:
         path: a local file; nothing else is opened.
@@ -66,19 +74,19 @@ def extract(
     try:
         with av.open("file:" + path, options=OPEN, metadata_errors="replace") as container:
             if not container.streams.audio:
-                return [None] * len(spans), []
+                return Heard([None] * len(spans), [])
             track = _Track(container.streams.audio[0], shifts)
             for packet in _packets(container, track):
                 beat()
                 track.stamps.append(packet.dts if packet.pts is None else packet.pts)
                 track.step = track.step or packet.duration or 0
         if not track.stamps:
-            return [None] * len(spans), ["no sound: the sound track is empty"]
+            return Heard([None] * len(spans), ["no sound: the sound track is empty"])
         track.settle()
         with av.open("file:" + path, options=OPEN, metadata_errors="replace") as container:
             return _filled(container, track, spans, beat)
     except av.error.FFmpegError as e:
-        return [None] * len(spans), [f"no sound: {str(e.strerror).lower()}"]
+        return Heard([None] * len(spans), [f"no sound: {str(e.strerror).lower()}"])
 
 
 class _Track:
@@ -135,7 +143,7 @@ def _packets(container: Any, track: _Track) -> Iterator[Any]:
 
 def _filled(
     container: Any, track: _Track, spans: Sequence[tuple[Fraction, Fraction]], beat: Callable[[], None]
-) -> tuple[list[bytes | None], list[str]]:
+) -> Heard:
     """Decode the track once, from its beginning to the last span's end, and encode each span when it is over."""
     found: list[bytes | None] = [None] * len(spans)
     waiting = sorted(range(len(spans)), key=lambda i: spans[i])
@@ -163,7 +171,7 @@ def _filled(
             break
     for i, stretch in open_.items():
         found[i] = decoder.encoded(stretch)
-    return found, track.warnings + decoder.warnings()
+    return Heard(found, track.warnings + decoder.warnings())
 
 
 class _Decoder:
