@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 
 EPILOG = """
 SOURCE is any mix of
   a video, a folder, a glob ('clips/**/*.mp4'), s3://bucket/prefix, gs://bucket/prefix,
-  a .csv .tsv .jsonl .parquet list with a 'path' or 'url' column (other columns become metadata),
+  a .csv .tsv .jsonl .parquet list with a 'path' or 'url' column ('start' and 'end' make a row a clip,
+  'caption' is a caption, other columns become metadata), a .txt with one a line,
   Panda-70M's own CSV (its clips, no re-splitting), a WebDataset .tar of videos.
 
 examples
@@ -20,6 +22,14 @@ examples
 Run the same command again after any interruption: finished work is kept and skipped.
 Afterwards: change thresholds with 'clipmill shard run/', look at run/report.html.
 """
+
+
+def renamed(text: str) -> dict[str, str]:
+    """'path=my_col,caption=text' as {'my_col': 'path', 'text': 'caption'}."""
+    pairs = [item.split("=", 1) for item in text.split(",")]
+    if not all(len(pair) == 2 and all(part.strip() for part in pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r}: write it as path=my_col,caption=text")
+    return {theirs.strip(): ours.strip() for ours, theirs in pairs}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +70,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--retry-errors", action="store_true", help="try sources again that ended in an error"
     )
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--columns",
+        type=renamed,
+        default={},
+        metavar="NAME=THEIRS,…",
+        help="what a list calls its columns, e.g. path=my_col,caption=text (also start, end, url)",
+    )
+    parser.add_argument(
+        "--whole", action="store_true", help="take each video as one clip (--set shots.detector=whole)"
+    )
+    parser.add_argument(
+        "--allow-private", action="store_true", help="let lists name addresses in private networks"
+    )
+    said = sys.argv[2:] if argv is None else argv
+    # a file may be called '-dash.mp4'
+    args = parser.parse_args(
+        [f"./{a}" if a[:1] == "-" and "." in a and os.path.lexists(a) else a for a in said]
+    )
+    if args.allow_private:
+        os.environ["CLIPMILL_ALLOW_PRIVATE"] = "1"
+    if args.whole:
+        args.set.append("shots.detector=whole")
 
     from pipeline import recipe
     from pipeline.faults import StoreError
@@ -68,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.run import needs
     from pipeline.run.worker import RunError
     from pipeline.sources.names import SourceError
+    from pipeline.sources.signed import clean
 
     try:
         chosen = recipe.load(args.recipe, args.set)
@@ -80,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
             address=args.address,
             workers=args.workers,
             retry_errors=args.retry_errors,
-            command="clipmill curate " + shlex.join(sys.argv[2:] if argv is None else argv),
+            command="clipmill curate " + shlex.join(map(clean, said)),
+            columns=args.columns,
         )
     except (recipe.RecipeError, RunError, SourceError, StoreError) as e:
         print(f"clipmill curate: {e}", file=sys.stderr)

@@ -45,7 +45,9 @@ class Decode(Section):
 class Shots(Section):
     """Where the camera cuts."""
 
-    detector: Literal["transnetv2", "content"] = "transnetv2"
+    detector: Literal["transnetv2", "content", "whole"] = Field(
+        "transnetv2", description="whole: none, each video is one clip, neither split nor dropped"
+    )
     threshold: float = Field(0.5, description="transnetv2: probability of a boundary", gt=0, lt=1)
     candidate_threshold: float = Field(
         7.0,

@@ -42,6 +42,7 @@ def curate(
     workers: int | None = None,
     retry_errors: bool = False,
     command: str = "",
+    columns: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Raw videos to captioned shards in `out`; run again after any interruption to finish.
 
@@ -51,6 +52,7 @@ def curate(
         address: a Ray cluster ('auto', 'host:port', 'ray://…'); none starts one here.
         workers: upper bound on the workers of each pool.
         retry_errors: try sources again that ended in an error.
+        columns: what to call columns of lists, theirs → ours.
 
     Returns the contents of run.json. Raises RunError, StoreError, or sources.SourceError.
     """
@@ -59,7 +61,7 @@ def curate(
 
     store = Store(out)
     started = datetime.now(UTC)
-    listed = sources.list_sources(args)
+    listed = sources.list_sources(args, columns=columns)
     with store.lock():
         run = _open(store, recipe, started, command)
         if retry_errors:

@@ -8,6 +8,7 @@ else the probability of a boundary is taken as 0. `content` is PySceneDetect's C
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -17,13 +18,15 @@ from pipeline.recipe import Shots
 from pipeline.record import Shot, Video
 from pipeline.stages import Produces, Resources, each
 
+ALL = (-1e9, 1e9)  # seconds: every frame of a video, whatever its clock says
 SPAN = 8  # frames the cheap difference looks ahead: a fade or dissolve adds up over several
 
 
 class ShotStage:
     """Sets `video.shots` and `counts['shots']`, and lets go of the thumbs.
 
-    Where the source's list gives intervals nothing is detected: each becomes one shot.
+    Where the source's list gives intervals nothing is detected: each becomes one shot. Detector `whole` gives one
+    interval, all of the video.
     """
 
     name = "shots"
@@ -47,6 +50,8 @@ class ShotStage:
             assert video.frames is not None
             if "shots" in video.counts:
                 continue
+            if self.options.detector == "whole" and video.source.intervals is None:
+                video.source = replace(video.source, intervals=(ALL,))
             if video.source.intervals is not None:
                 shots = given_shots(video, video.source.intervals)
             else:
@@ -138,7 +143,7 @@ def given_shots(video: Video, intervals: tuple[tuple[float, float], ...]) -> lis
         start, end = (frame_at(video, t) for t in (start_s, end_s))
         if start < end:
             shots.add((start, end))
-        if start >= end or end_s > last + 0.5:
+        if start >= end or last + 0.5 < end_s < ALL[1]:
             fate = "holds no frame" if start >= end else "is cut short"
             video.warnings.append(
                 f"interval {start_s:g}–{end_s:g} s {fate}: the video lasts from {first:g} to {last:g} s"
