@@ -56,7 +56,7 @@ def columns_of(theirs: list[str], uri: str, renames: dict[str, str]) -> Columns:
     ours = [renames.get(n) or (n if n in known else p) for n, p in zip(low, plain, strict=True)]
     shown = ", ".join(repr(n[:40]) for n in plain[:8]) or "none"
     for there, here in renames.items():
-        if there not in low and here not in ours:
+        if there not in low and (here not in ours or here in ("path", "url")):
             raise SourceError(f"{uri}: no column named {there!r} to take as {here}; its columns are {shown}")
     first: dict[str, int] = {}  # of the columns that would share a name of ours, the one that has it
     for i, name in enumerate(ours):

@@ -364,6 +364,6 @@ def _object_faults(source: Source) -> Iterator[None]:
         if NO_HOST.search(said):
             raise network.fault_of(uri, said, socket.gaierror(socket.EAI_AGAIN, said)) from None
         if PASSING.search(said) or code in MOMENTARY:
-            raise TransientFault(f"{uri}: cannot be read now: {said}") from None
+            raise TransientFault(f"{uri}: cannot be read now: {said}", tried=True) from None
         why = "access denied; check the credentials" if DENIED.search(said) else "cannot be read"
         raise SourceFault(f"{uri}: {why}: {said}") from None

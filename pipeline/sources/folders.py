@@ -18,6 +18,7 @@ from pipeline.sources.names import (
     SIDECAR_BYTES,
     SIDECARS,
     TAR,
+    log,
     sidecar,
     suffix_of,
     uri_of,
@@ -40,6 +41,8 @@ def at_path(path: Path, name: str, beside: Collection[str] | None = None) -> Sou
             data = _start_of(path.parent / other, SIDECAR_BYTES + 1)
             if len(data) <= SIDECAR_BYTES:
                 meta |= sidecar(suffix_of(other), data)
+            else:
+                log.warning("%s: larger than 1 MiB, so not taken as metadata", path.parent / other)
     return Source(uri_of(str(path)), name, meta, size=size)
 
 

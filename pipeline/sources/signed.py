@@ -31,7 +31,7 @@ WITH = {
     r".*token.*|auth.*|hdn.*": r"expires?|expiry|exp",
 }
 OPTIONS = r"access_key|secret_key|session_token|proxy_options"  # pyarrow's, of an s3:// uri
-IN_PATH = re.compile(r"/[^/?#]*(?:hmac|hdnea|hdnts|hdntl)=[^/?#]*", re.I)  # Akamai's tokens as a folder
+IN_PATH = re.compile(r"/(?:hdn\w+|exp|st)=[^?#]*?~hmac=[^/?#]*", re.I)  # Akamai's tokens as folders
 
 _PARTS = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?#]*)([^?#]*)(\?[^#]*)?(#.*)?", re.I | re.S)
 _IN_TEXT = re.compile(r"[a-z][a-z0-9+.-]*://[^\s\"'<>\\]+", re.I)
@@ -87,10 +87,9 @@ def _kept(query: str, secret: re.Pattern[str], secrets: set[str]) -> str:
 
 
 def _note(secrets: set[str], value: str) -> None:
-    """Remember a value as it stands and as it reads; short ones would hit innocent words."""
-    secrets |= {
-        v for v in (value, urllib.parse.unquote(value), urllib.parse.unquote_plus(value)) if len(v) > 5
-    }
+    """Remember a value as it stands and as it reads, and its parts; short ones would hit innocent words."""
+    for v in (value, urllib.parse.unquote(value), urllib.parse.unquote_plus(value)):
+        secrets |= {part for part in (v, *re.split("[~=:&/%]", v)) if len(part) > 5}
 
 
 @cache

@@ -17,9 +17,8 @@ import tempfile
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -30,6 +29,7 @@ from pipeline.record import Source
 from pipeline.sources import fetch, http, names, network
 from pipeline.sources.fetch import localised, release
 from pipeline.sources.names import Limits
+from tests.fixtures.web import Request, Server
 
 BODY = random.Random(0).randbytes(300_000)
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -43,51 +43,6 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     return tmp_path / "scratch" / f"clipmill-{os.getuid()}"
-
-
-class Request(BaseHTTPRequestHandler):
-    """Plays the server's script: one function a request, the last one repeated."""
-
-    server: Server
-
-    def do_GET(self) -> None:
-        self.server.asked.append({k.lower(): v for k, v in self.headers.items()} | {"path": self.path})
-        number = min(len(self.server.asked), len(self.server.script)) - 1
-        self.server.script[number](self)
-
-    def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        headers = {"Content_Length": str(len(body))} | headers
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Request)
-        self.script: list[Callable[[Request], None]] = []
-        self.asked: list[dict[str, str]] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        pass  # the client hung up, as it should
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as server:
-        thread = threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01))
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 def whole(r: Request) -> None:
