@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--allow-private", action="store_true", help="let lists name addresses in private networks"
     )
-    said = sys.argv[2:] if argv is None else argv
+    said = sys.argv[1:] if argv is None else argv
     # a file may be called '-dash.mp4'
     args = parser.parse_args(
         [f"./{a}" if a[:1] == "-" and "." in a and os.path.lexists(a) else a for a in said]
