@@ -62,6 +62,20 @@ class Frames:
     grey: np.ndarray | None  # uint8 [m, h, w], a steady several a second
     grey_frame: np.ndarray  # int64 [m], frame index of each grey picture
     packets: np.ndarray | None = None  # int64 [p, 3], decode order: pts, dts, is_keyframe
+    # int64 [r, 3]: a frame at which the source's clock starts again, ticks added to its stamps from there on,
+    # where the frame before stops being shown; no shot spans one (pipeline.split.clock)
+    restarts: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int64))
+    by_number: bool = False  # some PTS are not the frames' own: ffmpeg finds them by counting only
+    marks: np.ndarray | None = (
+        None  # uint8 [n, 9, 16] grey, every frame: proves that a cut has the right ones
+    )
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Where each frame stops being shown, int64 [n], ticks of time_base."""
+        ends = np.append(self.pts[1:], self.end_pts)
+        ends[self.restarts[:, 0] - 1] = self.restarts[:, 2]
+        return ends
 
 
 @dataclass(frozen=True)
@@ -156,13 +170,21 @@ class Video:
         assert self.frames is not None
         return int(self.frames.pts[frame]) if frame < len(self.frames.pts) else self.frames.end_pts
 
+    def end_of(self, frame: int) -> int:
+        """PTS at which the frame before this one stops being shown: mostly the PTS of this one."""
+        assert self.frames is not None
+        for start, _, end in self.frames.restarts.tolist():
+            if start == frame:
+                return end
+        return self.pts_of(frame)
+
     def time_of(self, frame: int) -> float:
         """Seconds on the source's own clock (PTS × time_base)."""
         return float(self.pts_of(frame) * self.time_base)
 
     def clip(self, start_frame: int, end_frame: int) -> Clip:
         """A new clip of [start_frame, end_frame), identified and timed."""
-        start, end = self.pts_of(start_frame) * self.time_base, self.pts_of(end_frame) * self.time_base
+        start, end = self.pts_of(start_frame) * self.time_base, self.end_of(end_frame) * self.time_base
         return Clip(
             clip_id=clip_id(self.sha256, self.source.name, start, end),
             start_frame=start_frame,

@@ -18,15 +18,14 @@ from pipeline.recipe import Shots
 from pipeline.record import Shot, Video
 from pipeline.stages import Produces, Resources, each
 
-ALL = (-1e9, 1e9)  # seconds: every frame of a video, whatever its clock says
 SPAN = 8  # frames the cheap difference looks ahead: a fade or dissolve adds up over several
 
 
 class ShotStage:
     """Sets `video.shots` and `counts['shots']`, and lets go of the thumbs.
 
-    Where the source's list gives intervals nothing is detected: each becomes one shot. Detector `whole` gives one
-    interval, all of the video.
+    Where the source's list gives intervals nothing is detected: each becomes one shot. Detector `whole` makes one
+    clip of a video (of each stretch between two starts of its clock).
     """
 
     name = "shots"
@@ -50,14 +49,17 @@ class ShotStage:
             assert video.frames is not None
             if "shots" in video.counts:
                 continue
-            if self.options.detector == "whole" and video.source.intervals is None:
-                video.source = replace(video.source, intervals=(ALL,))
             if video.source.intervals is not None:
                 shots = given_shots(video, video.source.intervals)
             else:
                 assert video.frames.thumbs is not None
-                edges = [0, *self.cuts(video.frames.thumbs), len(video.frames.pts)]
+                restarts = video.frames.restarts[:, 0].tolist()
+                edges = sorted({0, *self.cuts(video.frames.thumbs), *restarts, len(video.frames.pts)})
                 shots = [Shot(a, b) for a, b in pairwise(edges)]
+                if self.options.detector == "whole":
+                    video.source = replace(
+                        video.source, intervals=()
+                    )  # these are the clips, for later stages too
             video.shots = shots
             video.frames.thumbs = None
             video.counts["shots"] = len(shots)
@@ -66,6 +68,8 @@ class ShotStage:
     def cuts(self, thumbs: np.ndarray) -> list[int]:
         """First frames of all shots but the first; thumbs: uint8 [n, 27, 48, 3] RGB."""
         o = self.options
+        if o.detector == "whole":
+            return []
         if o.detector == "content":
             return content_cuts(thumbs, o.content_threshold, o.min_shot_frames)
         from models.curation.transnet import boundary_probabilities
@@ -140,15 +144,27 @@ def given_shots(video: Video, intervals: tuple[tuple[float, float], ...]) -> lis
     first, last = video.time_of(0), video.time_of(len(video.frames.pts))
     shots = set()
     for start_s, end_s in intervals:
-        start, end = (frame_at(video, t) for t in (start_s, end_s))
+        start, end = frames_within(video, start_s, end_s)
         if start < end:
             shots.add((start, end))
-        if start >= end or last + 0.5 < end_s < ALL[1]:
+        if (start, end) != (frame_at(video, start_s), frame_at(video, end_s)):
+            video.warnings.append(
+                f"interval {start_s:g}–{end_s:g} s is cut short: the clock starts again in it"
+            )
+        elif start >= end or end_s > last + 0.5:
             fate = "holds no frame" if start >= end else "is cut short"
             video.warnings.append(
                 f"interval {start_s:g}–{end_s:g} s {fate}: the video lasts from {first:g} to {last:g} s"
             )
     return [Shot(a, b) for a, b in sorted(shots)]
+
+
+def frames_within(video: Video, start_s: float, end_s: float) -> tuple[int, int]:
+    """The frames with start ≤ t < end; of an interval in which the clock starts again, the longest part."""
+    assert video.frames is not None
+    start, end = frame_at(video, start_s), frame_at(video, end_s)
+    inner = [f for f in video.frames.restarts[:, 0].tolist() if start < f < end]
+    return max(pairwise([start, *inner, end]), key=lambda part: part[1] - part[0])
 
 
 def frame_at(video: Video, seconds: float) -> int:
