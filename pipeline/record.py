@@ -13,6 +13,7 @@ never index ÷ fps, so variable frame rates and delayed starts need no special c
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -34,9 +35,29 @@ class Source:
     member: tuple[int, int] | None = None  # (offset, size) of the video inside a tar
     problem: str | None = None  # why listing it failed, one sentence; fetching it raises this …
     passing: bool = False  # … as a TransientFault, for the next run to try again
+    mtime_ns: int | None = (
+        None  # local files: when they were last modified, ns since 1970, just before the run
+    )
     # Where to fetch it (of a member: its tar), where `uri` lacks secrets of it. Never written, logged or shown.
     address: str | None = field(default=None, repr=False, compare=False)
     reach: str = field(default="public", compare=False)  # what may be connected to, see sources.network
+
+    def intervals_key(self) -> str:
+        """Names the clips that the list gives: other intervals are other clips. Empty where it gives none."""
+        return "" if self.intervals is None else _key(self.intervals)
+
+    def interval_meta_key(self) -> str:
+        """Names what the list says of each given clip."""
+        return _key(self.interval_meta) if any(self.interval_meta) else ""
+
+    @property
+    def bytes(self) -> int | None:
+        """How many it has, where that is known; of a tar's member its own."""
+        return self.size if self.member is None else self.member[1]
+
+
+def _key(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -125,6 +146,7 @@ class Clip:
     text: list[str] = field(default_factory=list)  # what OCR read, most prominent first
     media: Media | None = None
     meta: dict[str, str] = field(default_factory=dict)  # its own (Source.interval_meta), over the source's
+    sample_frames: list[int] = field(default_factory=list)  # frames kept for models, as in Frames.samples
 
     @property
     def duration_s(self) -> float:
@@ -244,6 +266,10 @@ VIDEO_SCHEMA = _described(
         ("counts", pa.map_(pa.string(), pa.int64()), "shots, events dropped while splitting, …"),
         ("seconds", pa.map_(pa.string(), pa.float64()), "wall seconds per stage"),
         ("meta", pa.map_(pa.string(), pa.string()), "the other columns of the list it came from"),
+        ("size", pa.int64(), "bytes of the source; null where listing did not know"),
+        ("mtime_ns", pa.int64(), "when it was last modified, ns since 1970; null where it is not local"),
+        ("intervals_key", pa.string(), "hash of the clips that the list gives; '' where it gives none"),
+        ("interval_meta_key", pa.string(), "hash of what the list says of each of these clips"),
     ]
 )
 
@@ -269,6 +295,11 @@ CLIP_SCHEMA = _described(
         ("media_offset", pa.int64(), "first byte of the mp4 in that tar"),
         ("media_size", pa.int64(), "bytes of the mp4"),
         ("media_sha256", pa.string(), "of the mp4's bytes"),
+        (
+            "sample_frames",
+            pa.list_(pa.int64()),
+            "frames that captioners, scores and choosers were shown a choice of, numbered as start_frame",
+        ),
     ]
 )
 
@@ -324,6 +355,10 @@ def video_row(v: Video) -> dict[str, Any]:
         "counts": list(v.counts.items()),
         "seconds": list(v.seconds.items()),
         "meta": list(v.source.meta.items()),
+        "size": v.source.bytes,
+        "mtime_ns": v.source.mtime_ns,
+        "intervals_key": v.source.intervals_key(),
+        "interval_meta_key": v.source.interval_meta_key(),
     }
 
 
@@ -360,6 +395,7 @@ def clip_row(v: Video, c: Clip, scores: list[str], embeddings: dict[str, int]) -
         "media_offset": c.media.offset,
         "media_size": c.media.size,
         "media_sha256": c.media.sha256,
+        "sample_frames": c.sample_frames,
     }
     row |= {f"score_{name}": c.scores.get(name) for name in scores}
     row |= {f"emb_{name}": c.embeddings.get(name) for name in embeddings}

@@ -8,7 +8,6 @@ else the probability of a boundary is taken as 0. `content` is PySceneDetect's C
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -56,10 +55,6 @@ class ShotStage:
                 restarts = video.frames.restarts[:, 0].tolist()
                 edges = sorted({0, *self.cuts(video.frames.thumbs), *restarts, len(video.frames.pts)})
                 shots = [Shot(a, b) for a, b in pairwise(edges)]
-                if self.options.detector == "whole":
-                    video.source = replace(
-                        video.source, intervals=()
-                    )  # these are the clips, for later stages too
             video.shots = shots
             video.frames.thumbs = None
             video.counts["shots"] = len(shots)

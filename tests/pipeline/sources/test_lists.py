@@ -286,6 +286,11 @@ def test_a_file_whose_name_begins_with_a_dash_can_be_given(
     (tmp_path / "-dash.mp4").write_bytes(b"video")
     monkeypatch.chdir(tmp_path)
     given: list[str] = []
-    monkeypatch.setattr("pipeline.run.job.curate", lambda args, *_, **__: given.extend(args))
+
+    def take(args: list[str], *_: object) -> None:
+        given.extend(args)
+        raise SourceError("that is enough")
+
+    monkeypatch.setattr("pipeline.run.job.curate", take)
     curate.main(["-dash.mp4", "--out", "out", "--recipe", "smoke"])
     assert [s.uri for s in list_sources(given)] == [f"{tmp_path}/-dash.mp4"]

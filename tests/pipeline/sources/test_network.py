@@ -208,6 +208,7 @@ def test_the_command_line_can_allow_private_addresses_for_workers_too(
 
     def take(args: list[str], *_: Any, **__: Any) -> None:
         listed.extend(list_sources(args))
+        raise SourceError("that is enough")
 
     monkeypatch.setattr("pipeline.run.job.curate", take)
     curate.main(

@@ -175,11 +175,7 @@ def test_no_file_of_a_run_holds_a_secret(
     )
     args = [str(tmp_path / "l.csv"), f"{server.url}/d.mp4?token={S}", "--out", str(out)]
     with caplog.at_level(logging.DEBUG):
-        assert curate.main([*args, "--recipe", "smoke", "--runner", "local", "--whole", "--set", QUICK]) in (
-            0,
-            1,
-            3,
-        )
+        assert curate.main([*args, "--recipe", "smoke", "--runner", "local", "--whole", "--set", QUICK]) == 0
     rows = {r["name"]: r for f in (out / "videos").glob("*.parquet") for r in pq.read_table(f).to_pylist()}
     assert {n.rsplit("/", 1)[1]: r["stage"] for n, r in rows.items()} == {
         "a.mp4": None,
