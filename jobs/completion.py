@@ -116,8 +116,8 @@ def _known(command: str, action: argparse.Action) -> list[str]:
 # ---------------------------------------------------------------- as the shells want it
 
 BASH = """_clipmill() {{
-    local cur=${{COMP_WORDS[COMP_CWORD]}} prev=${{COMP_WORDS[COMP_CWORD-1]}} at=${{COMP_WORDS[1]}} words= first=2
-    case "$at ${{COMP_WORDS[2]}}" in
+    local cur=${{COMP_WORDS[COMP_CWORD]}} prev=${{COMP_WORDS[COMP_CWORD-1]}} at=${{COMP_WORDS[1]-}} words= first=2
+    case "$at ${{COMP_WORDS[2]-}}" in
         {tasks}) if [ "$COMP_CWORD" -gt 2 ]; then at="$at ${{COMP_WORDS[2]}}" first=3; fi ;;
     esac
     if [ "$COMP_CWORD" -eq 1 ]; then words='{jobs} -h -V'; else
