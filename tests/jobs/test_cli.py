@@ -64,7 +64,7 @@ def completed(script: str, *words: str) -> list[str]:
     ("words", "expected"),
     [
         (["sh"], ["shard"]),
-        (["curate", "--re"], ["--recipe", "--retry-errors"]),
+        (["curate", "--ru"], ["--runner"]),
         (["curate", "videos/", "--runner", ""], ["ray", "local"]),
         (["curate", "--recipe", "pan"], ["panda70m"]),
         (["train", "d"], ["diffusion"]),
