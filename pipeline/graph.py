@@ -13,7 +13,7 @@ from pipeline.split.cut import CutStage
 from pipeline.split.decode import DecodeStage
 from pipeline.split.events import EventStage
 from pipeline.split.shots import ShotStage
-from pipeline.stages import Stage
+from pipeline.stages import Stage, let_go_of_samples
 
 
 def build(recipe: Recipe, out: str) -> list[Stage]:
@@ -33,4 +33,5 @@ def build(recipe: Recipe, out: str) -> list[Stage]:
     stages += caption_stages(recipe.captions)
     if recipe.captions:
         stages.append(ChooseStage(recipe.choose))
+    let_go_of_samples(stages)
     return stages

@@ -291,6 +291,9 @@ class StageResources(Section):
     gpus: float | None = Field(None, ge=0, description="fractions share a GPU")
     min_workers: int | None = Field(None, ge=1)
     max_workers: int | None = Field(None, ge=1)
+    batch: int | None = Field(
+        None, ge=1, description="pictures a forward pass on a GPU; none: the model's own"
+    )
 
 
 class Recipe(Section):

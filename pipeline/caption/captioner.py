@@ -18,7 +18,8 @@ A captioner of your own is a class in a file of yours and a line in the recipe; 
 
 `caption` gives the sentence, or '' when there is nothing it can truly say; that is recorded as outcome
 'empty', an exception as 'error', and neither harms another clip or captioner. `setup` loads a model once a
-worker, `options` holds what the recipe gives, `batch` and `caption_batch` serve models that like batches.
+worker (on `self.resources.device()`), `options` holds what the recipe gives, `batch` and `caption_batch` serve models
+that like batches.
 A caption must depend on its own clip and source alone, never on chance or on the other sources of a unit.
 
 Captioners that come with clipmill: `caption/baselines.py` (embedded, no download) and
@@ -84,6 +85,7 @@ class CaptionStage:
 
     def setup(self) -> None:
         self.captioner = build(self.section)  # not in __init__: a class from a file cannot go to a worker
+        self.captioner.resources = self.resources
         self.captioner.setup()
 
     def __call__(self, videos: list[Video]) -> list[Video]:

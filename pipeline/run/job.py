@@ -152,6 +152,8 @@ def _process(
     check_rules(recipe.decide.rules, clip_schema(columns.scores, columns.embeddings))
     stages.append(commit.CommitStage(store.uri, columns))
     resources = {s.name: _resources(s, recipe, workers) for s in stages}
+    for s in stages:
+        s.resources = resources[s.name]
     unknown = set(recipe.resources) - set(resources)
     if unknown:
         raise RunError(

@@ -87,8 +87,12 @@ class CutStage:
             if e.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise scratch_full() from e
             raise
+        finally:
+            for video in videos:
+                release(video.source)  # no later stage reads it
         for video in videos:
-            release(video.source)  # no later stage reads it
+            if video.frames is not None:
+                video.frames.packets = None
         return videos
 
     # One source --------------------------------------------------------------------------------------
