@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.decide.rules import CHOSEN, DUPLICATE, NO_CAPTION
+from pipeline.decide.rules import CHOSEN, DUPLICATE, META, NO_CAPTION
 from pipeline.report.data import Limit, Run
 from pipeline.report.html import (
     Child,
@@ -34,6 +34,8 @@ def condition(limit: Limit) -> str:
     if limit.column is None:
         return CONDITIONS.get(limit.name, "")
     label = column_label(limit.column)
+    if limit.words:
+        return f"{label} {limit.words}"
     if limit.min is not None and limit.max is not None:
         return f"{number(limit.min)} ≤ {label} ≤ {number(limit.max)}"
     if limit.min is not None:
@@ -48,9 +50,13 @@ def column_label(column: str) -> str:
         "width": "width (px)",
         "height": "height (px)",
         "fps": "frame rate",
+        "text": "text on screen",
+        "caption_model": "captioner",
     }
     if column.startswith(CHOSEN):
         return f"{column.removeprefix(CHOSEN).replace('_', ' ')} of the caption"
+    if column.startswith(META):
+        return f"{column.removeprefix(META).replace('_', ' ')} of the list"
     return known.get(column, column.removeprefix("score_").replace("_", " "))
 
 

@@ -247,14 +247,14 @@ def candidate(caption: dict[str, Any], chosen: bool) -> Markup:
     who = [caption["model"], *(f"{n.replace('_', ' ')} {number(s)}" for n, s in caption["scores"] or [])]
     if caption["outcome"] not in ("ok", None):
         who.append(caption["outcome"])
-    text = h("span", caption["text"] or "(nothing)", class_="words")
+    text = h("span", caption["text"] or caption.get("reason") or "(nothing)", class_="words")
     return h("li", h("span", " · ".join(who), class_="who"), text, class_="chosen" if chosen else None)
 
 
 def reason(rule: Limit, row: dict[str, Any]) -> str:
     """'motion 0.12 < 0.3', or the rule's name where it is not about one measured number."""
     value = row.get(rule.column) if rule.column else None
-    if value is None:
+    if value is None or rule.words:
         return rule.name.replace("_", " ")
     below = rule.min is not None and value < rule.min
     sign, bound = ("<", rule.min) if below else (">", rule.max)
