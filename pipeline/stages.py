@@ -64,7 +64,8 @@ class Stage(Protocol):
     produces: Produces
     # Optional: `whole_unit = True` for a stage that writes one file for its unit. It is never given a part
     # of the unit, tells its videos' faults by `fail` itself, and may be called again from the start.
-    # `sees_samples = False` for one that does not look at `Frames.samples`: they are let go after the last that does.
+    # `lets_go`: fields of Frames that no later stage reads. `sees_samples = False` for one that does not look at
+    # `Frames.samples`: they are let go after the last that does.
 
     def setup(self) -> None:
         """Once a worker: load the model."""
@@ -83,7 +84,7 @@ def let_go_of_samples(stages: list[Stage]) -> None:
     """Have the last stage of a run that looks at `Frames.samples` let go of them."""
     last: Any = next((s for s in reversed(stages) if getattr(s, "sees_samples", True)), None)
     if last is not None:
-        last.last_to_look = True
+        last.lets_go = (*getattr(last, "lets_go", ()), "samples")
 
 
 def produced(stages: list[Stage]) -> Produces:
@@ -152,8 +153,8 @@ def run_stage(stage: Stage, videos: list[Video]) -> list[Video]:
             return videos
     spent = time.perf_counter() - start
     for v in good:
-        if getattr(stage, "last_to_look", False) and v.frames is not None:
-            v.frames.samples = []
+        for name in getattr(stage, "lets_go", ()) if v.frames is not None else ():
+            setattr(v.frames, name, [] if name == "samples" else None)
         v.seconds[stage.name] = v.seconds.get(stage.name, 0.0) + spent / len(good)
     return videos
 

@@ -52,6 +52,7 @@ class CutStage:
 
     name = "cut"
     whole_unit = True
+    lets_go = ("packets", "marks")
 
     def __init__(self, recipe: Cut, out: str):
         self.recipe = recipe
@@ -99,9 +100,6 @@ class CutStage:
         finally:
             for video in videos:
                 release(video.source)  # no later stage reads it
-        for video in videos:
-            if video.frames is not None:
-                video.frames.packets = None
         return videos
 
     # One source --------------------------------------------------------------------------------------
