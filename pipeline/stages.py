@@ -178,7 +178,7 @@ def patiently(call: Callable[[], T]) -> T:
         try:
             return call()
         except Exception as e:
-            if kind_of(e) is not TransientFault:
+            if kind_of(e) is not TransientFault or getattr(e, "tried", False):
                 raise
             time.sleep(BACKOFF_S * 2 ** (attempt - 1))
     return call()
@@ -187,7 +187,8 @@ def patiently(call: Callable[[], T]) -> T:
 def fail(video: Video, stage: str, e: BaseException) -> None:
     """Turn an exception into the video's error row: one sentence, its kind, the stage, the time.
 
-    What was downloaded of it is let go. Raises `e` where it is no video's fault.
+    The stage is the fault's own where it has one. What was downloaded of it is let go. Raises `e` where it is no
+    video's fault.
     """
     from pipeline.sources.fetch import release
 
@@ -195,7 +196,7 @@ def fail(video: Video, stage: str, e: BaseException) -> None:
     if isinstance(e, Exception) and issubclass(kind, StoreError | WorkerFault):
         raise e
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    video.error = Error(stage, sentence(e), at, kind.kind)
+    video.error = Error(getattr(e, "stage", "") or stage, sentence(e), at, kind.kind)
     video.frames = None
     video.clips = []
     release(video.source)

@@ -60,15 +60,16 @@ class EventStage:
 
     The embedding is the normalised mean of the features near the clip's two ends, `end_distance` the
     distance between those. A clip too short to hold a sample has neither. A video may have no clips.
-    Where the source's list gives intervals, each is one clip exactly; nothing is stitched or dropped.
+    Where the source's list gives intervals, each is one clip exactly; nothing is stitched or dropped. With `whole`
+    every shot is one clip exactly.
     Without an embedder (kind none) every shot is one event, and clips have neither score nor embedding.
     What was dropped is in the video's counts, see COUNTS.
     """
 
     name = "events"
 
-    def __init__(self, options: Events):
-        self.options = options
+    def __init__(self, options: Events, whole: bool = False):
+        self.options, self.whole = options, whole
         self.resources = Resources(cpus=1.0)
         if options.embedder.kind == "none":
             self.produces = Produces()
@@ -106,7 +107,7 @@ class EventStage:
         work = []
         for video, f, spans in zip(each(todo), features, found, strict=True):
             counts: dict[str, int] = {}
-            if video.source.intervals is not None:
+            if self.whole or video.source.intervals is not None:
                 counts["events"] = len(spans)
             else:
                 counts = dict.fromkeys(COUNTS, 0)
@@ -162,7 +163,7 @@ class EventStage:
     def pieces(self, video: Video) -> list[Span]:
         """The pieces of a video's shots; of given ones the shots themselves."""
         o, shots = self.options, [(s.start_frame, s.end_frame) for s in video.shots]
-        if video.source.intervals is not None:
+        if self.whole or video.source.intervals is not None:
             return shots
         return [piece for shot in shots for piece in pieces(video, shot, o.piece_s, o.piece_slack_s)]
 
