@@ -31,7 +31,9 @@ from pipeline.io import ffmpeg
 from pipeline.io.store import Store
 from pipeline.recipe import Cut, RecipeError
 from pipeline.record import Media, Video
-from pipeline.split.encode import encoder, picture_filters, picture_size
+from pipeline.split import tone
+from pipeline.split.cropping import forget_turn
+from pipeline.split.encode import as_stored, colour_options, encoder, picture_filters, picture_size
 from pipeline.split.packets import Index, mux
 from pipeline.split.piece import Inexact, Piece, groups
 from pipeline.stages import Produces, Resources, each, fail, patiently
@@ -160,6 +162,8 @@ class CutStage:
         raw = [piece.path.with_suffix(".raw.mp4") for piece in group]
         self._run(path, seek, by, group, options, raw)
         for piece, file in zip(group, raw, strict=True):
+            if self.version < (7,):
+                forget_turn(file)
             # without the edit list, which leaves out the last frame where an old ffmpeg gives it no duration
             with av.open(f"file:{file}", options={"advanced_editlist": "0"}) as container:
                 picture = container.streams.video[0]
@@ -196,7 +200,7 @@ class CutStage:
         """
         import ffmpeg as graph  # ffmpeg-python
 
-        source = ffmpeg.source(path)
+        source = ffmpeg.source(path) | as_stored(self.version)
         opened = sounds = graph.input(**source)
         if seek is not None:
             # lands on the keyframe at or before; sound is decoded from the beginning, as some decoders carry state
@@ -215,7 +219,7 @@ class CutStage:
                     "trim", start_frame=piece.clip.start_frame, end_frame=piece.clip.end_frame
                 )
                 frames = frames.filter("setpts", f"N*{spacing}")
-            for name, args, named in picture_filters(piece.video, self.recipe.height):
+            for name, args, named in picture_filters(piece.video, self.recipe.height, self._lut(piece)):
                 frames = frames.filter(name, *args, **named)
             streams = [frames]
             if "c:a" in options[n]:
@@ -226,6 +230,16 @@ class CutStage:
             outputs.append(graph.output(*streams, f"file:{file}", **passthrough, **options[n]))
         command = [self.exe, "-y", "-copyts", "-filter_complex_threads", "1"]
         ffmpeg.run(graph.merge_outputs(*outputs).compile(cmd=command), self.recipe.stall_s)
+
+    def _lut(self, piece: Piece) -> Path | None:
+        """The .cube file of a source of high dynamic range that is to be tone-mapped, beside its clips."""
+        g = piece.video.geometry
+        if not g.tone_map:
+            return None
+        path = piece.path.with_name("tone.cube")
+        if not path.exists():
+            tone.write_cube(path, g.colours.hdr, g.colours.primaries)
+        return path
 
     def _mp4(self, piece: Piece, index: Index, sound: bool) -> dict[str, Any]:
         """Options of an output that encodes a clip."""
@@ -240,7 +254,7 @@ class CutStage:
             "flags:v": "+bitexact",
         }
         if self.version < (5,):  # newer ones hand the colours of the frames on
-            options |= index.colours
+            options |= colour_options(piece.video.geometry)
         if sound:
             options |= {"c:a": "aac", "b:a": "128k", "flags:a": "+bitexact", "max_muxing_queue_size": 9999}
         return options

@@ -234,7 +234,7 @@ def test_a_clips_bytes_depend_on_its_own_frames_only(kind, exe, sources, tmp_pat
     ranges = [(3, 9), (12, 30), (30, 31), (33, 58)]
     together = clips_of(fresh(sources[kind]), *ranges)
     ready(tmp_path / "together", exe)([together])
-    monkeypatch.setattr(cut_module, "MOST", 1)
+    monkeypatch.setattr("pipeline.split.piece.MOST", 1)
     apart = clips_of(fresh(sources[kind]), *ranges)
     ready(tmp_path / "apart", exe)([apart])
     monkeypatch.setattr(Index, "seek", lambda *_: None)
@@ -419,7 +419,7 @@ def test_sound_does_not_depend_on_the_neighbours_either(beeping, tmp_path, monke
     ranges = [(2, 20), (50, 60), (60, 88)]
     together = clips_of(analysed(beeping), *ranges)
     ready(tmp_path / "together", audio=True)([together])
-    monkeypatch.setattr(cut_module, "MOST", 1)
+    monkeypatch.setattr("pipeline.split.piece.MOST", 1)
     apart = clips_of(analysed(beeping), *ranges)
     ready(tmp_path / "apart", audio=True)([apart])
     assert [c.media.sha256 for c in together.clips] == [c.media.sha256 for c in apart.clips]

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.geometry import Orientation
 from pipeline.io.isolate import Child, Stalled
 from pipeline.recipe import Decode
 from pipeline.record import Source, Video
 from pipeline.split.clock import NO_PTS, timeline
 from pipeline.split.decode import DecodeError, DecodeStage, analyse
-from pipeline.split.pictures import Orientation, fitted
+from pipeline.split.pictures import fitted
 from pipeline.stages import run_stage
 from tests.fixtures import videos as make
 from tests.fixtures.videos import made
@@ -217,7 +218,7 @@ def test_repaired_times_always_increase_and_keep_as_many_stamps_as_can_be_kept()
 
 def test_a_clock_that_starts_again_in_mid_file_loses_no_frame():
     found = analyse(str(made(make.clock_reset, suffix=".ts")), OPTIONS)
-    assert found.counts == {"frames": 50, "timestamps_repaired": 25}
+    assert found.counts["timestamps_repaired"] == 25 and found.counts["frames"] == 50
     assert "25 of 50 timestamps" in found.warnings[0]
     assert set(np.diff(found.pts)) == {3600}
     assert len(found.samples) == 4
