@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"clipmill doctor: {e}", file=sys.stderr)
             return 2
     checks += machine(args.out)
+    checks.append(confinement())
     checks.append(gpus(recipe, args.address))
     if recipe is not None:
         checks += [video_encoder(recipe), *models(recipe)]
@@ -204,6 +205,29 @@ def disk(name: str, folder: str, fix: str) -> Check:
     free = shutil.disk_usage(there).free / 1e9
     few = free < 5
     return Check("machine", name, LOOK if few else OK, f"{free:,.1f} GB free in {there}", fix if few else "")
+
+
+def confinement() -> Check:
+    """What the process that decodes strangers' files can do that it should not; it tries."""
+    from pipeline.io.isolate import Child, ChildError
+
+    name = "decoding process"
+    try:
+        with Child() as child:
+            escapes = child.call(
+                "pipeline.io.sandbox:escapes", os.getpid(), tempfile.gettempdir(), stall_s=30
+            )
+    except ChildError as e:
+        return Check("machine", name, MISSING, f"does not start: {e}")
+    if not escapes:
+        return Check("machine", name, OK, "confined: no network, no writing, no programs, no other processes")
+    return Check(
+        "machine",
+        name,
+        LOOK,
+        f"this kernel lets it {', '.join(escapes)}",
+        "for sources nobody vouches for use Linux 5.13 or newer, and let its container use seccomp and Landlock",
+    )
 
 
 def gpus(recipe: Recipe | None, address: str | None) -> Check:

@@ -57,6 +57,7 @@ TRANSFERS = {
     17: "smpte428",
     18: "arib-std-b67",
 }
+MODELS = ("yuv", "rgb", "grey")  # rgb: also palettes and XYZ
 HDR = {16: "pq", 18: "hlg"}  # transfer characteristics of high dynamic range (ITU-R BT.2100)
 
 
@@ -118,7 +119,7 @@ def _linear(matrix: bytes) -> tuple[int, int, int, int]:
 class Colours:
     """What the numbers of a picture mean; the three names are those of ITU-T H.273."""
 
-    model: str = "yuv"  # 'yuv', 'rgb' (also palettes and XYZ), 'grey'
+    model: str = "yuv"  # of MODELS
     matrix: int = UNSPECIFIED  # of MATRICES; unspecified is BT.601, as swscale has it
     primaries: int = UNSPECIFIED
     transfer: int = UNSPECIFIED
@@ -209,7 +210,8 @@ class Geometry:
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> Geometry:
-        return cls(
+        """Raises KeyError, TypeError, ValueError for what describes no picture."""
+        found = cls(
             stored=(said["stored0"], said["stored1"]),
             crop=(said["crop0"], said["crop1"], said["crop2"], said["crop3"]),
             orientation=Orientation(*(bool(said[name]) for name in ("transpose", "flip_x", "flip_y"))),
@@ -224,6 +226,16 @@ class Geometry:
             ),
             tone_map=bool(said["tone_map"]),
         )
+        c = found.colours
+        if not (
+            all(0 < side < 1 << 20 for side in (*found.stored, *found.size))
+            and min(found.crop) >= 0
+            and found.sar > 0
+            and c.model in MODELS
+            and (c.matrix in MATRICES and c.primaries in PRIMARIES and c.transfer in TRANSFERS)
+        ):
+            raise ValueError("no geometry")
+        return found
 
     def cropping(self) -> list[Filter]:
         if not any(self.crop):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pipeline.caption.captioner import caption_stages
-from pipeline.caption.choose import ChooseStage
+from pipeline.caption.choose import ChooseStage, check_order
+from pipeline.own_stage import placed
 from pipeline.recipe import Recipe
 from pipeline.score.aesthetic import AestheticStage
 from pipeline.score.signature import SignatureStage
@@ -17,7 +18,7 @@ from pipeline.stages import Stage
 
 
 def build(recipe: Recipe, out: str) -> list[Stage]:
-    """The stages of a recipe, in the order the data flows, not yet set up."""
+    """The stages of a recipe, in the order the data flows, not yet set up. Raises RecipeError."""
     stages: list[Stage] = [
         DecodeStage(recipe.decode),
         ShotStage(recipe.shots),
@@ -30,7 +31,8 @@ def build(recipe: Recipe, out: str) -> list[Stage]:
         stages.append(TextStage(recipe.scores.text))
     if recipe.scores.aesthetic.weights:
         stages.append(AestheticStage(recipe.scores.aesthetic))
-    stages += caption_stages(recipe.captions)
-    if recipe.captions:
-        stages.append(ChooseStage(recipe.choose))
-    return stages
+    captioners = caption_stages(recipe.captions)
+    if captioners:
+        check_order(recipe.choose, [stage.model for stage in captioners])
+        stages += [*captioners, ChooseStage(recipe.choose)]
+    return placed(stages, recipe.stages)

@@ -79,6 +79,7 @@ class Caption:
     outcome: str = "ok"  # 'ok' | 'empty' | 'truncated' | 'error'
     prompt: str = ""
     scores: dict[str, float] = field(default_factory=dict)  # 'consensus', 'clip_score', …
+    reason: str = ""  # of outcome 'error': one sentence, with file and line of a captioner of the user's own
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,7 @@ CAPTION = pa.struct(
         ("outcome", pa.string()),
         ("prompt", pa.string()),
         ("scores", pa.map_(pa.string(), pa.float32())),
+        ("reason", pa.string()),  # of outcome 'error', one sentence; '' otherwise
     ]
 )
 
@@ -354,6 +356,7 @@ def clip_row(v: Video, c: Clip, scores: list[str], embeddings: dict[str, int]) -
                 "outcome": k.outcome,
                 "prompt": k.prompt,
                 "scores": list(k.scores.items()),
+                "reason": k.reason,
             }
             for k in c.captions
         ],

@@ -74,7 +74,7 @@ def shard(store: Store, recipe: Recipe) -> pa.Table:
     old = store.read_table("decisions.parquet") if store.exists("decisions.parquet") else None
     if old is None or not old.equals(decisions) or old.schema.metadata != decisions.schema.metadata:
         store.write_table("decisions.parquet", decisions)
-    used = recipe.model_dump(mode="json", include={"decide", "shards"})
+    used = recipe.model_dump(mode="json", include={"decide", "shards", "choose"})
     if run["recipe"] | used != run["recipe"]:
         run["recipe"] |= used
         store.write_bytes("run.json", json.dumps(run, indent=1).encode())
@@ -229,7 +229,7 @@ def _samples(
         ],
         "versions": run.get("versions", {}),
     }
-    rules = {name: rule.model_dump() for name, rule in recipe.decide.rules.items()}
+    rules = {name: rule.told() for name, rule in recipe.decide.rules.items()}
     repeated: dict[str, list[str]] = defaultdict(list)
     for copy, original in zip(
         *(decided.decisions[c].to_pylist() for c in ("clip_id", "duplicate_of")), strict=True
@@ -315,7 +315,8 @@ def _provenance(
     told: dict[str, float] = next(
         (c["scores"] for c in captions if c["model"] == verdict["caption_model"]), {}
     )
-    values = clip | {f"caption.{name}": value for name, value in told.items()}
+    values = clip | {f"caption.{name}": value for name, value in told.items()} | verdict
+    values |= {f"meta.{name}": value for name, value in clip["meta"] or []}
     return (
         {name: clip[name] for name in INDEXED}
         | {"media_sha256": clip["media_sha256"], "video": video, "meta": dict(clip["meta"] or [])}

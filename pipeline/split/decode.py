@@ -12,6 +12,7 @@ that ffmpeg's decoder gives (`best_effort_timestamp`), so `ffmpeg -copyts` finds
 from __future__ import annotations
 
 import contextlib
+import io
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from pipeline.geometry import Geometry
+from pipeline.io.answer import Of, Refused, checked, whole
 from pipeline.io.ffmpeg import OPEN, picture_stream
 from pipeline.io.isolate import Child, ChildError, Stalled
 
@@ -87,12 +89,14 @@ class DecodeStage:
         with localised(video.source) as local:
             video.sha256 = local.sha256
             try:
-                found: Analysis = self.child.call(
-                    "pipeline.split.decode:analyse",
+                answer = self.child.call(
+                    "pipeline.split.decode:gather",
                     local.path,
                     SimpleNamespace(**options.model_dump()),
                     stall_s=options.stall_s,
+                    raises=(DecodeError,),
                 )
+                found = Analysis.of(answer, options.sample_size)
             except DecodeError as e:
                 raise SourceFault(f"{name}: {e}") from e
             except MemoryError as e:
@@ -105,7 +109,8 @@ class DecodeStage:
                     f"{name}: no frame for {options.stall_s:g} s; the decoder hangs on this file, re-encode it "
                     "or raise decode.stall_s"
                 ) from e
-            except ChildError as e:
+            except (ChildError, Refused) as e:
+                self.child.close()  # it may no longer be itself
                 raise SourceFault(f"{name}: the decoder crashed on this file ({e}); re-encode it") from e
         found.fill(video)
 
@@ -128,13 +133,48 @@ class Analysis:
     field_order: str
     counts: dict[str, int]
     warnings: list[str]
-    pts: np.ndarray
+    pts: Annotated[np.ndarray, Of("int64", "n")]
     end_pts: int
-    thumbs: np.ndarray
-    samples: list[tuple[int, bytes]]
-    grey: np.ndarray
-    grey_frame: np.ndarray
-    packets: np.ndarray
+    thumbs: Annotated[np.ndarray, Of("uint8", "n", 27, 48, 3)]
+    sample_frame: Annotated[np.ndarray, Of("int64", "s")]
+    sample_jpeg: list[bytes]
+    grey: Annotated[np.ndarray, Of("uint8", "m", "*", "*")]
+    grey_frame: Annotated[np.ndarray, Of("int64", "m")]
+    packets: Annotated[np.ndarray, Of("int64", "*", 3)]
+
+    @classmethod
+    def of(cls, answer: Any, sample_size: int) -> Analysis:
+        """From what a child answered, which may be anything. Raises Refused."""
+        found = checked(cls, answer)
+        n = len(found.pts)
+        numbers = (found.width, found.height, found.time_base, found.sar, found.fps, found.duration_s)
+        if not (
+            n
+            and _ascending(found.pts, int(found.pts[0]), found.end_pts)
+            and len(found.sample_jpeg) == len(found.sample_frame)
+            and _ascending(found.sample_frame, 0, n)
+            and _ascending(found.grey_frame, 0, n)
+            and all(number > 0 for number in numbers)
+            and found.rotation in (0, 90, 180, 270)
+            and found.shown.size == (found.width, found.height)
+            and found.shown.sar == found.sar
+        ):
+            raise Refused("its answer contradicts itself")
+        if not all(_is_sample(jpeg, sample_size) for jpeg in found.sample_jpeg):
+            raise Refused("its answer holds a picture that is none")
+        return found
+
+    @property
+    def shown(self) -> Geometry:
+        """Raises Refused."""
+        try:
+            return Geometry.of(self.geometry)
+        except (ValueError, KeyError, TypeError) as e:
+            raise Refused("its answer holds no geometry") from e
+
+    @property
+    def samples(self) -> list[tuple[int, bytes]]:
+        return list(zip(self.sample_frame.tolist(), self.sample_jpeg, strict=True))
 
     def fill(self, video: Video) -> None:
         from pipeline.record import Frames, Sample
@@ -153,7 +193,7 @@ class Analysis:
             "field_order",
         ):
             setattr(video, name, getattr(self, name))
-        video.geometry = Geometry.of(self.geometry)
+        video.geometry = self.shown
         video.warnings = self.warnings
         video.counts |= self.counts
         video.frames = Frames(
@@ -167,11 +207,34 @@ class Analysis:
         )
 
 
+def _ascending(numbers: np.ndarray, least: int, end: int) -> bool:
+    """Whether they grow, from no less than `least` to less than `end`."""
+    return not len(numbers) or bool(
+        numbers[0] >= least and numbers[-1] < end and (numbers[1:] > numbers[:-1]).all()
+    )
+
+
+def _is_sample(jpeg: bytes, longest: int) -> bool:
+    """Whether it says that it is a JPEG of no more than that size; a small file can claim to be a huge picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as picture:
+            return max(picture.size) <= longest
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
 class DecodeError(Exception):
     """A file that cannot be used; the message is a sentence that lacks only the file's name."""
 
 
 def analyse(path: str, options: Decode, beat: Callable[[], None] = lambda: None) -> Analysis:
+    """What `gather` gives, in this process: no child, and arrays in one piece."""
+    return Analysis(**{name: whole(value) for name, value in gather(path, options, beat).items()})
+
+
+def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, Any]:
     """Read a video file once and keep what `Frames` describes.
 
     Frames that decode are used and the trouble with others is told in `warnings`. A change of picture size in
@@ -181,6 +244,8 @@ def analyse(path: str, options: Decode, beat: Callable[[], None] = lambda: None)
         path: a local file; no other file and no network is opened, whatever it says.
         options: anything with the fields of `recipe.Decode`.
         beat: called at every packet.
+
+    Returns the fields of Analysis; of large ones the blocks they were gathered in.
 
     Raises DecodeError if nothing can be decoded or a limit is exceeded.
     """
@@ -224,29 +289,30 @@ def analyse(path: str, options: Decode, beat: Callable[[], None] = lambda: None)
             f"the pictures end after {shown_s:.2f} s of the {claimed_s:.2f} s that the header claims"
         )
     geometry = pictures.geometry
-    return Analysis(
-        codec=codec,
-        width=geometry.size[0],
-        height=geometry.size[1],
-        fps=(len(pts) - 1) / span_s if len(pts) > 1 else 1 / shown_s,
-        duration_s=shown_s,
-        time_base=time_base,
-        rotation=geometry.orientation.rotation,
-        sar=geometry.sar,
-        pix_fmt=pictures.pix_fmt,
-        geometry=geometry.plain(),
-        interlaced=pictures.interlaced / pictures.frames,
-        field_order=pictures.field_order,
-        counts={"frames": len(pts), "timestamps_repaired": repaired, "picture_changes": pictures.changes},
-        warnings=warnings,
-        pts=pts,
-        end_pts=end_pts,
-        thumbs=pictures.thumbs.upright(),
-        samples=pictures.samples,
-        grey=pictures.grey.upright(),
-        grey_frame=np.array(pictures.grey_frame, np.int64),
-        packets=np.array(reader.packets, np.int64).reshape(-1, 3),
-    )
+    return {
+        "codec": codec,
+        "width": geometry.size[0],
+        "height": geometry.size[1],
+        "fps": (len(pts) - 1) / span_s if len(pts) > 1 else 1 / shown_s,
+        "duration_s": shown_s,
+        "time_base": time_base,
+        "rotation": geometry.orientation.rotation,
+        "sar": geometry.sar,
+        "pix_fmt": pictures.pix_fmt,
+        "geometry": geometry.plain(),
+        "interlaced": pictures.interlaced / pictures.frames,
+        "field_order": pictures.field_order,
+        "counts": {"frames": len(pts), "timestamps_repaired": repaired} | pictures.counts(),
+        "warnings": warnings,
+        "pts": pts,
+        "end_pts": end_pts,
+        "thumbs": pictures.thumbs.rows,
+        "sample_frame": np.array(pictures.sample_frame, np.int64),
+        "sample_jpeg": pictures.sample_jpeg,
+        "grey": pictures.grey.rows,
+        "grey_frame": np.array(pictures.grey_frame, np.int64),
+        "packets": np.array(reader.packets, np.int64).reshape(-1, 3),
+    }
 
 
 # Opening -------------------------------------------------------------------------------------------

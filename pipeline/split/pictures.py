@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the child has no need of pyarrow and pydantic
     from pipeline.recipe import Decode
 
 from pipeline.geometry import DEINTERLACE, SMALLEST_INTERLACED, Colours, Filter, Geometry, Orientation, askew
+from pipeline.io.answer import Rows, Strings
 from pipeline.split.clock import Grid
 from pipeline.split.cropping import Crop
 from pipeline.split.tone import to_709
@@ -69,22 +70,16 @@ class _Scaler:
 
 
 class _Stack:
-    """Scaled frames in one growing block of memory."""
+    """Scaled frames, upright, in `rows`: uint8 [n, h, w] or [n, h, w, 3]."""
 
     def __init__(self, scaler: _Scaler):
+        turned = scaler.orientation.transpose
+        size = (scaler.width, scaler.height) if turned else (scaler.height, scaler.width)
         self.scaler = scaler
-        self.data = bytearray()
+        self.rows = Rows(size if scaler.pix_fmt == "gray" else (*size, 3))
 
     def add(self, frame: VideoFrame) -> None:
-        self.data += self.scaler.stored(frame).tobytes()
-
-    def upright(self) -> np.ndarray:
-        """uint8 [n, h, w] or [n, h, w, 3]."""
-        colours = () if self.scaler.pix_fmt == "gray" else (3,)
-        stored = np.frombuffer(self.data, np.uint8).reshape(
-            -1, self.scaler.height, self.scaler.width, *colours
-        )
-        return np.ascontiguousarray(self.scaler.orientation.upright(stored))
+        self.rows.append(self.scaler.orientation.upright(self.scaler.stored(frame)[None])[0])
 
 
 # Before scaling ------------------------------------------------------------------------------------
@@ -211,7 +206,8 @@ class Pictures:
         self.grey_frame: list[int] = []
         self.grey_grid = Grid(options.grey_fps, time_base)
         self.sample = _Scaler(fitted(width, height, sar, options.sample_size), "bgr24", self.found, fine=True)
-        self.samples: list[tuple[int, bytes]] = []
+        self.sample_frame: list[int] = []
+        self.sample_jpeg = Strings()
         self.sample_grid = Grid(options.sample_fps, time_base)
 
     def _geometry(self, first: VideoFrame, crop: Crop) -> Geometry:
@@ -273,7 +269,11 @@ class Pictures:
             self.grey.add(frame)
             self.grey_frame.append(n)
         if self.sample_grid.due(elapsed):
-            self.samples.append((n, self._jpeg(frame)))
+            self.sample_jpeg.append(self._jpeg(frame))
+            self.sample_frame.append(n)
+
+    def counts(self) -> dict[str, int]:
+        return {"picture_changes": self.changes} if self.changes else {}
 
     def warnings(self) -> list[str]:
         found = list(self.trouble)

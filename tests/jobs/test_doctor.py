@@ -36,6 +36,14 @@ def test_the_embedded_recipe_has_all_it_needs_here(capsys):
     assert all(line.startswith(("ok", "look", "ready")) for line in said.values())
 
 
+def test_the_confinement_of_the_decoding_process_is_tried(capsys, monkeypatch):
+    from pipeline.io import isolate
+
+    assert doctor.confinement().state == doctor.OK
+    monkeypatch.setattr(isolate.Child, "call", lambda *args, **kwargs: ["open a socket", "write a file"])
+    assert doctor.confinement().found == "this kernel lets it open a socket, write a file"
+
+
 def test_torch_is_asked_for_its_gpus(capsys):
     assert isinstance(doctor.ask(doctor.GPUS), list)
 

@@ -12,16 +12,18 @@ from itertools import combinations
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline.geometry import Orientation
+from pipeline.io.answer import Refused
 from pipeline.io.isolate import Child, Stalled
 from pipeline.recipe import Decode
 from pipeline.record import Source, Video
 from pipeline.split.clock import NO_PTS, timeline
-from pipeline.split.decode import DecodeError, DecodeStage, analyse
+from pipeline.split.decode import Analysis, DecodeError, DecodeStage, analyse
 from pipeline.split.pictures import fitted
 from pipeline.stages import run_stage
 from tests.fixtures import videos as make
@@ -218,7 +220,7 @@ def test_repaired_times_always_increase_and_keep_as_many_stamps_as_can_be_kept()
 
 def test_a_clock_that_starts_again_in_mid_file_loses_no_frame():
     found = analyse(str(made(make.clock_reset, suffix=".ts")), OPTIONS)
-    assert found.counts["timestamps_repaired"] == 25 and found.counts["frames"] == 50
+    assert found.counts == {"frames": 50, "timestamps_repaired": 25}
     assert "25 of 50 timestamps" in found.warnings[0]
     assert set(np.diff(found.pts)) == {3600}
     assert len(found.samples) == 4
@@ -470,7 +472,7 @@ def test_a_playlist_is_refused_and_the_file_it_names_is_not_opened(tmp_path, mak
     with Child() as child:
         child.call("tests.fixtures.misbehave:pid", stall_s=60)
         with pytest.raises(DecodeError, match="playlist"):
-            child.call("pipeline.split.decode:analyse", str(path), OPTIONS, stall_s=20)
+            child.call("pipeline.split.decode:gather", str(path), OPTIONS, stall_s=20, raises=(DecodeError,))
 
 
 @pytest.mark.parametrize(("maker", "suffix"), DISGUISES)
@@ -586,6 +588,57 @@ def test_hangs_crashes_and_greed_of_the_decoder_are_error_rows(child, words):
     assert re.search(words, video.error.message)
 
 
+def _changed(**fields):
+    """What the child answers of a good video, with some fields of its choice."""
+    answer = vars(analyse(str(made(make.cfr)), OPTIONS)) | fields
+    return {name: value for name, value in answer.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"thumbs": np.zeros((49, 27, 48, 3), np.uint8)},  # one less than there are frames
+        {"thumbs": np.zeros((50, 27, 48, 3), np.int64)},
+        {"pts": np.zeros(50, np.int64)},
+        {"pts": np.arange(0, -50, -1)},
+        {"end_pts": 0},
+        {"grey_frame": np.arange(100, 116)},
+        {"grey": np.zeros((3, 72, 128), np.uint8)},
+        {"sample_jpeg": [b"no picture"] * 4},
+        {"sample_jpeg": []},
+        {"width": 0},
+        {"rotation": 45},
+        {"fps": float("nan")},
+        {"warnings": [1]},
+        {"codec": None},
+        {"more": 1},
+    ],
+    ids=lambda fields: "-".join(fields),
+)
+def test_a_forged_analysis_is_the_videos_error(forged):
+    stage = DecodeStage(OPTIONS)
+    with Instead("echo_first", _changed(**forged)) as child:
+        stage.child = child
+        (video,) = run_stage(stage, [listed(made(make.cfr))])
+    assert video.error is not None
+    assert "the decoder crashed on this file (its answer" in video.error.message
+
+
+def test_the_control_of_the_forged_ones_is_taken():
+    stage = DecodeStage(OPTIONS)
+    with Instead("echo_first", _changed()) as child:
+        stage.child = child
+        (video,) = run_stage(stage, [listed(made(make.cfr))])
+    assert video.error is None
+
+
+def test_a_sample_that_claims_to_be_huge_is_refused():
+    _, jpeg = cv2.imencode(".jpg", np.zeros((8, 600, 3), np.uint8))
+    answer = _changed() | {"sample_jpeg": [jpeg.tobytes()] * 4}
+    with pytest.raises(Refused, match="picture"):
+        Analysis.of(answer, 512)
+
+
 def test_decoding_beats_while_it_works():
     beats = []
     analyse(str(made(make.cfr)), OPTIONS, beat=lambda: beats.append(1))
@@ -598,7 +651,7 @@ def test_a_longer_video_takes_no_more_memory_than_what_is_kept_of_it():
     def peak_mb(frames: int) -> float:
         path = made(make.cfr, frames=frames, size=(640, 360), options=("-preset", "ultrafast"))
         with Child() as child:
-            child.call("pipeline.split.decode:analyse", str(path), OPTIONS, stall_s=60)
+            child.call("pipeline.split.decode:gather", str(path), OPTIONS, stall_s=60)
             status = Path(f"/proc/{child.pid}/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
