@@ -73,6 +73,7 @@ def produced(stages: list[Stage]) -> Produces:
 # Who is in work ------------------------------------------------------------------------------------
 
 _watcher: Callable[[str], None] | None = None  # one a process: whoever runs the stages
+_in_work = ""
 
 
 def watched_by(watcher: Callable[[str], None] | None) -> None:
@@ -83,10 +84,18 @@ def watched_by(watcher: Callable[[str], None] | None) -> None:
 
 def each(videos: Iterable[Video]) -> Iterator[Video]:
     """The videos one by one, each announced: if the process dies or hangs now, that one is to blame."""
+    global _in_work
     for video in videos:
+        _in_work = video.source.uri
         if _watcher is not None:
             _watcher(video.source.uri)
         yield video
+    _in_work = ""
+
+
+def in_work() -> str:
+    """The uri of the video that this process turned to last, for its log; '' where it is between two stages."""
+    return _in_work
 
 
 # Running a stage -----------------------------------------------------------------------------------

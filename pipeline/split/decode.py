@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # the child has no need of pyarrow and pydantic
 
 from pipeline.split.clock import NO_PTS, Clock, timeline
 from pipeline.split.cropping import container_crop
-from pipeline.split.pictures import Pictures
+from pipeline.split.pictures import Pictures, marks
 
 PLAYLISTS = (
     b"#EXTM3U",
@@ -50,6 +50,7 @@ PLAYLISTS = (
     b"[Reference]",
     b"v=0",
 )
+NO_HEADER = {"mpegts", "mpeg"}  # their length is guessed from the first and the last stamp, which may jump
 
 
 class DecodeStage:
@@ -141,6 +142,8 @@ class Analysis:
     grey: Annotated[np.ndarray, Of("uint8", "m", "*", "*")]
     grey_frame: Annotated[np.ndarray, Of("int64", "m")]
     packets: Annotated[np.ndarray, Of("int64", "*", 3)]
+    restarts: Annotated[np.ndarray, Of("int64", "*", 3)]
+    by_number: bool
 
     @classmethod
     def of(cls, answer: Any, sample_size: int) -> Analysis:
@@ -154,6 +157,7 @@ class Analysis:
             and len(found.sample_jpeg) == len(found.sample_frame)
             and _ascending(found.sample_frame, 0, n)
             and _ascending(found.grey_frame, 0, n)
+            and _ascending(found.restarts[:, 0], 1, n)
             and all(number > 0 for number in numbers)
             and found.rotation in (0, 90, 180, 270)
             and found.shown.size == (found.width, found.height)
@@ -204,6 +208,9 @@ class Analysis:
             grey=self.grey,
             grey_frame=self.grey_frame,
             packets=self.packets,
+            restarts=self.restarts,
+            by_number=self.by_number,
+            marks=marks(self.thumbs),
         )
 
 
@@ -252,14 +259,16 @@ def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, An
     with _opened(path, options) as container:
         stream = _video_stream(container, options)
         claimed_s = _claimed_duration(container, stream)
-        _check_limits(stream.width, stream.height, claimed_s, options)
+        known_s = None if container.format.name in NO_HEADER else claimed_s
+        _check_limits(stream.width, stream.height, known_s, options)
         codec = stream.codec_context.codec.canonical_name
         time_base = stream.time_base or Fraction(1, 90000)
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         step = max(1, round(1 / (rate * time_base)))
         longest = int(options.max_duration_s / time_base)
         reader = _Reader(container, stream, beat)
-        clock = Clock(step)
+        second = max(1, round(1 / time_base))
+        clock = Clock(step, second)
         pictures: Pictures | None = None
         duration = 0
         for n, frame in enumerate(reader.frames()):
@@ -275,11 +284,17 @@ def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, An
         if pictures is None:
             raise DecodeError(f"no frame can be decoded{reader.reason()}; the file is damaged or incomplete")
         pictures.end()
-    pts, repaired = timeline(clock.stamps, step)
+    line = timeline(clock.stamps, step, second)
+    pts, repaired, restarts = line.pts, line.repaired, line.restarts
     end_pts = int(pts[-1]) + (duration or (int(pts[-1] - pts[-2]) if len(pts) > 1 else step))
-    shown_s = float((end_pts - int(pts[0])) * time_base)
-    span_s = float((int(pts[-1]) - int(pts[0])) * time_base)
+    jumped = int((pts[restarts[:, 0]] - restarts[:, 2]).sum())  # ticks in which nothing is shown
+    shown_s = float((end_pts - int(pts[0]) - jumped) * time_base)
+    span_s = float((int(pts[-1]) - int(pts[0]) - jumped) * time_base)
     warnings = reader.warnings() + pictures.warnings()
+    if len(restarts):
+        more = f" and {len(restarts) - 1} more times" if len(restarts) > 1 else ""
+        at_s = float(restarts[0, 2] * time_base)
+        warnings.append(f"the clock starts again at frame {restarts[0, 0]} ({at_s:.3f} s){more}")
     if repaired:
         warnings.append(f"{repaired} of {len(pts)} timestamps were missing or out of order and were made up")
     # Some headers count from 0, others from the first frame.
@@ -302,7 +317,12 @@ def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, An
         "geometry": geometry.plain(),
         "interlaced": pictures.interlaced / pictures.frames,
         "field_order": pictures.field_order,
-        "counts": {"frames": len(pts), "timestamps_repaired": repaired} | pictures.counts(),
+        "counts": {
+            "frames": len(pts),
+            "timestamps_repaired": repaired,
+            "clock_restarts": len(restarts),
+            **pictures.counts(),
+        },
         "warnings": warnings,
         "pts": pts,
         "end_pts": end_pts,
@@ -312,6 +332,8 @@ def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, An
         "grey": pictures.grey.rows,
         "grey_frame": np.array(pictures.grey_frame, np.int64),
         "packets": np.array(reader.packets, np.int64).reshape(-1, 3),
+        "restarts": restarts,
+        "by_number": bool(repaired or restarts[:, 1].any() or not clock.own),
     }
 
 

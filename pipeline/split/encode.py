@@ -120,10 +120,11 @@ def as_stored(version: tuple[int, ...]) -> dict[str, Any]:
     """ffmpeg's options of an input whose pictures come as they are stored.
 
     Turning is left to `picture_filters`, and so is cropping by the container's word, which ffmpeg does since
-    7.1. The codec's own cropping is done to the pixel, which ffmpeg before 7.1 has to be told.
+    7.1. The codec's own cropping is done to the pixel, which ffmpeg before 7.1 has to be told. And filters do
+    not begin anew where a picture's size changes: they would count anew, and lose what they hold.
     """
     cropping = {"apply_cropping": "codec"} if version >= (7, 1) else {"flags:v": "+unaligned"}
-    return {"noautorotate": None} | cropping
+    return {"noautorotate": None, "reinit_filter": 0} | cropping
 
 
 def encoder(cut: Cut, fps: float) -> dict[str, Any]:
