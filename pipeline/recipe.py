@@ -57,9 +57,10 @@ class Decode(Section):
 class Shots(Section):
     """Where the camera cuts."""
 
-    detector: Literal["transnetv2", "content"] = Field(
+    detector: Literal["transnetv2", "content", "whole"] = Field(
         "transnetv2",
-        description="a network that knows dissolves, or colours that jump (PySceneDetect's rule)",
+        description="a network that knows dissolves, colours that jump (PySceneDetect's rule), or none: each video "
+        "is one whole clip, neither split nor dropped",
     )
     threshold: float = Field(0.5, description="transnetv2: probability of a boundary", gt=0, lt=1)
     candidate_threshold: float = Field(

@@ -28,17 +28,21 @@ from pipeline.geometry import MATRICES, PRIMARIES, TRANSFERS, Geometry
 class Source:
     """One raw video to curate, as listed; nothing has been read yet."""
 
-    uri: str  # unique in a run: an absolute path, a URL, or 'TAR#member'
+    uri: str  # unique in a run: an absolute path, a URL, or 'TAR#member'; without signatures and passwords
     name: str  # path below the SOURCE argument it came from; salts the clip ids
     meta: dict[str, str] = field(default_factory=dict)  # title, description, subtitles, … of the list's row
     intervals: tuple[tuple[float, float], ...] | None = None  # given clips, seconds: no splitting
     interval_meta: tuple[dict[str, str], ...] = ()  # metadata of each given clip, aligned with `intervals`
     size: int | None = None  # bytes, where listing knows it
     member: tuple[int, int] | None = None  # (offset, size) of the video inside a tar
-    problem: str | None = None  # why listing it failed, one sentence; fetching it raises this
+    problem: str | None = None  # why listing it failed, one sentence; fetching it raises this …
+    passing: bool = False  # … as a TransientFault, for the next run to try again
     mtime_ns: int | None = (
         None  # local files: when they were last modified, ns since 1970, just before the run
     )
+    # Where to fetch it (of a member: its tar), where `uri` lacks secrets of it. Never written, logged or shown.
+    address: str | None = field(default=None, repr=False, compare=False)
+    reach: str = field(default="public", compare=False)  # what may be connected to, see sources.network
 
     def intervals_key(self) -> str:
         """Names the clips that the list gives: other intervals are other clips. Empty where it gives none."""

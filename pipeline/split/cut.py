@@ -122,6 +122,11 @@ class CutStage:
         import av
 
         folder.mkdir()
+        try:
+            path.encode()
+        except UnicodeEncodeError:  # ffmpeg-python cannot pass such a name on
+            (folder / "source").symlink_to(path)
+            path = str(folder / "source")
         clips = sorted(video.clips, key=lambda c: (c.start_frame, c.end_frame))
         pieces = [Piece(video, clip, folder / f"{n}.mp4") for n, clip in enumerate(clips)]
         with av.open(f"file:{path}", options=ffmpeg.OPEN, metadata_errors="replace") as container:

@@ -76,7 +76,7 @@ def test_an_order_of_captioners_that_are_not_there_names_the_nearest():
     choose.check_order(recipe.Choose(method="order", order=("tags",)), ["tags", "given"])
     choose.check_order(recipe.Choose(order=("gone",)), ["tags"])  # another method does not read it
     with pytest.raises(
-        recipe.RecipeError, match=r"no captioner 'tag', did you mean 'tags'\?; there are tags, given"
+        recipe.RecipeError, match=r"no captioner 'tag' \(did you mean 'tags'\?\); there are tags, given"
     ):
         choose.check_order(recipe.Choose(method="order", order=("given", "tag")), ["tags", "given"])
     with pytest.raises(recipe.RecipeError, match="needs choose"):
