@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -155,8 +156,7 @@ class ReopenStage:
                     "pipeline.split.resample:resample",
                     f.name,
                     wanted,
-                    options.sample_size,
-                    options.jpeg_quality,
+                    SimpleNamespace(**options.model_dump()),
                     stall_s=options.stall_s,
                 )
                 seen = checked(Resampled, answer)

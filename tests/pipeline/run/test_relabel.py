@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -37,7 +38,7 @@ class World:
         )
 
     def command(self, out: str, *more: str, runner: str = "local") -> list[str]:
-        sees = f"{{log: {self.log}, broken: {self.broken}, name: sees}}"
+        sees = f"{{log: {self.log}, broken: {self.broken}, keep: {self.folder}/keep, name: sees}}"
         other = f"{{log: {self.log}, name: other}}"
         where = "captioner: 'tests.fixtures.seeing:Sees'"
         captions = (
@@ -65,7 +66,9 @@ def world(tmp_path_factory) -> World:
     assert world.curate("broken_run") == 0
     world.first_calls = world.calls()
     world.broken.unlink()
+    (world.folder / "keep").mkdir()
     assert world.curate("whole_run") == 0
+    (world.folder / "keep").rename(world.folder / "shown")
     world.calls()
     return world
 
@@ -84,6 +87,7 @@ def test_retrying_asks_the_failed_captioner_of_the_failed_clips_only_and_equals_
     sources = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (world.folder / "raw").iterdir()}
     for p in sources:
         p.write_bytes(b"no video any more")  # no source is read
+    (world.folder / "keep").mkdir()
     try:
         assert world.curate("retried", "--retry-errors") == 0
     finally:
@@ -99,6 +103,11 @@ def test_retrying_asks_the_failed_captioner_of_the_failed_clips_only_and_equals_
     assert a.equals(b)
     for clip in set(before) - failed:
         assert after[clip] == before[clip]
+    for clip in failed:  # the same pictures, but for one encoding
+        a, b = (np.load(world.folder / n / f"{clip}.npy").astype(float) for n in ("shown", "keep"))
+        assert a.shape == b.shape
+        assert np.abs(a - b).mean() < 4
+        assert np.abs(a.mean((1, 2)) - b.mean((1, 2))).max() < 1.5  # colours are not shifted
     said = capsys.readouterr()
     assert f"captions tried again, from the clips: sees {len(failed)}" in said.err
     assert "failed" not in said.out
