@@ -2,8 +2,8 @@
 
 One class a stage, in the order the data flows. Unknown keys and wrong types are errors that name the
 key. `load` reads a bundled recipe by name or a file, applies `--set a.b=value` overrides, and returns
-a frozen `Recipe`. What changes the measured data (everything but `decide`, `shards` and `resources`)
-is covered by `measure_key`: an output folder belongs to one such key.
+a frozen `Recipe`. What changes the measured data (everything but `decide`, `shards`, `resources`
+and `limits`) is covered by `measure_key`: an output folder belongs to one such key.
 """
 
 from __future__ import annotations
@@ -293,6 +293,23 @@ class StageResources(Section):
     max_workers: int | None = Field(None, ge=1)
 
 
+class Limits(Section):
+    """How long work may take, seconds; changed freely on a resumed run."""
+
+    source_s: float = Field(
+        6 * 3600.0, gt=0, description="all stages together on one source; beyond that it is an error row"
+    )
+    caption_s: float = Field(
+        600.0, gt=0, description="a captioner on one clip or batch; beyond that those captions are errors"
+    )
+    stall_s: float = Field(
+        600.0,
+        gt=0,
+        description="a stage without progress hangs: its worker is replaced, the source an error row",
+    )
+    setup_s: float = Field(1800.0, gt=0, description="a worker that loads its models")
+
+
 class Recipe(Section):
     name: str
     decode: Decode = Decode()
@@ -307,10 +324,11 @@ class Recipe(Section):
     resources: dict[str, StageResources] = Field(
         {}, description="by stage name; what is unset keeps its default"
     )
+    limits: Limits = Limits()
 
     def measure_key(self) -> str:
         """Hash of everything that changes what `curate` measures."""
-        measured = self.model_dump(mode="json", exclude={"name", "decide", "shards", "resources"})
+        measured = self.model_dump(mode="json", exclude={"name", "decide", "shards", "resources", "limits"})
         return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
 
 

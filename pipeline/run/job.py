@@ -159,9 +159,9 @@ def _process(
         )
     with Display([s.name for s in stages], sum(map(len, units))) as display:
         if runner == "local":
-            run_local(stages, units, display)
+            run_local(stages, units, display, recipe.limits)
         else:
-            run_ray(stages, resources, units, display, address)
+            run_ray(stages, resources, units, display, address, recipe.limits)
 
 
 def _resources(stage: Stage, recipe: Recipe, workers: int | None) -> Resources:
