@@ -1,31 +1,34 @@
 """A recipe: every number and model of a run, in one YAML file, checked before any work starts.
 
-One class a stage, in the order the data flows. Unknown keys and wrong types are errors that name the
-key. `load` reads a bundled recipe by name or a file, applies `--set a.b=value` overrides, and returns
-a frozen `Recipe`. What changes the measured data (everything but `decide`, `shards`, `resources`
-and `limits`) is covered by `measure_key`: an output folder belongs to one such key.
+One class a stage, in the order the data flows; pipeline/recipe_file.py reads the files, and `clipmill recipe
+explain` prints what is described here. `load` reads a bundled recipe by name or a file, applies `--set a.b=value`
+overrides, and returns a frozen `Recipe`. What changes the measured data (`Recipe.measured`) is covered by
+`measure_key`: an output folder belongs to one such key.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from pipeline import recipe_file
+from pipeline.recipe_file import load_as, parse_as
+from pipeline.recipe_schema import CODE, MAYBE_PATH, PATH, RecipeError, Section, nearest
+
+__all__ = ["Recipe", "RecipeError", "Section", "bundled", "load", "nearest", "parse"]
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message is one sentence that names the key and the fix."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+def bundled(folder: Path = RECIPES) -> list[str]:
+    """Names of the recipes that come with clipmill."""
+    return recipe_file.bundled(folder)
 
 
 class Decode(Section):
@@ -33,7 +36,7 @@ class Decode(Section):
 
     sample_fps: float = Field(2.0, gt=0, description="frames a second kept at model size")
     sample_size: int = Field(512, ge=64, description="longer side of a kept frame, pixels (never enlarged)")
-    jpeg_quality: int = Field(92, ge=50, le=100)
+    jpeg_quality: int = Field(92, ge=50, le=100, description="of the kept frames")
     grey_fps: float = Field(8.0, gt=0, description="small grey frames a second, for motion")
     grey_size: int = Field(128, ge=32, description="longer side of a grey frame, pixels")
     stall_s: float = Field(60.0, gt=0, description="give up when no frame arrives for so long")
@@ -45,7 +48,10 @@ class Decode(Section):
 class Shots(Section):
     """Where the camera cuts."""
 
-    detector: Literal["transnetv2", "content"] = "transnetv2"
+    detector: Literal["transnetv2", "content"] = Field(
+        "transnetv2",
+        description="a network that knows dissolves, or colours that jump (PySceneDetect's rule)",
+    )
     threshold: float = Field(0.5, description="transnetv2: probability of a boundary", gt=0, lt=1)
     candidate_threshold: float = Field(
         7.0,
@@ -63,9 +69,13 @@ class Shots(Section):
 class Embedder(Section):
     """Image features by which pieces are compared; also the clips' embedding."""
 
-    kind: Literal["efficientnet_lite0", "open_clip", "none"] = "efficientnet_lite0"
+    kind: Literal["efficientnet_lite0", "open_clip", "none"] = Field(
+        "efficientnet_lite0", description="none: every shot is an event of its own"
+    )
     model: str = Field("ViT-B-32", description="open_clip architecture")
-    pretrained: str = Field("", description="open_clip tag, hf-hub name or weights file")
+    pretrained: str = Field(
+        "", description="open_clip tag, hf-hub name or weights file", json_schema_extra=MAYBE_PATH
+    )
 
 
 class Events(Section):
@@ -75,7 +85,7 @@ class Events(Section):
     `max_outer` belong to an embedder; the defaults are EfficientNet-Lite0's (recipes/embedded.yaml).
     """
 
-    embedder: Embedder = Embedder()
+    embedder: Embedder = Field(Embedder(), description="what pieces are compared by")
     piece_s: float = Field(5.0, gt=0, description="long shots are cut into pieces of this length …")
     piece_slack_s: float = Field(2.0, ge=0, description="… while more than piece_s + this remains")
     position: float = Field(0.05, ge=0, lt=0.5, description="a piece is seen at this fraction from each end")
@@ -83,7 +93,7 @@ class Events(Section):
     max_outer: float = Field(0.95, gt=0, description="start a new event where neighbouring ends differ more")
     min_s: float = Field(2.0, ge=0, description="shorter events are not cut out")
     max_s: float = Field(60.0, gt=0, description="longer events are truncated or split")
-    longer: Literal["truncate", "split"] = "split"
+    longer: Literal["truncate", "split"] = Field("split", description="what happens to events above max_s")
     trim: float = Field(0.0, ge=0, lt=0.5, description="fraction taken off each end")
     clip_samples: int = Field(16, ge=1, description="kept frames of a clip that later stages may look at")
 
@@ -95,8 +105,8 @@ class Cut(Section):
         "reencode", description="copy: stream copy where that is frame-exact, re-encode elsewhere"
     )
     codec: str = Field("libx264", description="any ffmpeg video encoder, e.g. h264_nvenc, libsvtav1")
-    preset: str = "veryfast"
-    crf: int = Field(18, ge=0, le=63)
+    preset: str = Field("veryfast", description="of the encoder: speed against size")
+    crf: int = Field(18, ge=0, le=63, description="quality of the encoder; lower is better and larger")
     height: int | None = Field(
         None, description="scale down so that the shorter side is this; none: as the source"
     )
@@ -108,7 +118,7 @@ class Cut(Section):
 class Text(Section):
     """On-screen text by OCR."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="read it at all")
     frames: int = Field(2, ge=1, description="frames a clip to look at")
     size: int = Field(512, ge=64, description="longer side given to the text detector, pixels")
     confidence: float = Field(0.8, ge=0, le=1, description="of the recogniser, for a line to count as text")
@@ -117,9 +127,13 @@ class Text(Section):
 class Aesthetic(Section):
     """Linear or MLP head on CLIP image features (LAION)."""
 
-    weights: str = Field("", description="head weights (.pth/.safetensors); empty: no aesthetic score")
+    weights: str = Field(
+        "", description="head weights (.pth/.safetensors); empty: no aesthetic score", json_schema_extra=PATH
+    )
     model: str = Field("ViT-L-14", description="open_clip architecture the head was trained on")
-    pretrained: str = Field("openai", description="open_clip tag or weights file")
+    pretrained: str = Field(
+        "openai", description="open_clip tag or weights file", json_schema_extra=MAYBE_PATH
+    )
     frames: int = Field(3, ge=1, description="frames a clip to rate")
 
 
@@ -129,14 +143,14 @@ class Scores(Section):
     motion: bool = Field(True, description="motion, motion_object, pan_x, pan_y, zoom, stillness")
     picture: bool = Field(True, description="sharpness, exposure, clipped, black_borders")
     watermark: bool = Field(True, description="overlays that stay put while the content changes")
-    text: Text = Text()
-    aesthetic: Aesthetic = Aesthetic()
+    text: Text = Field(Text(), description="text_area, and what is read")
+    aesthetic: Aesthetic = Field(Aesthetic(), description="how beautiful people would find it")
 
 
 class TagsCaptioner(Section):
     """Baseline `tags-baseline`: ImageNet tags as a sentence (EfficientNet-Lite0, embedded)."""
 
-    kind: Literal["tags"]
+    kind: Literal["tags"] = Field(description="which captioner")
     frames: int = Field(4, ge=1, description="frames a clip to look at")
     sure: float = Field(0.4, gt=0, lt=1, description="mean probability from which a tag is stated")
     unsure: float = Field(0.15, gt=0, lt=1, description="… and from which it is offered as a guess")
@@ -145,21 +159,21 @@ class TagsCaptioner(Section):
 class MotionColourCaptioner(Section):
     """Baseline `colour-motion-baseline`: dominant colours, light and camera motion as a sentence."""
 
-    kind: Literal["colour_motion"]
+    kind: Literal["colour_motion"] = Field(description="which captioner")
     frames: int = Field(4, ge=1, description="frames a clip to look at")
 
 
 class TextCaptioner(Section):
     """Baseline `on-screen-text-baseline`: the text read on screen as a sentence (needs scores.text)."""
 
-    kind: Literal["on_screen_text"]
+    kind: Literal["on_screen_text"] = Field(description="which captioner")
     lines: int = Field(4, ge=1, description="most prominent lines to quote")
 
 
 class GivenCaptioner(Section):
     """`given`: the caption that the list, or a .txt beside the video in its tar, came with."""
 
-    kind: Literal["given"]
+    kind: Literal["given"] = Field(description="which captioner")
     column: str = Field("caption", description="of the list")
     pieces: bool = Field(False, description="also of clips that are a piece of what it was written for")
 
@@ -167,31 +181,36 @@ class GivenCaptioner(Section):
 class TransformersCaptioner(Section):
     """Any transformers image- or video-text-to-text model."""
 
-    kind: Literal["transformers"]
-    model: str = Field(description="hub id or folder")
+    kind: Literal["transformers"] = Field(description="which captioner")
+    model: str = Field(description="hub id or folder", json_schema_extra=MAYBE_PATH)
     name: str | None = Field(None, description="who wrote it, in the output; none: the model")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    prompt: str = "Describe the main subject and what happens in this video in one faithful sentence."
+    prompt: str = Field(
+        "Describe the main subject and what happens in this video in one faithful sentence.",
+        description="what it is asked",
+    )
     input: Literal["video", "images", "image"] = Field(
         "video", description="images: the frames one by one; image: one random frame of the middle 40 %"
     )
-    frames: int = Field(8, ge=1)
+    frames: int = Field(8, ge=1, description="frames a clip to look at (input video or images)")
     context: bool = Field(
         False, description="add the source's title, description and subtitles to the prompt"
     )
     first_sentence: bool = Field(False, description="keep no more than the first sentence")
-    max_new_tokens: int = Field(96, ge=1)
+    max_new_tokens: int = Field(96, ge=1, description="of an answer; a longer one is cut off")
     beams: int = Field(1, ge=1, description="1: greedy")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="numbers that the model computes with; auto: those it is stored in"
+    )
     batch: int = Field(8, ge=1, description="clips of one source a forward pass")
 
 
 class PythonCaptioner(Section):
     """A captioner of your own, see pipeline/caption/captioner.py."""
 
-    kind: Literal["python"]
-    captioner: str = Field(description="'file.py:Class' or 'package.module:Class'")
-    options: dict[str, Any] = {}
+    kind: Literal["python"] = Field(description="which captioner")
+    captioner: str = Field(description="'file.py:Class' or 'package.module:Class'", json_schema_extra=CODE)
+    options: dict[str, Any] = Field({}, description="what its class is made with")
 
 
 Captioner = Annotated[
@@ -205,32 +224,109 @@ Captioner = Annotated[
 ]
 
 
-class Choose(Section):
-    """Which caption stands for the clip."""
+class OwnStage(Section):
+    """A stage of your own, see pipeline/own_stage.py."""
 
-    method: Literal["consensus", "open_clip"] = "consensus"
+    stage: str = Field(description="'file.py:Class' or 'package.module:Class'", json_schema_extra=CODE)
+    after: str = Field("scores", description="the stage that it follows")
+    options: dict[str, Any] = Field({}, description="keyword arguments that its class is made with")
+
+
+class Choose(Section):
+    """Which caption stands for the clip; `method` and `order` are changed freely on a finished run."""
+
+    method: Literal["consensus", "open_clip", "order"] = Field(
+        "consensus",
+        description="what most say; what fits the pictures best (CLIPScore, measured by curate where this is its "
+        "method); or the first of `order` that says something",
+    )
+    order: tuple[str, ...] = Field(
+        (), description="captioners by name, the preferred first, for method order; the others follow"
+    )
     model: str = Field("ViT-B-32", description="open_clip architecture, for method open_clip")
-    pretrained: str = Field("", description="open_clip tag or weights file, for method open_clip")
+    pretrained: str = Field(
+        "", description="open_clip tag or weights file, for method open_clip", json_schema_extra=MAYBE_PATH
+    )
     frames: int = Field(8, ge=1, description="frames a clip to compare with, for method open_clip")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Choose:
+        if self.method == "order" and not self.order:
+            raise ValueError("method order needs choose.order, a list of captioners, the preferred first")
+        return self
 
 
 class Rule(Section):
-    """Keep a clip only while `min` ≤ column ≤ `max`; a null column passes."""
+    """Keep a clip only while a column says what is asked: a number within bounds, or a text.
+
+    A number that was not measured passes. A text that is not there is an empty one; capitals do not matter.
+    """
 
     column: str = Field(
-        description="a numeric column of clips/, e.g. duration_s or score_motion, or a score of the chosen "
-        "caption, e.g. caption.consensus"
+        description="a column of clips/ (duration_s, score_motion, name, …), meta.KEY of the list's own columns, "
+        "text (read on screen), caption (the chosen one), caption_model, or caption.SCORE of it"
     )
-    min: float | None = None
-    max: float | None = None
+    min: float | None = Field(None, description="keep from this number on")
+    max: float | None = Field(None, description="keep up to this number")
+    contains: tuple[str, ...] = Field((), description="keep what contains this text, or one of several")
+    excludes: tuple[str, ...] = Field((), description="keep what contains none of these texts")
+    matches: str | None = Field(None, description="keep what this regular expression finds something in")
+    not_matches: str | None = Field(None, description="keep what this regular expression finds nothing in")
+
+    @field_validator("contains", "excludes", mode="before")
+    @classmethod
+    def _one_or_several(cls, texts: Any) -> Any:
+        return (texts,) if isinstance(texts, str) else texts
+
+    @field_validator("contains", "excludes")
+    @classmethod
+    def _not_empty(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not t for t in texts):
+            raise ValueError("an empty text is in every text")
+        return texts
+
+    @field_validator("matches", "not_matches")
+    @classmethod
+    def _regular(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as e:
+            raise ValueError(f"not a regular expression: {e}") from e
+        return pattern
+
+    @property
+    def textual(self) -> bool:
+        """It asks for a text, not for a number."""
+        return bool(self.contains or self.excludes) or not self.matches is self.not_matches is None
 
     @model_validator(mode="after")
-    def _bounded(self) -> Rule:
-        if self.min is None and self.max is None:
-            raise ValueError("needs a min, a max or both")
+    def _asks(self) -> Rule:
+        bounded = self.min is not None or self.max is not None
+        if not bounded and not self.textual:
+            raise ValueError(
+                "needs a min, a max or both, or for a text contains, excludes, matches or not_matches"
+            )
+        if bounded and self.textual:
+            raise ValueError("min and max are for numbers, the others for texts: make two rules")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"min {self.min:g} is above max {self.max:g}, so no clip could pass")
         return self
+
+    def told(self) -> dict[str, Any]:
+        """What it says, without what it leaves open."""
+        bounds = {"column": self.column, "min": self.min, "max": self.max}
+        return self.model_dump(mode="json", exclude_defaults=True) if self.textual else bounds
+
+    def words(self) -> str:
+        """What it asks of a text, e.g. 'contains “dog” or “cat”'; '' where it asks for a number."""
+        quoted = {k: " or ".join(f"“{t}”" for t in getattr(self, k)) for k in ("contains", "excludes")}
+        parts = [
+            f"contains {quoted['contains']}" if self.contains else "",
+            f"does not contain {quoted['excludes']}" if self.excludes else "",
+            f"matches /{self.matches}/" if self.matches is not None else "",
+            f"does not match /{self.not_matches}/" if self.not_matches is not None else "",
+        ]
+        return " and ".join(filter(None, parts))
 
 
 class Duplicates(Section):
@@ -242,7 +338,7 @@ class Duplicates(Section):
     later, 4 with black bars of 10 %.
     """
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="look for them at all")
     within: float = Field(0.955, gt=0, le=1, description="one source: cosine of redundant clips' embeddings")
     across: float = Field(0.8, gt=0, le=1, description="two sources: cosine of copies' embeddings …")
     signature: float = Field(
@@ -253,11 +349,11 @@ class Duplicates(Section):
 class Decide(Section):
     """Thresholds over what was measured; changed freely on a finished run."""
 
-    rules: dict[str, Rule] = {}
+    rules: dict[str, Rule] = Field({}, description="by a name of your choice; null switches one off")
     need_caption: bool = Field(
         True, description="drop what no captioner could describe (where the run has captioners)"
     )
-    duplicates: Duplicates = Duplicates()
+    duplicates: Duplicates = Field(Duplicates(), description="copies and near-copies")
 
     @field_validator("rules")
     @classmethod
@@ -270,7 +366,7 @@ class Decide(Section):
 class Shards(Section):
     """WebDataset tars."""
 
-    max_clips: int = Field(1000, ge=1)
+    max_clips: int = Field(1000, ge=1, description="of a tar")
     max_bytes: int = Field(1 << 30, ge=1 << 16, description="of a tar; a larger clip gets a tar of its own")
     seed: int = Field(0, description="of the shuffle")
     lengths_s: tuple[float, ...] = Field(
@@ -287,10 +383,12 @@ class Shards(Section):
 
 
 class StageResources(Section):
-    cpus: float | None = Field(None, ge=0)
+    """What a worker of a stage takes, and how many workers there may be."""
+
+    cpus: float | None = Field(None, ge=0, description="of a worker")
     gpus: float | None = Field(None, ge=0, description="fractions share a GPU")
-    min_workers: int | None = Field(None, ge=1)
-    max_workers: int | None = Field(None, ge=1)
+    min_workers: int | None = Field(None, ge=1, description="processes that are always there")
+    max_workers: int | None = Field(None, ge=1, description="most processes; null: as many as fit")
 
 
 class Limits(Section):
@@ -311,13 +409,16 @@ class Limits(Section):
 
 
 class Recipe(Section):
-    name: str
+    """Raw videos to captioned shards."""
+
+    name: str = Field(description="of the recipe; that of its file where none is given")
     decode: Decode = Decode()
     shots: Shots = Shots()
     events: Events = Events()
     cut: Cut = Cut()
     scores: Scores = Scores()
-    captions: tuple[Captioner, ...] = ()
+    stages: tuple[OwnStage, ...] = Field((), description="stages of your own")
+    captions: tuple[Captioner, ...] = Field((), description="captioners, all of which caption every clip")
     choose: Choose = Choose()
     decide: Decide = Decide()
     shards: Shards = Shards()
@@ -326,18 +427,22 @@ class Recipe(Section):
     )
     limits: Limits = Limits()
 
+    def measured(self) -> dict[str, Any]:
+        """Everything that changes what `curate` measures, as plain data."""
+        found = self.model_dump(mode="json", exclude=NOT_MEASURED)
+        if self.choose.method != "open_clip":  # which of the captions is chosen is decided later
+            found["choose"] = Choose().model_dump(mode="json")
+        found["choose"].pop("order")
+        if not self.stages:  # so that runs from before there were any go on
+            del found["stages"]
+        return found
+
     def measure_key(self) -> str:
         """Hash of everything that changes what `curate` measures."""
-        measured = self.model_dump(mode="json", exclude={"name", "decide", "shards", "resources", "limits"})
-        return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.measured(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-R = TypeVar("R", bound=Section)
-
-
-def bundled(folder: Path = RECIPES) -> list[str]:
-    """Names of the recipes that come with clipmill."""
-    return sorted(p.stem for p in folder.glob("*.yaml"))
+NOT_MEASURED = {"name", "decide", "shards", "resources", "limits"}
 
 
 def load(name_or_file: str, overrides: list[str] | None = None) -> Recipe:
@@ -348,83 +453,6 @@ def load(name_or_file: str, overrides: list[str] | None = None) -> Recipe:
     return load_as(Recipe, name_or_file, overrides, RECIPES)
 
 
-def load_as(kind: type[R], name_or_file: str, overrides: list[str] | None, folder: Path) -> R:
-    """As `load`, for a recipe of any kind; the bundled ones of that kind are in `folder`."""
-    path = folder / f"{name_or_file}.yaml"
-    if name_or_file.endswith((".yaml", ".yml")) or "/" in name_or_file:
-        path = Path(name_or_file)
-    if not path.is_file():
-        raise RecipeError(
-            f"recipe {name_or_file!r} not found: name a .yaml file or one of {', '.join(bundled(folder))}"
-        )
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise RecipeError(f"recipe {path}: not valid YAML: {' '.join(str(e).split())}") from e
-    if not isinstance(data, dict):
-        raise RecipeError(f"recipe {path}: expected a mapping of sections, found {type(data).__name__}")
-    return parse_as(kind, {"name": path.stem} | data, overrides or [], str(path))
-
-
 def parse(data: dict[str, Any], overrides: list[str], where: str) -> Recipe:
     """Check a recipe given as plain data. Raises RecipeError."""
     return parse_as(Recipe, data, overrides, where)
-
-
-def parse_as(kind: type[R], data: dict[str, Any], overrides: list[str], where: str) -> R:
-    """As `parse`, for a recipe of any kind."""
-    for item in overrides:
-        key, eq, text = item.partition("=")
-        if not eq:
-            raise RecipeError(f"--set {item!r}: write it as key=value, e.g. --set decode.sample_fps=4")
-        try:
-            _set(data, key.strip(), yaml.safe_load(text))
-        except yaml.YAMLError as e:
-            raise RecipeError(f"--set {item!r}: the value is not valid YAML") from e
-    try:
-        return kind.model_validate(data)
-    except ValidationError as e:
-        raise RecipeError(f"recipe {where}: " + "; ".join(_explain(err, kind) for err in e.errors())) from e
-
-
-def _set(data: dict[str, Any], key: str, value: Any) -> None:
-    """data['a']['b'] = value for key 'a.b'; a number steps into a list."""
-    *parents, last = key.split(".")
-    node: Any = data
-    for part in parents:
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise RecipeError(f"--set {key}: {part!r} is not an item of a list of {len(node)}")
-            node = node[int(part)]
-        elif isinstance(node, dict):
-            if node.get(part) is None:
-                node[part] = {}
-            node = node[part]
-        else:
-            raise RecipeError(f"--set {key}: {part!r} lies below a plain value")
-    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
-        node[int(last)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise RecipeError(f"--set {key}: {last!r} cannot be set there")
-
-
-def _explain(err: Any, kind: type[Section]) -> str:
-    loc = [str(p) for p in err["loc"]]
-    key = ".".join(loc)
-    if err["type"] != "extra_forbidden":
-        said = err["msg"].removeprefix("Value error, ")
-        return f"{key}: {said[:1].lower()}{said[1:]} (got {err['input']!r})"
-    known = _keys_at(loc[:-1], kind)
-    return f"{key}: unknown key" + (f"; known here: {', '.join(known)}" if known else "")
-
-
-def _keys_at(loc: list[str], kind: type[Section]) -> list[str]:
-    model: Any = kind
-    for part in loc:
-        field = getattr(model, "model_fields", {}).get(part)
-        if field is None:
-            return []
-        model = field.annotation
-    return list(getattr(model, "model_fields", {}))

@@ -13,6 +13,7 @@ never index ÷ fps, so variable frame rates and delayed starts need no special c
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -33,6 +34,26 @@ class Source:
     size: int | None = None  # bytes, where listing knows it
     member: tuple[int, int] | None = None  # (offset, size) of the video inside a tar
     problem: str | None = None  # why listing it failed, one sentence; fetching it raises this
+    mtime_ns: int | None = (
+        None  # local files: when they were last modified, ns since 1970, just before the run
+    )
+
+    def intervals_key(self) -> str:
+        """Names the clips that the list gives: other intervals are other clips. Empty where it gives none."""
+        return "" if self.intervals is None else _key(self.intervals)
+
+    def interval_meta_key(self) -> str:
+        """Names what the list says of each given clip."""
+        return _key(self.interval_meta) if any(self.interval_meta) else ""
+
+    @property
+    def bytes(self) -> int | None:
+        """How many it has, where that is known; of a tar's member its own."""
+        return self.size if self.member is None else self.member[1]
+
+
+def _key(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -58,6 +79,20 @@ class Frames:
     grey: np.ndarray | None  # uint8 [m, h, w], a steady several a second
     grey_frame: np.ndarray  # int64 [m], frame index of each grey picture
     packets: np.ndarray | None = None  # int64 [p, 3], decode order: pts, dts, is_keyframe
+    # int64 [r, 3]: a frame at which the source's clock starts again, ticks added to its stamps from there on,
+    # where the frame before stops being shown; no shot spans one (pipeline.split.clock)
+    restarts: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int64))
+    by_number: bool = False  # some PTS are not the frames' own: ffmpeg finds them by counting only
+    marks: np.ndarray | None = (
+        None  # uint8 [n, 9, 16] grey, every frame: proves that a cut has the right ones
+    )
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Where each frame stops being shown, int64 [n], ticks of time_base."""
+        ends = np.append(self.pts[1:], self.end_pts)
+        ends[self.restarts[:, 0] - 1] = self.restarts[:, 2]
+        return ends
 
 
 @dataclass(frozen=True)
@@ -77,6 +112,7 @@ class Caption:
     outcome: str = "ok"  # 'ok' | 'empty' | 'truncated' | 'error'
     prompt: str = ""
     scores: dict[str, float] = field(default_factory=dict)  # 'consensus', 'clip_score', …
+    reason: str = ""  # of outcome 'error': one sentence, with file and line of a captioner of the user's own
 
 
 @dataclass(frozen=True)
@@ -106,6 +142,7 @@ class Clip:
     text: list[str] = field(default_factory=list)  # what OCR read, most prominent first
     media: Media | None = None
     meta: dict[str, str] = field(default_factory=dict)  # its own (Source.interval_meta), over the source's
+    sample_frames: list[int] = field(default_factory=list)  # frames kept for models, as in Frames.samples
 
     @property
     def duration_s(self) -> float:
@@ -151,13 +188,21 @@ class Video:
         assert self.frames is not None
         return int(self.frames.pts[frame]) if frame < len(self.frames.pts) else self.frames.end_pts
 
+    def end_of(self, frame: int) -> int:
+        """PTS at which the frame before this one stops being shown: mostly the PTS of this one."""
+        assert self.frames is not None
+        for start, _, end in self.frames.restarts.tolist():
+            if start == frame:
+                return end
+        return self.pts_of(frame)
+
     def time_of(self, frame: int) -> float:
         """Seconds on the source's own clock (PTS × time_base)."""
         return float(self.pts_of(frame) * self.time_base)
 
     def clip(self, start_frame: int, end_frame: int) -> Clip:
         """A new clip of [start_frame, end_frame), identified and timed."""
-        start, end = self.pts_of(start_frame) * self.time_base, self.pts_of(end_frame) * self.time_base
+        start, end = self.pts_of(start_frame) * self.time_base, self.end_of(end_frame) * self.time_base
         return Clip(
             clip_id=clip_id(self.sha256, self.source.name, start, end),
             start_frame=start_frame,
@@ -189,6 +234,7 @@ CAPTION = pa.struct(
         ("outcome", pa.string()),
         ("prompt", pa.string()),
         ("scores", pa.map_(pa.string(), pa.float32())),
+        ("reason", pa.string()),  # of outcome 'error', one sentence; '' otherwise
     ]
 )
 
@@ -216,6 +262,10 @@ VIDEO_SCHEMA = _described(
         ("counts", pa.map_(pa.string(), pa.int64()), "shots, events dropped while splitting, …"),
         ("seconds", pa.map_(pa.string(), pa.float64()), "wall seconds per stage"),
         ("meta", pa.map_(pa.string(), pa.string()), "the other columns of the list it came from"),
+        ("size", pa.int64(), "bytes of the source; null where listing did not know"),
+        ("mtime_ns", pa.int64(), "when it was last modified, ns since 1970; null where it is not local"),
+        ("intervals_key", pa.string(), "hash of the clips that the list gives; '' where it gives none"),
+        ("interval_meta_key", pa.string(), "hash of what the list says of each of these clips"),
     ]
 )
 
@@ -241,6 +291,11 @@ CLIP_SCHEMA = _described(
         ("media_offset", pa.int64(), "first byte of the mp4 in that tar"),
         ("media_size", pa.int64(), "bytes of the mp4"),
         ("media_sha256", pa.string(), "of the mp4's bytes"),
+        (
+            "sample_frames",
+            pa.list_(pa.int64()),
+            "frames that captioners, scores and choosers were shown a choice of, numbered as start_frame",
+        ),
     ]
 )
 
@@ -296,6 +351,10 @@ def video_row(v: Video) -> dict[str, Any]:
         "counts": list(v.counts.items()),
         "seconds": list(v.seconds.items()),
         "meta": list(v.source.meta.items()),
+        "size": v.source.bytes,
+        "mtime_ns": v.source.mtime_ns,
+        "intervals_key": v.source.intervals_key(),
+        "interval_meta_key": v.source.interval_meta_key(),
     }
 
 
@@ -322,6 +381,7 @@ def clip_row(v: Video, c: Clip, scores: list[str], embeddings: dict[str, int]) -
                 "outcome": k.outcome,
                 "prompt": k.prompt,
                 "scores": list(k.scores.items()),
+                "reason": k.reason,
             }
             for k in c.captions
         ],
@@ -331,6 +391,7 @@ def clip_row(v: Video, c: Clip, scores: list[str], embeddings: dict[str, int]) -
         "media_offset": c.media.offset,
         "media_size": c.media.size,
         "media_sha256": c.media.sha256,
+        "sample_frames": c.sample_frames,
     }
     row |= {f"score_{name}": c.scores.get(name) for name in scores}
     row |= {f"emb_{name}": c.embeddings.get(name) for name in embeddings}

@@ -13,9 +13,8 @@ from contextlib import AbstractContextManager
 class Watch:
     """Watches nothing."""
 
-    def at(self, source: str) -> str:
-        """`source` (its uri; '': several at once) is in work from now on; returns who was before."""
-        return ""
+    def at(self, source: str) -> None:
+        """`source` (its uri; '': several at once) is in work from now on."""
 
     def back_at(self, source: str) -> None:
         """As `at`: the work that was announced is done, and who was in work before is again."""
@@ -29,6 +28,7 @@ class Watch:
 
 
 _watch = Watch()  # one a process
+_in_work = ""
 
 
 def watched_by(watch: Watch | None) -> None:
@@ -39,12 +39,22 @@ def watched_by(watch: Watch | None) -> None:
 
 def at(source: str) -> str:
     """Tell who is in work (a source's uri; '': several at once); returns who was before."""
-    return _watch.at(source)
+    global _in_work
+    before, _in_work = _in_work, source
+    _watch.at(source)
+    return before
 
 
 def back_at(source: str) -> None:
     """Tell that what `at` announced is done; `source`: what it returned."""
+    global _in_work
+    _in_work = source
     _watch.back_at(source)
+
+
+def in_work() -> str:
+    """The uri of the source in work, for the log; '' where there are several or none."""
+    return _in_work
 
 
 def progress() -> None:
@@ -55,7 +65,7 @@ def progress() -> None:
 def time_limit(seconds: float | None, why: str) -> AbstractContextManager[None]:
     """The block may take so long; None: as long as it likes.
 
-    Beyond that ClipFault(why) is raised in it, and where Python cannot (C code that hangs) the process is ended
+    Beyond that faults.TooLong(why) is raised in it, and where Python cannot (C code that hangs) the process is ended
     and the source in work is at fault.
     """
     return _watch.limit(seconds, why)

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
-from typing import Any, Literal
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.recipe import RECIPES, Section, load_as
+from pipeline.recipe import RECIPES, Recipe, load
+from pipeline.recipe_file import bundled, find, load_as, read
+from pipeline.recipe_schema import MAYBE_PATH, PATH, RecipeError, Section, nearest
 
 TRAINING = RECIPES / "training"
 
@@ -20,9 +24,9 @@ TRAINING = RECIPES / "training"
 class Bucket(Section):
     """A shape that batches have."""
 
-    frames: int = Field(16, ge=1)
-    height: int = Field(64, ge=8)
-    width: int = Field(64, ge=8)
+    frames: int = Field(16, ge=1, description="frames of the clip; 1: pictures")
+    height: int = Field(64, ge=8, description="pixels")
+    width: int = Field(64, ge=8, description="pixels")
 
 
 class Data(Section):
@@ -34,18 +38,26 @@ class Data(Section):
     )
     batch: int | None = Field(None, ge=1, description="samples a micro-batch; null: as many as `tokens` hold")
     tokens: int = Field(8192, ge=1, description="latent positions a micro-batch may hold")
-    captions: Literal["chosen", "sample"] = "chosen"
+    captions: Literal["chosen", "sample"] = Field(
+        "chosen", description="sample: any of the candidates, by chance"
+    )
     images: int = Field(0, ge=0, description="independent images beside each clip (Ho et al. 2022: 4 to 8)")
     stills: int = Field(0, ge=0, description="micro-batches of single frames before the first of clips")
-    cache: str | None = Field(None, description="folder of `clipmill encode`: latents and text, no decoding")
+    cache: str | None = Field(
+        None,
+        description="folder of `clipmill encode`: latents and text, no decoding",
+        json_schema_extra=PATH,
+    )
     workers: int = Field(1, ge=0, description="processes that decode")
 
 
 class Autoencoder(Section):
     """Pixels to latents, frozen while a diffusion model trains."""
 
-    kind: Literal["none", "dct", "vae", "diffusers"] = "dct"
-    path: str | None = Field(None, description="vae: a checkpoint; diffusers: a folder or hub id")
+    kind: Literal["none", "dct", "vae", "diffusers"] = Field("dct", description="none: the model sees pixels")
+    path: str | None = Field(
+        None, description="vae: a checkpoint; diffusers: a folder or hub id", json_schema_extra=MAYBE_PATH
+    )
     patch: int = Field(8, ge=1, description="dct: side of a block, pixels")
     keep: int = Field(8, ge=1, description="dct: coefficients kept a colour")
 
@@ -53,8 +65,14 @@ class Autoencoder(Section):
 class Text(Section):
     """Captions to features."""
 
-    kind: Literal["none", "words", "transformers"] = "words"
-    model: str | None = Field(None, description="transformers: folder or hub id of CLIP, T5, Qwen, …")
+    kind: Literal["none", "words", "transformers"] = Field(
+        "words", description="words: hashed words, no weights needed"
+    )
+    model: str | None = Field(
+        None,
+        description="transformers: folder or hub id of CLIP, T5, Qwen, …",
+        json_schema_extra=MAYBE_PATH,
+    )
     length: int = Field(64, ge=2, description="most tokens")
     width: int = Field(192, ge=8, description="words: features a token")
     depth: int = Field(2, ge=0, description="words: transformer layers, trained along")
@@ -63,10 +81,11 @@ class Text(Section):
 
 
 class Model(Section):
-    """The network: `models/<kind>.py`, whose `build` takes what else is written here."""
+    """The network: `models/*/<kind>.py`, whose `build` takes what else is written here."""
 
     model_config = Section.model_config | {"extra": "allow"}
-    kind: str = "dit"
+    PATHS: ClassVar = {"spatial": "maybe"}  # of what `build` takes: a file or folder
+    kind: str = Field("dit", description="dit, unet3d, video_ldm or sora; vae; small_vlm")
     preset: str | None = Field(None, description="a name in PRESETS of that file")
 
     @model_validator(mode="after")
@@ -74,7 +93,7 @@ class Model(Section):
         try:
             module = import_spec(self.kind)
         except ImportError as e:
-            raise ValueError(f"there is no models/{self.kind}.py with a build function") from e
+            raise ValueError(f"there is no models/*/{self.kind}.py with a build function") from e
         if self.preset is not None and self.preset not in module.PRESETS:
             raise ValueError(f"preset {self.preset!r} of {self.kind} is none of {', '.join(module.PRESETS)}")
         taken = list(inspect.signature(module.build).parameters)
@@ -89,24 +108,33 @@ class Model(Section):
         return preset | (self.__pydantic_extra__ or {})
 
 
+NETWORKS = ("denoisers", "autoencoders", "language")  # folders of models/ with a file a kind
+
+
 def import_spec(kind: str) -> Any:
-    """models/<kind>.py. Raises ImportError where it is not a denoiser's file."""
-    if not kind.isidentifier():
-        raise ImportError(kind)
-    module = import_module(f"models.{kind}")
-    if not hasattr(module, "build") or not hasattr(module, "PRESETS"):
-        raise ImportError(kind)
-    return module
+    """models/*/<kind>.py. Raises ImportError where no such file has a network that a recipe can name."""
+    for folder in NETWORKS:
+        if kind.isidentifier() and find_spec(f"models.{folder}.{kind}"):
+            module = import_module(f"models.{folder}.{kind}")
+            if hasattr(module, "build") and hasattr(module, "PRESETS"):
+                return module
+    raise ImportError(kind)
 
 
 class Objective(Section):
     """What is predicted, at which noise, weighted how (`models/diffusion`: noise, objective)."""
 
-    schedule: Literal["cosine", "linear", "flow"] = "flow"
+    schedule: Literal["cosine", "linear", "flow"] = Field("flow", description="of noise over time")
     shift: float = Field(1.0, gt=0, description="flow: t′ = s t / (1 + (s − 1) t); cosine: SNR × 1/s²")
-    prediction: Literal["eps", "x", "v", "flow"] = "flow"
-    weighting: Literal["uniform", "min_snr", "uncertainty"] = "uniform"
-    min_snr_gamma: float = Field(5.0, gt=0)
+    prediction: Literal["eps", "x", "v", "flow"] = Field(
+        "flow", description="what the network says: noise, picture, v or velocity"
+    )
+    weighting: Literal["uniform", "min_snr", "uncertainty"] = Field(
+        "uniform", description="of the loss over noise levels"
+    )
+    min_snr_gamma: float = Field(
+        5.0, gt=0, description="of weighting min_snr: the SNR from which on weights are cut"
+    )
     times: Literal["uniform", "logit_normal"] = Field("uniform", description="which t are trained on")
     pure_noise: float = Field(0.0, ge=0, lt=1, description="share at t = 1, where the text says all there is")
 
@@ -117,7 +145,7 @@ class Tasks(Section):
     first_frame: float = Field(0.0, ge=0, le=1, description="image → video")
     prediction: float = Field(0.0, ge=0, le=1, description="the first 1 or 2 latent frames are known")
     interpolation: float = Field(0.0, ge=0, le=1, description="every `stride`-th frame is known")
-    stride: int = Field(4, ge=2)
+    stride: int = Field(4, ge=2, description="of interpolation")
     upsampling: int = Field(0, ge=0, description="factor of super-resolution; 0: none")
 
     @model_validator(mode="after")
@@ -133,7 +161,9 @@ class VAELoss(Section):
     channels: int = Field(16, ge=1, description="of the latents")
     train: Literal["all", "decoder"] = Field("all", description="decoder: the encoder is frozen (Video LDM)")
     image: str | None = Field(
-        None, description="start from this image VAE of the same widths: a folder that clipmill train wrote"
+        None,
+        description="start from this image VAE of the same widths: a folder that clipmill train wrote",
+        json_schema_extra=PATH,
     )
     kl: float = Field(1e-6, ge=0, description="weight of the KL in nats, per pixel value as the L1 loss is")
     perceptual: Literal["none", "efficientnet_lite0", "vgg16"] = Field(
@@ -142,9 +172,11 @@ class VAELoss(Section):
     perceptual_weight: float = Field(
         0.1, ge=0, description="1 with LPIPS' heads; without them each of five layers adds up to 4"
     )
-    perceptual_file: str | None = Field(None, description="vgg16: torchvision's weights")
+    perceptual_file: str | None = Field(
+        None, description="vgg16: torchvision's weights", json_schema_extra=PATH
+    )
     perceptual_heads: str | None = Field(
-        None, description="vgg16: LPIPS' linear heads; null: all channels weigh 1"
+        None, description="vgg16: LPIPS' linear heads; null: all channels weigh 1", json_schema_extra=PATH
     )
     adversarial: float = Field(0.5, ge=0, description="weight of the discriminator; 0: none")
     adversarial_start: int = Field(10_000, ge=0, description="the step from which it judges and learns")
@@ -152,9 +184,11 @@ class VAELoss(Section):
 
 
 class Optimizer(Section):
-    lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(0.0, ge=0)
+    """AdamW."""
+
+    lr: float = Field(1e-4, gt=0, description="learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="of AdamW: decay of its two running means")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up")
     decay: Literal["constant", "cosine", "linear"] = Field("constant", description="over run.steps")
     clip: float = Field(1.0, gt=0, description="of the gradient's norm, once a step")
@@ -176,25 +210,29 @@ class EMA(Section):
 
 
 class Compute(Section):
-    precision: Literal["fp32", "bf16"] = "fp32"
+    """How the steps are computed."""
+
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast, weights stay in fp32")
     accumulate: int = Field(1, ge=1, description="micro-batches a step")
     checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     compile: bool = Field(False, description="torch.compile of the repeated blocks")
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    attention: Literal["auto", "plain", "math", "efficient", "flash", "cudnn"] = "auto"
+    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="fsdp: the weights are sharded over the GPUs")
+    attention: Literal["auto", "plain", "math", "efficient", "flash", "cudnn"] = Field(
+        "auto", description="which kernel"
+    )
 
 
 class Run(Section):
     """How long, and how often to save and to look. A resumed run may change these."""
 
-    steps: int = Field(1000, ge=1)
-    save_every: int = Field(500, ge=1)
+    steps: int = Field(1000, ge=1, description="of the optimizer, all in all")
+    save_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep: int = Field(3, ge=1, description="checkpoints kept")
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(10, ge=1, description="steps between lines of the log")
     sample_every: int = Field(500, ge=0, description="0: never")
     prompts: tuple[str, ...] = Field((), description="what to sample; (): captions of the data")
-    sampler: str = "auto"
-    sample_steps: int = Field(32, ge=1)
+    sampler: str = Field("auto", description="a name in models/diffusion/samplers.py; auto: dpmpp_2m")
+    sample_steps: int = Field(32, ge=1, description="of the sampler")
     guidance: float = Field(3.0, ge=0, description="classifier-free guidance w of (1 + w) ε_c − w ε_∅")
     frechet: int = Field(
         0, ge=0, description="videos sampled each time to measure their distance to real ones"
@@ -202,20 +240,24 @@ class Run(Section):
     features: str = Field(
         "efficientnet-lite0", description="the network of that distance (`models.measures.features`)"
     )
-    wandb: bool = False
+    wandb: bool = Field(False, description="log to Weights & Biases too")
 
 
 class TrainRecipe(Section):
-    name: str
-    trains: Literal["diffusion", "vae", "vlm"] = "diffusion"
-    seed: int = 0
+    """From a run's shards to a model."""
+
+    name: str = Field(description="of the recipe; that of its file where none is given")
+    trains: Literal["diffusion", "vae", "vlm"] = Field("diffusion", description="what is trained")
+    seed: int = Field(0, description="of weights, data order and noise")
     start: str | None = Field(
-        None, description="begin with the averaged weights of this diffusion model: a folder, to fine-tune it"
+        None,
+        description="begin with the averaged weights of this diffusion model: a folder, to fine-tune it",
+        json_schema_extra=PATH,
     )
-    data: Data = Data()
+    data: Data = Field(Data(), description="which clips, in which shape")
     autoencoder: Autoencoder = Autoencoder()
     text: Text = Text()
-    model: Model
+    model: Model = Field(description="the network")
     objective: Objective = Objective()
     tasks: Tasks = Tasks()
     vae: VAELoss = VAELoss()
@@ -228,3 +270,36 @@ class TrainRecipe(Section):
 def load_training(name_or_file: str, overrides: list[str] | None = None) -> TrainRecipe:
     """Raises RecipeError: one sentence with the key, what is wrong, and the fix."""
     return load_as(TrainRecipe, name_or_file, overrides, TRAINING)
+
+
+def load_either(
+    name_or_file: str, overrides: list[str] | None = None, training: bool = False
+) -> Recipe | TrainRecipe:
+    """A recipe for curation or, where only that can be meant or is asked for, for training. Raises RecipeError."""
+    if training or is_training(name_or_file):
+        return load_training(name_or_file, overrides)
+    return load(name_or_file, overrides)
+
+
+def is_training(name_or_file: str) -> bool:
+    """Whether a recipe is one for training: by where its name is found, or by the sections of its file."""
+    if not name_or_file.endswith((".yaml", ".yml")) and "/" not in name_or_file:
+        names, others = bundled(RECIPES), bundled(TRAINING)
+        if name_or_file not in [*names, *others]:
+            raise RecipeError(
+                f"recipe {name_or_file!r} not found{nearest(name_or_file, [*names, *others])}; name a .yaml file or "
+                f"one of {', '.join(names)}, or for training {', '.join(others)}"
+            )
+        return name_or_file not in names
+    seen: list[Path] = []
+    path = find(name_or_file, RECIPES)
+    while path not in seen:
+        seen.append(path)
+        data = read(path)
+        if only := data.keys() & (TrainRecipe.model_fields.keys() ^ Recipe.model_fields.keys()):
+            return bool(only & TrainRecipe.model_fields.keys())
+        base = str(data.get("base", ""))
+        if "/" not in base and not base.endswith((".yaml", ".yml")):
+            return base in bundled(TRAINING) and base not in bundled(RECIPES)
+        path = find(base, RECIPES, path.parent)
+    return False  # a circle, which reading it will name

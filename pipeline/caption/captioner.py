@@ -16,10 +16,13 @@ A captioner of your own is a class in a file of yours and a line in the recipe; 
     # recipe.yaml
     captions: [{kind: python, captioner: shape.py:Shape}]
 
-`caption` gives the sentence, or '' when there is nothing it can truly say; that is recorded as outcome
-'empty', an exception as 'error', and neither harms another clip or captioner. `setup` loads a model once a
-worker, `options` holds what the recipe gives, `batch` and `caption_batch` serve models that like batches.
-A caption must depend on its own clip and source alone, never on chance or on the other sources of a unit.
+`caption` gives the sentence, or '' or None when there is nothing it can truly say; that is recorded as outcome
+'empty', an exception as 'error' with its reason, and neither harms another clip or captioner. What it prints and
+logs is shown with the clip's id by `--verbose` and kept in the run's log, tracebacks too. `setup` loads a model
+once a worker, `options` holds what the recipe gives, `batch` and `caption_batch` serve models that like batches.
+A `ClipFault` (pipeline.faults) is a clip it cannot do, a `TransientFault` is tried again, a `WorkerFault` says that
+this process cannot go on. A caption must depend on its own clip and source alone, never on chance or on the
+other sources of a unit.
 
 Captioners that come with clipmill: `caption/baselines.py` (embedded, no download) and
 `caption/transformers.py` (any image- or video-text-to-text model of `transformers`).
@@ -27,17 +30,19 @@ Captioners that come with clipmill: `caption/baselines.py` (embedded, no downloa
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from pipeline import recipe
+from pipeline import own_code, recipe
+from pipeline.faults import ClipFault, OutOfTime, StoreError, TooLong, WorkerFault, kind_of
 from pipeline.record import Caption, Clip, Video
-from pipeline.stages import Produces, Resources, each
+from pipeline.stages import Produces, Resources, each, patiently
+from pipeline.watch import time_limit
+
+OUTCOMES = ("ok", "empty", "truncated", "error")
 
 
 class Captioner:
@@ -61,22 +66,26 @@ class Captioner:
     def setup(self) -> None:
         """Once a worker: load the model."""
 
-    def caption(self, video: Video, clip: Clip) -> str | Caption:
-        """One clip's sentence, or ''; or a Caption that says more (outcome, prompt)."""
+    def caption(self, video: Video, clip: Clip) -> str | Caption | None:
+        """One clip's sentence; '' or None where there is nothing to say; a Caption to say more (outcome, prompt)."""
         raise NotImplementedError
 
-    def caption_batch(self, video: Video, clips: list[Clip]) -> Sequence[str | Caption]:
+    def caption_batch(self, video: Video, clips: list[Clip]) -> Sequence[str | Caption | None]:
+        """A sentence a clip, in their order; for models that like batches."""
         return [self.caption(video, clip) for clip in clips]
 
 
 class CaptionStage:
-    """Has one captioner write a caption for every clip; called again, it replaces what it wrote."""
+    """Has one captioner write a caption for every clip; called again, it replaces what it wrote.
 
-    def __init__(self, section: recipe.Captioner):
-        if isinstance(section, recipe.PythonCaptioner) and ".py:" in section.captioner:
-            section = section.model_copy(update={"captioner": str(Path(section.captioner).absolute())})
+    Args:
+        limit_s: the captioner may take so long for a clip, or a batch of them; none: as long as it likes.
+    """
+
+    def __init__(self, section: recipe.Captioner, limit_s: float | None = None):
         captioner = build(section)
         self.section = section
+        self.limit_s = limit_s
         self.model = captioner.name
         self.name = f"caption:{self.model}"
         self.resources = captioner.resources
@@ -84,35 +93,87 @@ class CaptionStage:
 
     def setup(self) -> None:
         self.captioner = build(self.section)  # not in __init__: a class from a file cannot go to a worker
-        self.captioner.setup()
+        if isinstance(self.section, recipe.PythonCaptioner):
+            own_code.set_up(self.captioner, f"captioner {self.section.captioner!r}")
+        else:
+            self.captioner.setup()
 
     def __call__(self, videos: list[Video]) -> list[Video]:
+        alone = type(self.captioner).caption_batch is Captioner.caption_batch
+        size = 1 if alone else self.captioner.batch
         for video in each(videos):
             video.warnings = [w for w in video.warnings if not w.startswith(f"{self.name}: ")]
             # batches of one video's clips only: the size of a batch can change the last bits of a score
-            for i in range(0, len(video.clips), self.captioner.batch):
-                clips = video.clips[i : i + self.captioner.batch]
+            for i in range(0, len(video.clips), size):
+                clips = video.clips[i : i + size]
                 for clip, caption in zip(clips, self._captions(video, clips), strict=True):
                     _assign(clip, caption)
         return videos
 
     def _captions(self, video: Video, clips: list[Clip]) -> list[Caption]:
+        """Their captions; what is the fault of a clip or of the captioner becomes outcome 'error'."""
         try:
-            said = self.captioner.caption_batch(video, clips)
-            return [self._caption(s) for s, _ in zip(said, clips, strict=True)]
-        except Exception as e:
-            if len(clips) > 1:  # find the culprit, and what a smaller batch can still do
-                return [c for clip in clips for c in self._captions(video, [clip])]
-            why = " ".join(f"{type(e).__name__}: {e}".split())
-            video.warnings.append(f"{self.name}: clip {clips[0].clip_id}: {why}")
-            return [Caption(self.model, "", "error")]
+            with self._heard(clips), self._limited():
+                return patiently(lambda: self._asked(video, clips))
+        except (Exception, SystemExit) as e:
+            if issubclass(kind_of(e), StoreError | WorkerFault) or isinstance(e, OutOfTime):
+                raise
+            if len(clips) == 1 or isinstance(e, TooLong):
+                return [self._failed(video, clip, e) for clip in clips]
+            if isinstance(e, WrongNumber):
+                video.warnings.append(f"{self.name}: {e}; they were captioned one by one")
+            # find the culprit, and what a smaller batch can still do
+            return [c for clip in clips for c in self._captions(video, [clip])]
 
-    def _caption(self, said: str | Caption) -> Caption:
-        caption = Caption(self.model, said) if isinstance(said, str) else replace(said, model=self.model)
+    def _limited(self) -> contextlib.AbstractContextManager[None]:
+        return time_limit(self.limit_s, f"no caption after {self.limit_s or 0:g} s (limits.caption_s)")
+
+    def _heard(self, clips: list[Clip]) -> contextlib.AbstractContextManager[None]:
+        if not isinstance(self.section, recipe.PythonCaptioner):
+            return contextlib.nullcontext()
+        return own_code.heard(f"{self.name} clip {' '.join(c.clip_id for c in clips)}")
+
+    def _asked(self, video: Video, clips: list[Clip]) -> list[Caption]:
+        said = self.captioner.caption_batch(video, clips)
+        if isinstance(said, str | Caption) or not hasattr(said, "__iter__"):
+            raise ClipFault(f"caption_batch gave {_a(said)}, not a list with a text for each clip")
+        said = list(said)
+        if len(said) != len(clips):
+            raise WrongNumber(f"caption_batch gave {len(said)} captions for {len(clips)} clips")
+        return [self._caption(s) for s in said]
+
+    def _failed(self, video: Video, clip: Clip, e: BaseException) -> Caption:
+        file = own_code.file_of(self.captioner)
+        why = own_code.reason(e, file)
+        video.warnings.append(f"{self.name}: clip {clip.clip_id}: {why}")
+        own_code.log.warning(
+            "%s clip %s of %s failed\n%s", self.name, clip.clip_id, video.source.name, own_code.trace(e, file)
+        )
+        return Caption(self.model, "", "error", reason=why)
+
+    def _caption(self, said: str | Caption | None) -> Caption:
+        if not isinstance(said, str | Caption | None):
+            raise ClipFault(f"the caption is {_a(said)}; give a text, None, or a pipeline.record.Caption")
+        caption = (
+            replace(said, model=self.model) if isinstance(said, Caption) else Caption(self.model, said or "")
+        )
+        if not isinstance(caption.text, str) or caption.outcome not in OUTCOMES:
+            raise ClipFault(
+                f"a Caption has the text {caption.text!r} and the outcome {caption.outcome!r}; the text is to be a "
+                f"str, the outcome one of {', '.join(OUTCOMES)}"
+            )
         caption.text = " ".join(caption.text.split())
         if not caption.text and caption.outcome != "error":
             caption.outcome = "empty"
         return caption
+
+
+class WrongNumber(ClipFault):
+    """More or fewer captions than clips."""
+
+
+def _a(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__} ({value!r:.60})"
 
 
 def _assign(clip: Clip, caption: Caption) -> None:
@@ -123,9 +184,11 @@ def _assign(clip: Clip, caption: Caption) -> None:
     clip.captions.append(caption)
 
 
-def caption_stages(captioners: Sequence[recipe.Captioner]) -> list[CaptionStage]:
+def caption_stages(
+    captioners: Sequence[recipe.Captioner], limit_s: float | None = None
+) -> list[CaptionStage]:
     """A stage a captioner, in the recipe's order. Raises RecipeError when two have one name."""
-    stages = [CaptionStage(section) for section in captioners]
+    stages = [CaptionStage(section, limit_s) for section in captioners]
     names = [stage.model for stage in stages]
     for i, name in enumerate(names):
         if name in names[:i]:
@@ -147,36 +210,24 @@ BUILT_IN = {
 def build(section: recipe.Captioner) -> Captioner:
     """The captioner of a recipe's section, not yet set up. Raises RecipeError when there is no such class."""
     if not isinstance(section, recipe.PythonCaptioner):
-        return _load(BUILT_IN[section.kind])(section)
-    captioner = _load(section.captioner)(section.options)
-    if not getattr(captioner, "name", ""):
-        raise recipe.RecipeError(f"captioner {section.captioner!r} has no name: give its class one")
-    return captioner
-
-
-def _load(name: str) -> type[Captioner]:
-    """The class that 'package.module:Class' or 'file.py:Class' names."""
-    where, _, class_name = name.rpartition(":")
-    try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-    except (ImportError, OSError, SyntaxError, ValueError) as e:
+        made: Captioner = own_code.load_class(BUILT_IN[section.kind], "captioner")(section)
+        return made
+    where = f"captioner {section.captioner!r}"
+    cls = own_code.load_class(section.captioner, "captioner")
+    if not issubclass(cls, Captioner):
         raise recipe.RecipeError(
-            f"captioner {name!r} cannot be imported ({type(e).__name__}: {e}); write 'file.py:Class' or "
-            "'package.module:Class'"
-        ) from e
-    found = getattr(module, class_name, None)
-    if not (isinstance(found, type) and issubclass(found, Captioner)):
-        raise recipe.RecipeError(
-            f"captioner {name!r}: {where} has no class {class_name!r} made from pipeline.caption.captioner.Captioner"
+            f"{where}: {cls.__name__} is not made from Captioner: write class {cls.__name__}(Captioner), "
+            "from pipeline.captions"
         )
-    return found
+    captioner: Captioner = own_code.make(cls, section.captioner, "captioner", section.options)
+    if not (isinstance(getattr(captioner, "name", None), str) and captioner.name):
+        raise recipe.RecipeError(f"{where} has no name: give its class one")
+    if not (isinstance(captioner.batch, int) and captioner.batch >= 1):
+        raise recipe.RecipeError(
+            f"{where}: its batch is to be a whole number from 1 on, not {captioner.batch!r}"
+        )
+    own_code.check_resources(captioner, where)
+    return captioner
 
 
 # ---------------------------------------------------------------- what captioners say

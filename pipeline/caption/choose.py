@@ -1,10 +1,11 @@
 """Which of the candidate captions stands for the clip.
 
-Two ways to judge, both written into each caption's `scores`:
+Two ways to judge, both written into each caption's `scores`, and one that needs none:
 
 - `consensus`: mean similarity to what the other captioners said. A statement that several models make on
   their own is rarely made up; but shared mistakes win too, so look at it beside a visual score.
 - `clip_score`: how well the text fits the pictures (`models.measures.clip_score`), where weights are given.
+- `order`: the first of a list of captioners that says something.
 
 `best` is the choice itself. It needs nothing but the captions' rows, so that `clipmill shard` makes it again
 without a model.
@@ -20,36 +21,49 @@ from itertools import pairwise
 from typing import Any
 
 from pipeline.caption.captioner import sentences
-from pipeline.recipe import Choose, RecipeError
+from pipeline.recipe import Choose, RecipeError, nearest
 from pipeline.record import Caption, Clip, Video
 from pipeline.samples import pictures
 from pipeline.stages import Produces, Resources, each
 
-SCORE = {"consensus": "consensus", "open_clip": "clip_score"}
+SCORE = {"consensus": "consensus", "open_clip": "clip_score"}  # what a method goes by
 DIGITS = 6  # kept of a score: what is left of float noise must not decide between equals
 
 
-def best(captions: Sequence[Mapping[str, Any]], method: str) -> int | None:
-    """Index of the caption with the highest score of the method; none when all are empty.
+def best(captions: Sequence[Mapping[str, Any]], method: str, order: Sequence[str] = ()) -> int | None:
+    """Index of the caption that the method prefers; none when all are empty.
 
     Args:
-        captions: rows of clips/*.parquet `captions`, in the recipe's order: `text`, `outcome` and `scores`
-            (a mapping or pairs).
-        method: 'consensus' or 'open_clip'.
+        captions: rows of clips/*.parquet `captions`, in the recipe's order: `model`, `text`, `outcome` and
+            `scores` (a mapping or pairs).
+        method: 'consensus' or 'open_clip', the highest score; 'order', the first of `order`.
+        order: names of captioners, the preferred first; those it does not name come after them.
 
     A caption that breaks off ('truncated') stands only where no complete one does. Equal scores go to the
     earlier captioner; captions without that score come last.
     """
-    key = SCORE[method]
 
     def rank(i: int) -> tuple[bool, float, int]:
-        score = dict(captions[i]["scores"] or {}).get(key)
+        if method == "order":
+            model = captions[i]["model"]
+            score: float | None = -order.index(model) if model in order else -math.inf
+        else:
+            score = dict(captions[i]["scores"] or {}).get(SCORE[method])
         if score is None or math.isnan(score):
             score = -math.inf
         return captions[i]["outcome"] != "truncated", score, -i
 
     usable = [i for i, c in enumerate(captions) if c["text"] and c["outcome"] in ("ok", "truncated")]
     return max(usable, key=rank, default=None)
+
+
+def check_order(section: Choose, captioners: Sequence[str]) -> None:
+    """Raises RecipeError for a preferred captioner that the run does not have."""
+    for name in section.order if section.method == "order" else ():
+        if name not in captioners:
+            raise RecipeError(
+                f"choose.order: no captioner {name!r}{nearest(name, captioners)}; there are {', '.join(captioners)}"
+            )
 
 
 # ---------------------------------------------------------------- agreement
@@ -157,7 +171,7 @@ def check(section: Choose) -> str:
 
     Raises RecipeError: one sentence with the fix.
     """
-    if section.method == "consensus":
+    if section.method != "open_clip":
         return "needs no model"
     from models.hub import MissingModel, open_clip_weights
 

@@ -16,6 +16,8 @@ Order of the decisions:
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,15 +25,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.caption.choose import best
+from pipeline.caption.choose import SCORE, best, check_order
 from pipeline.decide.duplicates import near_duplicates
 from pipeline.io.store import Store
-from pipeline.recipe import Decide, Duplicates, Recipe, RecipeError, Rule
+from pipeline.recipe import Choose, Decide, Duplicates, Recipe, RecipeError, Rule, nearest
 from pipeline.record import DECISION_SCHEMA
 
 NO_CAPTION, DUPLICATE = "no_caption", "duplicate"  # names of rules that no recipe may use
 SIGNATURE = "emb_signature"  # column of pipeline.score.signature
 CHOSEN = "caption."  # prefix of a rule's column: a score of the chosen caption
+META = "meta."  # prefix of a rule's column: a column of the list that a source came from
+CHOICE = ("caption", "caption_model")  # what is chosen, and who wrote it: columns of a rule, too
 RANKED = ["width", "height", "duration_s", "score_sharpness"]  # the better of two near-duplicates
 
 
@@ -70,10 +74,9 @@ def decide(store: Store, recipe: Recipe) -> Decided:
     rules = recipe.decide.rules
     if files:
         check_rules(rules, columns)
-    needed = {r.column for r in rules.values() if not r.column.startswith(CHOSEN)} | set(RANKED)
-    measured = _measured(store, files, sorted(needed & set(columns.names) if files else needed), recipe)
+    measured = _measured(store, files, columns, recipe)
 
-    fails = np.array([_fails(rule, measured) for rule in rules.values()], bool)
+    fails = np.array([_fails(name, rule, measured) for name, rule in rules.items()], bool)
     fails = fails.reshape(len(rules), len(measured))
     names = list(rules)
     if recipe.captions and recipe.decide.need_caption:
@@ -117,72 +120,195 @@ def funnel(decisions: pa.Table) -> list[Drop]:
 
 
 def check_rules(rules: dict[str, Rule], columns: pa.Schema) -> None:
-    """Raise RecipeError for a rule on a column of clips/ that does not exist or is not a number."""
-    numeric = [f.name for f in columns if pa.types.is_integer(f.type) or pa.types.is_floating(f.type)]
+    """Raise RecipeError for a rule on a column of clips/ that does not exist or holds something else.
+
+    What the list's own columns (meta.KEY) and the captions' scores are is known only once clips are read.
+    """
+    numbers = [f.name for f in columns if _is_number(f.type)]
+    texts = [*CHOICE, "text", *(f.name for f in columns if pa.types.is_string(f.type))]
     for name, rule in rules.items():
-        if rule.column not in numeric and not rule.column.startswith(CHOSEN):
-            wrong = "is not a number" if rule.column in columns.names else "was not measured by this run"
-            raise RecipeError(
-                f"decide.rules.{name}: column {rule.column!r} {wrong}; rules may use {', '.join(numeric)}, "
-                f"or {CHOSEN}<score> of the chosen caption"
-            )
+        if rule.column.startswith(META) or (rule.column.startswith(CHOSEN) and not rule.textual):
+            continue
+        usable, others = (texts, numbers) if rule.textual else (numbers, texts)
+        if rule.column in usable:
+            continue
+        if rule.column in others:
+            wrong = "is a number: give it a min or a max" if rule.textual else "is not a number"
+            wrong += "" if rule.textual else ", use contains, excludes, matches or not_matches"
+        else:
+            wrong = "is no text" if rule.column in columns.names else "was not measured by this run"
+        more = f"{META}KEY of the list's columns" + (
+            "" if rule.textual else f", {CHOSEN}SCORE of the chosen caption"
+        )
+        raise RecipeError(
+            f"decide.rules.{name}: column {rule.column!r} {wrong}{nearest(rule.column, usable)}; such a rule may use "
+            f"{', '.join(usable)}, {more}"
+        )
 
 
-def _measured(store: Store, files: list[str], columns: list[str], recipe: Recipe) -> pa.Table:
-    """The named columns of every clip, its chosen caption, and where it was measured, sorted."""
-    scores = sorted({r.column for r in recipe.decide.rules.values() if r.column.startswith(CHOSEN)})
-    seen: set[str] = set()
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+
+def _measured(store: Store, files: list[str], there: pa.Schema, recipe: Recipe) -> pa.Table:
+    """The columns that the rules name of every clip, its chosen caption, and where it was measured, sorted.
+
+    Numbers are float64; texts are strings, and so is what a list says (meta.KEY). Raises RecipeError for a
+    rule, or a choice, by what no clip has.
+    """
+    asked = {r.column for r in recipe.decide.rules.values()}
+    scores = sorted(c for c in asked if c.startswith(CHOSEN))
+    keys = sorted(c for c in asked if c.startswith(META))
+    plain = sorted((asked | set(RANKED)) - {*scores, *keys, *CHOICE})
+    plain = [c for c in plain if c in there.names] if files else plain
     fixed = ["clip_id", "source", "start_frame"]
+    seen = _Seen()
     parts = []
     for i, name in enumerate(files):
-        table = store.read_table(name, [*fixed, *columns, "captions"])
-        chosen = [_chosen(captions or [], recipe) for captions in table["captions"].to_pylist()]
-        part = {c: table[c] for c in fixed} | {c: table[c].cast(pa.float64()) for c in columns}
+        wanted = dict.fromkeys([*fixed, *plain, "captions", *(["meta"] if keys else [])])
+        table = store.read_table(name, list(wanted))
+        candidates = [captions or [] for captions in table["captions"].to_pylist()]
+        chosen = [_chosen(captions, recipe.choose) for captions in candidates]
+        seen.captions(candidates, chosen)
+        part = {c: table[c] for c in fixed} | {c: _column(table[c]) for c in plain if c not in fixed}
         part["caption"] = pa.array([c["text"] if c else None for c in chosen], pa.string())
         part["caption_model"] = pa.array([c["model"] if c else None for c in chosen], pa.string())
-        if scores:
-            seen |= {CHOSEN + name for c in chosen if c for name, _ in c["scores"] or []}
         for s in scores:
             values = [dict(c["scores"] or {}).get(s.removeprefix(CHOSEN)) if c else None for c in chosen]
             part[s] = pa.array(values, pa.float64())
+        if keys:
+            metas = [dict(m or {}) for m in table["meta"].to_pylist()]
+            seen.meta |= {key for m in metas for key in m}
+            part |= {k: pa.array([m.get(k.removeprefix(META)) for m in metas], pa.string()) for k in keys}
         part["file"] = pa.array(np.full(len(table), i, np.int32))
         part["row"] = pa.array(np.arange(len(table), dtype=np.int32))
         parts.append(pa.table(part))
-    for s in scores:
-        if seen and s not in seen:
-            raise RecipeError(
-                f"decide.rules: no chosen caption has the score {s!r}; they have {', '.join(sorted(seen))}"
-            )
+    seen.check(recipe, scores, keys if any(map(len, parts)) else [])
     if not parts:
-        parts = [_empty([*columns, *scores])]
+        parts = [_empty([*plain, *scores], keys)]
     all_ = pa.concat_tables(parts)
-    keys = [(name, "ascending") for name in ("source", "start_frame", "clip_id")]
-    all_ = all_.take(pc.sort_indices(all_, keys))  # Table.sort_by would import all of pyarrow.acero
+    keys_of_order = [(name, "ascending") for name in ("source", "start_frame", "clip_id")]
+    all_ = all_.take(pc.sort_indices(all_, keys_of_order))  # Table.sort_by would import all of pyarrow.acero
     code = all_["clip_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     first = np.unique(code, return_index=True)[1]
     return all_.take(np.sort(first)).combine_chunks() if len(first) < len(all_) else all_.combine_chunks()
 
 
-def _empty(numbers: list[str]) -> pa.Table:
-    text = dict.fromkeys(["clip_id", "source", "caption", "caption_model"], pa.string())
+class _Seen:
+    """What the clips turned out to have, to tell a rule that found nothing from one that never could."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, None] = {}  # captioners, in order
+        self.scored: set[str] = set()  # of any caption
+        self.chosen: set[str] = set()  # of a chosen one
+        self.meta: set[str] = set()
+
+    def captions(self, candidates: list[list[dict]], chosen: list[dict | None]) -> None:
+        for captions in candidates:
+            for c in captions:
+                self.models[c["model"]] = None
+                self.scored.update(name for name, _ in c["scores"] or [])
+        self.chosen |= {name for c in chosen if c for name, _ in c["scores"] or []}
+
+    def check(self, recipe: Recipe, scores: list[str], keys: list[str]) -> None:
+        choose = recipe.choose
+        if self.models:
+            check_order(choose, list(self.models))
+        if choose.method == "open_clip" and self.models and SCORE["open_clip"] not in self.scored:
+            raise RecipeError(
+                f"choose.method open_clip: this run did not measure {SCORE['open_clip']}; choose by consensus or "
+                "order, or curate with choose.method=open_clip into a new folder"
+            )
+        told = [CHOSEN + name for name in sorted(self.chosen)]
+        for s in scores:
+            if told and s not in told:
+                raise RecipeError(
+                    f"decide.rules: no chosen caption has the score {s!r}{nearest(s, told)}; they have "
+                    f"{', '.join(told)}"
+                )
+        listed = [META + key for key in sorted(self.meta)]
+        for k in keys:
+            if k not in listed:
+                have = (
+                    f"the list's columns are {', '.join(listed)}"
+                    if listed
+                    else "their list has no such columns"
+                )
+                raise RecipeError(f"decide.rules: no clip has the column {k!r}{nearest(k, listed)}; {have}")
+
+
+def _column(values: pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """A measured column as a rule compares it: float64, or text; of lists (on-screen text) a line an item."""
+    if pa.types.is_string(values.type):
+        return values
+    if pa.types.is_list(values.type):
+        return pa.array(["\n".join(v or []) for v in values.to_pylist()], pa.string())
+    return values.cast(pa.float64())
+
+
+def _empty(numbers: list[str], texts: list[str]) -> pa.Table:
+    text = dict.fromkeys(["clip_id", "source", "caption", "caption_model", *texts], pa.string())
     rest = dict.fromkeys(numbers, pa.float64()) | dict.fromkeys(["start_frame", "file", "row"], pa.int64())
     return pa.schema(list((text | rest).items())).empty_table()
 
 
-def _chosen(captions: list[dict], recipe: Recipe) -> dict | None:
-    i = best(captions, recipe.choose.method)
+def _chosen(captions: list[dict], choose: Choose) -> dict | None:
+    i = best(captions, choose.method, choose.order)
     return None if i is None else captions[i]
 
 
-def _fails(rule: Rule, measured: pa.Table) -> np.ndarray:
-    """bool [n]: outside the rule's bounds; null and NaN pass."""
-    values = measured[rule.column].to_numpy().astype(np.float64)  # null → NaN, and NaN compares false
+def _fails(name: str, rule: Rule, measured: pa.Table) -> np.ndarray:
+    """bool [n]: outside the rule's bounds (null and NaN pass), or not what it asks of a text (null is empty)."""
+    column = measured[rule.column]
+    if rule.textual:
+        asked = _text_test(rule)
+        return np.array([not asked(text or "") for text in column.to_pylist()], bool)
+    if pa.types.is_string(column.type) and not len(column):
+        return np.zeros(0, bool)
+    if pa.types.is_string(column.type):
+        texts = column.to_pylist()
+        values = np.array([_number_in(t) for t in texts])
+        if np.isnan(values).all():
+            example = next((t for t in texts if t), "")
+            raise RecipeError(
+                f"decide.rules.{name}: no value of {rule.column!r} is a number (one is {example!r:.40}); for texts "
+                "use contains, excludes, matches or not_matches"
+            )
+    else:
+        values = column.to_numpy().astype(np.float64)  # null → NaN, and NaN compares false
     fails = np.zeros(len(values), bool)
     if rule.min is not None:
         fails |= values < rule.min
     if rule.max is not None:
         fails |= values > rule.max
     return fails
+
+
+def _number_in(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return np.nan
+
+
+def _text_test(rule: Rule) -> Callable[[str], bool]:
+    """Whether a text is what the rule asks for; capitals do not matter."""
+    contains, excludes = [t.casefold() for t in rule.contains], [t.casefold() for t in rule.excludes]
+    finds = [
+        (re.compile(pattern, re.IGNORECASE), wanted)
+        for pattern, wanted in ((rule.matches, True), (rule.not_matches, False))
+        if pattern is not None
+    ]
+
+    def test(text: str) -> bool:
+        low = text.casefold()
+        return (
+            (not contains or any(t in low for t in contains))
+            and not any(t in low for t in excludes)
+            and all((find.search(text) is not None) == wanted for find, wanted in finds)
+        )
+
+    return test
 
 
 def _duplicates(

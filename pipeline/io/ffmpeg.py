@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.io import sandbox
+
 # Demuxers that read exactly the file they are given. Playlists and scripts (hls, concat, dash, ffconcat,
 # image2, lavfi, …), which open other files or the network, are not among them. Used by PyAV and ffmpeg alike.
 FORMATS = (
@@ -106,19 +108,22 @@ def picture_stream(container: Any) -> Any:
 def run(cmd: list[str], stall_s: float) -> str:
     """Run an ffmpeg command to its end; returns its messages (last 64 KiB).
 
+    It has no network and no secrets in its environment, see `pipeline.io.sandbox`.
+
     It reads no terminal, has its own process group, and dies with this process, however that dies. It may
     be slow, but when for `stall_s` seconds it neither reads anything nor reports a frame, it is killed.
 
     Raises Stalled, FFmpegError, and OSError (ENOSPC) when the disk it writes to is full.
     """
+    sandbox.prepare()
     child = subprocess.Popen(
         [cmd[0], "-nostdin", "-hide_banner", "-nostats", "-v", "error", "-progress", "pipe:1", *cmd[1:]],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | ENVIRONMENT,
+        env=sandbox.environment() | ENVIRONMENT,
         process_group=0,
-        preexec_fn=functools.partial(_die_with_parent, os.getpid()),
+        preexec_fn=functools.partial(_child, os.getpid()),
     )
     try:
         said = _watch(child, stall_s)
@@ -198,12 +203,13 @@ _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 
 
-def _die_with_parent(parent: int) -> None:
-    """In the child, before ffmpeg starts: be killed when the parent is."""
+def _child(parent: int) -> None:
+    """In the child, before ffmpeg starts: be killed when the parent is, and be confined."""
     if _prctl is not None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it was killed in between
             os._exit(1)
+    sandbox.confine_program()
 
 
 def encode_rgb(

@@ -20,6 +20,7 @@ import pyarrow.dataset as pads
 from pipeline.decide.rules import CHOSEN, DUPLICATE, clip_files, funnel
 from pipeline.faults import StoreError
 from pipeline.io.store import Store
+from pipeline.recipe import Rule
 from pipeline.record import CLIP_SCHEMA, DECISION_SCHEMA, VIDEO_SCHEMA
 
 KEPT_SHOWN = 24  # clips
@@ -42,9 +43,10 @@ class Limit:
     alone: int  # clips that fail it
     only: int  # clips that fail nothing else
     left: int  # clips left once it and every rule before it are applied
+    words: str = ""  # what it asks of a text
 
 
-HEAVY = {"captions", "text", "meta"}  # columns read for the shown clips only
+HEAVY = {"captions", "text", "meta", "sample_frames"}  # columns read for the shown clips only
 
 
 class Run:
@@ -97,7 +99,8 @@ class Run:
         for drop in funnel(decided):
             rule = rules.get(drop.rule) or {}
             bounds = rule.get("column"), rule.get("min"), rule.get("max")
-            limits.append(Limit(drop.rule, *bounds, drop.alone, only[drop.rule], drop.left))
+            words = Rule.model_validate(rule).words() if rule else ""
+            limits.append(Limit(drop.rule, *bounds, drop.alone, only[drop.rule], drop.left, words))
         return limits
 
     def details(self, rows: Iterable[int]) -> dict[int, dict[str, Any]]:
@@ -110,7 +113,12 @@ class Run:
         return {i: r for r in found if r["source"] == sources[i := ids[r["clip_id"]]].as_py()}
 
     def has(self, column: str | None) -> bool:
-        return column is not None and (column in self.clips.schema.names or column.startswith(CHOSEN))
+        """It is a number of every clip."""
+        if column is None or column.startswith(CHOSEN):
+            return column is not None
+        return column in self.clips.schema.names and not pa.types.is_string(
+            self.clips.schema.field(column).type
+        )
 
     def values(self, column: str) -> np.ndarray:
         """A number a clip, float64 [n], NaN where it was not measured."""

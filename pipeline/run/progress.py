@@ -124,7 +124,7 @@ class Ledger:
         errors: list[str],
         good: int,
     ) -> None:
-        """A stage is through with a unit; `errors`: the sentences of those that failed in it, `good`: how many are none."""
+        """A stage is through with a unit; `errors`: the sentences of the new ones, `good`: sources that are none."""
         self.alive()
         count = self.stages.setdefault(stage, StageCount())
         count.sources += sources
@@ -141,8 +141,8 @@ class Ledger:
                 self._costs(pool, stage, why, error)
             if stage != self.first and self.alike[stage, why] >= FIRST and not count.good:
                 self.stop(
-                    f"the first {self.alike[stage, why]} sources failed alike in stage '{stage}', the last with: {error}; "
-                    "mend that, then run the same command again with --retry-errors"
+                    f"the first {self.alike[stage, why]} sources failed alike in stage '{stage}', the last with: "
+                    f"{error}; mend that, then run the same command again with --retry-errors"
                 )
 
     def end(self, pool: int, unit: str, good: int) -> str | None:

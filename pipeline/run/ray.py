@@ -27,6 +27,7 @@ from typing import Any
 from pipeline.faults import StoreError, WorkerFault
 from pipeline.recipe import Limits
 from pipeline.record import Video
+from pipeline.run.log import FILE, VERBOSE
 from pipeline.run.place import Node, Pool, fit, no_place, place, pools
 from pipeline.run.progress import Display, Ledger, Snapshot
 from pipeline.run.worker import RunError, StageProcess, Worker
@@ -84,6 +85,7 @@ def run_ray(
                     ledger,
                     n,
                     n == len(fitted) - 1,
+                    {k: os.environ[k] for k in (FILE, VERBOSE) if k in os.environ},
                 ),
                 batch_size=1,
                 batch_format="pyarrow",
@@ -119,7 +121,7 @@ def connect(address: str | None) -> None:
     if address not in (None, "local"):
         check_address(address)
     try:
-        with _quiet():
+        with _quiet(), _own_sigterm():
             ray.init(
                 address="local" if address is None else address,
                 log_to_driver=False,
@@ -188,20 +190,32 @@ def _quiet() -> Iterator[None]:
         os.close(kept)
 
 
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Leave SIGTERM as it is: while it starts, Ray has it end the driver on the spot."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
 # ---------------------------------------------------------------- workers
 
 
 class RayWorker:
     """A `Worker` as a Ray Data callable: one pickled unit in, one out (the last pool sends back nothing)."""
 
-    def __init__(self, stages: bytes, limits: Limits, ledger: Any, pool: int, last: bool):
+    def __init__(
+        self, stages: bytes, limits: Limits, ledger: Any, pool: int, last: bool, log: dict[str, str]
+    ):
         import ray
 
+        os.environ.update(log)  # a cluster that was there already does not know where
         self.ledger = RemoteLedger(ledger, ray)
-        self.pool, self.me = (
-            pool,
-            ray.get_runtime_context().get_actor_id(),
-        )  # which stays when it is restarted
+        self.pool = pool
+        self.me = str(ray.get_runtime_context().get_actor_id())  # stays when it is restarted
         process = StageProcess(stages, limits)
         process.start()
         self.worker = Worker(process, self.ledger, pool, last)
@@ -256,7 +270,9 @@ class RemoteLedger:
         return self._ask("fault", pool, worker, why) or self.mine["fault"]
 
     def end(self, pool: int, unit: str, good: int) -> str | None:
-        return self._ask("end", pool, unit, good)  # waited for: the next loss must not be charged to this unit
+        return self._ask(
+            "end", pool, unit, good
+        )  # waited for: the next loss must not be charged to this unit
 
     def reason(self) -> str | None:
         return self._ask("reason")

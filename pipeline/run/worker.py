@@ -24,6 +24,7 @@ from pipeline.faults import StoreError, WorkerFault
 from pipeline.recipe import Limits
 from pipeline.record import Video
 from pipeline.run.child import Verdict
+from pipeline.run.log import heard
 from pipeline.run.progress import LOST, MAX_DEATHS, Display, Ledger
 from pipeline.stages import Stage
 
@@ -128,7 +129,7 @@ class StageProcess:
         Args:
             verdicts, alone: see `Worker.run`.
             last: nothing comes back.
-            hear: gets the messages ('at', …) and ('done', …).
+            hear: gets the messages ('at', …), ('done', …) and ('said', …), see `child.serve`.
             beat: called every few seconds while the process is within its limits.
 
         Returns how many of its sources are no errors, and the pickled videos.
@@ -164,7 +165,9 @@ class StageProcess:
     def _set_up(self, beat: Callable[[], None]) -> None:
         """Wait until it is ready. Raises SetupError, and WorkerFault where the process dies or hangs in it."""
         try:
-            kind, *rest = self._next(beat)
+            while (message := self._next(beat))[0] == "said":
+                heard(*message[1:])
+            kind, *rest = message
         except Died as e:
             raise WorkerFault(f"a worker's stages cannot be set up: {e.how}") from e
         if kind == "broken":
@@ -236,6 +239,8 @@ class Worker:
             kind, *rest = message
             if kind == "at":
                 self.ledger.at(self.pool, name, rest[0], rest[1])
+            elif kind == "said":
+                heard(*rest)
             elif rest[0] not in told:  # a unit that is done again counts once
                 told.add(rest[0])
                 self.ledger.done(self.pool, *rest)

@@ -53,7 +53,8 @@ ASPECTS = {
 SIDES = [144, 240, 360, 480, 720, 1080, 1440, 2160, 4320]  # pixels, the shorter side
 
 # Columns of clips/ that stay out of the index: long, or about the staging tars.
-NOT_INDEXED = {"captions", "text", "meta", "media_tar", "media_offset", "media_size", "media_sha256"}
+NOT_INDEXED = {"captions", "text", "meta", "sample_frames"}
+NOT_INDEXED |= {"media_tar", "media_offset", "media_size", "media_sha256"}
 INDEXED = [f.name for f in CLIP_SCHEMA if f.name not in NOT_INDEXED]
 VIDEO_COLUMNS = ["source", "width", "height", "fps", "duration_s", "codec", "rotation", "sample_aspect_ratio"]
 
@@ -74,7 +75,7 @@ def shard(store: Store, recipe: Recipe) -> pa.Table:
     old = store.read_table("decisions.parquet") if store.exists("decisions.parquet") else None
     if old is None or not old.equals(decisions) or old.schema.metadata != decisions.schema.metadata:
         store.write_table("decisions.parquet", decisions)
-    used = recipe.model_dump(mode="json", include={"decide", "shards"})
+    used = recipe.model_dump(mode="json", include={"decide", "shards", "choose"})
     if run["recipe"] | used != run["recipe"]:
         run["recipe"] |= used
         store.write_bytes("run.json", json.dumps(run, indent=1).encode())
@@ -229,7 +230,7 @@ def _samples(
         ],
         "versions": run.get("versions", {}),
     }
-    rules = {name: rule.model_dump() for name, rule in recipe.decide.rules.items()}
+    rules = {name: rule.told() for name, rule in recipe.decide.rules.items()}
     repeated: dict[str, list[str]] = defaultdict(list)
     for copy, original in zip(
         *(decided.decisions[c].to_pylist() for c in ("clip_id", "duplicate_of")), strict=True
@@ -315,7 +316,8 @@ def _provenance(
     told: dict[str, float] = next(
         (c["scores"] for c in captions if c["model"] == verdict["caption_model"]), {}
     )
-    values = clip | {f"caption.{name}": value for name, value in told.items()}
+    values = clip | {f"caption.{name}": value for name, value in told.items()} | verdict
+    values |= {f"meta.{name}": value for name, value in clip["meta"] or []}
     return (
         {name: clip[name] for name in INDEXED}
         | {"media_sha256": clip["media_sha256"], "video": video, "meta": dict(clip["meta"] or [])}

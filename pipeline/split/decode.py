@@ -12,6 +12,7 @@ that ffmpeg's decoder gives (`best_effort_timestamp`), so `ffmpeg -copyts` finds
 from __future__ import annotations
 
 import contextlib
+import io
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
+from pipeline.io.answer import Of, Refused, checked, whole
 from pipeline.io.ffmpeg import OPEN, picture_stream
 from pipeline.io.isolate import Child, ChildError, Stalled
 
@@ -35,7 +37,7 @@ if TYPE_CHECKING:  # the child has no need of pyarrow and pydantic
     from pipeline.record import Video
 
 from pipeline.split.clock import NO_PTS, Clock, timeline
-from pipeline.split.pictures import Pictures
+from pipeline.split.pictures import Pictures, marks
 
 PLAYLISTS = (
     b"#EXTM3U",
@@ -46,6 +48,7 @@ PLAYLISTS = (
     b"[Reference]",
     b"v=0",
 )
+NO_HEADER = {"mpegts", "mpeg"}  # their length is guessed from the first and the last stamp, which may jump
 
 
 class DecodeStage:
@@ -85,12 +88,14 @@ class DecodeStage:
         with localised(video.source) as local:
             video.sha256 = local.sha256
             try:
-                found: Analysis = self.child.call(
-                    "pipeline.split.decode:analyse",
+                answer = self.child.call(
+                    "pipeline.split.decode:gather",
                     local.path,
                     SimpleNamespace(**options.model_dump()),
                     stall_s=options.stall_s,
+                    raises=(DecodeError,),
                 )
+                found = Analysis.of(answer, options.sample_size)
             except DecodeError as e:
                 raise SourceFault(f"{name}: {e}") from e
             except MemoryError as e:
@@ -103,7 +108,8 @@ class DecodeStage:
                     f"{name}: no frame for {options.stall_s:g} s; the decoder hangs on this file, re-encode it "
                     "or raise decode.stall_s"
                 ) from e
-            except ChildError as e:
+            except (ChildError, Refused) as e:
+                self.child.close()  # it may no longer be itself
                 raise SourceFault(f"{name}: the decoder crashed on this file ({e}); re-encode it") from e
         found.fill(video)
 
@@ -123,13 +129,41 @@ class Analysis:
     pix_fmt: str
     counts: dict[str, int]
     warnings: list[str]
-    pts: np.ndarray
+    pts: Annotated[np.ndarray, Of("int64", "n")]
     end_pts: int
-    thumbs: np.ndarray
-    samples: list[tuple[int, bytes]]
-    grey: np.ndarray
-    grey_frame: np.ndarray
-    packets: np.ndarray
+    thumbs: Annotated[np.ndarray, Of("uint8", "n", 27, 48, 3)]
+    sample_frame: Annotated[np.ndarray, Of("int64", "s")]
+    sample_jpeg: list[bytes]
+    grey: Annotated[np.ndarray, Of("uint8", "m", "*", "*")]
+    grey_frame: Annotated[np.ndarray, Of("int64", "m")]
+    packets: Annotated[np.ndarray, Of("int64", "*", 3)]
+    restarts: Annotated[np.ndarray, Of("int64", "*", 3)]
+    by_number: bool
+
+    @classmethod
+    def of(cls, answer: Any, sample_size: int) -> Analysis:
+        """From what a child answered, which may be anything. Raises Refused."""
+        found = checked(cls, answer)
+        n = len(found.pts)
+        numbers = (found.width, found.height, found.time_base, found.sar, found.fps, found.duration_s)
+        if not (
+            n
+            and _ascending(found.pts, int(found.pts[0]), found.end_pts)
+            and len(found.sample_jpeg) == len(found.sample_frame)
+            and _ascending(found.sample_frame, 0, n)
+            and _ascending(found.grey_frame, 0, n)
+            and _ascending(found.restarts[:, 0], 1, n)
+            and all(number > 0 for number in numbers)
+            and found.rotation in (0, 90, 180, 270)
+        ):
+            raise Refused("its answer contradicts itself")
+        if not all(_is_sample(jpeg, sample_size) for jpeg in found.sample_jpeg):
+            raise Refused("its answer holds a picture that is none")
+        return found
+
+    @property
+    def samples(self) -> list[tuple[int, bytes]]:
+        return list(zip(self.sample_frame.tolist(), self.sample_jpeg, strict=True))
 
     def fill(self, video: Video) -> None:
         from pipeline.record import Frames, Sample
@@ -156,7 +190,28 @@ class Analysis:
             grey=self.grey,
             grey_frame=self.grey_frame,
             packets=self.packets,
+            restarts=self.restarts,
+            by_number=self.by_number,
+            marks=marks(self.thumbs),
         )
+
+
+def _ascending(numbers: np.ndarray, least: int, end: int) -> bool:
+    """Whether they grow, from no less than `least` to less than `end`."""
+    return not len(numbers) or bool(
+        numbers[0] >= least and numbers[-1] < end and (numbers[1:] > numbers[:-1]).all()
+    )
+
+
+def _is_sample(jpeg: bytes, longest: int) -> bool:
+    """Whether it says that it is a JPEG of no more than that size; a small file can claim to be a huge picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as picture:
+            return max(picture.size) <= longest
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
 
 
 class DecodeError(Exception):
@@ -164,6 +219,11 @@ class DecodeError(Exception):
 
 
 def analyse(path: str, options: Decode, beat: Callable[[], None] = lambda: None) -> Analysis:
+    """What `gather` gives, in this process: no child, and arrays in one piece."""
+    return Analysis(**{name: whole(value) for name, value in gather(path, options, beat).items()})
+
+
+def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, Any]:
     """Read a video file once and keep what `Frames` describes.
 
     Frames that decode are used and the trouble with others is told in `warnings`. A change of picture size in
@@ -174,19 +234,23 @@ def analyse(path: str, options: Decode, beat: Callable[[], None] = lambda: None)
         options: anything with the fields of `recipe.Decode`.
         beat: called at every packet.
 
+    Returns the fields of Analysis; of large ones the blocks they were gathered in.
+
     Raises DecodeError if nothing can be decoded or a limit is exceeded.
     """
     with _opened(path, options) as container:
         stream = _video_stream(container, options)
         claimed_s = _claimed_duration(container, stream)
-        _check_limits(stream.width, stream.height, claimed_s, options)
+        known_s = None if container.format.name in NO_HEADER else claimed_s
+        _check_limits(stream.width, stream.height, known_s, options)
         codec = stream.codec_context.codec.canonical_name
         time_base = stream.time_base or Fraction(1, 90000)
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         step = max(1, round(1 / (rate * time_base)))
         longest = int(options.max_duration_s / time_base)
         reader = _Reader(container, stream, beat)
-        clock = Clock(step)
+        second = max(1, round(1 / time_base))
+        clock = Clock(step, second)
         pictures: Pictures | None = None
         duration = 0
         for n, frame in enumerate(reader.frames()):
@@ -199,11 +263,17 @@ def analyse(path: str, options: Decode, beat: Callable[[], None] = lambda: None)
             duration = frame.duration
         if pictures is None:
             raise DecodeError(f"no frame can be decoded{reader.reason()}; the file is damaged or incomplete")
-    pts, repaired = timeline(clock.stamps, step)
+    line = timeline(clock.stamps, step, second)
+    pts, repaired, restarts = line.pts, line.repaired, line.restarts
     end_pts = int(pts[-1]) + (duration or (int(pts[-1] - pts[-2]) if len(pts) > 1 else step))
-    shown_s = float((end_pts - int(pts[0])) * time_base)
-    span_s = float((int(pts[-1]) - int(pts[0])) * time_base)
+    jumped = int((pts[restarts[:, 0]] - restarts[:, 2]).sum())  # ticks in which nothing is shown
+    shown_s = float((end_pts - int(pts[0]) - jumped) * time_base)
+    span_s = float((int(pts[-1]) - int(pts[0]) - jumped) * time_base)
     warnings = reader.warnings() + pictures.warnings()
+    if len(restarts):
+        more = f" and {len(restarts) - 1} more times" if len(restarts) > 1 else ""
+        at_s = float(restarts[0, 2] * time_base)
+        warnings.append(f"the clock starts again at frame {restarts[0, 0]} ({at_s:.3f} s){more}")
     if repaired:
         warnings.append(f"{repaired} of {len(pts)} timestamps were missing or out of order and were made up")
     # Some headers count from 0, others from the first frame.
@@ -212,26 +282,29 @@ def analyse(path: str, options: Decode, beat: Callable[[], None] = lambda: None)
         warnings.append(
             f"the pictures end after {shown_s:.2f} s of the {claimed_s:.2f} s that the header claims"
         )
-    return Analysis(
-        codec=codec,
-        width=pictures.width,
-        height=pictures.height,
-        fps=(len(pts) - 1) / span_s if len(pts) > 1 else 1 / shown_s,
-        duration_s=shown_s,
-        time_base=time_base,
-        rotation=pictures.orientation.rotation,
-        sar=pictures.sar,
-        pix_fmt=pictures.pix_fmt,
-        counts={"frames": len(pts), "timestamps_repaired": repaired},
-        warnings=warnings,
-        pts=pts,
-        end_pts=end_pts,
-        thumbs=pictures.thumbs.upright(),
-        samples=pictures.samples,
-        grey=pictures.grey.upright(),
-        grey_frame=np.array(pictures.grey_frame, np.int64),
-        packets=np.array(reader.packets, np.int64).reshape(-1, 3),
-    )
+    return {
+        "codec": codec,
+        "width": pictures.width,
+        "height": pictures.height,
+        "fps": (len(pts) - 1) / span_s if len(pts) > 1 else 1 / shown_s,
+        "duration_s": shown_s,
+        "time_base": time_base,
+        "rotation": pictures.orientation.rotation,
+        "sar": pictures.sar,
+        "pix_fmt": pictures.pix_fmt,
+        "counts": {"frames": len(pts), "timestamps_repaired": repaired, "clock_restarts": len(restarts)},
+        "warnings": warnings,
+        "pts": pts,
+        "end_pts": end_pts,
+        "thumbs": pictures.thumbs.rows,
+        "sample_frame": np.array(pictures.sample_frame, np.int64),
+        "sample_jpeg": pictures.sample_jpeg,
+        "grey": pictures.grey.rows,
+        "grey_frame": np.array(pictures.grey_frame, np.int64),
+        "packets": np.array(reader.packets, np.int64).reshape(-1, 3),
+        "restarts": restarts,
+        "by_number": bool(repaired or restarts[:, 1].any() or not clock.own),
+    }
 
 
 # Opening -------------------------------------------------------------------------------------------

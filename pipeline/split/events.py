@@ -15,6 +15,7 @@ What differs from the release, on purpose:
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, floor
@@ -25,7 +26,7 @@ import numpy as np
 from pipeline.recipe import Events, RecipeError
 from pipeline.record import Clip, Frames, Sample, Video
 from pipeline.samples import picture
-from pipeline.split.shots import frame_at
+from pipeline.split.shots import frames_within
 from pipeline.stages import Produces, Resources, each
 
 if TYPE_CHECKING:  # it imports torch
@@ -126,6 +127,10 @@ class EventStage:
                 mean = ends[0] + ends[1]
                 clip.embeddings[self.embedding] = mean / np.linalg.norm(mean)
         frames.samples = thinned(frames.samples, clips, self.options.clip_samples)
+        for clip in clips:
+            clip.sample_frames = [
+                s.frame for s in frames.samples if clip.start_frame <= s.frame < clip.end_frame
+            ]
         frames.thumbs = None
         video.clips = clips
         video.counts |= counts
@@ -147,7 +152,8 @@ class EventStage:
                 counts["pieces_missed_cut"] += 1
             else:
                 whole.append(Piece(start, end, *ends))
-        events = stitch(whole, o.max_outer)
+        assert video.frames is not None
+        events = stitch(whole, o.max_outer, set(video.frames.restarts[:, 0].tolist()))
         counts["pieces"], counts["events"] = len(found), len(events)
         return [span for event in events for span in fit(video, event, o, counts)]
 
@@ -174,7 +180,7 @@ def give_meta(video: Video, clips: list[Clip]) -> None:
     """Each given clip gets the metadata of its interval; of equal intervals the first one's."""
     given: dict[Span, dict[str, str]] = {}
     for (start, end), meta in zip(video.source.intervals or (), video.source.interval_meta, strict=True):
-        given.setdefault((frame_at(video, start), frame_at(video, end)), meta)
+        given.setdefault(frames_within(video, start, end), meta)
     for clip in clips:
         clip.meta = given[clip.start_frame, clip.end_frame]
 
@@ -211,12 +217,14 @@ def end_samples(frames: Frames, start: int, end: int, position: float) -> tuple[
     return first, second
 
 
-def stitch(pieces: list[Piece], max_outer: float) -> list[Span]:
-    """Join neighbours; an event starts at the first piece, after a gap, or where facing ends differ."""
+def stitch(pieces: list[Piece], max_outer: float, restarts: Collection[int] = ()) -> list[Span]:
+    """Join neighbours; an event starts at the first piece, after a gap, at a restart of the clock (first frames
+    of which are given), or where facing ends differ."""
     events: list[Span] = []
     for i, piece in enumerate(pieces):
         before = pieces[i - 1] if i else None
-        if before is None or before.end != piece.start or distance(before.last, piece.first) > max_outer:
+        apart = before is None or before.end != piece.start or piece.start in restarts
+        if before is None or apart or distance(before.last, piece.first) > max_outer:
             events.append((piece.start, piece.end))
         else:
             events[-1] = (events[-1][0], piece.end)
@@ -266,12 +274,12 @@ def _trimmed(video: Video, span: Span, fraction: float) -> Span:
     start, end = span
     margin = _length(video, start, end) * _exact(fraction) / video.time_base
     first = int(np.searchsorted(video.frames.pts, ceil(video.pts_of(start) + margin)))
-    return first, _before(video, video.pts_of(end) - margin)
+    return first, _before(video, video.end_of(end) - margin)
 
 
 def _length(video: Video, start: int, end: int) -> Fraction:
     """Seconds that [start, end) is shown."""
-    return (video.pts_of(end) - video.pts_of(start)) * video.time_base
+    return (video.end_of(end) - video.pts_of(start)) * video.time_base
 
 
 def _within(video: Video, start: int, seconds: Fraction) -> int:
@@ -280,11 +288,9 @@ def _within(video: Video, start: int, seconds: Fraction) -> int:
 
 
 def _before(video: Video, tick: Fraction) -> int:
-    """The last frame, or n for the end of the video, whose PTS is at or before a tick."""
+    """One past the last frame that is no longer shown at a tick."""
     assert video.frames is not None
-    if tick >= video.frames.end_pts:
-        return len(video.frames.pts)
-    return int(np.searchsorted(video.frames.pts, floor(tick), side="right")) - 1
+    return int(np.searchsorted(video.frames.ends, floor(tick), side="right"))
 
 
 def _exact(option: float) -> Fraction:

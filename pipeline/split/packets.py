@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from fractions import Fraction
 from typing import Any
 
@@ -138,13 +140,12 @@ def _nals(data: bytes, extradata: bytes, codec: str) -> Iterator[int]:
             pos = data.find(b"\0\0\1", pos + 3)
 
 
-def mux(piece: Piece, template: Any, packets: list[Any], sound: list[Any] | None = None) -> None:
-    """Write packets as the piece's mp4, with the source's times from 0 on; notes the size of the picture.
+def mux(piece: Piece, template: Any, packets: list[Any]) -> None:
+    """Write packets and the piece's sound as its mp4, with the source's times from 0 on; notes the picture's size.
 
     Args:
         template: the stream that the packets were read from.
         packets: one a frame, in decode order.
-        sound: packets of a sound track whose times already fit.
     """
     import av
 
@@ -160,17 +161,21 @@ def mux(piece: Piece, template: Any, packets: list[Any], sound: list[Any] | None
     # the movie's clock is the track's: the usual 1 ms would round the length of the edit list
     options = {"movie_timescale": str(tick), "video_track_timescale": str(tick)}
     options |= {"movflags": "+faststart", "fflags": "+bitexact"}
-    with av.open(f"file:{piece.path}", "w", format="mp4", options=options) as out:
+    with (
+        av.open(f"file:{piece.path}", "w", format="mp4", options=options) as out,
+        av.open(io.BytesIO(piece.sound), "r", format="mp4") if piece.sound else nullcontext() as sound,
+    ):
         picture = out.add_stream_from_template(template, opaque=True)
         picture.time_base = Fraction(1, tick)
         for packet, r, t in zip(packets, rank, dts, strict=True):
             packet.stream, packet.time_base = picture, picture.time_base
             packet.pts, packet.dts, packet.duration = int(edges[r]), int(t), int(lasts[r])
-        if sound:
-            track = out.add_stream_from_template(sound[0].stream, opaque=True)
-            for packet in sound:
+        if sound is not None:
+            track = out.add_stream_from_template(sound.streams.audio[0], opaque=True)
+            heard = [p for p in sound.demux(audio=0) if p.size]
+            for packet in heard:
                 packet.stream = track
-            packets = sorted([*packets, *sound], key=lambda p: float(p.dts * p.time_base))
+            packets = sorted([*packets, *heard], key=lambda p: float(p.dts * p.time_base))
         for packet in packets:
             out.mux(packet)
     piece.width, piece.height = template.width, template.height

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the child has no need of pyarrow and pydantic
 
     from pipeline.recipe import Decode
 
+from pipeline.io.answer import Rows, Strings
 from pipeline.split.clock import Grid
 
 THUMB = (48, 27)  # width, height: TransNetV2's input
@@ -78,22 +79,16 @@ class _Scaler:
 
 
 class _Stack:
-    """Scaled frames in one growing block of memory."""
+    """Scaled frames, upright, in `rows`: uint8 [n, h, w] or [n, h, w, 3]."""
 
     def __init__(self, scaler: _Scaler):
+        turned = scaler.orientation.transpose
+        size = (scaler.width, scaler.height) if turned else (scaler.height, scaler.width)
         self.scaler = scaler
-        self.data = bytearray()
+        self.rows = Rows(size if scaler.pix_fmt == "gray" else (*size, 3))
 
     def add(self, frame: VideoFrame) -> None:
-        self.data += self.scaler.stored(frame).tobytes()
-
-    def upright(self) -> np.ndarray:
-        """uint8 [n, h, w] or [n, h, w, 3]."""
-        colours = () if self.scaler.pix_fmt == "gray" else (3,)
-        stored = np.frombuffer(self.data, np.uint8).reshape(
-            -1, self.scaler.height, self.scaler.width, *colours
-        )
-        return np.ascontiguousarray(self.scaler.orientation.upright(stored))
+        self.rows.append(self.scaler.orientation.upright(self.scaler.stored(frame)[None])[0])
 
 
 class Pictures:
@@ -120,7 +115,8 @@ class Pictures:
         self.grey_frame: list[int] = []
         self.grey_grid = Grid(options.grey_fps, time_base)
         self.sample = scaler(fitted(self.width, self.height, self.sar, options.sample_size), "bgr24")
-        self.samples: list[tuple[int, bytes]] = []
+        self.sample_frame: list[int] = []
+        self.sample_jpeg = Strings()
         self.sample_grid = Grid(options.sample_fps, time_base)
 
     def add(self, n: int, frame: VideoFrame, elapsed: int) -> None:
@@ -136,7 +132,8 @@ class Pictures:
             self.grey.add(frame)
             self.grey_frame.append(n)
         if self.sample_grid.due(elapsed):
-            self.samples.append((n, self._jpeg(frame)))
+            self.sample_jpeg.append(self._jpeg(frame))
+            self.sample_frame.append(n)
 
     def warnings(self) -> list[str]:
         found = []
@@ -152,6 +149,15 @@ class Pictures:
 
         quality = [cv2.IMWRITE_JPEG_QUALITY, self.options.jpeg_quality]
         return cv2.imencode(".jpg", self.sample.upright(frame), quality)[1].tobytes()
+
+
+def marks(thumbs: np.ndarray) -> np.ndarray:
+    """uint8 [n, 27, 48, 3] RGB → uint8 [n, 9, 16] grey: by which a frame is known again among its neighbours."""
+    out = np.empty((len(thumbs), 9, 16), np.uint8)
+    for i in range(0, len(thumbs), 1024):
+        some = thumbs[i : i + 1024]
+        out[i : i + 1024] = some.reshape(len(some), 9, 3, 16, 3, 3).mean((2, 4, 5)).round()
+    return out
 
 
 def fitted(width: int, height: int, sar: Fraction, longest: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from jobs.training import vae as training
 from jobs.training.recipe import TRAINING, TrainRecipe, load_training
 from jobs.training.task import Draws
 from jobs.training.vae import AutoencoderTask, VAELoss
-from pipeline.recipe import parse_as
+from pipeline.recipe_file import parse_as
 from tests.fixtures.run_folder import make_run_folder
 
 MODEL = {"kind": "vae", "stride": [2, 4, 4], "width": 8, "multipliers": [1, 2, 2], "depth": 1}

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 import re
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pipeline.caption import baselines as baseline
 from pipeline.caption import captioner as captions
 from pipeline.caption import transformers as transformer
 from pipeline.caption.captioner import Captioner, CaptionStage, sentences
+from pipeline.faults import WorkerFault
 from pipeline.record import Caption
 from pipeline.samples import pictures, samples, spread
 from tests.fixtures import tiny_vlm
@@ -46,6 +49,9 @@ class Loud(Captioner):
         return [f"{s[..., 0].mean():.0f}" for s in seen]
 
 
+BLUE = inspect.getsourcelines(Loud)[1] + 9  # the line that raises
+
+
 @pytest.fixture
 def loud(tmp_path):
     (tmp_path / "loud.py").write_text("from tests.pipeline.caption.test_captioner import Loud\n")
@@ -70,7 +76,9 @@ def test_a_failing_clip_is_an_error_with_its_reason_and_its_batch_is_not(loud):
         assert [(c.text, c.outcome) for c in said] == [
             ("128", "ok"), ("", "error"), ("144", "ok"), ("160", "ok"),
         ]  # fmt: skip
-        assert v.warnings == [f"caption:loud: clip {v.clips[1].clip_id}: RuntimeError: blue is too much"]
+        why = f"RuntimeError: blue is too much at test_captioner.py:{BLUE}"
+        assert v.warnings == [f"caption:loud: clip {v.clips[1].clip_id}: {why}"]
+        assert [c.reason for c in said] == ["", why, "", ""]
         assert v.error is None
 
 
@@ -148,13 +156,164 @@ def test_the_example_in_the_docstring_works(tmp_path):
         ("no.such.module:A", "cannot be imported"),
         ("NoColon", "cannot be imported"),
         ("pipeline.caption.captioner:NoClass", "has no class 'NoClass'"),
-        ("pipeline.record:Clip", "has no class 'Clip' made from"),
+        ("pipeline.record:Clip", "Clip is not made from Captioner: write class Clip"),
         ("pipeline.caption.captioner:Captioner", "has no name"),
     ],
 )
 def test_a_captioner_that_cannot_be_had_is_one_clear_sentence(captioner, message):
     with pytest.raises(recipe.RecipeError, match=message):
         captions.caption_stages([section(kind="python", captioner=captioner)])
+
+
+OWN = """
+import logging
+from pipeline.captions import Captioner
+from pipeline.faults import ClipFault, TransientFault, WorkerFault
+from pipeline.record import Caption
+
+class Own(Captioner):
+    name = "own"
+    calls = 0
+
+    def caption(self, video, clip):
+        i = video.clips.index(clip)
+        {body}
+
+class Batch(Captioner):
+    name, batch = "batch", 2
+
+    def caption_batch(self, video, clips):
+        {body}
+"""
+
+
+def own(folder, body, of="Own", clips=3, **options):
+    """What a captioner of this body says of clips of one frame each: the captions and the video."""
+    (folder / "mine.py").write_text(OWN.format(body=body))
+    stage = CaptionStage(section(kind="python", captioner=f"{folder}/mine.py:{of}", options=options))
+    v = video([plain("808080")] * clips, [(i, i + 1) for i in range(clips)])
+    return [c[0] for c in run(stage, [v])], v
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("return None", ("", "empty", "")),
+        ("return ''", ("", "empty", "")),
+        ("return 'a dog'", ("a dog", "ok", "")),
+        ("return Caption('', 'a dog', 'truncated')", ("a dog", "truncated", "")),
+        (
+            "return 7",
+            ("", "error", "the caption is a int (7); give a text, None, or a pipeline.record.Caption"),
+        ),
+        ("return ['a dog']", ("", "error", "the caption is a list (['a dog']); give a text, None, or")),
+        ("return Caption('', 'a', 'great')", ("", "error", "outcome 'great'")),
+        ("return {}['x']", ("", "error", "KeyError: 'x' at mine.py:13")),
+        ("raise SystemExit(3)", ("", "error", "SystemExit: 3 at mine.py:13")),
+        ("raise ClipFault('too dark')", ("", "error", "too dark")),
+    ],
+)
+def test_whatever_a_captioner_gives_becomes_its_outcome_with_a_reason(tmp_path, body, expected):
+    (said,), _ = own(tmp_path, body, clips=1)
+    assert (said.text, said.outcome) == expected[:2]
+    assert expected[2] in said.reason
+    assert bool(said.reason) == (said.outcome == "error")
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("return ['a'] * 3", "caption_batch gave 3 captions for 2 clips; they were captioned one by one"),
+        ("return []", "caption_batch gave 0 captions for 2 clips; they were captioned one by one"),
+        ("return 'ab'", "caption_batch gave a str ('ab'), not a list with a text for each clip"),
+        ("return None", "caption_batch gave None, not a list with a text for each clip"),
+    ],
+)
+def test_a_batch_of_the_wrong_size_is_said_so(tmp_path, body, why):
+    said, v = own(tmp_path, body, "Batch", clips=2)
+    assert {c.outcome for c in said} == {"error"}
+    assert any(why in w for w in v.warnings)
+
+
+def test_a_batch_that_gives_too_few_is_done_one_by_one_and_said_so(tmp_path):
+    said, v = own(tmp_path, "return (str(c.start_frame) for c in clips[:1])", "Batch", clips=2)
+    assert [c.text for c in said] == ["0", "1"]
+    assert len(v.warnings) == 1
+
+
+def test_a_moments_fault_is_tried_again_and_a_workers_goes_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.stages.BACKOFF_S", 0.0)
+    body = "Own.calls += 1\n        if Own.calls < 3: raise {}('busy')\n        return 'a dog'"
+    for fault in ("TransientFault", "ConnectionResetError"):
+        (said,), _ = own(tmp_path, body.format(fault), clips=1)
+        assert (said.text, said.outcome) == ("a dog", "ok")
+    (said,), _ = own(tmp_path, "raise TransientFault('busy')", clips=1)
+    assert (said.outcome, said.reason) == ("error", "busy")
+    for fault in ("WorkerFault('GPU lost')", "RuntimeError('CUDA error: unspecified launch failure')"):
+        with pytest.raises(Exception, match=r"GPU lost|CUDA error"):
+            own(tmp_path, f"raise {fault}", clips=1)
+
+
+def test_what_it_prints_and_logs_is_logged_with_its_clip_and_a_failure_with_its_line(
+    tmp_path, caplog, capsys
+):
+    caplog.set_level(logging.INFO, "clipmill")
+    body = "print('looking', i); logging.getLogger('mine').info('at %d', i); print('half', end='')\n"
+    said, v = own(tmp_path, body + "        return 1 / (i - 1)", clips=3)
+    assert [c.outcome for c in said] == ["error"] * 3
+    assert capsys.readouterr().out == ""
+    mine = [r for r in caplog.records if r.name != "mine"]
+    heard = [(r.name, r.getMessage()) for r in mine if "failed" not in r.getMessage()]
+    about = [f"caption:own clip {c.clip_id}: " for c in v.clips]
+    assert heard == [
+        ("clipmill", a + t) for i, a in enumerate(about) for t in (f"looking {i}", f"at {i}", "half")
+    ]
+    trace = next(r.getMessage() for r in caplog.records if "ZeroDivisionError" in r.getMessage())
+    assert trace.startswith(f"caption:own clip {v.clips[1].clip_id} of ")
+    assert f'File "{tmp_path}/mine.py", line 14, in caption' in trace
+    assert "captioner.py" not in trace.replace(str(tmp_path), "")
+    assert logging.getLogger().level == logging.WARNING
+
+
+def test_a_file_of_ones_own_may_have_dataclasses_and_import_the_file_beside_it(tmp_path):
+    (tmp_path / "beside_it.py").write_text("WORD = 'cat'\n")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport beside_it\n"
+        "from pipeline.captions import Captioner\n@dataclass\nclass Note:\n    word: str\n"
+        "class Own(Captioner):\n    name = 'own'\n    def caption(self, video, clip):\n"
+        "        return Note(beside_it.WORD).word\n"
+    )
+    stage = CaptionStage(section(kind="python", captioner=f"{tmp_path}/mine.py:Own"))
+    assert run(stage, [video([plain("000000")])])[0][0].text == "cat"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("class Own(Captioner):\n    name = 'x", r"SyntaxError: unterminated string literal .* at mine\.py:3"),
+        ("raise ValueError('no')", r"ValueError: no at mine\.py:2"),
+        ("class Owl(Captioner): name = 'x'", r"has no class 'Own' \(did you mean 'Owl'\?"),
+        ("class Own(Captioner):\n    name = 3", "has no name"),
+        ("class Own(Captioner):\n    name, batch = 'x', 0", "batch is to be a whole number from 1 on, not 0"),
+        ("class Own(Captioner):\n    name, resources = 'x', {'gpus': 1}", "pipeline.stages.Resources"),
+        ("class Own(Captioner):\n    def __init__(self, o): o['size']", r"cannot be made.*'size' at mine\.py:3"),
+    ],
+)  # fmt: skip
+def test_a_file_of_ones_own_that_is_wrong_is_one_sentence_with_its_line(tmp_path, text, says):
+    (tmp_path / "mine.py").write_text("from pipeline.captions import Captioner\n" + text + "\n")
+    with pytest.raises(recipe.RecipeError, match=says) as e:
+        CaptionStage(section(kind="python", captioner=f"{tmp_path}/mine.py:Own"))
+    assert "\n" not in str(e.value)
+
+
+def test_a_setup_that_fails_is_the_workers_fault_with_its_line(tmp_path):
+    text = "from pipeline.captions import Captioner\nclass Own(Captioner):\n    name = 'x'\n"
+    (tmp_path / "mine.py").write_text(text + "    def setup(self): 1 / 0\n")
+    stage = CaptionStage(section(kind="python", captioner=f"{tmp_path}/mine.py:Own"))
+    with pytest.raises(
+        WorkerFault, match=r"cannot be set up: ZeroDivisionError: division by zero at mine\.py:4"
+    ):
+        stage.setup()
 
 
 # ---------------------------------------------------------------- tags
@@ -409,7 +568,7 @@ def test_a_first_sentence_is_whole_although_the_answer_was_cut_off(text, complet
 
 
 def test_a_missing_model_is_a_recipe_error_before_any_work():
-    with pytest.raises(recipe.RecipeError, match=r"captions: model '\./none': no such folder"):
+    with pytest.raises(recipe.RecipeError, match=r"captions: model '/.*/none': no such folder"):
         captions.build(section(kind="transformers", model="./none")).check()
 
 

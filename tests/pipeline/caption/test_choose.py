@@ -55,6 +55,41 @@ def test_the_best_is_the_highest_then_the_earliest_never_an_empty_one(rows, inde
     assert best(rows, "consensus") == index
 
 
+@pytest.mark.parametrize(
+    ("order", "rows", "index"),
+    [
+        (["c", "b"], [("a", "x"), ("b", "x"), ("c", "x")], 2),
+        (["c", "b"], [("a", "x"), ("b", "x"), ("c", "")], 1),
+        (["c"], [("b", "x"), ("a", "x")], 0),
+        (["c", "b"], [("a", "x"), ("b", "x"), ("c", "x", "truncated")], 1),
+        (["c"], [("a", "x", "truncated"), ("c", "x", "truncated")], 1),
+        (["a"], [("a", "x", "error"), ("b", "x")], 1),
+        (["a"], [("a", "")], None),
+    ],
+)
+def test_an_order_takes_the_first_that_says_something_whole_ones_first(order, rows, index):
+    rows = [row(text, *outcome) | {"model": model} for model, text, *outcome in rows]
+    assert best(rows, "order", order) == index
+
+
+def test_an_order_of_captioners_that_are_not_there_names_the_nearest():
+    choose.check_order(recipe.Choose(method="order", order=("tags",)), ["tags", "given"])
+    choose.check_order(recipe.Choose(order=("gone",)), ["tags"])  # another method does not read it
+    with pytest.raises(
+        recipe.RecipeError, match=r"no captioner 'tag' \(did you mean 'tags'\?\); there are tags, given"
+    ):
+        choose.check_order(recipe.Choose(method="order", order=("given", "tag")), ["tags", "given"])
+    with pytest.raises(recipe.RecipeError, match="needs choose"):
+        recipe.load("smoke", ["choose.method=order"])
+
+
+def test_what_chooses_is_no_part_of_what_is_measured_but_the_scores_that_open_clip_needs_are():
+    key = recipe.load("embedded").measure_key()
+    assert recipe.load("embedded", ["choose={method: order, order: [tags-baseline]}"]).measure_key() == key
+    measured = [recipe.load("embedded", ["choose.method=open_clip", f"choose.frames={n}"]) for n in (4, 8)]
+    assert len({key, *(r.measure_key() for r in measured)}) == 3
+
+
 def test_each_method_reads_its_own_score():
     rows = [row("a", consensus=0.9, clip_score=0.1), row("b", consensus=0.1, clip_score=0.9)]
     assert [best(rows, m) for m in ("consensus", "open_clip")] == [0, 1]

@@ -162,9 +162,135 @@ def test_a_rule_on_a_column_that_is_not_there_is_one_clear_error(run, column, sa
         decide(store, with_decide(recipe, rules={"r": {"column": column, "min": 1}}))
 
 
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """A run of four clips whose list, screens and captions say something."""
+    root = tmp_path_factory.mktemp("told")
+    recipe = make_run_folder(root, sources=2, units=1, errors=0)
+    store = Store(str(root))
+    name = "clips/000000-fixture.parquet"
+    table = store.read_table(name)
+
+    def captions(text):
+        scores = [("consensus", 0.5), ("clip_score", 9.0 if "cat" in text.lower() else 1.0)]
+        given = {
+            "model": "given",
+            "text": text,
+            "outcome": "ok",
+            "prompt": "",
+            "scores": scores,
+            "reason": "",
+        }
+        tags = given | {
+            "model": "tags",
+            "text": f"tags of {text}",
+            "scores": [("consensus", 0.4), ("clip_score", 5.0)],
+        }
+        return [tags, given]
+
+    columns = {
+        "meta": [
+            [("views", "10"), ("licence", "CC-BY")], [("views", "2e3"), ("licence", "cc0")],
+            [("views", "many"), ("licence", "All rights")], [("size", "1")],
+        ],
+        "text": [["SALE", "50 % off"], [], ["Final sale"], ["EXIT"]],
+        "captions": [captions(t) for t in ("A dog runs.", "A CAT sleeps.", "A concatenation.", "ein Straßenhund")],
+    }  # fmt: skip
+    for column, values in columns.items():
+        i = table.schema.get_field_index(column)
+        table = table.set_column(i, column, pa.array(values, table.schema.field(column).type))
+    store.write_table(name, table)
+    return store, recipe, table["clip_id"].to_pylist()
+
+
+def kept(told, rule: dict, **choose) -> list[bool]:
+    """Which of the four clips a rule keeps."""
+    store, recipe, ids = told
+    data = recipe.model_dump(mode="json") | {"choose": choose}
+    data["decide"] = {"rules": {"r": rule}, "duplicates": {"enabled": False}}
+    rows = by_id(decide(store, parse(data, [], "test")).decisions)
+    return [rows[i]["keep"] for i in ids]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({"column": "caption", "contains": "cat"}, [0, 1, 1, 0]),
+        ({"column": "caption", "contains": ["dog", "STRASSENHUND"]}, [1, 0, 0, 1]),
+        ({"column": "caption", "excludes": ["cat", "dog"]}, [0, 0, 0, 1]),
+        ({"column": "caption", "matches": r"\bcat\b"}, [0, 1, 0, 0]),
+        ({"column": "caption", "not_matches": r"\bcat\b"}, [1, 0, 1, 1]),
+        ({"column": "caption", "contains": "a", "not_matches": "^a c"}, [1, 0, 0, 1]),
+        ({"column": "text", "excludes": "sale"}, [0, 1, 0, 1]),
+        ({"column": "text", "matches": "^50"}, [0, 0, 0, 0]),
+        ({"column": "text", "matches": "(?m)^50"}, [1, 0, 0, 0]),
+        ({"column": "meta.licence", "matches": "^cc"}, [1, 1, 0, 0]),
+        ({"column": "meta.licence", "excludes": "rights"}, [1, 1, 0, 1]),  # one that is not there is empty
+        ({"column": "meta.views", "min": 100}, [0, 1, 1, 1]),  # what is no number was not measured
+        ({"column": "meta.views", "contains": "many"}, [0, 0, 1, 0]),
+        ({"column": "name", "contains": "video 0"}, [1, 1, 1, 0]),
+        ({"column": "caption_model", "contains": "given"}, [1, 1, 1, 1]),
+    ],
+)
+def test_a_rule_may_ask_of_texts_and_of_the_lists_own_columns(told, rule, expected):
+    assert kept(told, rule) == [bool(x) for x in expected]
+
+
+def test_who_is_preferred_is_decided_later(told):
+    by_given = {"column": "caption_model", "contains": "given"}
+    assert kept(told, by_given, method="consensus") == [True] * 4
+    assert kept(told, by_given, method="open_clip") == [False, True, True, False]  # 9 and 1 beside 5
+    assert kept(told, by_given, method="order", order=["tags"]) == [False] * 4
+    assert kept(told, by_given, method="order", order=["given", "tags"]) == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        (
+            {"column": "meta.view", "min": 1},
+            r"no clip has the column 'meta.view' \(did you mean 'meta.views'\?",
+        ),
+        ({"column": "meta.licence", "min": 1}, r"no value of 'meta.licence' is a number \(one is 'CC-BY'\)"),
+        ({"column": "caption", "min": 1}, "column 'caption' is not a number, use contains"),
+        (
+            {"column": "duration_s", "contains": "1"},
+            "column 'duration_s' is a number: give it a min or a max",
+        ),
+        ({"column": "captions", "contains": "1"}, r"column 'captions' is no text \(did you mean 'caption'\?"),
+        ({"column": "score_motoin", "min": 1}, r"did you mean 'score_motion'\?"),
+        ({"column": "caption.consenus", "min": 1}, r"did you mean 'caption.consensus'\?"),
+    ],
+)
+def test_a_rule_on_what_no_clip_has_names_the_nearest(told, rule, says):
+    with pytest.raises(RecipeError, match=says) as e:
+        kept(told, rule)
+    assert "\n" not in str(e.value)
+
+
+def test_a_choice_by_what_was_not_measured_is_one_sentence(run, told):
+    store, recipe = run
+    for choose, says in (
+        ({"method": "open_clip"}, "this run did not measure clip_score"),
+        (
+            {"method": "order", "order": ["tag-baseline"]},
+            r"no captioner 'tag-baseline' \(did you mean 'tags-baseline'",
+        ),
+    ):
+        data = recipe.model_dump(mode="json") | {"choose": choose}
+        with pytest.raises(RecipeError, match=says):
+            decide(store, parse(data, [], "test"))
+
+
 @pytest.mark.parametrize(
     ("rules", "says"),
     [
+        (
+            {"r": {"column": "caption", "matches": "(a"}},
+            r"rules.r.matches: not a regular expression: .* \(got",
+        ),
+        ({"r": {"column": "caption", "contains": ""}}, "an empty text is in every text"),
+        ({"r": {"column": "caption", "contains": "a", "max": 3}}, "make two rules"),
         ({"r": {"column": "duration_s"}}, "needs a min, a max or both"),
         ({"r": {"column": "duration_s", "min": 3, "max": 2}}, "no clip could pass"),
         ({"duplicate": {"column": "duration_s", "min": 3}}, "clipmill's own"),
@@ -260,7 +386,7 @@ def test_deciding_loads_no_model_library(tmp_path):
         "heavy = {'torch', 'av', 'cv2', 'ray', 'transformers', 'open_clip', 'onnxruntime', 'PIL', 'webdataset'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 

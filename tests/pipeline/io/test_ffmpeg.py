@@ -115,7 +115,7 @@ def test_ffmpeg_dies_with_its_parent(script, tmp_path):
     exe = script(f"echo $$ > {tmp_path}/pid; exec sleep 60")
     parent = subprocess.Popen(
         [sys.executable, "-c", f"from pipeline.io import ffmpeg; ffmpeg.run([{exe!r}], 60)"],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )
     pid = int(wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip()))
     assert alive(pid)
@@ -131,7 +131,7 @@ def test_ffmpeg_is_killed_when_its_caller_is_interrupted(script, tmp_path):
         f"signal.signal(signal.SIGINT, signal.default_int_handler)\nffmpeg.run([{exe!r}], 60)"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[3], stderr=subprocess.DEVNULL
     )
     pid = int(wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip()))
     parent.send_signal(signal.SIGINT)

@@ -20,6 +20,7 @@ from pipeline.faults import StoreError
 from pipeline.io.store import Store
 from pipeline.record import Caption, Clip, Error, Source, Video, clip_id
 from pipeline.report import data as report_data
+from pipeline.report import histograms
 from pipeline.report import page as report
 from pipeline.shards.pack import shard
 from tests.fixtures import run_folder
@@ -317,7 +318,7 @@ def test_histogram_bins_hold_every_value_once_and_every_threshold(seed: int):
     if seed % 4 == 0:
         values[0] = 1e9  # an outlier
     marks = [float(values[0] / 3)] if seed % 2 else []
-    bins, ticks = report.edges(values, marks)
+    bins, ticks = histograms.edges(values, marks)
     assert (np.diff(bins) > 0).all()
     assert np.histogram(np.clip(values, bins[0], bins[-1]), bins)[0].sum() == len(values)
     assert all(bins[0] - 1e-9 <= m <= bins[-1] for m in marks)
@@ -326,7 +327,7 @@ def test_histogram_bins_hold_every_value_once_and_every_threshold(seed: int):
 
 
 def test_a_constant_score_has_a_histogram():
-    bins, _ = report.edges(np.full(7, 0.25))
+    bins, _ = histograms.edges(np.full(7, 0.25))
     assert bins[0] < 0.25 < bins[-1]
 
 

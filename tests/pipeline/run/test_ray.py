@@ -62,7 +62,11 @@ def test_culprits_in_any_pool_become_error_rows_and_their_unit_mates_finish(tmp_
 def test_a_lost_actor_is_replaced_and_its_unit_is_not_lost(tmp_path):
     (marks := tmp_path / "marks").mkdir()
     rows = ray_run(tmp_path, toys(1, 2, once=marks), units("parent@s0-x", "parent@s1-y", "a"))
-    assert {s: r["status"] for s, r in rows.items()} == {"/parent@s0-x": "ok", "/parent@s1-y": "ok", "/a": "ok"}
+    assert {s: r["status"] for s, r in rows.items()} == {
+        "/parent@s0-x": "ok",
+        "/parent@s1-y": "ok",
+        "/a": "ok",
+    }
     assert len(list(marks.iterdir())) == 2
 
 
@@ -87,7 +91,7 @@ class Unready(Toy):
 
 
 def test_a_stage_that_cannot_be_set_up_ends_the_run_at_once(tmp_path):
-    with pytest.raises(RunError, match="^stage 'toy' cannot be set up: OSError: the model's file is broken"):
+    with pytest.raises(RunError, match=r"^stage 'toy' cannot be set up: OSError: the model's file is broken"):
         ray_run(tmp_path, [Unready()], units("a", "b"))
 
 
@@ -96,7 +100,9 @@ def test_gpus_that_are_not_there_are_one_sentence(tmp_path):
         ray_run(tmp_path, [Toy(gpus=1.0)], units("a"))
 
 
-@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1", "127.0.0.1:99999", "http://x:1", "ray://", "a b:1", ""])
+@pytest.mark.parametrize(
+    "address", ["nonsense", "127.0.0.1", "127.0.0.1:99999", "http://x:1", "ray://", "a b:1", ""]
+)
 def test_an_address_that_is_none_is_one_sentence(address):
     with pytest.raises(RunError, match=r"no address of a cluster; give auto, host:port or ray://host:port"):
         check_address(address)
@@ -123,9 +129,7 @@ def test_the_file_of_a_dead_cluster_is_not_followed(tmp_path):
     with_file.mkdir()
     try:
         (with_file / "ray_current_cluster").write_text("127.0.0.1:1")
-        code = (
-            "from pipeline.run.ray import connect; import ray; connect(None); print(len(ray.nodes())); ray.shutdown()"
-        )
+        code = "from pipeline.run.ray import connect; import ray; connect(None); print(len(ray.nodes()))"
         done = subprocess.run(
             [sys.executable, "-c", code],
             env=os.environ | {"RAY_TMPDIR": str(with_file)},

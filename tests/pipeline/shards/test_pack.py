@@ -26,7 +26,7 @@ from pipeline.shards import pack
 from pipeline.shards.pack import bucket, shard, split
 from tests.fixtures.run_folder import CAPTIONERS, EMBEDDING, EMBEDDING_SIZE, make_run_folder
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,20 @@ import re
 import socket
 import threading
 from fractions import Fraction
-from itertools import combinations
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.io.answer import Refused
 from pipeline.io.isolate import Child, Stalled
 from pipeline.recipe import Decode
 from pipeline.record import Source, Video
-from pipeline.split.clock import NO_PTS, timeline
-from pipeline.split.decode import DecodeError, DecodeStage, analyse
+from pipeline.split.clock import NO_PTS
+from pipeline.split.decode import Analysis, DecodeError, DecodeStage, analyse
 from pipeline.split.pictures import Orientation, fitted
 from pipeline.stages import run_stage
 from tests.fixtures import videos as make
@@ -166,61 +167,6 @@ def test_packets_are_those_of_the_file_in_decode_order():
 
 def test_packets_without_pts_say_so():
     assert (analyse(str(made(make.packed_avi, suffix=".avi")), OPTIONS).packets[:, 0] == NO_PTS).any()
-
-
-# Repaired times ------------------------------------------------------------------------------------
-
-
-def test_usable_times_stay_as_they_are():
-    stamps = [-5, 0, 3, 4, 1 << 60]
-    pts, repaired = timeline(stamps, 1)
-    assert (pts.tolist(), repaired) == (stamps, 0)
-
-
-def test_one_wild_stamp_costs_one_stamp():
-    stamps = list(range(0, 1000, 100))
-    pts, repaired = timeline([*stamps[:4], 10**9, *stamps[5:]], 100)
-    assert (pts.tolist(), repaired) == (stamps, 1)
-    pts, repaired = timeline([*stamps[:4], -7, *stamps[5:]], 100)
-    assert (pts.tolist(), repaired) == (stamps, 1)
-
-
-def test_missing_stamps_are_spread_between_their_neighbours_and_stepped_off_the_ends():
-    assert timeline([None, None, 100, None, None, 400, 500, None], 7)[0].tolist() == list(
-        range(-100, 700, 100)
-    )
-    assert timeline([None] * 4, 40)[0].tolist() == [0, 40, 80, 120]
-
-
-def test_a_clock_reset_keeps_the_longer_part():
-    pts, repaired = timeline([*range(0, 500, 10), *range(0, 1000, 10)], 10)
-    assert (pts.tolist(), repaired) == (list(range(-500, 1000, 10)), 50)
-    pts, repaired = timeline([*range(0, 1000, 10), *range(0, 500, 10)], 10)
-    assert (pts.tolist(), repaired) == (list(range(0, 1500, 10)), 50)
-
-
-def test_repaired_times_always_increase_and_keep_as_many_stamps_as_can_be_kept():
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        stamps = [
-            None if rng.random() < 0.2 else int(s) * 20 for s in rng.integers(0, 12, rng.integers(1, 9))
-        ]
-        pts, repaired = timeline(stamps, 5)
-        assert (np.diff(pts) > 0).all()
-        known = [s for s in stamps if s is not None]
-        longest = max(
-            n for n in range(len(known) + 1) if any(all(np.diff(c) > 0) for c in combinations(known, n))
-        )
-        assert repaired == len(stamps) - sum(p == s for p, s in zip(pts.tolist(), stamps, strict=True))
-        assert repaired <= len(stamps) - longest  # 20 ticks hold the few frames between two kept stamps
-
-
-def test_a_clock_that_starts_again_in_mid_file_loses_no_frame():
-    found = analyse(str(made(make.clock_reset, suffix=".ts")), OPTIONS)
-    assert found.counts == {"frames": 50, "timestamps_repaired": 25}
-    assert "25 of 50 timestamps" in found.warnings[0]
-    assert set(np.diff(found.pts)) == {3600}
-    assert len(found.samples) == 4
 
 
 # Pictures ------------------------------------------------------------------------------------------
@@ -469,7 +415,7 @@ def test_a_playlist_is_refused_and_the_file_it_names_is_not_opened(tmp_path, mak
     with Child() as child:
         child.call("tests.fixtures.misbehave:pid", stall_s=60)
         with pytest.raises(DecodeError, match="playlist"):
-            child.call("pipeline.split.decode:analyse", str(path), OPTIONS, stall_s=20)
+            child.call("pipeline.split.decode:gather", str(path), OPTIONS, stall_s=20, raises=(DecodeError,))
 
 
 @pytest.mark.parametrize(("maker", "suffix"), DISGUISES)
@@ -585,6 +531,57 @@ def test_hangs_crashes_and_greed_of_the_decoder_are_error_rows(child, words):
     assert re.search(words, video.error.message)
 
 
+def _changed(**fields):
+    """What the child answers of a good video, with some fields of its choice."""
+    answer = vars(analyse(str(made(make.cfr)), OPTIONS)) | fields
+    return {name: value for name, value in answer.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"thumbs": np.zeros((49, 27, 48, 3), np.uint8)},  # one less than there are frames
+        {"thumbs": np.zeros((50, 27, 48, 3), np.int64)},
+        {"pts": np.zeros(50, np.int64)},
+        {"pts": np.arange(0, -50, -1)},
+        {"end_pts": 0},
+        {"grey_frame": np.arange(100, 116)},
+        {"grey": np.zeros((3, 72, 128), np.uint8)},
+        {"sample_jpeg": [b"no picture"] * 4},
+        {"sample_jpeg": []},
+        {"width": 0},
+        {"rotation": 45},
+        {"fps": float("nan")},
+        {"warnings": [1]},
+        {"codec": None},
+        {"more": 1},
+    ],
+    ids=lambda fields: "-".join(fields),
+)
+def test_a_forged_analysis_is_the_videos_error(forged):
+    stage = DecodeStage(OPTIONS)
+    with Instead("echo_first", _changed(**forged)) as child:
+        stage.child = child
+        (video,) = run_stage(stage, [listed(made(make.cfr))])
+    assert video.error is not None
+    assert "the decoder crashed on this file (its answer" in video.error.message
+
+
+def test_the_control_of_the_forged_ones_is_taken():
+    stage = DecodeStage(OPTIONS)
+    with Instead("echo_first", _changed()) as child:
+        stage.child = child
+        (video,) = run_stage(stage, [listed(made(make.cfr))])
+    assert video.error is None
+
+
+def test_a_sample_that_claims_to_be_huge_is_refused():
+    _, jpeg = cv2.imencode(".jpg", np.zeros((8, 600, 3), np.uint8))
+    answer = _changed() | {"sample_jpeg": [jpeg.tobytes()] * 4}
+    with pytest.raises(Refused, match="picture"):
+        Analysis.of(answer, 512)
+
+
 def test_decoding_beats_while_it_works():
     beats = []
     analyse(str(made(make.cfr)), OPTIONS, beat=lambda: beats.append(1))
@@ -597,7 +594,7 @@ def test_a_longer_video_takes_no_more_memory_than_what_is_kept_of_it():
     def peak_mb(frames: int) -> float:
         path = made(make.cfr, frames=frames, size=(640, 360), options=("-preset", "ultrafast"))
         with Child() as child:
-            child.call("pipeline.split.decode:analyse", str(path), OPTIONS, stall_s=60)
+            child.call("pipeline.split.decode:gather", str(path), OPTIONS, stall_s=60)
             status = Path(f"/proc/{child.pid}/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
 

@@ -10,7 +10,7 @@ from pipeline.record import Shot, Source, Video
 from pipeline.split.shots import ShotStage, boundary_cuts, candidate_windows, content_cuts, given_shots
 from tests.fixtures.scenes import dissolve, scene, steady, video
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "videos"
+SHARED = Path(__file__).parents[3].parent / "shared" / "videos"
 
 
 @pytest.fixture(scope="module")

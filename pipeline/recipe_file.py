@@ -1,0 +1,315 @@
+"""How a recipe is read: YAML, what it inherits, where its paths lead, `--set`, and what is said of mistakes.
+
+    base: embedded                      # a bundled recipe or a .yaml; what is not said here is as there
+    cut: {crf: 20}                      # sections are merged, key by key
+    captions: [{kind: colour_motion}]   # a list takes the place of the base's, as does a section of another `kind`
+    decide: {rules: {blurred: null}}    # null takes away what the base has (or is the value, where one may be null)
+
+A base may have a base. Paths are those beside the file that they stand in; in `--set`, those of the current
+folder. A key of `--set` that holds dots stands in quotes: resources."caption:Qwen/Qwen2.5-VL-7B-Instruct".gpus=0.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.recipe_schema import (
+    Place,
+    RecipeError,
+    Section,
+    below,
+    items_of,
+    kind_of,
+    nearest,
+    options,
+    section_of,
+    sections,
+)
+
+R = TypeVar("R", bound=Section)
+
+
+def bundled(folder: Path) -> list[str]:
+    """Names of the recipes in a folder."""
+    return sorted(p.stem for p in folder.glob("*.yaml"))
+
+
+def load_as(kind: type[R], name_or_file: str, overrides: list[str] | None, folder: Path) -> R:
+    """The recipe of that name (in `folder`) or file, with `key=value` overrides (values are YAML).
+
+    Raises RecipeError: one sentence with the key, what is wrong, and the fix.
+    """
+    path = find(name_or_file, folder)
+    return parse_as(kind, {"name": path.stem} | _layers(kind, path, folder, []), overrides or [], str(path))
+
+
+def parse_as(kind: type[R], data: dict[str, Any], overrides: list[str], where: str) -> R:
+    """Check a recipe of any kind given as plain data, with overrides. Raises RecipeError."""
+    before = data
+    data = copy.deepcopy(data)
+    for item in overrides:
+        keys, text = split_setting(item)
+        try:
+            value = yaml.load(text, UniqueKeys)
+        except yaml.YAMLError as e:
+            raise RecipeError(f"--set {item!r}: the value is not valid YAML") from e
+        except RecipeError as e:
+            raise RecipeError(f"--set {item!r}: {e}") from e
+        put(kind, data, keys, value, item)
+    if "base" in data:
+        raise RecipeError(
+            f"recipe {where}: base stands in a recipe's file alone; name another recipe, or a file"
+        )
+    data = _without_nulls(kind, data, before, [])
+    data = _located(Place(kind), data, Path.cwd())
+    try:
+        return kind.model_validate(data)
+    except ValidationError as e:
+        raise RecipeError(f"recipe {where}: " + "; ".join(_explain(err, kind) for err in e.errors())) from e
+
+
+# ---------------------------------------------------------------- files and what they inherit
+
+
+def find(name_or_file: str, folder: Path, beside: Path | None = None) -> Path:
+    """The file of a recipe: a bundled name, or a path (relative to `beside`). Raises RecipeError."""
+    path = folder / f"{name_or_file}.yaml"
+    if name_or_file.endswith((".yaml", ".yml")) or "/" in name_or_file:
+        path = (beside or Path()) / Path(name_or_file).expanduser()
+    if not path.is_file():
+        names = bundled(folder)
+        raise RecipeError(
+            f"recipe {name_or_file!r} not found{nearest(name_or_file, names)}; name a .yaml file or one of "
+            f"{', '.join(names)}"
+        )
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What one file says. Raises RecipeError."""
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise RecipeError(f"recipe {path}: not valid YAML: {' '.join(str(e).split())}") from e
+    except RecipeError as e:
+        raise RecipeError(f"recipe {path}: {e}") from e
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {path}: expected a mapping of sections, found {type(data).__name__}")
+    return data
+
+
+def _layers(kind: type[Section], path: Path, folder: Path, seen: list[Path]) -> dict[str, Any]:
+    """What a file says, over what its base says; paths made absolute, nulls applied."""
+    path = _absolute(path)
+    if path in seen:
+        circle = " → ".join(p.name for p in [*seen[seen.index(path) :], path])
+        raise RecipeError(f"recipe {seen[0]}: its base leads back to itself: {circle}; take one base away")
+    data = read(path)
+    base = data.pop("base", None)
+    data = _located(Place(kind), data, path.parent)
+    below_it: dict[str, Any] = {}
+    if base is not None:
+        if not isinstance(base, str):
+            raise RecipeError(f"recipe {path}: base: name one recipe or file, not {base!r}")
+        try:
+            file = find(base, folder, path.parent)
+        except RecipeError as e:
+            raise RecipeError(f"recipe {path}: base: {e}") from e
+        below_it = _layers(kind, file, folder, [*seen, path])
+        below_it.pop("name", None)
+    try:
+        return _without_nulls(kind, _merged(below_it, data), below_it, [])
+    except RecipeError as e:
+        raise RecipeError(f"recipe {path}: {e}") from e
+
+
+def _merged(base: Any, over: Any) -> Any:
+    """`over` where it says something, `base` elsewhere; lists and sections of another kind are not mixed."""
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    if "kind" in over and over["kind"] != base.get("kind", over["kind"]):
+        return over
+    return base | {k: _merged(base[k], v) if k in base else v for k, v in over.items()}
+
+
+def _without_nulls(annotation: Any, data: Any, before: Any, keys: list[str]) -> Any:
+    """Data without what a null takes away. Raises RecipeError for a null that takes nothing away."""
+    if isinstance(data, list):
+        inner = items_of(annotation) or Place()
+        return [_without_nulls(inner.annotation, v, None, [*keys, str(i)]) for i, v in enumerate(data)]
+    if not isinstance(data, dict):
+        return data
+    known = before if isinstance(before, dict) else {}
+    found = {}
+    for key, value in data.items():
+        place = below(annotation, data, key)
+        if value is None and not place.nullable:
+            if place.role == "entry" and key not in known:
+                there = f"; there are {', '.join(map(dotted_part, known))}" if known else ""
+                raise RecipeError(
+                    f"{dotted([*keys, str(key)])}: null takes nothing away, there is no {key!r}"
+                    f"{nearest(str(key), known)}{there}"
+                )
+        else:
+            found[key] = _without_nulls(place.annotation, value, known.get(key), [*keys, str(key)])
+    return found
+
+
+def _located(place: Place, data: Any, folder: Path) -> Any:
+    """Data with its relative paths made absolute, as seen from `folder`."""
+    if isinstance(data, dict):
+        return {k: _located(below(place.annotation, data, k), v, folder) for k, v in data.items()}
+    if isinstance(data, list):
+        return [_located(below(place.annotation, data, i), v, folder) for i, v in enumerate(data)]
+    if not (isinstance(data, str) and data and place.path) or "://" in data:
+        return data
+    name, colon, rest = data.rpartition(":") if place.path == "code" else (data, "", "")
+    path = _absolute(folder / Path(name).expanduser())
+    a_path = {
+        "always": True,
+        "code": name.endswith(".py"),
+        "maybe": name.startswith(("./", "../", "~", "/")) or path.exists(),
+    }[place.path]
+    return f"{path}{colon}{rest}" if a_path else data
+
+
+def _absolute(path: Path) -> Path:
+    """Without '..', symbolic links left as they are: other nodes may know the folder by that name alone."""
+    return Path(os.path.normpath(path.absolute()))
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings name no key twice (yaml.SafeLoader silently keeps the last)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                if key.value in seen:
+                    raise RecipeError(
+                        f"line {line}: the key {key.value!r} is there already, in line {seen[key.value]}; keep one"
+                    )
+                seen[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+# ---------------------------------------------------------------- --set
+
+_PART = re.compile(r"""\s*(?:"(?P<a>[^"]+)"|'(?P<b>[^']+)'|(?P<c>[^.="']+))\s*(?P<end>\.|=|$)""")
+
+
+def split_setting(item: str) -> tuple[list[str], str]:
+    """'a."b.c".d=value' as (['a', 'b.c', 'd'], 'value'). Raises RecipeError."""
+    keys: list[str] = []
+    at, end = 0, "."
+    while end == ".":
+        part = _PART.match(item, at)
+        if part is None:
+            break
+        keys.append((part["a"] or part["b"] or part["c"]).strip())
+        at, end = part.end(), part["end"]
+    if end != "=":
+        raise RecipeError(f"--set {item!r}: write it as key=value, e.g. --set decode.sample_fps=4")
+    return keys, item[at:]
+
+
+def dotted_part(key: Any) -> str:
+    return f'"{key}"' if re.search(r"[.=\s'\"]", str(key)) else str(key)
+
+
+def dotted(keys: list[Any]) -> str:
+    """Keys as one, as `--set` reads them: parts that hold dots stand in quotes."""
+    return ".".join(map(dotted_part, keys))
+
+
+def setting(keys: list[str], value: Any) -> str:
+    """An override to paste into a shell: --set 'resources."caption:a/b.c".gpus=0'."""
+    return "--set " + shlex.quote(f"{dotted(keys)}={value}")
+
+
+def put(kind: type[BaseModel], data: dict[str, Any], keys: list[str], value: Any, item: str) -> None:
+    """data['a']['b'] = value for keys ['a', 'b']; a number steps into a list. Raises RecipeError."""
+    node: Any = data
+    annotation: Any = kind
+    while True:
+        if isinstance(node, dict):
+            n = _length(annotation, node, keys, value)
+            key: Any = ".".join(keys[:n])
+        elif isinstance(node, list) and keys[0].isdigit() and int(keys[0]) < len(node):
+            n, key = 1, int(keys[0])
+        elif isinstance(node, list):
+            raise RecipeError(f"--set {item}: {keys[0]!r} is not an item of a list of {len(node)}")
+        else:
+            raise RecipeError(f"--set {item}: {keys[0]!r} lies below a plain value")
+        keys = keys[n:]
+        if not keys:
+            node[key] = value
+            return
+        place = below(annotation, node, key)
+        if isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+        node, annotation = node[key], place.annotation
+
+
+def _length(annotation: Any, node: dict[str, Any], keys: list[str], value: Any) -> int:
+    """How many parts of a key are one key of this mapping: a shell that ate the quotes is forgiven."""
+    for n in range(len(keys), 1, -1):
+        if ".".join(keys[:n]) in node:
+            return n
+    item = items_of(annotation) if section_of(annotation, node) is None else None
+    if item is None or item.role != "entry" or item.annotation is Any or "." in keys[0]:
+        return 1
+    held = sections(item.annotation)
+    into = len(keys) > 1 and bool(held)
+    into = into and (keys[-1] in held[0].model_fields or not isinstance(value, dict | None))
+    return len(keys) - 1 if into else len(keys)
+
+
+# ---------------------------------------------------------------- what is said of mistakes
+
+
+def _explain(err: Any, kind: type[Section]) -> str:
+    """One of pydantic's errors, with the key as the recipe writes it."""
+    keys: list[Any] = []
+    annotation: Any = kind
+    parent: Any = kind
+    for part in err["loc"]:
+        several = sections(annotation)
+        chosen = [s for s in several if kind_of(s) == part]
+        if len(several) > 1 and chosen:  # pydantic puts the kind into the place, too
+            annotation = chosen[0]
+            continue
+        keys.append(part)
+        parent, annotation = annotation, below(annotation, {}, part).annotation
+    key = dotted(keys)
+    if err["type"] != "extra_forbidden":
+        said = err["msg"].removeprefix("Value error, ")
+        return f"{key}: {said[:1].lower()}{said[1:]} (got {err['input']!r})"
+    section = section_of(parent, {})
+    known = list(section.model_fields) if section else []
+    return f"{key}: unknown key{_meant(kind, str(keys[-1]), known)}" + (
+        f"; known here: {', '.join(known)}" if known else ""
+    )
+
+
+def _meant(kind: type[Section], name: str, here: list[str]) -> str:
+    """Where an unknown key belongs, or which it resembles."""
+    if close := nearest(name, here):
+        return close
+    everywhere = [o for o in options(kind) if o.name not in ("NAME", "N")]
+    if places := [o.key for o in everywhere if o.name == name]:
+        return f" (it belongs to {' or '.join(places[:3])})"
+    resembling = nearest(name, [o.name for o in everywhere])
+    close_to = [o.key for o in everywhere if repr(o.name) in resembling]
+    return f" (did you mean {close_to[0]}?)" if close_to else ""

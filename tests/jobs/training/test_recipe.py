@@ -1,0 +1,67 @@
+"""Training recipes: every bundled one is valid, and a network is found wherever in models/ it lies."""
+
+import pytest
+
+from jobs.training.recipe import TRAINING, TrainRecipe, import_spec, load_either, load_training
+from pipeline.recipe import RecipeError, bundled
+from pipeline.recipe_schema import options
+
+
+@pytest.mark.parametrize("name", bundled(TRAINING))
+def test_every_bundled_training_recipe_is_valid(name: str):
+    recipe = load_training(name)
+    assert recipe.name == name
+    assert import_spec(recipe.model.kind).build
+
+
+@pytest.mark.parametrize("kind", ["magic", "attention", "discriminator", "../dit", ""])
+def test_a_network_that_is_none_is_one_sentence(kind: str):
+    with pytest.raises(RecipeError, match="there is no models/") as e:
+        load_training("small", [f"model={{kind: '{kind}'}}"])
+    assert "\n" not in str(e.value)
+
+
+def test_every_training_option_says_what_it_means():
+    assert [o.key for o in options(TrainRecipe) if not o.meaning] == []
+
+
+def test_training_recipes_inherit_and_a_network_of_another_kind_starts_anew(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: vlm\ndata: {fps: 4}\nmodel: {width: null}\n")
+    recipe = load_training(str(file))
+    assert (recipe.name, recipe.trains, recipe.data.fps, recipe.data.batch) == ("mine", "vlm", 4, 4)
+    assert recipe.model.options() == {"depth": 4, "heads": 6}
+    file.write_text("base: toy\nmodel: {kind: dit, preset: XS/2}\n")
+    assert load_training(str(file)).model.kind == "dit"
+    assert load_training("vlm").data.fps is None
+
+
+def test_what_a_network_reads_lies_beside_its_recipe(tmp_path, monkeypatch):
+    (tmp_path / "unet").mkdir()
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: video_ldm\nmodel: {preset: null, spatial: unet}\nstart: old/model\n")
+    recipe = load_training(str(file))
+    assert recipe.model.options() == {"spatial": str(tmp_path / "unet")}
+    assert recipe.start == str(tmp_path / "old/model")
+    monkeypatch.chdir(tmp_path)
+    assert load_training(str(file), ["data.cache=run/latents"]).data.cache == str(tmp_path / "run/latents")
+
+
+def test_a_recipe_for_training_is_told_from_one_for_curation(tmp_path):
+    assert [isinstance(load_either(n), TrainRecipe) for n in ("toy", "embedded", "small")] == [
+        False,
+        False,
+        True,
+    ]
+    assert isinstance(load_either("toy", training=True), TrainRecipe)
+    for name, text in {
+        "a": "base: small\n", "b": "base: a.yaml\n", "c": "optimizer: {lr: 1}\nmodel: {kind: dit}\n",
+        "d": "base: smoke\n", "e": "base: d.yaml\n", "f": "cut: {crf: 1}\n", "g": "{}\n",
+    }.items():  # fmt: skip
+        (tmp_path / f"{name}.yaml").write_text(text)
+        assert isinstance(load_either(str(tmp_path / f"{name}.yaml")), TrainRecipe) == (name in "abc"), name
+    (tmp_path / "h.yaml").write_text("base: h.yaml\n")
+    with pytest.raises(RecipeError, match=r"h\.yaml → h\.yaml"):
+        load_either(str(tmp_path / "h.yaml"))
+    with pytest.raises(RecipeError, match=r"did you mean 'dit-xl'\?"):
+        load_either("dit_xl")
