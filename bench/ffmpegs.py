@@ -45,7 +45,11 @@ def main() -> int:
     for exe in found:
         print(subprocess.run([exe, "-version"], capture_output=True, text=True).stdout.splitlines()[0])
     env = os.environ | {"CLIPMILL_FFMPEGS": ":".join(str(exe.absolute()) for exe in found)}
-    tests = ["tests/pipeline/split/test_cut.py", "tests/pipeline/io/test_ffmpeg.py"]
+    tests = [
+        "tests/pipeline/split/test_cut.py",
+        "tests/pipeline/split/test_clock.py",
+        "tests/pipeline/io/test_ffmpeg.py",
+    ]
     return subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=env).returncode
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import shlex
+import signal
 import sys
+import threading
+
+ADDRESS = re.compile(r"auto|local|(ray://)?(\[[0-9a-fA-F:.]+\]|[\w.-]+):\d{1,5}")
 
 EPILOG = """
 SOURCE is any mix of
   a video, a folder, a glob ('clips/**/*.mp4'), s3://bucket/prefix, gs://bucket/prefix,
-  a .csv .tsv .jsonl .parquet list with a 'path' or 'url' column (other columns become metadata),
+  a .csv .tsv .jsonl .parquet list with a 'path' or 'url' column ('start' and 'end' make a row a clip,
+  'caption' is a caption, other columns become metadata), a .txt with one a line,
   Panda-70M's own CSV (its clips, no re-splitting), a WebDataset .tar of videos.
 
 examples
@@ -19,7 +26,31 @@ examples
 
 Run the same command again after any interruption: finished work is kept and skipped.
 Afterwards: change thresholds with 'clipmill shard run/', look at run/report.html.
+
+A source is known by its content: moved or renamed, it is not measured again. What has changed, or left the list,
+since the last run is told at the start; --redo-changed, --refresh-metadata and --prune act on it.
+
+exit status
+  0    done, and something is kept (some sources may have failed: the last lines say how many and why)
+  1    done, and nothing is kept: every source failed, or every clip was dropped
+  2    the command, the recipe or a SOURCE is wrong; nothing was done
+  3    with --strict: done and something is kept, but a source failed or a captioner failed on a clip
+  4    the output cannot be written or read; what is done is kept
+  5    the run was ended because its workers or the cluster failed; what is done is kept
+  130  stopped by Ctrl-C, 143 by SIGTERM; what is done is kept
 """
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: stop as for Ctrl-C."""
+
+
+def renamed(text: str) -> dict[str, str]:
+    """'path=my_col,caption=text' as {'my_col': 'path', 'text': 'caption'}."""
+    pairs = [item.split("=", 1) for item in text.split(",")]
+    if not all(len(pair) == 2 and all(part.strip() for part in pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r}: write it as path=my_col,caption=text")
+    return {theirs.strip(): ours.strip() for ours, theirs in pairs}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,37 +89,116 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--workers", type=int, metavar="N", help="at most N worker processes a pool")
     parser.add_argument(
-        "--retry-errors", action="store_true", help="try sources again that ended in an error"
+        "--retry-errors",
+        action="store_true",
+        help="try again what failed: sources, and captioners on the clips they failed on (from the clips)",
     )
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--redo-changed", action="store_true", help="measure sources again whose bytes have changed"
+    )
+    parser.add_argument(
+        "--refresh-metadata", action="store_true", help="take over metadata that changed in the list"
+    )
+    parser.add_argument(
+        "--prune", action="store_true", help="take sources out that are no longer among SOURCE"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with 3 where a source or a captioner failed"
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="show what goes into the log file (DIR/run.log)"
+    )
+    parser.add_argument(
+        "--columns",
+        type=renamed,
+        default={},
+        metavar="NAME=THEIRS,…",
+        help="what a list calls its columns, e.g. path=my_col,caption=text (also start, end, url)",
+    )
+    parser.add_argument(
+        "--whole", action="store_true", help="take each video as one clip (--set shots.detector=whole)"
+    )
+    parser.add_argument(
+        "--allow-private", action="store_true", help="let lists name addresses in private networks"
+    )
+    typed = sys.argv[1:] if argv is None else argv
+    # a file may be called '-dash.mp4'
+    args = parser.parse_args(
+        [f"./{a}" if a[:1] == "-" and "." in a and os.path.lexists(a) else a for a in typed]
+    )
+    if args.allow_private:
+        os.environ["CLIPMILL_ALLOW_PRIVATE"] = "1"
+    if args.whole:
+        args.set.append("shots.detector=whole")
 
     from pipeline import recipe
-    from pipeline.faults import StoreError
+    from pipeline.faults import StoreError, WorkerFault
     from pipeline.run import job as run
     from pipeline.run import needs
+    from pipeline.run.outcome import Exit
     from pipeline.run.worker import RunError
     from pipeline.sources.names import SourceError
+    from pipeline.sources.signed import clean
 
+    def sorry(e: object, status: Exit) -> int:
+        print(f"clipmill curate: {e}", file=sys.stderr)
+        return status
+
+    if args.workers is not None and args.workers < 1:
+        return sorry(f"--workers {args.workers}: at least one worker is needed", Exit.BAD_INPUT)
+    if args.address is not None and not ADDRESS.fullmatch(args.address):
+        return sorry(
+            f"--address {args.address}: no address of a Ray cluster; write auto, host:port or ray://host:port",
+            Exit.BAD_INPUT,
+        )
+    before = signal.getsignal(signal.SIGTERM)
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main:
+        signal.signal(signal.SIGTERM, terminate)
     try:
         chosen = recipe.load(args.recipe, args.set)
         needs.check(chosen, args.out)
-        run.curate(
+        found = run.curate(
             args.source,
             chosen,
             args.out,
-            runner=args.runner,
-            address=args.address,
-            workers=args.workers,
-            retry_errors=args.retry_errors,
-            command="clipmill curate " + shlex.join(sys.argv[2:] if argv is None else argv),
+            run.Job(
+                runner=args.runner,
+                address=args.address,
+                workers=args.workers,
+                retry_errors=args.retry_errors,
+                redo_changed=args.redo_changed,
+                refresh_metadata=args.refresh_metadata,
+                prune=args.prune,
+                asked=args.set,
+                command="clipmill curate " + shlex.join(map(clean, typed)),
+                verbose=args.verbose,
+                columns=args.columns,
+            ),
         )
-    except (recipe.RecipeError, RunError, SourceError, StoreError) as e:
-        print(f"clipmill curate: {e}", file=sys.stderr)
-        return 2
+        return found.exit(args.strict)
+    except (recipe.RecipeError, SourceError) as e:
+        return sorry(e, Exit.BAD_INPUT)
+    except StoreError as e:
+        return sorry(e, Exit.OUTPUT)
+    except (run.RunEnded, WorkerFault) as e:
+        return sorry(e, Exit.ENDED)
+    except RunError as e:
+        return sorry(e, Exit.BAD_INPUT)
+    except Terminated:
+        return sorry("stopped by SIGTERM; run the same command again to go on", Exit.TERMINATED)
     except KeyboardInterrupt:
-        print("\nclipmill curate: stopped; run the same command again to go on", file=sys.stderr)
-        return 130
-    return 0
+        print(file=sys.stderr)
+        return sorry("stopped; run the same command again to go on", Exit.INTERRUPTED)
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def terminate(signum: int, frame: object) -> None:
+    """Stop as for Ctrl-C; a second signal ends the process at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise Terminated
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ never index ÷ fps, so variable frame rates and delayed starts need no special c
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -20,19 +21,45 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.geometry import MATRICES, PRIMARIES, TRANSFERS, Geometry
+
 
 @dataclass(frozen=True)
 class Source:
     """One raw video to curate, as listed; nothing has been read yet."""
 
-    uri: str  # unique in a run: an absolute path, a URL, or 'TAR#member'
+    uri: str  # unique in a run: an absolute path, a URL, or 'TAR#member'; without signatures and passwords
     name: str  # path below the SOURCE argument it came from; salts the clip ids
     meta: dict[str, str] = field(default_factory=dict)  # title, description, subtitles, … of the list's row
     intervals: tuple[tuple[float, float], ...] | None = None  # given clips, seconds: no splitting
     interval_meta: tuple[dict[str, str], ...] = ()  # metadata of each given clip, aligned with `intervals`
     size: int | None = None  # bytes, where listing knows it
     member: tuple[int, int] | None = None  # (offset, size) of the video inside a tar
-    problem: str | None = None  # why listing it failed, one sentence; fetching it raises this
+    problem: str | None = None  # why listing it failed, one sentence; fetching it raises this …
+    passing: bool = False  # … as a TransientFault, for the next run to try again
+    mtime_ns: int | None = (
+        None  # local files: when they were last modified, ns since 1970, just before the run
+    )
+    # Where to fetch it (of a member: its tar), where `uri` lacks secrets of it. Never written, logged or shown.
+    address: str | None = field(default=None, repr=False, compare=False)
+    reach: str = field(default="public", compare=False)  # what may be connected to, see sources.network
+
+    def intervals_key(self) -> str:
+        """Names the clips that the list gives: other intervals are other clips. Empty where it gives none."""
+        return "" if self.intervals is None else _key(self.intervals)
+
+    def interval_meta_key(self) -> str:
+        """Names what the list says of each given clip."""
+        return _key(self.interval_meta) if any(self.interval_meta) else ""
+
+    @property
+    def bytes(self) -> int | None:
+        """How many it has, where that is known; of a tar's member its own."""
+        return self.size if self.member is None else self.member[1]
+
+
+def _key(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -58,6 +85,20 @@ class Frames:
     grey: np.ndarray | None  # uint8 [m, h, w], a steady several a second
     grey_frame: np.ndarray  # int64 [m], frame index of each grey picture
     packets: np.ndarray | None = None  # int64 [p, 3], decode order: pts, dts, is_keyframe
+    # int64 [r, 3]: a frame at which the source's clock starts again, ticks added to its stamps from there on,
+    # where the frame before stops being shown; no shot spans one (pipeline.split.clock)
+    restarts: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int64))
+    by_number: bool = False  # some PTS are not the frames' own: ffmpeg finds them by counting only
+    marks: np.ndarray | None = (
+        None  # uint8 [n, 9, 16] grey, every frame: proves that a cut has the right ones
+    )
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Where each frame stops being shown, int64 [n], ticks of time_base."""
+        ends = np.append(self.pts[1:], self.end_pts)
+        ends[self.restarts[:, 0] - 1] = self.restarts[:, 2]
+        return ends
 
 
 @dataclass(frozen=True)
@@ -107,6 +148,7 @@ class Clip:
     text: list[str] = field(default_factory=list)  # what OCR read, most prominent first
     media: Media | None = None
     meta: dict[str, str] = field(default_factory=dict)  # its own (Source.interval_meta), over the source's
+    sample_frames: list[int] = field(default_factory=list)  # frames kept for models, as in Frames.samples
 
     @property
     def duration_s(self) -> float:
@@ -139,6 +181,11 @@ class Video:
     rotation: int = 0  # degrees counter-clockwise that make the stored picture upright: 0, 90, 180, 270
     sar: Fraction = Fraction(1)  # shape of one upright pixel, width ÷ height
     pix_fmt: str = ""
+    geometry: Geometry = field(
+        default_factory=Geometry
+    )  # all of how it is shown; rotation and sar are also there
+    interlaced: float = 0.0  # share of the frames that are flagged as two fields
+    field_order: str = ""  # the field that is shown first: 'top', 'bottom', '' where unknown or progressive
     frames: Frames | None = None
     shots: list[Shot] = field(default_factory=list)
     clips: list[Clip] = field(default_factory=list)
@@ -152,13 +199,21 @@ class Video:
         assert self.frames is not None
         return int(self.frames.pts[frame]) if frame < len(self.frames.pts) else self.frames.end_pts
 
+    def end_of(self, frame: int) -> int:
+        """PTS at which the frame before this one stops being shown: mostly the PTS of this one."""
+        assert self.frames is not None
+        for start, _, end in self.frames.restarts.tolist():
+            if start == frame:
+                return end
+        return self.pts_of(frame)
+
     def time_of(self, frame: int) -> float:
         """Seconds on the source's own clock (PTS × time_base)."""
         return float(self.pts_of(frame) * self.time_base)
 
     def clip(self, start_frame: int, end_frame: int) -> Clip:
         """A new clip of [start_frame, end_frame), identified and timed."""
-        start, end = self.pts_of(start_frame) * self.time_base, self.pts_of(end_frame) * self.time_base
+        start, end = self.pts_of(start_frame) * self.time_base, self.end_of(end_frame) * self.time_base
         return Clip(
             clip_id=clip_id(self.sha256, self.source.name, start, end),
             start_frame=start_frame,
@@ -218,6 +273,24 @@ VIDEO_SCHEMA = _described(
         ("counts", pa.map_(pa.string(), pa.int64()), "shots, events dropped while splitting, …"),
         ("seconds", pa.map_(pa.string(), pa.float64()), "wall seconds per stage"),
         ("meta", pa.map_(pa.string(), pa.string()), "the other columns of the list it came from"),
+        ("size", pa.int64(), "bytes of the source; null where listing did not know"),
+        ("mtime_ns", pa.int64(), "when it was last modified, ns since 1970; null where it is not local"),
+        ("intervals_key", pa.string(), "hash of the clips that the list gives; '' where it gives none"),
+        ("interval_meta_key", pa.string(), "hash of what the list says of each of these clips"),
+        ("pix_fmt", pa.string(), "libav's name of the pixel format"),
+        (
+            "crop",
+            pa.list_(pa.int32(), 4),
+            "left, top, right, bottom that the container cuts off, stored pixels",
+        ),
+        ("mirrored", pa.bool_(), "its left and right are swapped to show it"),
+        ("interlaced", pa.float32(), "share of the frames that are flagged as interlaced, 0 to 1"),
+        ("field_order", pa.string(), "'top' or 'bottom' is shown first; null where progressive or unknown"),
+        ("hdr", pa.string(), "'pq' or 'hlg'; null where not high dynamic range"),
+        ("color_matrix", pa.string(), "ffmpeg's names; 'unknown' is taken for BT.601, null of RGB and grey"),
+        ("color_primaries", pa.string(), "ffmpeg's names, 'unknown' where the source does not say"),
+        ("color_transfer", pa.string(), "ffmpeg's names, 'unknown' where the source does not say"),
+        ("full_range", pa.bool_(), "luma from 0 to 255, not from 16 to 235"),
     ]
 )
 
@@ -243,6 +316,11 @@ CLIP_SCHEMA = _described(
         ("media_offset", pa.int64(), "first byte of the mp4 in that tar"),
         ("media_size", pa.int64(), "bytes of the mp4"),
         ("media_sha256", pa.string(), "of the mp4's bytes"),
+        (
+            "sample_frames",
+            pa.list_(pa.int64()),
+            "frames that captioners, scores and choosers were shown a choice of, numbered as start_frame",
+        ),
     ]
 )
 
@@ -275,6 +353,7 @@ def clip_schema(scores: list[str], embeddings: dict[str, int]) -> pa.Schema:
 def video_row(v: Video) -> dict[str, Any]:
     """A row of VIDEO_SCHEMA."""
     known = v.error is None
+    seen, g, c = bool(v.width), v.geometry, v.geometry.colours
     return {
         "source": v.source.uri,
         "name": v.source.name,
@@ -298,6 +377,20 @@ def video_row(v: Video) -> dict[str, Any]:
         "counts": list(v.counts.items()),
         "seconds": list(v.seconds.items()),
         "meta": list(v.source.meta.items()),
+        "size": v.source.bytes,
+        "mtime_ns": v.source.mtime_ns,
+        "intervals_key": v.source.intervals_key(),
+        "interval_meta_key": v.source.interval_meta_key(),
+        "pix_fmt": v.pix_fmt or None,
+        "crop": list(g.crop) if seen else None,
+        "mirrored": g.orientation.mirrored if seen else None,
+        "interlaced": v.interlaced if seen else None,
+        "field_order": v.field_order or None,
+        "hdr": c.hdr or None,
+        "color_matrix": MATRICES[c.matrix] if seen and c.model == "yuv" else None,
+        "color_primaries": PRIMARIES[c.primaries] if seen else None,
+        "color_transfer": TRANSFERS[c.transfer] if seen else None,
+        "full_range": c.full_range if seen else None,
     }
 
 
@@ -334,6 +427,7 @@ def clip_row(v: Video, c: Clip, scores: list[str], embeddings: dict[str, int]) -
         "media_offset": c.media.offset,
         "media_size": c.media.size,
         "media_sha256": c.media.sha256,
+        "sample_frames": c.sample_frames,
     }
     row |= {f"score_{name}": c.scores.get(name) for name in scores}
     row |= {f"emb_{name}": c.embeddings.get(name) for name in embeddings}

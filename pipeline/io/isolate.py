@@ -221,7 +221,8 @@ def serve(fd: int, parent: int, max_bytes: int) -> None:
     """Answer calls until the parent goes away."""
     pipe = socket.socket(fileno=fd)
     _die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for stop in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: they are the parent's to handle
+        signal.signal(stop, signal.SIG_IGN)
     sys.dont_write_bytecode = True
     if max_bytes:
         import resource

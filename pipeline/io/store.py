@@ -1,17 +1,18 @@
 """The output folder: local disk, s3:// or gs://, through pyarrow.fs; every file appears whole or not at all.
 
-A file is written aside and published in one step: locally a hidden `.partial` file, fsync and rename;
-on an object store a local temporary file and one upload, which becomes visible when it completes.
-Names are always relative to the root, with '/'.
+A file is written aside and published in one step. Locally: a hidden `.partial` file, fsync and rename. On an object
+store: a local temporary file, then one request where that holds it all; a larger one is uploaded under a hidden name
+and copied there by the server. (pyarrow *completes* an upload that breaks off in the middle, from `close` as from its
+destructor: straight under the final name, half a file would appear.)
+
+Names are always relative to the root, with '/'. Errors are StoreErrors of one sentence, see `pipeline.io.files`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
+import hashlib
 import os
-import shutil
 import tempfile
 import uuid
 from collections import OrderedDict
@@ -24,6 +25,14 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipeline.faults import StoreError
+from pipeline.io import drivers
+from pipeline.io.files import AT_ONCE, MOST_COPIED, Files, at_fault, fix, unfinished_uploads
+
+
+def below(address: str, name: str) -> str:
+    """The address of a folder inside another; options behind '?' stay behind."""
+    base, mark, options = address.partition("?") if "://" in address else (address, "", "")
+    return f"{base.rstrip('/')}/{name}{mark}{options}"
 
 
 class Store:
@@ -31,25 +40,29 @@ class Store:
 
     Args:
         root: a folder (created by the first write) or an `s3://bucket/prefix` / `gs://bucket/prefix`.
+
+    epoch is the driver's (see `lock`); a store sent to a worker takes it along, and writes nothing once another driver
+    has taken over. None: nobody checks.
     """
 
     def __init__(self, root: str):
-        self.local = "://" not in root
-        if self.local:
-            self.root = self.uri = str(Path(root).absolute())
-            self.fs: pafs.FileSystem = pafs.LocalFileSystem()
-        else:
-            self.uri = root
-            try:
-                self.fs, self.root = pafs.FileSystem.from_uri(root)
-            except (pa.ArrowException, OSError, ValueError) as e:
-                raise StoreError(f"output {root}: {e}; use a folder, s3://bucket/… or gs://bucket/…") from e
+        self.files = Files(root)
+        self.root, self.uri, self.local = self.files.root, self.files.uri, self.files.local
+        self.epoch: int | None = None
+
+    @property
+    def fs(self) -> pafs.FileSystem:
+        return self.files.fs
+
+    @staticmethod
+    def of(out: Store | str) -> Store:
+        return out if isinstance(out, Store) else Store(out)
 
     def __repr__(self) -> str:
         return f"Store({self.root!r})"
 
     def path(self, name: str) -> str:
-        return f"{self.root}/{name}" if name else self.root
+        return self.files.path(name)
 
     @contextlib.contextmanager
     def writer(self, name: str) -> Iterator[IO[bytes]]:
@@ -69,12 +82,8 @@ class Store:
                 yield f
                 f.flush()
                 os.fsync(f.fileno())
-            if self.local:
-                temp.replace(final)
-                _fsync_dir(final.parent)
-            else:
-                with open(temp, "rb") as src, self.fs.open_output_stream(self.path(name)) as dst:
-                    shutil.copyfileobj(src, dst, 8 << 20)
+            self._fence()
+            self._publish(temp, name)
         except OSError as e:
             self._blame(e, name)
             raise
@@ -84,50 +93,102 @@ class Store:
                 if not self.local:
                     temp.parent.rmdir()
 
+    def _publish(self, temp: Path, name: str) -> None:
+        if self.local:
+
+            def publish() -> None:
+                if temp.exists():  # else an earlier try did it
+                    temp.replace(self.path(name))
+                _fsync_dir(Path(self.path(name)).parent)
+
+            self.files.patiently("write", name, publish)
+            return
+        size = temp.stat().st_size
+        if size <= AT_ONCE:
+            self.files.put(name, temp.read_bytes())
+            return
+        if size > MOST_COPIED and self.fs.type_name == "s3":
+            raise StoreError(
+                f"cannot write {self.path(name)}: its {size / 2**30:.1f} GiB are more than the 5 GiB that S3 copies in "
+                "one step; lower shards.max_bytes, or give fewer or shorter sources a unit"
+            )
+        folder, _, base = name.rpartition("/")
+        aside = f"{folder}/.{base[:80]}.{uuid.uuid4().hex[:8]}.partial".lstrip("/")
+        try:
+            self.files.put_file(aside, temp, name)
+            if (there := self.files.info(aside).size) != size:
+                raise StoreError(
+                    f"cannot write {self.path(name)}: {there} of {size} bytes arrived; run it again"
+                )
+            self._fence()  # the upload may have taken long
+            self.files.copy(aside, name)
+        finally:
+            with contextlib.suppress(StoreError):  # the next start sweeps it
+                self.files.delete(aside)
+
+    def _fence(self) -> None:
+        """Raise StoreError where another driver has taken over."""
+        if self.epoch is not None:
+            drivers.check(self.files, self.epoch)
+
     def _blame(self, e: OSError, name: str) -> None:
         """Raise StoreError where the output, and not the caller, is at fault."""
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise StoreError(f"cannot write {self.path(name)}: {e.strerror}; {_fix(e.errno)}") from e
+        if at_fault(e):
+            where = self.path(name) if self.local else f"{tempfile.gettempdir()} (for {self.path(name)})"
+            raise StoreError(f"cannot write {where}: {e.strerror}; {fix(e.errno)}") from e
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        with self.writer(name) as f:
-            f.write(data)
+        self._whole(name, lambda f: f.write(data))
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        with self.writer(name) as f:
-            pq.write_table(table, f, compression="zstd")
+        self._whole(name, lambda f: pq.write_table(table, f, compression="zstd"))
+
+    def _whole(self, name: str, write: Any) -> None:
+        """Write a file that is at hand; from the start again where the moment spoils it."""
+
+        def call() -> None:
+            with self.writer(name) as f:
+                write(f)
+
+        self.files.patiently("write", name, call)
 
     def read_bytes(self, name: str) -> bytes:
-        with self.fs.open_input_file(self.path(name)) as f:
-            return f.read()
+        return self.files.using(name, lambda f: f.read())
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        with self.fs.open_input_file(self.path(name)) as f:
-            return pq.ParquetFile(f).read(columns)  # pq.read_table would import all of pyarrow.dataset
+        return self.files.using(
+            name, lambda f: pq.ParquetFile(f).read(columns)
+        )  # pq.read_table imports pa.dataset
 
-    def open(self, name: str) -> pa.NativeFile:
+    def read_schema(self, name: str) -> pa.Schema:
+        """Columns and metadata of a parquet file."""
+        return self.files.using(name, pq.read_schema)
+
+    def open(self, name: str) -> Any:
         """Random access, for byte ranges."""
-        return self.fs.open_input_file(self.path(name))
+        return self.files.open(name)
 
     def exists(self, name: str) -> bool:
-        return self.fs.get_file_info(self.path(name)).type != pafs.FileType.NotFound
+        return self.files.info(name).type != pafs.FileType.NotFound
 
     def list(self, folder: str = "", suffix: str = "") -> list[str]:
         """Published files below a folder, relative to the root, sorted; hidden (partial) ones left out."""
-        selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=True)
-        names = (i.path[len(self.root) :].lstrip("/") for i in self.fs.get_file_info(selector) if i.is_file)
-        return sorted(n for n in names if n.endswith(suffix) and not n.rsplit("/", 1)[-1].startswith("."))
+        names = (i.path[len(self.root) :].lstrip("/") for i in self.files.below(folder))
+        return sorted(
+            n for n in names if n.endswith(suffix) and not any(p.startswith(".") for p in n.split("/"))
+        )
 
     def size(self, name: str) -> int:
-        return self.fs.get_file_info(self.path(name)).size
+        return self.files.info(name).size
 
     def delete(self, name: str) -> None:
-        self.fs.delete_file(self.path(name))
+        self._fence()
+        self.files.delete(name)
 
     def delete_folder(self, name: str) -> None:
         """Delete a folder and all below it, where there is one."""
-        if self.fs.get_file_info(self.path(name)).type == pafs.FileType.Directory:
-            self.fs.delete_dir(self.path(name))
+        self._fence()
+        self.files.delete_folder(name)
 
     def replace_folder(self, new: str, final: str, last: str) -> None:
         """`new` takes the place of `final`; called again after a kill it goes on where it stopped.
@@ -135,13 +196,19 @@ class Store:
         Locally two renames. On an object store file by file, copied there: the file `last`, without which
         the folder counts as unfinished, leaves the old folder first and enters the new one last.
         """
+        self._fence()
         if self.local:
-            self.delete_folder(f"{final}.old")
-            if self.exists(final):
-                Path(self.path(final)).rename(self.path(f"{final}.old"))
-            Path(self.path(new)).rename(self.path(final))
-            _fsync_dir(Path(self.root))
-            self.delete_folder(f"{final}.old")
+
+            def rename() -> None:
+                self.delete_folder(f"{final}.old")
+                if self.exists(new):  # else an earlier try did it
+                    if self.exists(final):
+                        Path(self.path(final)).rename(self.path(f"{final}.old"))
+                    Path(self.path(new)).rename(self.path(final))
+                _fsync_dir(Path(self.root))
+                self.delete_folder(f"{final}.old")
+
+            self.files.patiently("write", final, rename)
             return
         coming = [n.removeprefix(f"{new}/") for n in self.list(new)]
         gone = {n.removeprefix(f"{final}/") for n in self.list(final)} - set(coming)
@@ -151,7 +218,7 @@ class Store:
             if name == last:
                 for old in gone:
                     self.delete(f"{final}/{old}")
-            self.fs.copy_file(self.path(f"{new}/{name}"), self.path(f"{final}/{name}"))
+            self.files.copy(f"{new}/{name}", f"{final}/{name}")
         self.delete_folder(new)
 
     @contextlib.contextmanager
@@ -167,34 +234,34 @@ class Store:
             raise
 
     def sweep(self, folder: str = "") -> None:
-        """Remove what killed writers left behind (local only; object stores leave nothing visible)."""
-        if self.local and Path(self.path(folder)).is_dir():
-            for path in Path(self.path(folder)).rglob(".*.partial"):
-                path.unlink(missing_ok=True)
+        """Remove what killed writers left behind: partial files, and uploads that were never completed.
+
+        (The latter need boto3, see `unfinished_uploads`.)
+        """
+        for info in self.files.below(folder):
+            if info.base_name.startswith(".") and info.base_name.endswith(".partial"):
+                self.delete(info.path[len(self.root) :].lstrip("/"))
+        for name, abort in unfinished_uploads(self.files):
+            if name.startswith(folder):
+                abort()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One driver at a time (local only): a second one gets a StoreError, a dead one's lock is gone."""
+        """One driver at a time: a second one gets a StoreError, a dead one's place is free (see `drivers`)."""
         if not self.local:
-            yield
-            return
-        try:
-            Path(self.root).mkdir(parents=True, exist_ok=True)
-            f = open(Path(self.root) / ".lock", "a")  # noqa: SIM115 (closed below, after the lock is tried)
-        except OSError as e:
-            raise StoreError(f"cannot write to {self.root}: {e.strerror}; {_fix(e.errno)}") from e
-        with f:
+            self.files.check_bucket()
+        with drivers.driving(self.files) as self.epoch:
             try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                raise StoreError(f"{self.root} is in use by another clipmill; wait for it or stop it") from e
-            yield
+                yield
+            finally:
+                self.epoch = None
 
 
 class Ranges:
     """Byte ranges of many files of a store, the files last used kept open.
 
-    Made where it is used: it must not cross a fork or be pickled once it has been read from.
+    Made where it is used: it must not cross a fork or be pickled once it has been read from. With `sha256`, the hex
+    digest that the range must have, every byte is checked. Raises StoreError where a file is missing or damaged.
     """
 
     def __init__(self, store: Store, keep_open: int = 64):
@@ -202,64 +269,80 @@ class Ranges:
         self._files: OrderedDict[str, Any] = OrderedDict()
         self._buffer = memoryview(bytearray(1 << 20))
 
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """Raises StoreError where the file is missing or ends before the range does."""
-        f = self._file(name)
-        data = os.pread(f.fileno(), size, offset) if self.store.local else f.read_at(size, offset)
-        while self.store.local and len(data) < size:
-            more = os.pread(f.fileno(), size - len(data), offset + len(data))
-            if not more:
-                break
-            data += more
-        if len(data) < size:
-            raise self._short(name)
-        return data
+    def read(self, name: str, offset: int, size: int, sha256: str | None = None) -> bytes:
+        data = bytearray(size)
+        self._fill(name, offset, memoryview(data))
+        if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
+            raise self._damaged(name, offset, size, found, sha256)
+        return bytes(data)
 
-    def copy(self, name: str, offset: int, size: int, to: IO[bytes]) -> None:
-        """Append a range to a file opened for writing. Raises StoreError as `read` does.
+    def copy(self, name: str, offset: int, size: int, to: IO[bytes], sha256: str | None = None) -> None:
+        """Append a range to a file opened for writing.
 
         Through one buffer that stays in the cache: for ranges that are not aligned to pages, a third
-        cheaper than copy_file_range or sendfile.
+        cheaper than copy_file_range or sendfile; and it is hashed while it is there.
         """
-        source, end = self._file(name), offset + size
-        while offset < end:
-            wanted = min(end - offset, len(self._buffer))
-            if self.store.local:
-                done = os.preadv(source.fileno(), [self._buffer[:wanted]], offset)
-                to.write(self._buffer[:done])
-            else:
-                done = to.write(source.read_at(wanted, offset))
-            if not done:
-                raise self._short(name)
-            offset += done
+        found, at, end = hashlib.sha256(), offset, offset + size
+        while at < end:
+            part = self._buffer[: min(end - at, len(self._buffer))]
+            self._fill(name, at, part)
+            if sha256 is not None:
+                found.update(part)
+            to.write(part)
+            at += len(part)
+        if sha256 is not None and found.hexdigest() != sha256:
+            raise self._damaged(name, offset, size, found.hexdigest(), sha256, str(getattr(to, "name", "")))
 
     def close(self) -> None:
         while self._files:
             self._files.popitem()[1].close()
 
+    def _fill(self, name: str, offset: int, part: memoryview) -> None:
+        """Read as many bytes as `part` has; where the moment spoils that, from a file opened again."""
+
+        def call() -> int:
+            done = 0
+            try:
+                file = self._file(name)
+                while done < len(part):
+                    if self.store.local:
+                        more = os.preadv(file.fileno(), [part[done:]], offset + done)
+                    else:
+                        data = file.read_at(len(part) - done, offset + done)
+                        more = len(data)
+                        part[done : done + more] = data
+                    if not more:
+                        break
+                    done += more
+            except OSError:
+                if name in self._files:
+                    self._files.pop(name).close()
+                raise
+            return done
+
+        if self.store.files.patiently("read", name, call) < len(part):
+            raise StoreError(f"{self.store.path(name)} is shorter than its index says; the folder is damaged")
+
     def _file(self, name: str) -> Any:
         if name not in self._files:
-            try:
-                if self.store.local:
-                    f: Any = open(self.store.path(name), "rb", buffering=0)  # noqa: SIM115 (see close)
-                else:
-                    f = self.store.open(name)
-                self._files[name] = f
-            except FileNotFoundError as e:
-                raise StoreError(f"{self.store.path(name)} is missing; the folder is incomplete") from e
+            if self.store.local:
+                f: Any = open(self.store.path(name), "rb", buffering=0)  # noqa: SIM115 (see close)
+            else:
+                f = self.store.fs.open_input_file(self.store.path(name))
+            self._files[name] = f
             if len(self._files) > self.keep_open:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(name)
         return self._files[name]
 
-    def _short(self, name: str) -> StoreError:
-        return StoreError(f"{self.store.path(name)} is shorter than its index says; the folder is damaged")
-
-
-def _fix(code: int | None) -> str:
-    if code in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space and run the same command again, finished work is kept"
-    return "choose an output folder you may write to"
+    def _damaged(
+        self, name: str, offset: int, size: int, found: str, wanted: str, to: str = ""
+    ) -> StoreError:
+        into = f" (on the way to {to})" if to else ""
+        return StoreError(
+            f"{self.store.path(name)} is damaged: bytes {offset} to {offset + size} have the sha256 {found}, "
+            f"not {wanted} as they were written{into}"
+        )
 
 
 def _fsync_dir(folder: Path) -> None:

@@ -46,7 +46,7 @@ class Limit:
     words: str = ""  # what it asks of a text
 
 
-HEAVY = {"captions", "text", "meta"}  # columns read for the shown clips only
+HEAVY = {"captions", "text", "meta", "sample_frames"}  # columns read for the shown clips only
 
 
 class Run:

@@ -1,16 +1,25 @@
-"""Committing a unit of work, and knowing which sources are done.
+"""Committing a unit of work, and changing what is committed.
 
 A unit's clips go to `clips/<unit>.parquet`, then its sources to `videos/<unit>.parquet`; the latter
 commits the unit. A unit without one never happened: its staging tar and clips are overwritten or
 swept by the next run.
+
+A committed unit changes file by file, each in one step, clips first: killed in between, the rows of `videos/`
+still say what is to be done, and the same command does it.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.io.store import Store
-from pipeline.record import VIDEO_SCHEMA, Video, clip_row, clip_schema, video_row
+from pipeline.record import VIDEO_SCHEMA, Source, Video, clip_row, clip_schema, video_row
 from pipeline.stages import Produces, Resources
 
 
@@ -39,7 +48,20 @@ class CommitStage:
             self.store.delete(f"clips/{unit}.parquet")
         videos_table = pa.Table.from_pylist([video_row(v) for v in videos], schema=VIDEO_SCHEMA)
         self.store.write_table(f"videos/{unit}.parquet", videos_table)
+        for v in videos:
+            v.frames = None
         return videos
+
+
+# What is committed ---------------------------------------------------------------------------------
+
+IDENTITY = ["source", "name", "sha256", "status", "error_kind", "meta"]
+FINGERPRINT = ["size", "mtime_ns", "intervals_key", "interval_meta_key"]  # older runs lack them
+
+
+def units(store: Store) -> set[str]:
+    """Names of the committed units."""
+    return {_unit_of(name) for name in store.list("videos", ".parquet")}
 
 
 def done_sources(store: Store) -> set[str]:
@@ -51,25 +73,160 @@ def done_sources(store: Store) -> set[str]:
     }
 
 
-def forget_errors(store: Store) -> int:
-    """Take failed sources out of the record so that the next run tries them again; returns how many."""
+def known_sources(store: Store) -> dict[str, dict[str, Any]]:
+    """What is committed of every source, by uri: IDENTITY, FINGERPRINT where it was stored, and `unit`."""
+    found = {}
+    for name in store.list("videos", ".parquet"):
+        unit = _unit_of(name)
+        for row in store.read_table(name, IDENTITY + FINGERPRINT).to_pylist():
+            found[row["source"]] = row | {"unit": unit, "meta": dict(row["meta"] or [])}
+    return found
+
+
+def _unit_of(name: str) -> str:
+    return name.removeprefix("videos/").removesuffix(".parquet")
+
+
+# Changing it ---------------------------------------------------------------------------------------
+
+
+def forget_errors(
+    store: Store, kinds: Collection[str] | None = None, among: Collection[str] | None = None
+) -> int:
+    """Take failed sources out of the record so that the next run tries them again; returns how many.
+
+    Args:
+        kinds: only errors of these kinds; None: of any.
+        among: only these sources; None: all.
+    """
     forgotten = 0
     for name in store.list("videos", ".parquet"):
-        table = store.read_table(name)
-        good = table.filter(pa.compute.equal(table["status"], "ok"))
-        if good.num_rows < table.num_rows:
-            forgotten += table.num_rows - good.num_rows
-            if good.num_rows:
-                store.write_table(name, good)
-            else:
-                store.delete(name)
+        rows = store.read_table(name, ["source", "status", "error_kind"]).to_pylist()
+        failed = {
+            r["source"]
+            for r in rows
+            if r["status"] != "ok"
+            and (kinds is None or r["error_kind"] in kinds)
+            and (among is None or r["source"] in among)
+        }
+        if failed:
+            forgotten += len(failed)
+            _drop(store, _unit_of(name), failed)
     return forgotten
+
+
+def drop(store: Store, uris: Iterable[str], known: Mapping[str, Mapping[str, Any]]) -> None:
+    """Take sources and their clips out of the record; their bytes stay in staging tars that others share."""
+    by_unit: dict[str, set[str]] = defaultdict(set)
+    for uri in uris:
+        by_unit[known[uri]["unit"]].add(uri)
+    for unit, gone in by_unit.items():
+        _drop(store, unit, gone)
+
+
+def _drop(store: Store, unit: str, uris: Collection[str]) -> None:
+    videos = store.read_table(f"videos/{unit}.parquet")
+    left = videos.filter(_without(videos, uris))
+    if not left.num_rows:
+        store.delete(f"videos/{unit}.parquet")  # never committed now: the sweep takes the rest
+        return
+    clips = f"clips/{unit}.parquet"
+    if store.exists(clips):
+        table = store.read_table(clips)
+        kept = table.filter(_without(table, uris))
+        if 0 < kept.num_rows < table.num_rows:
+            store.write_table(clips, kept)
+        elif not kept.num_rows:
+            store.delete(clips)
+    store.write_table(f"videos/{unit}.parquet", left)
+
+
+def _without(table: pa.Table, uris: Collection[str]) -> pa.ChunkedArray:
+    return pc.invert(pc.is_in(table["source"], value_set=pa.array(uris, pa.string())))
+
+
+@dataclass(frozen=True)
+class Revision:
+    """What a committed source's rows say from now on. Size and time of modification always follow `source`."""
+
+    source: Source
+    moved: bool = False  # its uri and name are the new ones; clip ids stay as they were
+    metadata: bool = False  # its metadata and its clips' are the new ones
+
+
+def revise(store: Store, revisions: Mapping[str, Revision], known: Mapping[str, Mapping[str, Any]]) -> None:
+    """Rewrite the rows of committed sources, given by the uri they are committed under; nothing is measured."""
+    by_unit: dict[str, dict[str, Revision]] = defaultdict(dict)
+    for uri, revision in revisions.items():
+        by_unit[known[uri]["unit"]][uri] = revision
+    for unit, changes in by_unit.items():
+        videos = store.read_table(f"videos/{unit}.parquet").to_pylist()
+        clips = f"clips/{unit}.parquet"
+        if any(r.moved or r.metadata for r in changes.values()) and store.exists(clips):
+            old = {row["source"]: dict(row["meta"] or []) for row in videos}
+            store.write_table(clips, _revised_clips(store.read_table(clips), changes, old))
+        for row in videos:
+            if (change := changes.get(row["source"])) is None:
+                continue
+            s = change.source
+            row |= {"size": s.bytes, "mtime_ns": s.mtime_ns}
+            if change.moved:
+                row |= {"source": s.uri, "name": s.name}
+            if change.metadata:
+                row |= {"meta": list(s.meta.items()), "interval_meta_key": s.interval_meta_key()}
+        store.write_table(f"videos/{unit}.parquet", pa.Table.from_pylist(videos, schema=VIDEO_SCHEMA))
+
+
+def _revised_clips(
+    table: pa.Table, changes: Mapping[str, Revision], old: Mapping[str, dict[str, str]]
+) -> pa.Table:
+    """A unit's clips with what `changes` say of their sources; every other column as it was."""
+    sources = table["source"].to_pylist()
+    change = [changes.get(s) for s in sources]
+    moved = [c if c and c.moved else None for c in change]
+    told = [c if c and c.metadata else None for c in change]
+    new: dict[str, list[Any]] = {}
+    if any(moved):
+        new["source"] = [c.source.uri if c else s for c, s in zip(moved, sources, strict=True)]
+        names = table["name"].to_pylist()
+        new["name"] = [c.source.name if c else n for c, n in zip(moved, names, strict=True)]
+    if any(told):
+        own = _given_meta(table, told)
+        metas = [dict(m or []) for m in table["meta"].to_pylist()]
+        for i, c in enumerate(told):
+            if c is not None:
+                before = old[sources[i]]
+                mine = {
+                    k: v for k, v in metas[i].items() if before.get(k) != v
+                }  # the clip's, over the source's
+                metas[i] = c.source.meta | own.get(i, mine)
+        new["meta"] = [list(m.items()) for m in metas]
+    for name, values in new.items():
+        i = table.schema.get_field_index(name)
+        table = table.set_column(i, table.schema.field(i), pa.array(values, table.schema.field(i).type))
+    return table
+
+
+def _given_meta(table: pa.Table, told: list[Revision | None]) -> dict[int, dict[str, str]]:
+    """Row → what the list says of that clip, where the clips are the list's intervals one to one."""
+    rows: dict[str, list[int]] = defaultdict(list)
+    start = table["start_s"].to_pylist()
+    for i, c in enumerate(told):
+        if c is not None and c.source.interval_meta:
+            rows[c.source.uri].append(i)
+    found: dict[int, dict[str, str]] = {}
+    for c in {c.source.uri: c for c in told if c is not None}.values():
+        mine = sorted(rows[c.source.uri], key=lambda i: start[i])
+        given = sorted(zip(c.source.intervals or (), c.source.interval_meta, strict=True), key=lambda g: g[0])
+        if len(mine) == len(given):
+            found |= dict(zip(mine, (meta for _, meta in given), strict=True))
+    return found
 
 
 def sweep_uncommitted(store: Store) -> None:
     """Remove staging tars and clip rows of units that were never committed, and partial files."""
     store.sweep()
-    committed = {n.removeprefix("videos/").removesuffix(".parquet") for n in store.list("videos", ".parquet")}
+    committed = units(store)
     for folder, suffix in (("media", ".tar"), ("clips", ".parquet")):
         for name in store.list(folder, suffix):
             if name.removeprefix(f"{folder}/").removesuffix(suffix) not in committed:

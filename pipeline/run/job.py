@@ -1,20 +1,19 @@
-"""Running the stages: the one file that knows Ray Data.
+"""What `curate` does.
 
-`curate` lists the sources, leaves out what is committed, groups the rest into units of work and sends
-the units through the stages, on Ray Data or in this process; then it decides and packs the shards.
-
-Consecutive CPU stages of equal need share one worker process (a pool), so frames cross processes only
-on their way to a GPU and back. A pool is a Ray Data `map_batches` over an autoscaling actor pool.
+It lists the sources, leaves out what is committed, groups the rest into units of work and sends the units
+through the stages, on Ray Data or in this process; then it decides and packs the shards, and tells what came out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
 import sys
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -24,87 +23,163 @@ from pipeline.graph import build
 from pipeline.io.store import Store
 from pipeline.recipe import Recipe
 from pipeline.record import Source, Video, clip_schema
-from pipeline.run import commit
+from pipeline.run import commit, identity, relabel, resume
+from pipeline.run.log import log, logging_to, without_secrets
+from pipeline.run.outcome import Outcome, outcome
 from pipeline.run.progress import Display
 from pipeline.run.ray import run_ray
 from pipeline.run.worker import RunError, run_local
 from pipeline.sources import listing as sources
 from pipeline.stages import Resources, Stage, produced
 
+TRANSIENT = ("transient",)
 
-def curate(
-    args: list[str],
-    recipe: Recipe,
-    out: str,
-    *,
-    runner: str = "ray",
-    address: str | None = None,
-    workers: int | None = None,
-    retry_errors: bool = False,
-    command: str = "",
-) -> dict[str, Any]:
+
+class RunEnded(RunError):
+    """The workers or the cluster ended the run, or it could not start there; what is done is kept."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a recipe is run, and what of a finished run is done again."""
+
+    runner: str = "ray"  # 'ray' (Ray Data, here or at `address`) or 'local' (this process, no Ray)
+    address: str | None = None  # a Ray cluster ('auto', 'host:port', 'ray://…'); none starts one here
+    workers: int | None = None  # upper bound on the workers of each pool
+    retry_errors: bool = False  # failed sources, and the captions of clips on which a captioner failed
+    redo_changed: bool = False  # sources whose bytes are no longer those that were measured
+    refresh_metadata: bool = False  # take over what the list says now
+    prune: bool = False  # forget sources that are no longer in the list
+    asked: Sequence[str] = ()  # `--set` items of the command; they win over what `clipmill shard` has set
+    command: str = ""  # as typed, for run.json and for advice
+    verbose: bool = False  # the log on the terminal too
+    columns: Mapping[str, str] = field(default_factory=dict)  # of lists, what to call some: theirs → ours
+
+
+def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outcome:
     """Raw videos to captioned shards in `out`; run again after any interruption to finish.
 
     Args:
         args: the SOURCE arguments, see `pipeline.sources.listing`.
-        runner: 'ray' (Ray Data, here or at `address`) or 'local' (this process, no Ray).
-        address: a Ray cluster ('auto', 'host:port', 'ray://…'); none starts one here.
-        workers: upper bound on the workers of each pool.
-        retry_errors: try sources again that ended in an error.
 
-    Returns the contents of run.json. Raises RunError, StoreError, or sources.SourceError.
+    Tells on stderr what is found at the start, on stdout what came out; run.json holds both recipe and outcome.
+    Raises RunError, RunEnded, StoreError, or sources.SourceError.
     """
     from pipeline.report import page as report
     from pipeline.shards import pack
 
     store = Store(out)
     started = datetime.now(UTC)
-    listed = sources.list_sources(args)
+    listed = identity.dated(sources.list_sources(args, columns=dict(job.columns)))
     with store.lock():
-        run = _open(store, recipe, started, command)
-        if retry_errors:
-            commit.forget_errors(store)
-        commit.sweep_uncommitted(store)
-        units = _units(listed, commit.done_sources(store))
-        todo = sum(map(len, units))
-        if todo < len(listed):
-            print(f"{len(listed) - todo} of {len(listed)} sources are done already", file=sys.stderr)
-        if todo:
-            _process(units, recipe, store, runner, address, workers)
-            run["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-            run["wall_s"] = round(run.get("wall_s", 0.0) + (datetime.now(UTC) - started).total_seconds(), 3)
-            store.write_bytes("run.json", json.dumps(run, indent=1).encode())
-        pack.shard(store, recipe)
-        report.write(store)
-    return run
+        asked = recipe
+        run, recipe = _open(store, recipe, started, job)
+        with logging_to(store, job.verbose) as log_name:
+            log.info("%s; recipe %s, %d sources", job.command or "curate", recipe.name, len(listed))
+            for line in resume.told(recipe, asked, store.uri):
+                _say(line)
+            units = _left_to_do(store, listed, job)
+            try:
+                if job.retry_errors:
+                    _retry_captions(store, recipe, listed, job)
+                if units:
+                    _process(units, recipe, store, job)
+            finally:
+                _log_errors(store, started)
+            if units:
+                run["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+                spent = (datetime.now(UTC) - started).total_seconds()
+                run["wall_s"] = round(run.get("wall_s", 0.0) + spent, 3)
+                _write_run(store, run)
+            pack.shard(store, recipe)
+            report.write(store)
+            found = outcome(store)
+            _write_run(store, pack.read_run(store) | {"outcome": found.plain()})
+            folder = out.rstrip("/") or out
+            where = {"shards": f"{folder}/shards ({found.tars:,} tars)"} if found.kept else {}
+            where |= {"report": f"{folder}/report.html", "log": f"{folder}/{log_name}"}
+            for line in found.lines(job.command, where):
+                print(line)
+                log.info("%s", line)
+    return found
 
 
-def _open(store: Store, recipe: Recipe, started: datetime, command: str) -> dict[str, Any]:
-    """run.json of this output, new or from the run that is being resumed."""
-    where = store.uri
-    if store.exists("run.json"):
-        run = json.loads(store.read_bytes("run.json"))
-        if run["measure_key"] != recipe.measure_key():
-            raise RunError(
-                f"{where} holds a run of another recipe ({run['recipe']['name']}): give another --out, or the same "
-                f"recipe and settings; thresholds alone are changed with 'clipmill shard {where}'"
-            )
-        run["recipe"] = recipe.model_dump(mode="json")
-    else:
-        if store.list():
-            raise RunError(
-                f"{where} is not empty and holds no clipmill run: give a new or empty folder as --out"
-            )
+def _say(line: str) -> None:
+    """A line for a person, before or after the display."""
+    log.info("%s", line)
+    print(line, file=sys.stderr)
+
+
+def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video]]:
+    """Bring the record in line with the list, and give what is still to be measured."""
+    uris = {s.uri for s in listed}
+    if n := commit.forget_errors(store, TRANSIENT, uris):
+        _say(f"{n} sources that the moment failed are tried again")
+    if job.retry_errors and (n := commit.forget_errors(store, None, uris)):
+        _say(f"{n} failed sources are tried again")
+    known = commit.known_sources(store)
+    lines = identity.apply(
+        store,
+        identity.compare(listed, known),
+        listed,
+        known,
+        redo_changed=job.redo_changed,
+        refresh_metadata=job.refresh_metadata,
+        prune=job.prune,
+    )
+    for line in lines:
+        _say(line)
+    commit.sweep_uncommitted(store)
+    units = _units(listed, commit.done_sources(store), commit.units(store))
+    todo = sum(map(len, units))
+    if todo < len(listed):
+        _say(f"{len(listed) - todo:,} of {len(listed):,} sources are done already")
+    return units
+
+
+def _retry_captions(store: Store, recipe: Recipe, listed: list[Source], job: Job) -> None:
+    """Captioners that failed on clips of finished sources have another look at these."""
+    wanted = relabel.failed(store)
+    if not wanted:
+        return
+    counts = ", ".join(f"{name} {len(ids):,}" for name, ids in wanted.items())
+    _say(f"captions tried again, from the clips: {counts}")
+    units = relabel.work(store, wanted, {s.uri: s for s in listed})
+    _run(relabel.stages(store, recipe, wanted), units, recipe, job)
+
+
+def _log_errors(store: Store, since: datetime) -> None:
+    """A line in the log for every source that failed in this run."""
+    columns = ["source", "status", "error", "error_kind", "error_at", "stage"]
+    for name in store.list("videos", ".parquet"):
+        for row in store.read_table(name, columns).to_pylist():
+            if row["status"] != "ok" and row["error_at"] >= since.isoformat(timespec="seconds"):
+                log.info(
+                    "[%s] error (%s) in %s: %s", *(row[c] for c in ("source", "error_kind", "stage", "error"))
+                )
+
+
+def _open(store: Store, recipe: Recipe, started: datetime, job: Job) -> tuple[dict[str, Any], Recipe]:
+    """run.json of this output, new or from the run that is being resumed, and the recipe in force."""
+    asked = {"recipe": recipe.model_dump(mode="json", include=set(resume.LATER)), "set": list(job.asked)}
+    run = resume.read(store)
+    if run is None:
         run = {
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": {},
             "measure_key": recipe.measure_key(),
             "versions": _versions(),
             "started": started.isoformat(timespec="seconds"),
             "cpus": os.cpu_count(),
         }
-    run["command"] = command
+    else:
+        recipe = resume.in_force(run, recipe, job.asked, store.uri)
+    run |= {"recipe": recipe.model_dump(mode="json"), "asked": asked, "command": without_secrets(job.command)}
+    _write_run(store, run)
+    return run, recipe
+
+
+def _write_run(store: Store, run: dict[str, Any]) -> None:
     store.write_bytes("run.json", json.dumps(run, indent=1).encode())
-    return run
 
 
 def _versions() -> dict[str, str]:
@@ -128,40 +203,49 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _units(listed: list[Source], done: set[str]) -> list[list[Video]]:
+def _units(listed: list[Source], done: set[str], committed: set[str]) -> list[list[Video]]:
     """Fresh records of what is not done, by unit of work.
 
     Small runs get a unit a source, so that every worker has something to do; large ones few files. The
-    groups are formed over all sources, so an interrupted run and an undisturbed one have the same.
+    groups are formed over all sources, so an interrupted run and an undisturbed one have the same. A unit never
+    takes the name of a committed one: a uri may stand for other content than it did then.
     """
     size = min(16, max(1, len(listed) // 64))
-    groups = [[s for s in group if s.uri not in done] for group in sources.units(listed, max_sources=size)]
-    return [[Video(source=s, unit=sources.unit_name(group)) for s in group] for group in groups if group]
+    units = []
+    for whole in sources.units(listed, max_sources=size):
+        if group := [s for s in whole if s.uri not in done]:
+            name = sources.unit_name(group)
+            while name in committed:
+                name = hashlib.sha256(name.encode()).hexdigest()[:16]
+            units.append([Video(source=s, unit=name) for s in group])
+    return units
 
 
-def _process(
-    units: list[list[Video]],
-    recipe: Recipe,
-    store: Store,
-    runner: str,
-    address: str | None,
-    workers: int | None,
-) -> None:
+def _process(units: list[list[Video]], recipe: Recipe, store: Store, job: Job) -> None:
     stages = build(recipe, store.uri)
     columns = produced(stages)
     check_rules(recipe.decide.rules, clip_schema(columns.scores, columns.embeddings))
     stages.append(commit.CommitStage(store.uri, columns))
-    resources = {s.name: _resources(s, recipe, workers) for s in stages}
-    unknown = set(recipe.resources) - set(resources)
+    unknown = set(recipe.resources) - {s.name for s in stages}
     if unknown:
-        raise RunError(
-            f"resources.{min(unknown)}: no such stage; stages of this recipe: {', '.join(resources)}"
-        )
-    with Display([s.name for s in stages], sum(map(len, units))) as display:
-        if runner == "local":
-            run_local(stages, units, display)
-        else:
-            run_ray(stages, resources, units, display, address)
+        names = ", ".join(s.name for s in stages)
+        raise RunError(f"resources.{min(unknown)}: no such stage; stages of this recipe: {names}")
+    _run(stages, units, recipe, job)
+
+
+def _run(stages: list[Stage], units: list[list[Video]], recipe: Recipe, job: Job) -> None:
+    """Every unit through every stage."""
+    resources = {s.name: _resources(s, recipe, job.workers) for s in stages}
+    for s in stages:
+        s.resources = resources[s.name]
+    try:
+        with Display([s.name for s in stages], sum(map(len, units))) as display:
+            if job.runner == "local":
+                run_local(stages, units, display)
+            else:
+                run_ray(stages, resources, units, display, job.address)
+    except RunError as e:
+        raise RunEnded(str(e)) from e
 
 
 def _resources(stage: Stage, recipe: Recipe, workers: int | None) -> Resources:

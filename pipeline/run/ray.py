@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import pickle
+import signal
 import sys
 import threading
 import time
@@ -76,7 +77,7 @@ def run_ray(
     import ray.data
 
     try:
-        with _quiet():
+        with _quiet(), _own_sigterm():
             ray.init(
                 address=address,
                 log_to_driver=False,
@@ -138,6 +139,17 @@ def _quiet() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Leave SIGTERM as it is: while it starts, Ray has it end the driver on the spot."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 class RayWorker:

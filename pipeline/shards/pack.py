@@ -53,7 +53,8 @@ ASPECTS = {
 SIDES = [144, 240, 360, 480, 720, 1080, 1440, 2160, 4320]  # pixels, the shorter side
 
 # Columns of clips/ that stay out of the index: long, or about the staging tars.
-NOT_INDEXED = {"captions", "text", "meta", "media_tar", "media_offset", "media_size", "media_sha256"}
+NOT_INDEXED = {"captions", "text", "meta", "sample_frames"}
+NOT_INDEXED |= {"media_tar", "media_offset", "media_size", "media_sha256"}
 INDEXED = [f.name for f in CLIP_SCHEMA if f.name not in NOT_INDEXED]
 VIDEO_COLUMNS = ["source", "width", "height", "fps", "duration_s", "codec", "rotation", "sample_aspect_ratio"]
 

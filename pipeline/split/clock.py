@@ -4,29 +4,35 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, cast
+from itertools import pairwise
+from typing import cast
 
 import numpy as np
 
-if TYPE_CHECKING:  # the child has no need of pyarrow and pydantic
-    pass
-
-
 NO_PTS = np.iinfo(np.int64).min  # libav's AV_NOPTS_VALUE
+NO_RESTARTS = np.empty((0, 3), np.int64)
+
+
+LONGEST_S = 60.0  # nothing is shown longer: a gap above that is a jump of the clock (see `_breaks`)
+SETTLED = 4  # stamps in a row that make a new clock; fewer are wild ones
+EXCURSION = 100  # frames after which a clock that goes on where it was is a new one all the same
 
 
 class Clock:
     """PTS of each frame as ffmpeg's decoder has it, and the ticks that have passed since the first.
 
     A frame without PTS has the DTS of its packet, and so have all frames once PTS have run backwards more often
-    than DTS (libavcodec's `best_effort_timestamp`).
+    than DTS (libavcodec's `best_effort_timestamp`). `own` says whether every stamp was the frame's own PTS so far.
     """
 
-    def __init__(self, step: int):
+    def __init__(self, step: int, second: int):
         self.step = step  # ticks from frame to frame where the stamps do not tell
+        self.longest = _longest_gap(step, second)
         self.elapsed = -step
         self.stamps: list[int | None] = []
+        self.own, self.fell = True, False
         self.last_pts = self.last_dts = NO_PTS
         self.faulty_pts = self.faulty_dts = 0
 
@@ -39,34 +45,130 @@ class Clock:
             self.last_pts = cast(int, dts if pts is None else pts)
             self.last_dts = cast(int, pts if dts is None else dts)
             stamp = self.last_pts if self.faulty_pts <= self.faulty_dts else self.last_dts
-        self.elapsed += self.step if stamp is None or last is None or stamp <= last else stamp - last
+        fell, self.fell = self.fell, pts is None and stamp is not None and last is not None and stamp <= last
+        if (
+            self.fell and not fell
+        ):  # the DTS may be that of the packet that pushed the frame out, on a new clock
+            stamp = None
+        self.own &= stamp is not None and stamp == pts
+        known = stamp is not None and last is not None and 0 < stamp - last <= self.longest
+        self.elapsed += cast(int, stamp) - cast(int, last) if known else self.step
         self.stamps.append(stamp)
 
 
-def timeline(stamps: Sequence[int | None], step: int) -> tuple[np.ndarray, int]:
-    """Strictly increasing PTS from what the frames carried, and how many had to be made up.
+@dataclass(frozen=True)
+class Timeline:
+    """When the frames of a source are shown, on one clock that only goes forward.
 
-    The longest strictly increasing subsequence is kept as it is (so one wild stamp costs one stamp, and where a
-    clock was reset in mid-stream the longer part is kept). Between kept stamps the others are spread evenly,
-    before the first and after the last they are a typical step apart. Only where a gap has fewer ticks than
-    frames are the stamps behind it pushed on, a tick a frame.
+    Each row of `restarts` is a frame at which the source's clock starts again, the ticks that were added to the
+    stamps from there on (0: it jumped forward and is kept), and where the frame before stops being shown.
+    """
+
+    pts: np.ndarray  # int64 [n], strictly increasing
+    repaired: int  # how many are not the frame's own stamp, moved as its restart says
+    restarts: np.ndarray  # int64 [r, 3]
+
+
+def timeline(stamps: Sequence[int | None], step: int, second: int) -> Timeline:
+    """One clock for all frames, from the stamps that they carried.
+
+    Where the clock starts again (joined recordings) or jumps ahead by more than LONGEST_S, a new part begins.
+    What fell back goes on a typical step behind the part before it; the first part keeps its own clock. Stamps
+    that start again more often than once a second tell nothing, and frames are spread evenly.
+
+    Within a part the longest strictly increasing subsequence is kept as it is, so one wild stamp costs one stamp.
+    Between kept stamps the others are spread evenly, before the first and after the last they are a typical step
+    apart. Only where a gap has fewer ticks than frames are the stamps behind it pushed on, a tick a frame.
 
     Args:
         stamps: PTS of the frames in order of presentation, in ticks; none where missing.
         step: ticks from one frame to the next where the stamps do not tell.
-
-    Returns:
-        int64 [n] and the number of entries that are not the frame's own stamp.
+        second: ticks of a second.
     """
+    n = len(stamps)
+    breaks, wild = _breaks(stamps, step, second)
+    stamps = list(stamps)
+    for i in wild:
+        stamps[i] = None
+    if len(breaks) > 3 and n * step < len(breaks) * second:
+        first = next(s for s in stamps if s is not None)
+        return Timeline(np.arange(n, dtype=np.int64) * step + first, n - 1, NO_RESTARTS)
+    parts: list[np.ndarray] = []
+    restarts: list[tuple[int, int, int]] = []
+    shift = repaired = ends = 0
+    for start, end in pairwise([0, *breaks, n]):
+        pts, made_up, typical = _repaired(stamps[start:end], step)
+        repaired += made_up
+        if parts:
+            if pts[0] + shift < ends:
+                shift = ends - int(pts[0])
+            restarts.append((start, shift, ends))
+        parts.append(pts + shift)
+        ends = int(parts[-1][-1]) + typical
+    return Timeline(np.concatenate(parts), repaired, np.array(restarts, np.int64).reshape(-1, 3))
+
+
+def _longest_gap(step: int, second: int) -> int:
+    """Ticks that a frame may be shown: a slide show's are long, too."""
+    return max(round(LONGEST_S * second), 100 * step)
+
+
+def _breaks(stamps: Sequence[int | None], step: int, second: int) -> tuple[list[int], list[int]]:
+    """Frames at which the clock starts again, and frames with stamps that left it for a while.
+
+    It starts again with SETTLED stamps in a row that all lie before, or far behind, it. Where the old clock goes
+    on within EXCURSION stamps, those in between were wild and nothing started.
+    """
+    known = [(i, s) for i, s in enumerate(stamps) if s is not None]
+    longest = _longest_gap(step, second)
+    found: list[int] = []
+    wild: set[int] = set()
+    trusted: list[tuple[int, int]] = []  # on the clock of the moment
+
+    def off(stamp: int, frame: int) -> int:
+        at, last = trusted[-1]
+        return -1 if stamp <= last else int(stamp - last > longest + (frame - at) * step)
+
+    def goes_on(old: tuple[int, int], new: tuple[int, int]) -> bool:
+        return abs(new[1] - old[1] - (new[0] - old[0]) * step) <= SETTLED * step
+
+    for k, (i, s) in enumerate(known):
+        if i in wild:
+            continue
+        if trusted and (way := off(s, i)):
+            run = known[k : k + SETTLED]
+            before = next(
+                (n for n in range(2, min(EXCURSION, len(trusted)) + 1) if goes_on(trusted[-n], (i, s))), 0
+            )
+            after = next(
+                (n for n in range(1, EXCURSION) if goes_on(trusted[-1], known[min(k + n, len(known) - 1)])), 0
+            )
+            if before:  # so the last few that were trusted had left it
+                wild.update(j for j, _ in trusted[1 - before :])
+                del trusted[1 - before :]
+            elif after:
+                wild.update(j for j, _ in known[k : k + after])
+                continue
+            elif len(run) < SETTLED or any(off(t, j) != way for j, t in run):
+                continue
+            else:
+                found.append(i)
+                trusted = []
+        trusted.append((i, s))
+    return found, sorted(wild)
+
+
+def _repaired(stamps: Sequence[int | None], step: int) -> tuple[np.ndarray, int, int]:
+    """Strictly increasing int64 PTS of one part, how many are not the frame's own stamp, and the typical step."""
     kept = _longest_increasing(stamps)
     n = len(stamps)
-    if len(kept) == n:
-        return np.array(stamps, np.int64), 0
     own = np.array([NO_PTS if s is None else s for s in stamps], np.int64)
     if not kept:
-        return np.arange(n, dtype=np.int64) * step, n
+        return np.arange(n, dtype=np.int64) * step, n, step
     if len(kept) > 1:
         step = max(1, int(np.median(np.diff(own[kept]) / np.diff(kept))))
+    if len(kept) == n:
+        return own, 0, step
     base = own[kept[0]]  # floats hold differences of stamps exactly, stamps perhaps not
     pts = (
         np.rint(np.interp(np.arange(n), kept, (own[kept] - base).astype(np.float64))).astype(np.int64) + base
@@ -74,7 +176,7 @@ def timeline(stamps: Sequence[int | None], step: int) -> tuple[np.ndarray, int]:
     pts[: kept[0]] = base - step * np.arange(kept[0], 0, -1)
     pts[kept[-1] + 1 :] = own[kept[-1]] + step * np.arange(1, n - kept[-1])
     pts = np.maximum.accumulate(pts - np.arange(n)) + np.arange(n)
-    return pts, int(np.count_nonzero(pts != own))
+    return pts, int(np.count_nonzero(pts != own)), step
 
 
 def _longest_increasing(stamps: Sequence[int | None]) -> list[int]:

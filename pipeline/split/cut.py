@@ -1,11 +1,14 @@
 """Write the clips of a unit of work as mp4 into one staging tar, frame-exactly.
 
 A frame is picked by its PTS: one ffmpeg decodes a source once and hands every clip its frames, so no time
-is rounded and no frame counted. Whatever an ffmpeg of any age makes of the times of encoded frames, the clip
-is muxed anew with the source's own, taken to begin at 0. The encoder starts afresh with every clip and
-runs on one thread, so a clip's bytes depend on its own frames only, not on its neighbours.
+is rounded and no frame counted. Where some PTS are not the frames' own (elementary streams, clocks that start
+again, repaired stamps), ffmpeg may see others, and frames are counted from the first. Whatever an ffmpeg of any
+age makes of the times of encoded frames, the clip is muxed anew with the source's own, taken to begin at 0. The
+encoder starts afresh with every clip and runs on one thread, so a clip's bytes depend on its own frames only,
+not on its neighbours.
 
-What came out is checked by demuxing: as many frames as were asked for, at the times that were asked for.
+What came out is checked: as many frames as were asked for, at the times that were asked for, and the first and
+the last look more like the frames analysed under their numbers than like the neighbours of those.
 """
 
 from __future__ import annotations
@@ -28,15 +31,22 @@ import numpy as np
 
 from pipeline.faults import SourceFault, TransientFault, WorkerFault
 from pipeline.io import ffmpeg
+from pipeline.io.answer import Refused, checked
+from pipeline.io.isolate import Child, ChildError
 from pipeline.io.store import Store
 from pipeline.recipe import Cut, RecipeError
 from pipeline.record import Media, Video
-from pipeline.split.encode import encoder, picture_filters, picture_size
+from pipeline.split import tone
+from pipeline.split.cropping import forget_turn
+from pipeline.split.encode import as_stored, colour_options, encoder, picture_filters, picture_size
 from pipeline.split.packets import Index, mux
+from pipeline.split.pictures import THUMB
 from pipeline.split.piece import Inexact, Piece, groups
+from pipeline.split.sound import Heard
 from pipeline.stages import Produces, Resources, each, fail, patiently
 
 SCRATCH = "clipmill-cut-"  # how the names of scratch folders begin
+SOUND_GB = 4.0  # address space of the process that decodes sound
 
 
 class CutStage:
@@ -44,12 +54,14 @@ class CutStage:
 
     name = "cut"
     whole_unit = True
+    lets_go = ("packets", "marks")
 
     def __init__(self, recipe: Cut, out: str):
         self.recipe = recipe
         self.store = Store(out)
         self.resources = Resources(cpus=1)
         self.produces = Produces()
+        self.child = Child(SOUND_GB)  # decodes sound
 
     def setup(self) -> None:
         """Find ffmpeg and try the encoder. Raises RecipeError."""
@@ -87,8 +99,9 @@ class CutStage:
             if e.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise scratch_full() from e
             raise
-        for video in videos:
-            release(video.source)  # no later stage reads it
+        finally:
+            for video in videos:
+                release(video.source)  # no later stage reads it
         return videos
 
     # One source --------------------------------------------------------------------------------------
@@ -111,39 +124,72 @@ class CutStage:
         import av
 
         folder.mkdir()
+        try:
+            path.encode()
+        except UnicodeEncodeError:  # ffmpeg-python cannot pass such a name on
+            (folder / "source").symlink_to(path)
+            path = str(folder / "source")
         clips = sorted(video.clips, key=lambda c: (c.start_frame, c.end_frame))
         pieces = [Piece(video, clip, folder / f"{n}.mp4") for n, clip in enumerate(clips)]
         with av.open(f"file:{path}", options=ffmpeg.OPEN, metadata_errors="replace") as container:
             index = Index(container, video)
+            if self.recipe.audio and index.audio:
+                self._hear(path, video, pieces)
             copied = self._copy(path, index, pieces) if self.recipe.mode == "copy" else []
             done = {id(piece) for piece in copied}
             for group in groups([p for p in pieces if id(p) not in done]):
                 self._encode(path, index, group)
         return pieces
 
+    def _hear(self, path: str, video: Video, pieces: list[Piece]) -> None:
+        """Give every piece its sound; where there is none, a warning says so."""
+        assert video.frames is not None
+        tick = video.time_base
+        spans = [(int(p.pts[0]) * tick, (int(p.pts[0]) + int(p.edges[-1])) * tick) for p in pieces]
+        shifts = np.append(0, video.frames.restarts[:, 1])
+        shifts = shifts[1:][np.diff(shifts) != 0]  # a clock that jumped ahead keeps its stamps
+        try:
+            moved = [int(s) * tick for s in shifts]
+            function, stall_s = "pipeline.split.sound:extract", self.recipe.stall_s
+            heard = checked(Heard, self.child.call(function, path, spans, moved, stall_s=stall_s))
+            if len(heard.clips) != len(pieces):
+                raise Refused("its answer contradicts itself")
+        except (ChildError, Refused, MemoryError) as e:
+            self.child.close()  # it may no longer be itself
+            heard = Heard([None] * len(pieces), [f"no sound: its decoder crashed or hung ({e})"])
+        warnings = heard.warnings
+        for piece, sound in zip(pieces, heard.clips, strict=True):
+            piece.sound = sound
+        silent = [p for p in pieces if p.sound is None]
+        if silent:
+            starts = f"{len(silent)} of {len(pieces)} clips have no sound, the first at"
+            warnings.append(f"{starts} {silent[0].clip.start_s:.3f} s")
+        for text in warnings:
+            _warn(video, text)
+
     def _encode(self, path: str, index: Index, group: list[Piece]) -> None:
         """Encode a few clips of one source; when that goes wrong, one by one in ever surer ways.
 
         Raises SourceFault when none of the ways gives the frames that were asked for.
         """
-        audio = self.recipe.audio and index.audio
+        frames = index.video.frames
+        assert frames is not None
         seek = index.seek(group[0])
-        ways = [(seek, "pts", audio)]
+        ways = [(None, "number")] if frames.by_number else [(seek, "pts")]
         if len(group) == 1:
-            ways += [(seek, "pts", False), (None, "pts", False), (None, "number", False)]
+            ways += (
+                [(None, "number"), (None, "pts")] if frames.by_number else [(None, "pts"), (None, "number")]
+            )
         trouble: Exception | None = None
-        for seek, by, sound in dict.fromkeys(ways):
+        for seek, by in dict.fromkeys(ways):
             try:
-                self._try(path, seek, by, [self._mp4(piece, index, sound) for piece in group], group)
+                self._try(path, index, seek, by, group)
             except ffmpeg.Stalled as e:
                 raise SourceFault(f"{index.video.source.uri}: {e}") from e
             except (ffmpeg.FFmpegError, Inexact) as e:
                 trouble = e
                 continue
-            if audio and not sound:
-                index.audio = False
-                _warn(index.video, f"clips from {group[0].clip.start_s:.3f} s on have no sound: {trouble}")
-            if by == "number":
+            if trouble and by == "number":
                 _warn(index.video, f"{group[0]} was cut by frame number: {trouble}")
             return
         if len(group) == 1:
@@ -151,15 +197,16 @@ class CutStage:
         for piece in group:
             self._encode(path, index, [piece])
 
-    def _try(
-        self, path: str, seek: str | None, by: str, options: list[dict[str, Any]], group: list[Piece]
-    ) -> None:
+    def _try(self, path: str, index: Index, seek: str | None, by: str, group: list[Piece]) -> None:
         """Encode a group in one way and check it. Raises FFmpegError, Inexact."""
         import av
 
         raw = [piece.path.with_suffix(".raw.mp4") for piece in group]
-        self._run(path, seek, by, group, options, raw)
-        for piece, file in zip(group, raw, strict=True):
+        seen = [piece.path.with_suffix(".seen") for piece in group]
+        self._run(path, seek, by, group, [self._mp4(piece, index) for piece in group], raw, seen)
+        for piece, file, ends in zip(group, raw, seen, strict=True):
+            if self.version < (7,):
+                forget_turn(file)
             # without the edit list, which leaves out the last frame where an old ffmpeg gives it no duration
             with av.open(f"file:{file}", options={"advanced_editlist": "0"}) as container:
                 picture = container.streams.video[0]
@@ -172,12 +219,10 @@ class CutStage:
                     times = np.sort([p.pts for p in packets])
                     if (times * tick.denominator != piece.edges[:-1] * tick.numerator).any():
                         raise Inexact(f"{piece} came out with other times than the source's")
-                sound = None
-                if container.streams.audio:
-                    container.seek(0)
-                    sound = [p for p in container.demux(container.streams.audio[0]) if p.size]
-                mux(piece, picture, packets, sound)
+                piece.check(np.fromfile(ends, np.uint8))
+                mux(piece, picture, packets)
             file.unlink()
+            ends.unlink()
 
     def _run(
         self,
@@ -187,21 +232,21 @@ class CutStage:
         group: list[Piece],
         options: list[dict[str, Any]],
         files: list[Path],
+        seen: list[Path] | None = None,
     ) -> None:
         """Decode `path` once, from `seek` (seconds) on, and hand each clip's frames to its own output.
 
         Args:
             by: 'pts' picks frames by PTS, 'number' by counting them from the first (without `seek`); 'all' does not.
-            options: of each output; one with an audio encoder also gets the clip's sound.
+            options: of each output.
+            seen: also write the first and the last frame of each clip, small, as raw RGB: what Piece.check takes.
         """
         import ffmpeg as graph  # ffmpeg-python
 
-        source = ffmpeg.source(path)
-        opened = sounds = graph.input(**source)
-        if seek is not None:
-            # lands on the keyframe at or before; sound is decoded from the beginning, as some decoders carry state
-            opened = graph.input(**source, ss=seek, seek_timestamp=1, noaccurate_seek=None)
-            sounds = graph.input(**source, vn=None)
+        source = ffmpeg.source(path) | as_stored(self.version)
+        sought = {} if seek is None else {"ss": seek, "seek_timestamp": 1, "noaccurate_seek": None}
+        opened = graph.input(**source, **sought)  # lands on the keyframe at or before
+        passthrough = {"fps_mode": "passthrough"} if self.version >= (5, 1) else {"vsync": "0"}
         branches = opened["V:0"].filter_multi_output("split", len(group))
         outputs = []
         for n, (piece, file) in enumerate(zip(group, files, strict=True)):
@@ -215,19 +260,30 @@ class CutStage:
                     "trim", start_frame=piece.clip.start_frame, end_frame=piece.clip.end_frame
                 )
                 frames = frames.filter("setpts", f"N*{spacing}")
-            for name, args, named in picture_filters(piece.video, self.recipe.height):
+            for name, args, named in picture_filters(piece.video, self.recipe.height, self._lut(piece)):
                 frames = frames.filter(name, *args, **named)
-            streams = [frames]
-            if "c:a" in options[n]:
-                start, end = (float(t * piece.video.time_base) for t in (first, first + int(piece.edges[-1])))
-                sound = sounds["a:0"].filter("atrim", start=f"{start:.6f}", end=f"{end:.6f}")
-                streams.append(sound.filter("asetpts", f"PTS-({start:.6f})/TB"))
-            passthrough = {"fps_mode": "passthrough"} if self.version >= (5, 1) else {"vsync": "0"}
-            outputs.append(graph.output(*streams, f"file:{file}", **passthrough, **options[n]))
+            if seen is not None:
+                both = frames.filter_multi_output("split", 2)
+                frames = both[0]
+                ends = both[1].filter("select", f"eq(n,0)+eq(n,{len(piece.pts) - 1})")
+                ends = ends.filter("scale", *THUMB, flags="bicubic").filter("format", "rgb24")
+                raw = {"format": "rawvideo", "c:v": "rawvideo"}
+                outputs.append(graph.output(ends, f"file:{seen[n]}", **passthrough, **raw))
+            outputs.append(graph.output(frames, f"file:{file}", **passthrough, **options[n]))
         command = [self.exe, "-y", "-copyts", "-filter_complex_threads", "1"]
         ffmpeg.run(graph.merge_outputs(*outputs).compile(cmd=command), self.recipe.stall_s)
 
-    def _mp4(self, piece: Piece, index: Index, sound: bool) -> dict[str, Any]:
+    def _lut(self, piece: Piece) -> Path | None:
+        """The .cube file of a source of high dynamic range that is to be tone-mapped, beside its clips."""
+        g = piece.video.geometry
+        if not g.tone_map:
+            return None
+        path = piece.path.with_name("tone.cube")
+        if not path.exists():
+            tone.write_cube(path, g.colours.hdr, g.colours.primaries)
+        return path
+
+    def _mp4(self, piece: Piece, index: Index) -> dict[str, Any]:
         """Options of an output that encodes a clip."""
         tick = piece.video.time_base
         options = encoder(self.recipe, piece.video.fps) | {
@@ -240,9 +296,7 @@ class CutStage:
             "flags:v": "+bitexact",
         }
         if self.version < (5,):  # newer ones hand the colours of the frames on
-            options |= index.colours
-        if sound:
-            options |= {"c:a": "aac", "b:a": "128k", "flags:a": "+bitexact", "max_muxing_queue_size": 9999}
+            options |= colour_options(piece.video.geometry)
         return options
 
     # Stream copies -----------------------------------------------------------------------------------
@@ -255,7 +309,7 @@ class CutStage:
         """
         v = index.video
         asis = picture_size(v, self.recipe.height) == (v.width, v.height)
-        if self.recipe.audio or not asis or not index.copyable:
+        if self.recipe.audio or not asis or not index.copyable or (v.frames and v.frames.by_number):
             return []
         copied = [piece for piece in pieces if index.copy(piece)]
         exact: list[Piece] = []

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from pipeline.faults import SourceFault
+from pipeline.geometry import Colours
 from pipeline.io import ffmpeg
 from pipeline.record import Video
 from pipeline.split.piece import Piece
@@ -40,17 +43,15 @@ class Index:
         self.audio = any(s.type == "audio" for s in container.streams)
 
     @property
-    def colours(self) -> dict[str, int]:
-        """ffmpeg's options for what is known of the colours (numbers of ITU-T H.273)."""
-        c = self.stream.codec_context
-        known = {"colorspace": c.colorspace, "color_primaries": c.color_primaries, "color_trc": c.color_trc}
-        return {name: int(value) for name, value in known.items() if value not in (0, 2)}  # RGB, unknown
-
-    @property
     def copyable(self) -> bool:
         """Whether an mp4 player would show a copied stream just as the encoded clips."""
-        v = self.video
-        return self.codec in COPYABLE and v.pix_fmt == "yuv420p" and v.rotation == 0
+        g = self.video.geometry
+        plain = (
+            self.video.pix_fmt == "yuv420p"
+            and not g.colours.full_range
+            and not self.video.counts.get("picture_changes")
+        )
+        return self.codec in COPYABLE and plain and g.as_stored
 
     def seek(self, piece: Piece) -> str | None:
         """Seconds (decimal) of a keyframe from which a clip's frames decode just as from the beginning.
@@ -119,7 +120,18 @@ class Index:
             mux(piece, self.stream, packets)
         except (FFmpegError, ValueError):  # mp4 cannot hold it as it is
             return False
-        return True
+        return self._shown_alike(piece)
+
+    def _shown_alike(self, piece: Piece) -> bool:
+        """Whether a copy says of its pictures what the source's geometry does; a container's word may be lost."""
+        import av
+
+        c = self.video.geometry.colours
+        with av.open(f"file:{piece.path}") as copy:
+            stream = copy.streams.video[0]
+            said = stream.codec_context
+            colours = Colours.of(c.model, said.colorspace, said.color_primaries, said.color_trc, c.full_range)
+            return (stream.sample_aspect_ratio or 1) == self.video.sar and colours == c
 
 
 def _nals(data: bytes, extradata: bytes, codec: str) -> Iterator[int]:
@@ -138,13 +150,12 @@ def _nals(data: bytes, extradata: bytes, codec: str) -> Iterator[int]:
             pos = data.find(b"\0\0\1", pos + 3)
 
 
-def mux(piece: Piece, template: Any, packets: list[Any], sound: list[Any] | None = None) -> None:
-    """Write packets as the piece's mp4, with the source's times from 0 on; notes the size of the picture.
+def mux(piece: Piece, template: Any, packets: list[Any]) -> None:
+    """Write packets and the piece's sound as its mp4, with the source's times from 0 on; notes the picture's size.
 
     Args:
         template: the stream that the packets were read from.
         packets: one a frame, in decode order.
-        sound: packets of a sound track whose times already fit.
     """
     import av
 
@@ -160,17 +171,21 @@ def mux(piece: Piece, template: Any, packets: list[Any], sound: list[Any] | None
     # the movie's clock is the track's: the usual 1 ms would round the length of the edit list
     options = {"movie_timescale": str(tick), "video_track_timescale": str(tick)}
     options |= {"movflags": "+faststart", "fflags": "+bitexact"}
-    with av.open(f"file:{piece.path}", "w", format="mp4", options=options) as out:
+    with (
+        av.open(f"file:{piece.path}", "w", format="mp4", options=options) as out,
+        av.open(io.BytesIO(piece.sound), "r", format="mp4") if piece.sound else nullcontext() as sound,
+    ):
         picture = out.add_stream_from_template(template, opaque=True)
         picture.time_base = Fraction(1, tick)
         for packet, r, t in zip(packets, rank, dts, strict=True):
             packet.stream, packet.time_base = picture, picture.time_base
             packet.pts, packet.dts, packet.duration = int(edges[r]), int(t), int(lasts[r])
-        if sound:
-            track = out.add_stream_from_template(sound[0].stream, opaque=True)
-            for packet in sound:
+        if sound is not None:
+            track = out.add_stream_from_template(sound.streams.audio[0], opaque=True)
+            heard = [p for p in sound.demux(audio=0) if p.size]
+            for packet in heard:
                 packet.stream = track
-            packets = sorted([*packets, *sound], key=lambda p: float(p.dts * p.time_base))
+            packets = sorted([*packets, *heard], key=lambda p: float(p.dts * p.time_base))
         for packet in packets:
             out.mux(packet)
     piece.width, piece.height = template.width, template.height

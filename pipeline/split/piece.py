@@ -9,11 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.record import Clip, Video
+from pipeline.split.pictures import marks
 
 # An x264 encoder with its lookahead takes about 70 bytes a pixel: a process stays below 0.6 GB.
 PIXELS = 8 * 1280 * 720  # of all clips that one process encodes
 MOST = 16  # clips a process, however small
 GAP_S = 20.0  # from one clip to the next: rather seek in a new process than decode what nobody wants
+
+# When a frame that came out is held for another than the one that was analysed, see Piece.check
+NEARBY = 50  # frames to either side that are compared
+CLEARER, MORE = 2.0, 0.5
 
 
 class Inexact(Exception):
@@ -29,6 +34,7 @@ class Piece:
     path: Path  # of its mp4
     width: int = 0  # of the encoded picture, pixels
     height: int = 0
+    sound: bytes | None = None  # an mp4 with its sound track, see pipeline.split.sound
 
     @property
     def pts(self) -> np.ndarray:
@@ -39,8 +45,35 @@ class Piece:
     @property
     def edges(self) -> np.ndarray:
         """When each frame appears and the last one ends, int64 [n + 1], ticks from the clip's start."""
-        end = self.video.pts_of(self.clip.end_frame)
+        end = self.video.end_of(self.clip.end_frame)
         return np.append(self.pts, end) - self.pts[0]
+
+    def check(self, rgb: np.ndarray) -> None:
+        """Whether its first and last frame are those analysed under their numbers. Raises Inexact.
+
+        A frame is known by its mark, less the mean so that a constant difference of colours does not count: it may
+        not be CLEARER times and MORE grey levels nearer to another frame than to its own. Still pictures pass, as
+        they may: there a wrong frame shows the same.
+
+        Args:
+            rgb: the two frames, or one of one frame, each uint8 27 × 48 × 3, one after another.
+        """
+        frames = self.video.frames
+        assert frames is not None
+        if frames.marks is None:
+            return
+        first, last = self.clip.start_frame, self.clip.end_frame - 1
+        numbers = [first] if first == last else [first, last]
+        if rgb.size != len(numbers) * 27 * 48 * 3:
+            raise Inexact(f"{self} came out without its first or last frame")
+        for n, mark in zip(numbers, marks(rgb.reshape(-1, 27, 48, 3)), strict=True):
+            near = np.arange(max(0, n - NEARBY), min(len(frames.marks), n + NEARBY + 1))
+            known = frames.marks[near].reshape(len(near), -1).astype(np.float32)
+            off = known - mark.reshape(-1).astype(np.float32)
+            off = np.abs(off - off.mean(1, keepdims=True)).mean(1)
+            own, best = float(off[n - near[0]]), int(off.argmin())
+            if own > CLEARER * off[best] + MORE:
+                raise Inexact(f"{self} came out with frame {near[best]} in the place of {n}")
 
     def __str__(self) -> str:
         return f"the clip at {self.clip.start_s:.3f}–{self.clip.end_s:.3f} s"

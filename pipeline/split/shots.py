@@ -23,7 +23,8 @@ SPAN = 8  # frames the cheap difference looks ahead: a fade or dissolve adds up 
 class ShotStage:
     """Sets `video.shots` and `counts['shots']`, and lets go of the thumbs.
 
-    Where the source's list gives intervals nothing is detected: each becomes one shot.
+    Where the source's list gives intervals nothing is detected: each becomes one shot. Detector `whole` makes one
+    clip of a video (of each stretch between two starts of its clock).
     """
 
     name = "shots"
@@ -35,12 +36,9 @@ class ShotStage:
 
     def setup(self) -> None:
         if self.options.detector == "transnetv2":
-            import torch
-
             from models.curation.transnet import TransNetV2
 
-            torch.set_num_threads(max(1, int(self.resources.cpus)))
-            self.net = TransNetV2(device="cuda" if torch.cuda.is_available() else "cpu")
+            self.net = TransNetV2(device=self.resources.device())
 
     def __call__(self, videos: list[Video]) -> list[Video]:
         for video in each(videos):
@@ -51,7 +49,8 @@ class ShotStage:
                 shots = given_shots(video, video.source.intervals)
             else:
                 assert video.frames.thumbs is not None
-                edges = [0, *self.cuts(video.frames.thumbs), len(video.frames.pts)]
+                restarts = video.frames.restarts[:, 0].tolist()
+                edges = sorted({0, *self.cuts(video.frames.thumbs), *restarts, len(video.frames.pts)})
                 shots = [Shot(a, b) for a, b in pairwise(edges)]
             video.shots = shots
             video.frames.thumbs = None
@@ -61,6 +60,8 @@ class ShotStage:
     def cuts(self, thumbs: np.ndarray) -> list[int]:
         """First frames of all shots but the first; thumbs: uint8 [n, 27, 48, 3] RGB."""
         o = self.options
+        if o.detector == "whole":
+            return []
         if o.detector == "content":
             return content_cuts(thumbs, o.content_threshold, o.min_shot_frames)
         from models.curation.transnet import boundary_probabilities
@@ -135,15 +136,27 @@ def given_shots(video: Video, intervals: tuple[tuple[float, float], ...]) -> lis
     first, last = video.time_of(0), video.time_of(len(video.frames.pts))
     shots = set()
     for start_s, end_s in intervals:
-        start, end = (frame_at(video, t) for t in (start_s, end_s))
+        start, end = frames_within(video, start_s, end_s)
         if start < end:
             shots.add((start, end))
-        if start >= end or end_s > last + 0.5:
+        if (start, end) != (frame_at(video, start_s), frame_at(video, end_s)):
+            video.warnings.append(
+                f"interval {start_s:g}–{end_s:g} s is cut short: the clock starts again in it"
+            )
+        elif start >= end or end_s > last + 0.5:
             fate = "holds no frame" if start >= end else "is cut short"
             video.warnings.append(
                 f"interval {start_s:g}–{end_s:g} s {fate}: the video lasts from {first:g} to {last:g} s"
             )
     return [Shot(a, b) for a, b in sorted(shots)]
+
+
+def frames_within(video: Video, start_s: float, end_s: float) -> tuple[int, int]:
+    """The frames with start ≤ t < end; of an interval in which the clock starts again, the longest part."""
+    assert video.frames is not None
+    start, end = frame_at(video, start_s), frame_at(video, end_s)
+    inner = [f for f in video.frames.restarts[:, 0].tolist() if start < f < end]
+    return max(pairwise([start, *inner, end]), key=lambda part: part[1] - part[0])
 
 
 def frame_at(video: Video, seconds: float) -> int:

@@ -3,8 +3,10 @@
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -231,3 +233,184 @@ def test_deciding_again_equals_deciding_so_at_first(raw, run, tmp_path):
     assert curate.main([str(raw), "--out", str(fresh), *FAST, *rule]) == 0
     assert pq.read_table(out / "decisions.parquet").equals(pq.read_table(fresh / "decisions.parquet"))
     assert any(not d["keep"] for d in pq.read_table(out / "decisions.parquet").to_pylist())
+
+
+# What a person and a script are told ----------------------------------------------------------------
+
+
+def one_video(tmp_path, name: str = "a.mp4", maker=videos.cfr, **options) -> Path:
+    (tmp_path / "raw").mkdir(exist_ok=True)
+    shutil.copyfile(made(maker, **options), tmp_path / "raw" / name)
+    return tmp_path / "raw"
+
+
+def test_what_came_out_is_told_also_when_nothing_was_left_to_do(raw, run, capsys):
+    capsys.readouterr()
+    assert curate.main([str(raw), "--out", str(run), *FAST]) == 0
+    said = capsys.readouterr().out
+    decisions = pq.read_table(run / "decisions.parquet").to_pylist()
+    assert f"kept {len(decisions)} of {len(decisions)} clips" in said
+    assert f"sources: {len(list(raw.iterdir())) - len(UNUSABLE)} ok, {len(UNUSABLE)} errors" in said
+    assert "2 × decode: it is a playlist" in said
+    assert f"clipmill curate {raw} --out {run}" in said
+    assert "--retry-errors" in said
+    for place in ("shards", "report.html", "run.log"):
+        assert f"{run}/{place}" in said
+    outcome = json.loads((run / "run.json").read_text())["outcome"]
+    assert outcome["kept"] == outcome["clips"] == len(decisions)
+    assert outcome["sources"]["errors"] == {"source": len(UNUSABLE)}
+
+
+def test_nothing_kept_is_exit_1_and_says_by_which_rule(tmp_path, capsys):
+    raw = one_video(tmp_path)
+    rule = ["--set", "decide.rules.long={column: duration_s, min: 1000}"]
+    assert curate.main([str(raw), "--out", str(tmp_path / "out"), *FAST, *rule]) == 1
+    said = capsys.readouterr().out
+    assert "kept 0 of 1 clips" in said
+    assert "dropped by, in order: long 1" in said
+
+
+def test_sources_that_all_fail_are_exit_1_with_their_reason(tmp_path, capsys):
+    raw = one_video(tmp_path, "a.mp4", videos.text)
+    one_video(tmp_path, "b.mp4", videos.empty)
+    command = [str(raw), "--out", str(tmp_path / "out"), *FAST]
+    for _ in range(2):
+        assert curate.main(command) == 1
+        said = capsys.readouterr().out
+        assert "kept nothing: no source gave a clip" in said
+        assert "1 × decode: the file is empty" in said
+
+
+def test_with_strict_a_failed_source_is_exit_3_and_the_rest_is_done(tmp_path):
+    raw = one_video(tmp_path)
+    one_video(tmp_path, "b.mp4", videos.empty)
+    command = [str(raw), "--out", str(tmp_path / "out"), *FAST]
+    assert curate.main([*command, "--strict"]) == 3
+    assert curate.main(command) == 0
+    assert len(rows(tmp_path / "out", "clips")) == 1
+
+
+def test_an_output_that_cannot_be_written_is_exit_4(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert curate.main([str(one_video(tmp_path)), "--out", str(tmp_path / "file/out"), *FAST]) == 4
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--workers", "-3"], "--workers -3: at least one"),
+        (["--workers", "0"], "--workers 0: at least one"),
+        (["--address", "nonsense"], "--address nonsense: no address"),
+        (["--address", "http://x:80"], "--address http://x:80: no address"),
+        (["--address", "x:port"], "--address x:port: no address"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence_and_exit_2(raw, tmp_path, capsys, arguments, says):
+    assert curate.main([str(raw), "--out", str(tmp_path / "out"), *FAST, *arguments]) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.strip().count("\n") == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_of_exit_codes_in_the_help_is_complete():
+    from pipeline.run.outcome import Exit
+
+    assert all(str(int(status)) in curate.EPILOG for status in Exit)
+
+
+def test_a_source_that_the_moment_failed_is_tried_again_by_the_same_command(tmp_path, monkeypatch, capsys):
+    from pipeline.run import commit
+
+    raw = one_video(tmp_path)
+    command = [str(raw), "--out", str(tmp_path / "out"), *FAST]
+    assert curate.main([str(raw), "--out", str(tmp_path / "out"), *FAST]) == 0
+    (unit,) = (tmp_path / "out/videos").iterdir()
+    table = pq.read_table(unit)
+    for column, value in (
+        ("status", "error"),
+        ("error", "a.mp4: reset"),
+        ("error_kind", "transient"),
+        ("stage", "decode"),
+    ):
+        table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), [[value]])
+    pq.write_table(table, unit)
+    assert commit.done_sources(commit.Store(str(tmp_path / "out")))
+    assert curate.main(command) == 0
+    assert "1 sources that the moment failed are tried again" in capsys.readouterr().err
+    assert [r["status"] for r in rows(tmp_path / "out", "videos")] == ["ok"]
+
+
+def test_thresholds_set_with_shard_survive_the_next_curate_and_are_told(tmp_path, capsys):
+    raw, out = one_video(tmp_path), tmp_path / "out"
+    assert curate.main([str(raw), "--out", str(out), *FAST]) == 0
+    assert shard.main([str(out), "--set", "decide.rules.long={column: duration_s, min: 2.1}"]) == 0
+    one_video(tmp_path, "b.mp4", frames=60)
+    capsys.readouterr()
+    assert curate.main([str(raw), "--out", str(out), *FAST]) == 0
+    assert "decide.rules.long" in capsys.readouterr().err
+    assert {d["source"][-5]: d["keep"] for d in pq.read_table(out / "decisions.parquet").to_pylist()} == {
+        "a": False,
+        "b": True,
+    }
+    assert curate.main([str(raw), "--out", str(out), *FAST, "--set", "decide.rules={}"]) == 0  # no new item
+    assert not all(d["keep"] for d in pq.read_table(out / "decisions.parquet").to_pylist())
+    assert (
+        curate.main(
+            [str(raw), "--out", str(out), *FAST, "--set", "decide.rules.long={column: duration_s, min: 1}"]
+        )
+        == 0
+    )
+    assert all(d["keep"] for d in pq.read_table(out / "decisions.parquet").to_pylist())
+
+
+def test_the_log_names_every_failed_source_and_no_secret(tmp_path):
+    raw = one_video(tmp_path, "a.mp4", videos.text)
+    one_video(tmp_path, "b.mp4")
+    out = tmp_path / "out"
+    secret = "sftp://127.0.0.1/c.mp4?X-Amz-Signature=s3cr3t"  # no such kind of address: fails at once
+    (tmp_path / "list.txt").write_text(f"{secret}\n")
+    assert curate.main([str(raw), str(tmp_path / "list.txt"), "--out", str(out), *FAST]) == 0
+    log = (out / "run.log").read_text()
+    assert f"[{raw}/a.mp4] error (source) in decode: " in log
+    assert "s3cr3t" not in log
+    assert "s3cr3t" not in (out / "run.json").read_text()
+
+
+@pytest.mark.parametrize("runner", ["local", "ray"])
+def test_sigterm_stops_like_ctrl_c_and_the_same_command_goes_on(tmp_path, runner):
+    for n in range(4):
+        raw = one_video(tmp_path, f"{n}.mp4", videos.cfr, frames=25 + n)
+    out = tmp_path / "out"
+    slow = f"captions=[{{kind: python, captioner: '{tmp_path}/slow.py:Slow'}}]"
+    (tmp_path / "slow.py").write_text(
+        "import os, time\nfrom pipeline.captions import Captioner\n"
+        "class Slow(Captioner):\n    name = 'slow'\n"
+        "    def caption(self, video, clip):\n"
+        f"        if video.source.name == '3.mp4' and os.path.exists({str(tmp_path / 'slow')!r}): time.sleep(600)\n"
+        "        return 'done'\n"
+    )
+    (tmp_path / "slow").touch()
+    fast = [runner if a == "local" else a for a in FAST] + ["--set", slow, "--workers", "1"]
+    command = [sys.executable, "-m", "jobs.curate", str(raw), "--out", str(out), *fast]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(600):
+            if len(list((out / "videos").glob("*.parquet"))) == 3 or process.poll() is not None:
+                break
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 143, err
+    assert "stopped by SIGTERM; run the same command again to go on" in err
+    assert "Traceback" not in err
+    before = {p: p.stat().st_mtime_ns for p in (out / "videos").glob("*.parquet")}
+    assert len(before) == 3
+    (tmp_path / "slow").unlink()
+    local = ["local" if a == "ray" else a for a in fast]
+    assert curate.main([str(raw), "--out", str(out), *local]) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    assert len(rows(out, "clips")) == 4

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow.fs as pafs
 import pytest
 
 from pipeline.faults import StoreError
@@ -97,20 +96,3 @@ def test_a_second_driver_is_refused_and_a_dead_ones_lock_is_free(tmp_path):
     time.sleep(0.1)
     with Store(str(tmp_path)).lock():
         pass
-
-
-def test_object_stores_take_the_same_code_path(tmp_path):
-    """pyarrow's own sub-tree file system stands in for s3:// and gs://: whole files, no rename."""
-    store = Store(str(tmp_path))
-    store.local = False
-    store.fs = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    store.root = "bucket"
-    (tmp_path / "bucket/a").mkdir(parents=True)
-    with store.writer("a/x") as f:
-        f.write(b"123")
-        assert not store.exists("a/x")
-    assert store.read_bytes("a/x") == b"123"
-    assert store.list("a") == ["a/x"]
-    with pytest.raises(RuntimeError), store.writer("a/y"):
-        raise RuntimeError
-    assert store.list() == ["a/x"]

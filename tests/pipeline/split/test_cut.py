@@ -17,11 +17,11 @@ import av
 import numpy as np
 import pytest
 
-from pipeline.faults import StoreError
+from pipeline.faults import WorkerFault
 from pipeline.io import ffmpeg
 from pipeline.recipe import Cut, Decode, RecipeError
 from pipeline.record import Source, Video
-from pipeline.split import cut as cut_module
+from pipeline.split import piece as piece_module
 from pipeline.split.cut import CutStage
 from pipeline.split.decode import analyse
 from pipeline.split.packets import Index
@@ -192,7 +192,7 @@ def assert_exact(out: Path, video: Video, first: int = 0) -> None:
         frames = range(clip.start_frame, clip.end_frame)
         assert [number(p) for p in got.pictures] == [first + n for n in frames]
         assert got.times == [(video.pts_of(n) - video.pts_of(frames[0])) * video.time_base for n in frames]
-        assert got.lasts == (video.pts_of(clip.end_frame) - video.pts_of(clip.start_frame)) * video.time_base
+        assert got.lasts == (video.end_of(clip.end_frame) - video.pts_of(clip.start_frame)) * video.time_base
         assert got.stream.rotation == 0
         assert got.stream.pix_fmt == "yuv420p"
         assert (clip.media.width, clip.media.height) == (got.stream.width, got.stream.height)
@@ -234,7 +234,7 @@ def test_a_clips_bytes_depend_on_its_own_frames_only(kind, exe, sources, tmp_pat
     ranges = [(3, 9), (12, 30), (30, 31), (33, 58)]
     together = clips_of(fresh(sources[kind]), *ranges)
     ready(tmp_path / "together", exe)([together])
-    monkeypatch.setattr(cut_module, "MOST", 1)
+    monkeypatch.setattr(piece_module, "MOST", 1)
     apart = clips_of(fresh(sources[kind]), *ranges)
     ready(tmp_path / "apart", exe)([apart])
     monkeypatch.setattr(Index, "seek", lambda *_: None)
@@ -253,7 +253,7 @@ def test_ffmpeg_seeks_only_to_keyframes_that_forget_the_past(kind, sought, sourc
     # x265's default keyframe distance is longer than the test video, x264's open GOPs begin with recovery points
     video = clips_of(fresh(sources[kind]), (57, 60))
     with av.open(video.source.uri, options=ffmpeg.OPEN) as container:
-        piece = cut_module.Piece(video, video.clips[0], Path())
+        piece = piece_module.Piece(video, video.clips[0], Path())
         seek = Index(container, video).seek(piece)
     assert (seek is not None) == sought
     if sought:
@@ -419,7 +419,7 @@ def test_sound_does_not_depend_on_the_neighbours_either(beeping, tmp_path, monke
     ranges = [(2, 20), (50, 60), (60, 88)]
     together = clips_of(analysed(beeping), *ranges)
     ready(tmp_path / "together", audio=True)([together])
-    monkeypatch.setattr(cut_module, "MOST", 1)
+    monkeypatch.setattr(piece_module, "MOST", 1)
     apart = clips_of(analysed(beeping), *ranges)
     ready(tmp_path / "apart", audio=True)([apart])
     assert [c.media.sha256 for c in together.clips] == [c.media.sha256 for c in apart.clips]
@@ -439,8 +439,10 @@ def test_a_sound_track_that_fails_costs_the_sound_only(beeping, tmp_path):
     video = clips_of(analysed(broken), (10, 60))
     ready(tmp_path, audio=True)([video])
     assert_exact(tmp_path, video)
-    [warning] = video.warnings
-    assert "clips from 0.400 s on have no sound" in warning
+    assert video.warnings == [
+        "no sound: no decoder for it",
+        "1 of 1 clips have no sound, the first at 0.400 s",
+    ]
 
 
 # The tar, the unit -----------------------------------------------------------------------------------
@@ -508,7 +510,7 @@ def test_a_full_disk_ends_the_run_and_leaves_nothing(sources, tmp_path, monkeypa
     fake.chmod(0o755)
     stage.exe = str(fake)
     video = clips_of(fresh(sources["NTSC"]), (3, 9))
-    with pytest.raises(StoreError, match="free some space there or set TMPDIR"):
+    with pytest.raises(WorkerFault, match="free some space there or set TMPDIR"):
         stage([video])
     assert video.error is None
     assert list((tmp_path / "scratch").iterdir()) == []

@@ -8,7 +8,6 @@ import re
 import socket
 import threading
 from fractions import Fraction
-from itertools import combinations
 from pathlib import Path
 
 import av
@@ -17,13 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.geometry import Orientation
 from pipeline.io.answer import Refused
 from pipeline.io.isolate import Child, Stalled
 from pipeline.recipe import Decode
 from pipeline.record import Source, Video
-from pipeline.split.clock import NO_PTS, timeline
+from pipeline.split.clock import NO_PTS
 from pipeline.split.decode import Analysis, DecodeError, DecodeStage, analyse
-from pipeline.split.pictures import Orientation, fitted
+from pipeline.split.pictures import fitted
 from pipeline.stages import run_stage
 from tests.fixtures import videos as make
 from tests.fixtures.videos import made
@@ -168,61 +168,6 @@ def test_packets_are_those_of_the_file_in_decode_order():
 
 def test_packets_without_pts_say_so():
     assert (analyse(str(made(make.packed_avi, suffix=".avi")), OPTIONS).packets[:, 0] == NO_PTS).any()
-
-
-# Repaired times ------------------------------------------------------------------------------------
-
-
-def test_usable_times_stay_as_they_are():
-    stamps = [-5, 0, 3, 4, 1 << 60]
-    pts, repaired = timeline(stamps, 1)
-    assert (pts.tolist(), repaired) == (stamps, 0)
-
-
-def test_one_wild_stamp_costs_one_stamp():
-    stamps = list(range(0, 1000, 100))
-    pts, repaired = timeline([*stamps[:4], 10**9, *stamps[5:]], 100)
-    assert (pts.tolist(), repaired) == (stamps, 1)
-    pts, repaired = timeline([*stamps[:4], -7, *stamps[5:]], 100)
-    assert (pts.tolist(), repaired) == (stamps, 1)
-
-
-def test_missing_stamps_are_spread_between_their_neighbours_and_stepped_off_the_ends():
-    assert timeline([None, None, 100, None, None, 400, 500, None], 7)[0].tolist() == list(
-        range(-100, 700, 100)
-    )
-    assert timeline([None] * 4, 40)[0].tolist() == [0, 40, 80, 120]
-
-
-def test_a_clock_reset_keeps_the_longer_part():
-    pts, repaired = timeline([*range(0, 500, 10), *range(0, 1000, 10)], 10)
-    assert (pts.tolist(), repaired) == (list(range(-500, 1000, 10)), 50)
-    pts, repaired = timeline([*range(0, 1000, 10), *range(0, 500, 10)], 10)
-    assert (pts.tolist(), repaired) == (list(range(0, 1500, 10)), 50)
-
-
-def test_repaired_times_always_increase_and_keep_as_many_stamps_as_can_be_kept():
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        stamps = [
-            None if rng.random() < 0.2 else int(s) * 20 for s in rng.integers(0, 12, rng.integers(1, 9))
-        ]
-        pts, repaired = timeline(stamps, 5)
-        assert (np.diff(pts) > 0).all()
-        known = [s for s in stamps if s is not None]
-        longest = max(
-            n for n in range(len(known) + 1) if any(all(np.diff(c) > 0) for c in combinations(known, n))
-        )
-        assert repaired == len(stamps) - sum(p == s for p, s in zip(pts.tolist(), stamps, strict=True))
-        assert repaired <= len(stamps) - longest  # 20 ticks hold the few frames between two kept stamps
-
-
-def test_a_clock_that_starts_again_in_mid_file_loses_no_frame():
-    found = analyse(str(made(make.clock_reset, suffix=".ts")), OPTIONS)
-    assert found.counts == {"frames": 50, "timestamps_repaired": 25}
-    assert "25 of 50 timestamps" in found.warnings[0]
-    assert set(np.diff(found.pts)) == {3600}
-    assert len(found.samples) == 4
 
 
 # Pictures ------------------------------------------------------------------------------------------

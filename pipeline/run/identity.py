@@ -1,0 +1,198 @@
+"""Identity follows content: what the list at hand says of the sources that are committed already.
+
+A source is known by its uri, and its content by its sha256. Size and time of modification, kept with its row,
+say cheaply that its bytes are still the same; only where they differ are local files hashed. Of remote ones
+only a size can tell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.io.store import Store
+from pipeline.record import Source
+from pipeline.run.commit import Revision, drop, revise
+from pipeline.sources.names import path_of, tar_of
+
+HASHERS = 4  # files hashed at a time
+CHUNK = 1 << 20
+NAMED = 3  # sources named in a line for a person
+
+Known = Mapping[str, Mapping[str, Any]]  # see commit.known_sources
+
+
+@dataclass
+class Compared:
+    """How a list differs from the record. Uris are those of the record."""
+
+    moved: dict[str, Source] = field(default_factory=dict)  # committed uri → where its content lies now
+    changed: list[str] = field(default_factory=list)  # other bytes, or other given clips, than were measured
+    edited: list[str] = field(default_factory=list)  # other metadata
+    gone: list[str] = field(default_factory=list)  # not in the list
+    touched: list[str] = field(default_factory=list)  # same bytes, newer time of modification
+
+
+def dated(sources: Iterable[Source]) -> list[Source]:
+    """The sources with size and time of modification, where they are local; of a tar's member, of the tar."""
+    stats: dict[str, tuple[int, int] | None] = {}
+    found = []
+    for s in sources:
+        path = local_path(s)
+        if path is not None and path not in stats:
+            try:
+                stat = Path(path).stat()
+                stats[path] = (stat.st_size, stat.st_mtime_ns)
+            except (OSError, ValueError):
+                stats[path] = None
+        if path is not None and (now := stats[path]) is not None:
+            s = replace(s, size=s.size if s.member else now[0], mtime_ns=now[1])
+        found.append(s)
+    return found
+
+
+def local_path(source: Source) -> str | None:
+    """The local file that holds a source's bytes: its own or its tar; None where they are elsewhere."""
+    if source.problem:
+        return None
+    return path_of(source.uri if source.member is None else tar_of(source.uri))
+
+
+def sha256_of(source: Source) -> str | None:
+    """Of a local source's bytes; None where it cannot be read."""
+    path = local_path(source)
+    if path is None:
+        return None
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as f:
+            offset, left = source.member or (0, Path(path).stat().st_size)
+            f.seek(offset)
+            while left and (data := f.read(min(CHUNK, left))):
+                digest.update(data)
+                left -= len(data)
+    except (OSError, ValueError):
+        return None
+    return None if left else digest.hexdigest()
+
+
+def compare(listed: Sequence[Source], known: Known) -> Compared:
+    """Args: listed: as `dated` gives them, each uri once."""
+    found = Compared()
+    here = {s.uri: s for s in listed}
+    doubtful = []
+    for uri, row in known.items():
+        source = here.get(uri)
+        if source is None:
+            found.gone.append(uri)
+            continue
+        if source.problem:
+            continue
+        other = source.meta != row["meta"] and row["status"] == "ok"
+        if _fingerprinted(row):
+            other = other or row["interval_meta_key"] != source.interval_meta_key()
+            sizes = {row["size"], source.bytes} - {None}
+            if row["intervals_key"] != source.intervals_key() or len(sizes) > 1:
+                found.changed.append(uri)
+            elif row["mtime_ns"] and source.mtime_ns and row["mtime_ns"] != source.mtime_ns:
+                doubtful.append(uri)
+        if other:
+            found.edited.append(uri)
+    for uri, sha256 in zip(doubtful, _hashes([here[u] for u in doubtful]), strict=True):
+        if sha256 is not None:  # else it cannot be read now
+            (found.touched if sha256 == known[uri]["sha256"] else found.changed).append(uri)
+    _find_moved(found, listed, known)
+    return found
+
+
+def _fingerprinted(row: Mapping[str, Any]) -> bool:
+    """It was committed by a clipmill that kept what `compare` looks at."""
+    return row.get("intervals_key") is not None
+
+
+def _find_moved(found: Compared, listed: Sequence[Source], known: Known) -> None:
+    """Content that is committed under a uri that no longer stands for it, and is listed under a new one."""
+    left: dict[tuple[int | None, str], list[str]] = defaultdict(list)
+    for uri in [*found.gone, *found.changed]:
+        row = known[uri]
+        if row["status"] == "ok" and row["sha256"] and row.get("size") is not None and _fingerprinted(row):
+            left[row["size"], row["intervals_key"]].append(uri)
+    if not left:
+        return
+    new = []
+    for s in listed:
+        if s.uri not in known and left.get((s.bytes, s.intervals_key())) and local_path(s):
+            new.append(s)
+    for source, sha256 in zip(new, _hashes(new), strict=True):
+        places = left[source.bytes, source.intervals_key()]
+        same = [u for u in places if known[u]["sha256"] == sha256]
+        if same:
+            was = next((u for u in same if known[u]["name"] == source.name), same[0])
+            places.remove(was)
+            found.moved[was] = source
+    for uris in (found.gone, found.changed, found.edited):
+        uris[:] = [u for u in uris if u not in found.moved]
+
+
+def _hashes(sources: Sequence[Source]) -> list[str | None]:
+    with ThreadPoolExecutor(HASHERS) as pool:
+        return list(pool.map(sha256_of, sources))
+
+
+def apply(
+    store: Store,
+    found: Compared,
+    listed: Sequence[Source],
+    known: Known,
+    *,
+    redo_changed: bool = False,
+    refresh_metadata: bool = False,
+    prune: bool = False,
+) -> list[str]:
+    """Bring the record up to date: moved sources always, the rest where asked. Returns a line for each."""
+    here = {s.uri: s for s in listed}
+    revisions = {was: Revision(source, moved=True) for was, source in found.moved.items()}
+    revisions |= {uri: Revision(here[uri]) for uri in found.touched}
+    if refresh_metadata:
+        revisions |= {
+            uri: Revision(here[uri], metadata=True) for uri in found.edited if uri not in found.changed
+        }
+    gone = (found.changed if redo_changed else []) + (found.gone if prune else [])
+    revise(store, revisions, known)
+    drop(store, gone, known)
+    return _lines(found, known, redo_changed, refresh_metadata, prune)
+
+
+def _lines(found: Compared, known: Known, redo: bool, refresh: bool, prune: bool) -> list[str]:
+    said = []
+    if found.moved:
+        places = [f"{known[was]['name']} → {s.name}" for was, s in found.moved.items()]
+        said.append(f"{_n(found.moved, 'source')} moved or renamed, not measured again: {_some(places)}")
+    if found.changed:
+        names = _some([known[u]["name"] for u in found.changed])
+        then = (
+            "measured again" if redo else "the clips are of the old bytes; --redo-changed measures them again"
+        )
+        said.append(f"{_n(found.changed, 'source')} changed since measured, {then}: {names}")
+    if found.edited:
+        names = _some([known[u]["name"] for u in found.edited])
+        then = "taken over" if refresh else "the clips have the old; --refresh-metadata takes it over"
+        said.append(f"{_n(found.edited, 'source')} with other metadata in the list, {then}: {names}")
+    if found.gone:
+        names = _some([known[u]["name"] for u in found.gone])
+        then = "pruned" if prune else "the clips stay; --prune takes them out"
+        said.append(f"{_n(found.gone, 'source')} no longer in the list, {then}: {names}")
+    return said
+
+
+def _n(items: Any, what: str) -> str:
+    return f"{len(items):,} {what}{'s' if len(items) != 1 else ''}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")

@@ -1,0 +1,205 @@
+"""What came out of a run, for the person who started it: counts, reasons, the command that goes on from here."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.decide.rules import clip_files, funnel
+from pipeline.io.store import Store
+
+REASONS = 5  # shown of each kind of trouble
+EXAMPLES = 3  # names shown of each reason
+CAPTION_WARNING = re.compile(
+    r"caption:(.+?): clip ([0-9a-f]{20}): (.*)", re.S
+)  # see pipeline.caption.captioner
+
+
+class Exit(IntEnum):
+    """What `clipmill curate` leaves as its exit status."""
+
+    OK = 0  # something is kept
+    NOTHING_KEPT = 1
+    BAD_INPUT = 2  # as argparse has it
+    ERRORS = 3  # something is kept, but not everything went well; only with --strict
+    OUTPUT = 4
+    ENDED = 5  # the workers or the cluster
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+@dataclass
+class Reason:
+    """Faults of one wording."""
+
+    text: str  # of the first of them, without its source's name
+    count: int = 0
+    names: list[str] = field(default_factory=list)  # the first few
+
+    def line(self) -> str:
+        more = ", …" if self.count > len(self.names) else ""
+        return f"{self.count:>7,} × {self.text}" + (f" ({', '.join(self.names)}{more})" if self.names else "")
+
+
+@dataclass
+class Outcome:
+    """The state of a run's folder. Counts are of everything in it, not of the last command alone."""
+
+    clips: int = 0
+    kept: int = 0
+    seconds: float = 0.0  # of all clips
+    kept_s: float = 0.0
+    dropped: dict[str, int] = field(
+        default_factory=dict
+    )  # rule, in order → clips that fail it and none before
+    sources: int = 0  # without error
+    errors: dict[str, list[Reason]] = field(
+        default_factory=dict
+    )  # kind of fault → its reasons, most frequent first
+    caption_errors: dict[str, list[Reason]] = field(default_factory=dict)  # captioner → its reasons
+    tars: int = 0
+
+    @property
+    def failed(self) -> int:
+        """Sources that ended in an error."""
+        return _total(self.errors)
+
+    @property
+    def captions_failed(self) -> int:
+        return _total(self.caption_errors)
+
+    def exit(self, strict: bool = False) -> Exit:
+        if not self.kept:
+            return Exit.NOTHING_KEPT
+        return Exit.ERRORS if strict and (self.failed or self.captions_failed) else Exit.OK
+
+    def plain(self) -> dict[str, Any]:
+        """For run.json."""
+        return {
+            "clips": self.clips,
+            "kept": self.kept,
+            "seconds": round(self.seconds, 3),
+            "kept_s": round(self.kept_s, 3),
+            "dropped": self.dropped,
+            "sources": {
+                "ok": self.sources,
+                "errors": {k: sum(r.count for r in v) for k, v in self.errors.items()},
+            },
+            "caption_errors": {k: sum(r.count for r in v) for k, v in self.caption_errors.items()},
+            "tars": self.tars,
+        }
+
+    def lines(self, command: str, where: dict[str, str]) -> list[str]:
+        """What a person reads at the end.
+
+        Args:
+            command: that was run; with --retry-errors it is the one that tries again.
+            where: what lies where, in the order it is named.
+        """
+        said = [f"kept {self.kept:,} of {self.clips:,} clips ({self.kept_s:,.1f} of {self.seconds:,.1f} s)"]
+        if not self.clips:
+            said = ["kept nothing: no source gave a clip"]
+        gone = [f"{rule} {n:,}" for rule, n in self.dropped.items() if n]
+        if gone:
+            said.append(f"dropped by, in order: {', '.join(gone)}")
+        said.append(f"sources: {self.sources:,} ok, {self.failed:,} errors")
+        for kind, reasons in self.errors.items():
+            said += _shown(f"  {KINDS.get(kind, kind)}: {_count(reasons):,}", reasons)
+        for captioner, reasons in self.caption_errors.items():
+            said += _shown(f"captions: {_count(reasons):,} clips on which {captioner} failed", reasons)
+        if self.failed or self.captions_failed:
+            again = command if "--retry-errors" in command.split() else f"{command} --retry-errors"
+            said.append(f"try what failed again, and nothing else: {again}")
+        return said + [f"{what}: {place}" for what, place in where.items()]
+
+
+KINDS = {
+    "source": "the source's own fault",
+    "transient": "the moment's fault, tried again by the same command",
+    "worker": "its worker's fault",
+}
+
+
+def outcome(store: Store) -> Outcome:
+    """Read what a run's folder holds: videos/, clips/ and decisions.parquet."""
+    found = Outcome()
+    failed: list[dict[str, Any]] = []
+    columns = ["source", "name", "status", "error", "error_kind", "stage"]
+    for name in store.list("videos", ".parquet"):
+        rows = store.read_table(name, columns).to_pylist()
+        failed += [r for r in rows if r["status"] != "ok"]
+        found.sources += sum(r["status"] == "ok" for r in rows)
+    by_kind: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for row in failed:
+        text = f"{row['stage']}: {_nameless(row['error'] or '', row['name'], row['source'])}"
+        by_kind[row["error_kind"] or "source"].append((text, row["name"]))
+    found.errors = {kind: grouped(by_kind[kind]) for kind in sorted(by_kind, key=lambda k: -len(by_kind[k]))}
+    _clips(store, found)
+    return found
+
+
+SAID = [f"captions.list.element.{name}" for name in ("model", "outcome", "reason")]
+
+
+def _clips(store: Store, found: Outcome) -> None:
+    """Clips, decisions and captions of the outcome."""
+    parts = []
+    wrong: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for name in clip_files(store):
+        table = store.read_table(name, ["clip_id", "name", "duration_s", *SAID])
+        parts.append(table.select(["clip_id", "duration_s"]))
+        said = table["captions"].combine_chunks().flatten()
+        if len(said) and pc.any(pc.equal(said.field("outcome"), "error")).as_py():
+            for row in table.to_pylist():
+                for c in row["captions"] or []:
+                    if c["outcome"] == "error":
+                        wrong[c["model"]].append((c["reason"] or "", row["name"]))
+    found.caption_errors = {m: grouped(wrong[m]) for m in sorted(wrong, key=lambda m: -len(wrong[m]))}
+    if not parts or not store.exists("decisions.parquet"):
+        return
+    clips, decisions = pa.concat_tables(parts), store.read_table("decisions.parquet")
+    at = pc.index_in(decisions["clip_id"], value_set=clips["clip_id"].combine_chunks())
+    seconds, keep = clips["duration_s"].take(at), decisions["keep"]
+    found.clips, found.kept = len(decisions), pc.sum(keep).as_py() or 0
+    found.seconds = pc.sum(seconds).as_py() or 0.0
+    found.kept_s = pc.sum(seconds.filter(keep)).as_py() or 0.0
+    found.dropped = {drop.rule: drop.in_order for drop in funnel(decisions)}
+    found.tars = len(pc.unique(decisions["shard"].drop_null()))
+
+
+def grouped(faults: Iterable[tuple[str, str]]) -> list[Reason]:
+    """(text, name) pairs by text, most frequent first; numbers in it make no difference."""
+    found: dict[str, Reason] = {}
+    for text, name in faults:
+        reason = found.setdefault(re.sub(r"[0-9a-f]{20}|\d+(\.\d+)?", "0", text), Reason(text))
+        reason.count += 1
+        if len(reason.names) < EXAMPLES and name not in reason.names:
+            reason.names.append(name)
+    return sorted(found.values(), key=lambda r: -r.count)
+
+
+def _nameless(text: str, name: str, uri: str) -> str:
+    for known in sorted({name, uri}, key=len, reverse=True):
+        text = text.removeprefix(f"{known}: ").replace(known, "…")
+    return text
+
+
+def _count(reasons: list[Reason]) -> int:
+    return sum(r.count for r in reasons)
+
+
+def _total(groups: dict[str, list[Reason]]) -> int:
+    return sum(map(_count, groups.values()))
+
+
+def _shown(title: str, reasons: list[Reason]) -> list[str]:
+    more = len(reasons) - REASONS
+    rest = [f"          and {more} more reasons, see the column 'error' of videos/"] if more > 0 else []
+    return [title, *(r.line() for r in reasons[:REASONS]), *rest]

@@ -1,0 +1,81 @@
+"""What a run tells at its end: counts that add up, reasons most frequent first, an exit status scripts can use."""
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.io.store import Store
+from pipeline.run.outcome import Exit, Outcome, Reason, grouped, outcome
+from pipeline.shards import pack
+from tests.fixtures.run_folder import make_run_folder
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    folder = tmp_path_factory.mktemp("outcome") / "run"
+    recipe = make_run_folder(folder)
+    store = Store(str(folder))
+    pack.shard(store, recipe)
+    return store
+
+
+def test_counts_are_those_of_the_tables(store):
+    found = outcome(store)
+    decisions = store.read_table("decisions.parquet").to_pylist()
+    clips = {
+        c["clip_id"]: c["duration_s"]
+        for n in store.list("clips", ".parquet")
+        for c in pq.read_table(store.path(n)).to_pylist()
+    }
+    kept = [d["clip_id"] for d in decisions if d["keep"]]
+    assert (found.clips, found.kept) == (len(clips), len(kept))
+    assert found.seconds == pytest.approx(sum(clips.values()))
+    assert found.kept_s == pytest.approx(sum(clips[c] for c in kept))
+    assert found.kept + sum(found.dropped.values()) == found.clips
+    assert (found.sources, found.failed) == (6, 2)
+    assert found.tars == len(store.list("shards", ".tar"))
+
+
+def test_a_person_reads_what_was_kept_dropped_and_why_sources_failed(store):
+    said = "\n".join(outcome(store).lines("clipmill curate x --out run", {"shards": "run/shards"}))
+    assert "kept 11 of 16 clips (" in said
+    assert "too_short" not in said  # drops nothing
+    assert (
+        said.index("still") < said.index("too_much_text") < said.index("no_caption") < said.index("duplicate")
+    )
+    assert "2 × decode: no video stream: the file holds sound only (broken 0.mp4, broken 1.mp4)" in said
+    assert "clipmill curate x --out run --retry-errors" in said
+    assert said.endswith("shards: run/shards")
+
+
+def test_reasons_are_grouped_over_names_and_numbers_most_frequent_first():
+    faults = [("lasts 12.5 s", "a"), ("moov atom not found", "b"), ("lasts 7 s", "c"), ("lasts 99 s", "d")]
+    faults += [("lasts 98 s", "e")]
+    first, second = grouped(faults)
+    assert (first.text, first.count, first.names) == ("lasts 12.5 s", 4, ["a", "c", "d"])
+    assert first.line().strip() == "4 × lasts 12.5 s (a, c, d, …)"
+    assert (second.text, second.count) == ("moov atom not found", 1)
+
+
+@pytest.mark.parametrize(
+    ("kept", "errors", "captions", "strict", "status"),
+    [
+        (1, 0, 0, False, Exit.OK),
+        (1, 3, 3, False, Exit.OK),
+        (1, 0, 0, True, Exit.OK),
+        (1, 1, 0, True, Exit.ERRORS),
+        (1, 0, 1, True, Exit.ERRORS),
+        (0, 0, 0, False, Exit.NOTHING_KEPT),
+        (0, 1, 0, True, Exit.NOTHING_KEPT),
+    ],
+)
+def test_the_exit_status(kept, errors, captions, strict, status):
+    found = Outcome(clips=5, kept=kept)
+    found.errors = {"source": [Reason("x", errors)]} if errors else {}
+    found.caption_errors = {"m": [Reason("x", captions)]} if captions else {}
+    assert found.exit(strict) == status
+
+
+def test_an_empty_run_says_so(tmp_path):
+    found = outcome(Store(str(tmp_path)))
+    assert found.lines("c", {})[0] == "kept nothing: no source gave a clip"
+    assert found.exit() == Exit.NOTHING_KEPT

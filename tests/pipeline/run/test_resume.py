@@ -1,0 +1,113 @@
+"""Which recipe goes on: thresholds of the folder hold, the command's changes win, another way to measure is refused."""
+
+import json
+
+import pytest
+
+from pipeline.recipe import load
+from pipeline.run import resume
+from pipeline.run.worker import RunError
+
+RULE = "decide.rules.long={column: duration_s, min: 2.2}"
+
+
+def run_json(*sets: str, tuned: tuple[str, ...] = (), name: str = "smoke") -> dict:
+    """What `curate --set …` leaves, and then `shard --set …`."""
+    asked, recipe = load(name, list(sets)), load(name, [*sets, *tuned])
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "measure_key": asked.measure_key(),
+        "asked": {"recipe": asked.model_dump(mode="json", include=set(resume.LATER)), "set": list(sets)},
+    }
+
+
+def goes_on(run: dict, *sets: str, name: str = "smoke"):
+    return resume.in_force(run, load(name, list(sets)), sets, "run")
+
+
+def test_the_same_command_keeps_what_shard_has_set():
+    recipe = goes_on(run_json(tuned=(RULE, "shards.seed=7")))
+    assert recipe.decide.rules["long"].min == 2.2
+    assert recipe.shards.seed == 7
+
+
+def test_what_the_command_asks_for_anew_wins_and_the_rest_stays():
+    run = run_json(tuned=(RULE, "shards.seed=7", "shards.max_clips=5"))
+    recipe = goes_on(run, "decide.rules.long.min=1", "decide.rules.long.column=duration_s", "shards.seed=0")
+    assert recipe.decide.rules["long"].min == 1
+    assert recipe.shards.seed == 0  # the recipe's own value, but asked for by name
+    assert recipe.shards.max_clips == 5
+
+
+def test_a_changed_recipe_wins_only_where_it_changed():
+    run = run_json(tuned=("shards.seed=7", "shards.max_clips=5"))
+    run["asked"]["recipe"]["shards"]["max_clips"] = 900  # the recipe's file said so then
+    recipe = goes_on(run)
+    assert (recipe.shards.seed, recipe.shards.max_clips) == (7, 1000)
+
+
+def test_a_rule_that_shard_took_away_stays_away_and_one_that_the_command_drops_goes():
+    run = run_json(RULE)
+    del run["recipe"]["decide"]["rules"]["long"]
+    assert goes_on(run, RULE).decide.rules == {}
+    assert goes_on(run_json(RULE)).decide.rules == {}
+
+
+def test_what_is_in_force_is_told_with_both_values_and_the_way_back():
+    asked = load("smoke")
+    (line,) = resume.told(load("smoke", [RULE, "shards.seed=7"]), asked, "my run")
+    for word in (
+        "decide.rules.long",
+        "2.2",
+        "shards.seed=7 (recipe: 0)",
+        "clipmill shard 'my run' --recipe smoke",
+    ):
+        assert word in line
+    assert resume.told(asked, asked, "run") == []
+
+
+def test_another_way_to_measure_is_refused_with_keys_and_both_values():
+    with pytest.raises(RunError) as e:
+        goes_on(run_json(), "cut.crf=35", "captions.0.frames=3")
+    for word in (
+        "another recipe",
+        "cut.crf is 30 there and 35 here",
+        "captions.0.frames is 1 there and 3 here",
+    ):
+        assert word in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_an_option_that_came_since_is_no_difference():
+    run = run_json()
+    del run["recipe"]["cut"]["keyframe_s"]
+    run["measure_key"] = "of an older version"
+    assert goes_on(run).cut.keyframe_s == load("smoke").cut.keyframe_s
+
+
+def test_what_two_changes_make_together_is_checked():
+    run = run_json("decide.rules.a={column: duration_s, max: 5}", tuned=("decide.rules.a.max=2",))
+    changed = "decide.rules.a={column: duration_s, max: 5, min: 4}"
+    run["asked"]["set"] = [changed]  # as if the recipe's file had changed, not the command
+    with pytest.raises(RunError, match=r"min 4 is above max 2.*clipmill shard"):
+        goes_on(run, changed)
+
+
+@pytest.mark.parametrize(
+    ("base", "ours", "theirs", "merged"),
+    [
+        ({"a": 1}, {"a": 2}, {"a": 1}, {"a": 2}),
+        ({"a": 1}, {"a": 1}, {"a": 2}, {"a": 2}),
+        ({"a": 1}, {"a": 3}, {"a": 2}, {"a": 2}),
+        ({"a": 1}, {}, {"a": 1}, {}),
+        ({"a": 1}, {"a": 1}, {}, {}),
+        ({}, {"a": 1}, {}, {"a": 1}),
+        ({}, {}, {"a": 1}, {"a": 1}),
+        ({"a": [1]}, {"a": [1, 2]}, {"a": [1]}, {"a": [1, 2]}),
+        (None, {"a": 1}, {"b": 2}, {"a": 1, "b": 2}),
+    ],
+)
+def test_merging(base, ours, theirs, merged):
+    before = json.dumps([base, ours, theirs])
+    assert resume.merge(base, ours, theirs) == merged
+    assert json.dumps([base, ours, theirs]) == before
