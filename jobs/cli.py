@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import os
+import select
 import sys
 
 JOBS = {
@@ -15,13 +18,15 @@ JOBS = {
     "eval": "how far a model's videos are from real ones",
     "toy": "raw videos of a small world whose truth is known",
     "judge": "whether a model that learned that world draws what the captions say",
+    "recipe": "show a recipe whole, explain its options, check a file of your own",
     "doctor": "what is installed, which models a recipe needs, GPUs, the cluster",
     "demo": "all of it on a minute of real footage",
+    "completion": "TAB completes jobs, options and recipes in bash, zsh and fish",
 }
 
 MODULES = {"eval": "evaluate"}  # a name that Python has taken
 
-HELP = """usage: clipmill JOB [options]
+HELP = """usage: clipmill JOB [options]     (-h: this text, -V: the version)
 
 clipmill turns raw videos into captioned clips and trains models on them.
 
@@ -46,17 +51,35 @@ class WithoutPandas:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run a job. A reader of the output that goes away (`| head`) ends it without a word."""
+    try:
+        try:
+            return run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        if not output.poll(0):  # another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to be flushed
+        return 141  # as a shell reports SIGPIPE
+
+
+def run(argv: list[str] | None) -> int:
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help", "help"):
-        print(HELP.format(jobs="\n".join(f"  {name:8} {what}" for name, what in JOBS.items())))
+        print(HELP.format(jobs="\n".join(f"  {name:10} {what}" for name, what in JOBS.items())))
         return 0 if args else 2
-    if args[0] == "--version":
+    if args[0] in ("-V", "--version"):
         from importlib.metadata import version
 
         print(f"clipmill {version('clipmill')}")
         return 0
     if args[0] not in JOBS:
-        print(f"clipmill: no job named {args[0]!r}; the jobs are {', '.join(JOBS)}", file=sys.stderr)
+        close = difflib.get_close_matches(args[0], JOBS, 1, 0.5)
+        meant = f" (did you mean {close[0]!r}?)" if close else ""
+        print(f"clipmill: no job named {args[0]!r}{meant}; the jobs are {', '.join(JOBS)}", file=sys.stderr)
         return 2
     if argv is None and args[0] == "shard":
         sys.meta_path.insert(0, WithoutPandas())

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+    from jobs.training.recipe import TrainRecipe
     from pipeline.recipe import Recipe
 
 EPILOG = """
@@ -28,6 +32,7 @@ The exit status is 1 when something is missing.
 examples
   clipmill doctor
   clipmill doctor --recipe panda70m --out /data/run
+  clipmill doctor --recipe dit-xl
   clipmill doctor --recipe embedded --set cut.codec=h264_nvenc
   clipmill doctor --address auto
 """
@@ -71,7 +76,10 @@ def main(argv: list[str] | None = None) -> int:
         "--recipe",
         default="embedded",
         metavar="NAME|FILE",
-        help="whose models to look for (default: embedded)",
+        help="whose models to look for; a training recipe, too (default: embedded)",
+    )
+    parser.add_argument(
+        "--training", action="store_true", help="the training recipe of a name that both kinds have (toy)"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the recipe"
@@ -85,14 +93,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     checks = [python(), *packages()]
-    recipe: Recipe | None = None
+    recipe: Recipe | TrainRecipe | None = None
     try:
-        from pipeline.recipe import RecipeError, load
+        from jobs.training.recipe import load_either
+        from pipeline.recipe import RecipeError
     except ImportError as e:  # pydantic or yaml: their lines say how to get them
         checks.append(Check("models", args.recipe, MISSING, f"the recipe cannot be read: {e}"))
     else:
         try:
-            recipe = load(args.recipe, args.set)
+            recipe = load_either(args.recipe, args.set, args.training)
         except RecipeError as e:
             print(f"clipmill doctor: {e}", file=sys.stderr)
             return 2
@@ -112,8 +121,15 @@ def main(argv: list[str] | None = None) -> int:
     if missing:
         print(f"\n{missing} missing: mend the lines above, then run clipmill doctor again")
         return 1
-    print(f"\nready: clipmill curate SOURCE --recipe {args.recipe} --out {args.out}")
+    task = f"train {recipe.trains} RUN" if trains(recipe) else "curate SOURCE"
+    options = ["--recipe", args.recipe, *(word for item in args.set for word in ("--set", item))]
+    print(f"\nready: clipmill {task} {shlex.join([*options, '--out', args.out])}")
     return 0
+
+
+def trains(recipe: Recipe | TrainRecipe | None) -> TypeIs[TrainRecipe]:
+    """It is one for training; told without importing what a broken installation may lack."""
+    return hasattr(recipe, "trains")
 
 
 # ---------------------------------------------------------------- what is looked at
@@ -230,44 +246,61 @@ def confinement() -> Check:
     )
 
 
-def gpus(recipe: Recipe | None, address: str | None) -> Check:
+def gpus(recipe: Recipe | TrainRecipe | None, address: str | None) -> Check:
     """CUDA devices that torch can use, against what the recipe asks of this machine."""
-    asked = {n: r.gpus for n, r in recipe.resources.items() if r.gpus} if recipe and not address else {}
-    fix = f"on this machine: --set resources.{min(asked)}.gpus=0, or curate --address" if asked else ""
+    asked, fix = False, ""
+    if recipe is not None and not address:
+        without = on_cpu(recipe)
+        asked = bool(without) and not trains(recipe)
+        elsewhere = "" if trains(recipe) else ", or on a cluster: --address"
+        fix = f"on this machine: {' '.join(without)}{elsewhere}" if without else ""
     if find_spec("torch") is None:
         return Check("machine", "GPUs", MISSING if asked else LOOK, "torch is not installed", fix)
     said = ask(GPUS)
     if isinstance(said, str):
         return Check("machine", "GPUs", MISSING, f"torch does not work: {said}", "pip install -U torch")
     if not said:
-        return Check(
-            "machine", "GPUs", MISSING if asked else OK, "none that torch can use: models run on the CPU", fix
-        )
+        state = MISSING if asked else LOOK if fix else OK
+        return Check("machine", "GPUs", state, "none that torch can use: models run on the CPU", fix)
     listed = ", ".join(f"{name} {size / 2**30:.0f} GiB" for name, size, _ in said)
     return Check("machine", "GPUs", OK, f"{listed} (CUDA {said[0][2]})")
 
 
-def video_encoder(recipe: Recipe) -> Check:
+def on_cpu(recipe: Recipe | TrainRecipe) -> list[str]:
+    """The options, ready to be pasted, that take from a recipe what only GPUs can give."""
+    from pipeline.recipe_file import setting
+
+    if not trains(recipe):
+        return [setting(["resources", n, "gpus"], 0) for n, r in recipe.resources.items() if r.gpus]
+    cpu = {"precision": "fp32", "compile": "false", "checkpointing": "false", "parallel": "ddp"}
+    had = recipe.compute.model_dump(mode="json")
+    return [setting(["compute", k], v) for k, v in cpu.items() if str(had[k]).lower() != v]
+
+
+def video_encoder(recipe: Recipe | TrainRecipe) -> Check:
     """ffmpeg, and whether it can write what the recipe asks for; it is tried."""
-    from pipeline.recipe import RecipeError
+    from pipeline.recipe import Cut, RecipeError
+
+    cut = Cut() if trains(recipe) else recipe.cut  # a trainer writes its samples
 
     try:
         from pipeline.split.cut import CutStage
 
-        stage = CutStage(recipe.cut, tempfile.gettempdir())
+        stage = CutStage(cut, tempfile.gettempdir())
         stage.setup()
     except (RecipeError, ImportError) as e:
         return Check("programs", "ffmpeg", MISSING, str(e))
     release = ".".join(map(str, stage.version))
-    return Check("programs", "ffmpeg", OK, f"{release}, encodes {recipe.cut.codec}, {stage.exe}")
+    return Check("programs", "ffmpeg", OK, f"{release}, encodes {cut.codec}, {stage.exe}")
 
 
-def models(recipe: Recipe) -> Iterator[Check]:
+def models(recipe: Recipe | TrainRecipe) -> Iterator[Check]:
     """Every model the recipe names and where it comes from; no weights are loaded or fetched."""
+    from jobs.training import needs as for_training
     from pipeline.recipe import RecipeError
-    from pipeline.run.needs import models
+    from pipeline.run import needs
 
-    for name, where in models(recipe):
+    for name, where in for_training.models(recipe) if trains(recipe) else needs.models(recipe):
         try:
             yield Check("models", name, OK, where())
         except RecipeError as e:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pipeline.caption.captioner import caption_stages
 from pipeline.caption.choose import ChooseStage, check_order
+from pipeline.decide.rules import check_rules
 from pipeline.own_stage import placed
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, RecipeError, nearest
+from pipeline.recipe_file import dotted
+from pipeline.record import clip_schema
 from pipeline.score.aesthetic import AestheticStage
 from pipeline.score.signature import SignatureStage
 from pipeline.score.stage import ScoreStage
@@ -14,7 +17,7 @@ from pipeline.split.cut import CutStage
 from pipeline.split.decode import DecodeStage
 from pipeline.split.events import EventStage
 from pipeline.split.shots import ShotStage
-from pipeline.stages import Stage
+from pipeline.stages import Stage, let_go_of_samples, produced
 
 
 def build(recipe: Recipe, out: str) -> list[Stage]:
@@ -22,7 +25,7 @@ def build(recipe: Recipe, out: str) -> list[Stage]:
     stages: list[Stage] = [
         DecodeStage(recipe.decode),
         ShotStage(recipe.shots),
-        EventStage(recipe.events),
+        EventStage(recipe.events, whole=recipe.shots.detector == "whole"),
         CutStage(recipe.cut, out),
         ScoreStage(recipe.scores),
         SignatureStage(),
@@ -31,8 +34,25 @@ def build(recipe: Recipe, out: str) -> list[Stage]:
         stages.append(TextStage(recipe.scores.text))
     if recipe.scores.aesthetic.weights:
         stages.append(AestheticStage(recipe.scores.aesthetic))
-    captioners = caption_stages(recipe.captions)
+    captioners = caption_stages(recipe.captions, recipe.limits.caption_s)
     if captioners:
         check_order(recipe.choose, [stage.model for stage in captioners])
         stages += [*captioners, ChooseStage(recipe.choose)]
-    return placed(stages, recipe.stages)
+    stages = placed(stages, recipe.stages)
+    let_go_of_samples(stages)
+    return stages
+
+
+def check(recipe: Recipe) -> list[Stage]:
+    """The stages of a recipe, with all that can be told of it before any work. Raises RecipeError."""
+    stages = build(recipe, "")
+    columns = produced(stages)
+    check_rules(recipe.decide.rules, clip_schema(columns.scores, columns.embeddings))
+    names = [*(s.name for s in stages), "commit"]
+    for name in recipe.resources:
+        if name not in names:
+            raise RecipeError(
+                f"{dotted(['resources', name])}: no such stage{nearest(name, names)}; stages of this recipe: "
+                f"{', '.join(names)}"
+            )
+    return stages

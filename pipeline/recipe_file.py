@@ -309,7 +309,7 @@ def _meant(kind: type[Section], name: str, here: list[str]) -> str:
         return close
     everywhere = [o for o in options(kind) if o.name not in ("NAME", "N")]
     if places := [o.key for o in everywhere if o.name == name]:
-        return f", it belongs to {' or '.join(places[:3])}"
+        return f" (it belongs to {' or '.join(places[:3])})"
     resembling = nearest(name, [o.name for o in everywhere])
     close_to = [o.key for o in everywhere if repr(o.name) in resembling]
-    return f", did you mean {close_to[0]}?" if close_to else ""
+    return f" (did you mean {close_to[0]}?)" if close_to else ""

@@ -29,9 +29,9 @@ class Section(BaseModel):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """', did you mean …?' for the known word most like this one; '' where none is."""
+    """' (did you mean …?)' for the known word most like this one; '' where none is."""
     found = difflib.get_close_matches(word, list(known), 1, 0.6)
-    return f", did you mean {found[0]!r}?" if found else ""
+    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 # ---------------------------------------------------------------- what may stand where
@@ -129,7 +129,8 @@ class Option:
 
 
 def options(kind: type[BaseModel], prefix: str = "") -> Iterator[Option]:
-    """Every option of a recipe of that kind, section by section, in the order of the classes."""
+    """Every option of a recipe of that kind, in the order of the classes; of a section its own options first."""
+    inner: list[Option] = []
     for name, field in kind.model_fields.items():
         key, meaning = f"{prefix}{name}", field.description or ""
         held, item = sections(field.annotation), items_of(field.annotation)
@@ -139,8 +140,9 @@ def options(kind: type[BaseModel], prefix: str = "") -> Iterator[Option]:
             yield Option(key, meaning, said_type(field.annotation, field.metadata), _default(field))
         for section in held:
             only = f" (kind: {kind_of(section)})" if len(held) > 1 else ""
-            yield Option(key, (meaning if not only else "") or first_line(section) + only)
-            yield from options(section, f"{key}.")
+            inner.append(Option(key, (meaning if not only else "") or first_line(section) + only))
+            inner += options(section, f"{key}.")
+    yield from inner
 
 
 def first_line(section: type[BaseModel]) -> str:

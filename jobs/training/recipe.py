@@ -187,7 +187,7 @@ class Optimizer(Section):
     """AdamW."""
 
     lr: float = Field(1e-4, gt=0, description="learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.99), description="of AdamW")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="of AdamW: decay of its two running means")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up")
     decay: Literal["constant", "cosine", "linear"] = Field("constant", description="over run.steps")

@@ -2,6 +2,8 @@
 
 import os
 import pty
+import re
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -92,6 +94,43 @@ def test_a_recipe_that_asks_for_gpus_where_there_are_none_is_missing_them(capsys
     assert "resources.shots.gpus=0" in lines(capsys)["GPUs"]
 
 
+@pytest.mark.parametrize("recipe", ["panda70m", "dit-xl"])
+def test_what_is_advised_for_a_machine_without_gpus_works_when_pasted(monkeypatch, capsys, recipe):
+    monkeypatch.setattr(doctor, "models", lambda recipe: [])
+    doctor.main(["--recipe", recipe])
+    advice = lines(capsys)["GPUs"].partition("on this machine: ")[2].partition(", or on a cluster")[0]
+    assert "--set" in advice
+    assert doctor.main(["--recipe", recipe, *shlex.split(advice)]) == 0
+    text = capsys.readouterr().out
+    assert "ok      machine   GPUs" in text
+    ready = shlex.split(text.partition("\nready: ")[2])
+    assert ready[:2] == ["clipmill", "curate" if recipe == "panda70m" else "train"]
+    assert all(word in ready for word in shlex.split(advice))
+
+
+def test_a_training_recipe_is_looked_at_too(tmp_path: Path, capsys):
+    assert doctor.main(["--recipe", "vae"]) == 0
+    assert "EfficientNet-Lite0" in lines(capsys)["vae: EfficientNet-Lite0"]
+    assert doctor.main(["--recipe", "toy", "--training"]) == 0
+    assert "ready: clipmill train diffusion RUN --recipe toy" in capsys.readouterr().out
+    (tmp_path / "text").mkdir()
+    (tmp_path / "unet").mkdir()
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "autoencoder: {kind: vae, path: ./old}\nstart: old\ntext: {kind: transformers, model: ./text}\n"
+        "data: {cache: latents}\nmodel: {kind: video_ldm, spatial: ./unet}\n"
+    )
+    assert doctor.main(["--recipe", str(file)]) == 1
+    gone = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing models")]
+    for key in ("autoencoder.path", "start", "text.model", "data.cache", "model.spatial"):
+        assert any(f" {key}: " in line and str(tmp_path) in line for line in gone), key
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/model.safetensors").write_bytes(b"")
+    (tmp_path / "latents").mkdir()
+    doctor.main(["--recipe", str(file)])
+    assert sum(line.startswith("missing models") for line in capsys.readouterr().out.splitlines()) == 2
+
+
 def test_an_output_that_cannot_be_written_is_missing(tmp_path: Path, capsys):
     (tmp_path / "file").write_text("")
     assert doctor.main(["--out", str(tmp_path / "file/below")]) == 1
@@ -129,12 +168,13 @@ def test_versions_compare_as_numbers(found: str, least: str, enough: bool):
     assert (doctor.numbers(found) >= doctor.numbers(least)) == enough
 
 
-def test_in_a_terminal_torch_apart_it_is_a_table_and_in_a_pipe_plain_lines():
+@pytest.mark.parametrize("no_colour", ["", "1"])
+def test_in_a_terminal_torch_apart_it_is_a_table_and_in_a_pipe_plain_lines(no_colour: str):
     code = "from jobs import doctor; doctor.ask = lambda *a: []; raise SystemExit(doctor.main([]))"
     piped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "\x1b" not in piped.stdout
     leader, follower = pty.openpty()
-    env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"}
+    env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120", "NO_COLOR": no_colour}
     shown = subprocess.Popen(
         [sys.executable, "-c", code], stdout=follower, stderr=follower, cwd=ROOT, env=env
     )
@@ -149,7 +189,8 @@ def test_in_a_terminal_torch_apart_it_is_a_table_and_in_a_pipe_plain_lines():
             break
         text += chunk
     assert shown.wait() == piped.returncode == 0
-    assert b"\x1b[32m" in text
+    assert (b"\x1b[32m" in text) == (not no_colour)
+    assert bool(re.search(rb"\x1b\[[\d;]*[349]\d", text)) == (not no_colour)
     for word in ("TransNetV2", "pyarrow", "ready: clipmill curate"):
         assert word in piped.stdout
         assert word.encode() in text

@@ -93,7 +93,7 @@ def test_stages_of_ones_own_stand_after_the_one_they_name_in_their_order(file, t
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ({"after": "score"}, r"stages\.0\.after: this recipe has no stage 'score', did you mean 'scores'\?"),
+        ({"after": "score"}, r"stages\.0\.after: this recipe has no stage 'score' \(did you mean 'scores'\?"),
         ({"options": {"scael": 1}}, r"cannot be made with options .*unexpected keyword argument 'scael'"),
     ],
 )
@@ -109,7 +109,7 @@ def test_a_line_that_does_not_fit_is_one_sentence(file, line, says):
         (("name, produces =", "_, produces ="), "has no name: give its class one"),
         (("name, produces =", "name, _ ="), "does not say what it produces"),
         (("__call__", "run"), "cannot be called: give its class a __call__"),
-        (("class Bright", "class Brihgt"), "has no class 'Bright', did you mean 'Brihgt'"),
+        (("class Bright", "class Brihgt"), "has no class 'Bright' (did you mean 'Brihgt'"),
         (('scores=["bright"]', 'scores=["motion"]'), "stage 'scores' makes the score 'motion' already"),
         (('= "bright", Pro', '= "cut", Pro'), "the name 'cut' is taken by another stage"),
     ],

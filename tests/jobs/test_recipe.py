@@ -1,0 +1,90 @@
+"""clipmill recipe: what it prints can be used, every option is explained, every mistake is one sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs import recipe as job
+from jobs.training.recipe import TRAINING, load_training
+from pipeline import recipe
+
+BOTH = [*((n, "") for n in recipe.bundled()), *((n, "--training") for n in recipe.bundled(TRAINING))]
+
+
+def said(capsys, *command: str) -> str:
+    assert job.main(list(command)) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, *command: str) -> str:
+    assert job.main(list(command)) == 2
+    out = capsys.readouterr()
+    assert out.out == ""
+    assert out.err.count("\n") == 1
+    return out.err
+
+
+@pytest.mark.parametrize(("name", "flag"), BOTH)
+def test_what_is_shown_can_be_saved_and_is_the_same_recipe(tmp_path, capsys, name, flag):
+    file = tmp_path / "mine.yaml"
+    file.write_text(said(capsys, "show", name, *filter(None, [flag])))
+    load = load_training if flag else recipe.load
+    assert load(str(file)) == load(name)
+
+
+def test_set_reaches_what_is_shown_and_a_base_is_resolved(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: embedded\ncut: {height: 240}\n")
+    text = said(capsys, "show", str(file), "--set", "cut.crf=33")
+    assert "base" not in text
+    assert "crf: 33\n  height: 240" in text
+    assert "detector: transnetv2" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "has", "has_not"),
+    [
+        (
+            None,
+            ["decode: One pass", "decode.sample_fps = 2.0", "(number, > 0)", "captions.N.beams"],
+            ["optimizer"],
+        ),
+        ("decode", ["decode.sample_fps = 2.0"], ["shots."]),
+        ("sample_fps", ["decode.sample_fps = 2.0"], ["sample_size"]),
+        ("decide.rules", ["decide.rules.NAME.matches = null"], ["duplicates"]),
+        ("decide.rules.too_short.min", ["decide.rules.NAME.min"], ["rules.NAME.max"]),
+        ("captions.0.frames", ["captions.N.frames = 4", "captions.N.frames = 8"], ["captions.N.beams"]),
+        ('resources."caption:Qwen/Qwen2.5-VL-7B-Instruct".gpus', ["resources.NAME.gpus"], ["cpus"]),
+        ("optimizer.lr", ["optimizer.lr = 0.0001"], ["warmup"]),
+    ],
+)
+def test_explain_tells_meaning_type_and_default_of_what_is_asked(capsys, key, has, has_not):
+    text = said(capsys, "explain", *filter(None, [key]))
+    assert all(h in text for h in has)
+    assert not any(h in text for h in has_not)
+
+
+def test_explain_knows_training_recipes_and_names_the_nearest(capsys):
+    assert "optimizer.lr = 0.0001" in said(capsys, "explain", "--training")
+    assert "  shards." not in said(capsys, "explain", "--training")
+    assert "(did you mean 'sample_fps'?)" in refused(capsys, "explain", "sampel_fps")
+
+
+@pytest.mark.parametrize(("name", "flag"), BOTH)
+def test_every_bundled_recipe_holds(capsys, name, flag):
+    assert f"{name} holds: " in said(capsys, "check", name, *filter(None, [flag]))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("cut: {crf: 1}\ncut: {crf: 2}\n", "line 2: the key 'cut' is there already"),
+        ("decide: {rules: {x: {column: score_motoin, min: 1}}}\n", "did you mean 'score_motion'"),
+        ("resources: {shot: {cpus: 1}}\n", "resources.shot: no such stage (did you mean 'shots'?)"),
+        ("stages: [{stage: 'gone.py:Gone'}]\n", "gone.py:Gone' cannot be imported"),
+        ("optimizer: {lr: 1}\nmodel: {kind: magic}\n", "there is no models/*/magic.py"),
+    ],
+)
+def test_check_finds_what_only_a_run_would_have_found(tmp_path: Path, capsys, text, says):
+    (tmp_path / "r.yaml").write_text(text)
+    assert says in refused(capsys, "check", str(tmp_path / "r.yaml"))
