@@ -24,8 +24,8 @@ from pipeline.io.store import Store
 from pipeline.recipe import Recipe
 from pipeline.record import Source, Video, clip_schema
 from pipeline.run import commit, identity, relabel, resume
-from pipeline.run.log import log, logging_to, without_secrets
-from pipeline.run.outcome import Outcome, outcome
+from pipeline.run.log import TOLD, log, logging_to, without_secrets
+from pipeline.run.outcome import Outcome, counted, outcome
 from pipeline.run.progress import Display
 from pipeline.run.ray import run_ray
 from pipeline.run.worker import RunError, run_local
@@ -99,17 +99,17 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
             found = outcome(store)
             _write_run(store, pack.read_run(store) | {"outcome": found.plain()})
             folder = out.rstrip("/") or out
-            where = {"shards": f"{folder}/shards ({found.tars:,} tars)"} if found.kept else {}
+            where = {"shards": f"{folder}/shards ({counted(found.tars, 'tar')})"} if found.kept else {}
             where |= {"report": f"{folder}/report.html", "log": f"{folder}/{log_name}"}
             for line in found.lines(job.command, where):
                 print(line)
-                log.info("%s", line)
+                log.info("%s", line, extra=TOLD)
     return found
 
 
 def _say(line: str) -> None:
     """A line for a person, before or after the display."""
-    log.info("%s", line)
+    log.info("%s", line, extra=TOLD)
     print(line, file=sys.stderr)
 
 
@@ -119,7 +119,9 @@ def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video
     here = {s.uri for s in listed}
     again = [uri for uri in commit.failed(known, None if job.retry_errors else TRANSIENT) if uri in here]
     if again:
-        _say(f"{len(again):,} sources that {'' if job.retry_errors else 'the moment '}failed are tried again")
+        _say(
+            f"tried again: {counted(len(again), 'source')} that {'' if job.retry_errors else 'the moment '}failed"
+        )
         commit.drop(store, again, known)
         for uri in again:
             del known[uri]
