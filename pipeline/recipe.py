@@ -307,7 +307,7 @@ class Rule(Section):
     @property
     def textual(self) -> bool:
         """It asks for a text, not for a number."""
-        return bool(self.contains or self.excludes) or not self.matches is self.not_matches is None
+        return bool(self.contains or self.excludes) or (self.matches, self.not_matches) != (None, None)
 
     @model_validator(mode="after")
     def _asks(self) -> Rule:
