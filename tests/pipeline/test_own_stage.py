@@ -52,7 +52,7 @@ def test_the_example_in_the_docstring_works(tmp_path):
     (tmp_path / "recipe.yaml").write_text(textwrap.dedent("    " + text.strip()))
     r = recipe.load(str(tmp_path / "recipe.yaml"))
     stages = build(r, str(tmp_path))
-    assert [s.name for s in stages][4:6] == ["scores", "brightness"]
+    assert [s.name for s in stages][3:5] == ["scores", "brightness"]
     assert "brightness" in produced(stages).scores
     stage = pickle.loads(pickle.dumps(stages[5]))  # as it goes to a worker
     stage.setup()
