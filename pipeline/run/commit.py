@@ -2,7 +2,8 @@
 
 A unit's clips go to `clips/<unit>.parquet`, then its sources to `videos/<unit>.parquet`; the latter
 commits the unit. A unit without one never happened: its staging tar and clips are overwritten or
-swept by the next run.
+swept by the next run. The name of a staging tar holds a hash of its clips, so two workers that both do a
+unit (one was taken for dead) cannot put other bytes under the rows of each other.
 
 A committed unit changes file by file, each in one step, clips first: killed in between, the rows of `videos/`
 still say what is to be done, and the same command does it.
@@ -30,12 +31,12 @@ class CommitStage:
     whole_unit = True
     resources = Resources(cpus=1.0)
 
-    def __init__(self, out: str, columns: Produces):
+    def __init__(self, out: Store | str, columns: Produces):
         self.out, self.columns = out, columns
         self.produces = Produces()
 
     def setup(self) -> None:
-        self.store = Store(self.out)
+        self.store = Store.of(self.out)
 
     def __call__(self, videos: list[Video]) -> list[Video]:
         unit = videos[0].unit
@@ -222,10 +223,24 @@ def _given_meta(table: pa.Table, told: list[Revision | None]) -> dict[int, dict[
 
 
 def sweep_uncommitted(store: Store) -> None:
-    """Remove staging tars and clip rows of units that were never committed, and partial files."""
+    """Remove staging tars and clip rows of units that were never committed, tars no row speaks of, partial files."""
     store.sweep()
     committed = units(store)
-    for folder, suffix in (("media", ".tar"), ("clips", ".parquet")):
-        for name in store.list(folder, suffix):
-            if name.removeprefix(f"{folder}/").removesuffix(suffix) not in committed:
+    for name in store.list("clips", ".parquet"):
+        if name.removeprefix("clips/").removesuffix(".parquet") not in committed:
+            store.delete(name)
+    tars: dict[str, list[str]] = defaultdict(list)
+    for name in store.list("media", ".tar"):
+        tars[name.removeprefix("media/").split(".")[0]].append(name)
+    for unit, names in tars.items():
+        used = set(names) if unit in committed else set()
+        if len(used) > 1:  # two workers did it; the rows are one's
+            rows = f"clips/{unit}.parquet"
+            used = (
+                set(store.read_table(rows, ["media_tar"])["media_tar"].to_pylist())
+                if store.exists(rows)
+                else set()
+            )
+        for name in names:
+            if name not in used:
                 store.delete(name)

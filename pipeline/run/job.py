@@ -221,10 +221,10 @@ def _units(listed: list[Source], done: set[str], committed: set[str]) -> list[li
 
 
 def _process(units: list[list[Video]], recipe: Recipe, store: Store, job: Job) -> None:
-    stages = build(recipe, store.uri)
+    stages = build(recipe, store)
     columns = produced(stages)
     check_rules(recipe.decide.rules, clip_schema(columns.scores, columns.embeddings))
-    stages.append(commit.CommitStage(store.uri, columns))
+    stages.append(commit.CommitStage(store, columns))
     unknown = set(recipe.resources) - {s.name for s in stages}
     if unknown:
         names = ", ".join(s.name for s in stages)
