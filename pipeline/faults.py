@@ -18,9 +18,18 @@ import errno
 
 
 class Fault(Exception):
-    """Trouble whose kind is known."""
+    """Trouble whose kind is known.
+
+    Args:
+        stage: of the row, where it is not the stage that was running ('list', 'fetch').
+        tried: waits and further tries lie behind it, more of them now are no use.
+    """
 
     kind = "fault"
+
+    def __init__(self, *args: object, stage: str = "", tried: bool = False):
+        super().__init__(*args)
+        self.stage, self.tried = stage, tried
 
 
 class SourceFault(Fault):
@@ -33,6 +42,22 @@ class ClipFault(Fault):
     """A clip that one captioner or score cannot do; kept with the clip."""
 
     kind = "clip"
+
+
+class OutOfTime(SourceFault):
+    """A video that takes longer than the recipe's limits; raised in the midst of the work on it.
+
+    Args:
+        source: its uri; '': it is one of several that were in work at once.
+    """
+
+    def __init__(self, message: str, source: str):
+        super().__init__(message)
+        self.source = source
+
+
+class TooLong(ClipFault):
+    """A clip, or a batch of them, that takes longer than the recipe's limits."""
 
 
 class WorkerFault(Fault):

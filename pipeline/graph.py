@@ -18,7 +18,7 @@ from pipeline.split.cut import CutStage
 from pipeline.split.decode import DecodeStage
 from pipeline.split.events import EventStage
 from pipeline.split.shots import ShotStage
-from pipeline.stages import Stage, produced
+from pipeline.stages import Stage, let_go_of_samples, produced
 
 
 def build(recipe: Recipe, out: Store | str) -> list[Stage]:
@@ -26,7 +26,7 @@ def build(recipe: Recipe, out: Store | str) -> list[Stage]:
     stages: list[Stage] = [
         DecodeStage(recipe.decode),
         ShotStage(recipe.shots),
-        EventStage(recipe.events),
+        EventStage(recipe.events, whole=recipe.shots.detector == "whole"),
         CutStage(recipe.cut, out),
         ScoreStage(recipe.scores),
         SignatureStage(),
@@ -35,11 +35,13 @@ def build(recipe: Recipe, out: Store | str) -> list[Stage]:
         stages.append(TextStage(recipe.scores.text))
     if recipe.scores.aesthetic.weights:
         stages.append(AestheticStage(recipe.scores.aesthetic))
-    captioners = caption_stages(recipe.captions)
+    captioners = caption_stages(recipe.captions, recipe.limits.caption_s)
     if captioners:
         check_order(recipe.choose, [stage.model for stage in captioners])
         stages += [*captioners, ChooseStage(recipe.choose)]
-    return placed(stages, recipe.stages)
+    stages = placed(stages, recipe.stages)
+    let_go_of_samples(stages)
+    return stages
 
 
 def check(recipe: Recipe) -> list[Stage]:

@@ -39,6 +39,15 @@ class Decode(Section):
     jpeg_quality: int = Field(92, ge=50, le=100, description="of the kept frames")
     grey_fps: float = Field(8.0, gt=0, description="small grey frames a second, for motion")
     grey_size: int = Field(128, ge=32, description="longer side of a grey frame, pixels")
+    deinterlace: bool = Field(
+        True,
+        description="deinterlace frames flagged as interlaced (bwdif, a frame a frame), for models and clips",
+    )
+    hdr: Literal["tone_map", "keep"] = Field(
+        "tone_map",
+        description="PQ and HLG: models always see them as BT.709; tone_map: clips are that too; keep: clips are "
+        "10-bit HDR with its tags",
+    )
     stall_s: float = Field(60.0, gt=0, description="give up when no frame arrives for so long")
     max_pixels: int = Field(8192 * 4320, description="refuse larger pictures")
     max_duration_s: float = Field(6 * 3600.0, gt=0, description="refuse longer sources")
@@ -48,9 +57,10 @@ class Decode(Section):
 class Shots(Section):
     """Where the camera cuts."""
 
-    detector: Literal["transnetv2", "content"] = Field(
+    detector: Literal["transnetv2", "content", "whole"] = Field(
         "transnetv2",
-        description="a network that knows dissolves, or colours that jump (PySceneDetect's rule)",
+        description="a network that knows dissolves, colours that jump (PySceneDetect's rule), or none: each video "
+        "is one whole clip, neither split nor dropped",
     )
     threshold: float = Field(0.5, description="transnetv2: probability of a boundary", gt=0, lt=1)
     candidate_threshold: float = Field(
@@ -297,7 +307,7 @@ class Rule(Section):
     @property
     def textual(self) -> bool:
         """It asks for a text, not for a number."""
-        return bool(self.contains or self.excludes) or not self.matches is self.not_matches is None
+        return bool(self.contains or self.excludes) or (self.matches, self.not_matches) != (None, None)
 
     @model_validator(mode="after")
     def _asks(self) -> Rule:
@@ -389,6 +399,26 @@ class StageResources(Section):
     gpus: float | None = Field(None, ge=0, description="fractions share a GPU")
     min_workers: int | None = Field(None, ge=1, description="processes that are always there")
     max_workers: int | None = Field(None, ge=1, description="most processes; null: as many as fit")
+    batch: int | None = Field(
+        None, ge=1, description="pictures a forward pass on a GPU; null: the model's own"
+    )
+
+
+class Limits(Section):
+    """How long work may take, seconds; changed freely on a resumed run."""
+
+    source_s: float = Field(
+        6 * 3600.0, gt=0, description="all stages together on one source; beyond that it is an error row"
+    )
+    caption_s: float = Field(
+        600.0, gt=0, description="a captioner on one clip or batch; beyond that those captions are errors"
+    )
+    stall_s: float = Field(
+        600.0,
+        gt=0,
+        description="a stage without progress hangs: its worker is replaced, the source an error row",
+    )
+    setup_s: float = Field(1800.0, gt=0, description="a worker that loads its models")
 
 
 class Recipe(Section):
@@ -408,6 +438,7 @@ class Recipe(Section):
     resources: dict[str, StageResources] = Field(
         {}, description="by stage name; what is unset keeps its default"
     )
+    limits: Limits = Limits()
 
     def measured(self) -> dict[str, Any]:
         """Everything that changes what `curate` measures, as plain data."""
@@ -424,7 +455,7 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(self.measured(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-NOT_MEASURED = {"name", "decide", "shards", "resources"}
+NOT_MEASURED = {"name", "decide", "shards", "resources", "limits"}
 
 
 def load(name_or_file: str, overrides: list[str] | None = None) -> Recipe:

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pipeline.faults import StoreError, TransientFault, WorkerFault, kind_of, sentence
 from pipeline.record import Error, Video
+from pipeline.watch import at, back_at
 
 T = TypeVar("T")
 
@@ -31,6 +32,23 @@ class Resources:
     gpus: float = 0.0
     min_workers: int = 1
     max_workers: int | None = None  # none: as many as fit
+    batch: int | None = field(
+        default=None, compare=False
+    )  # pictures a forward pass on a GPU; none: the model's own
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.cpus))
+
+    def device(self) -> str:
+        """Where a stage's model computes; torch gets its threads. For `setup`.
+
+        'cuda' with a share of a GPU (on a machine that has none: 'cpu'); without a share 'cpu', whatever is there.
+        """
+        import torch
+
+        torch.set_num_threads(self.threads)
+        return "cuda" if self.gpus and torch.cuda.is_available() else "cpu"
 
 
 @dataclass
@@ -47,6 +65,8 @@ class Stage(Protocol):
     produces: Produces
     # Optional: `whole_unit = True` for a stage that writes one file for its unit. It is never given a part
     # of the unit, tells its videos' faults by `fail` itself, and may be called again from the start.
+    # `lets_go`: fields of Frames that no later stage reads. `sees_samples = False` for one that does not look at
+    # `Frames.samples`: they are let go after the last that does.
 
     def setup(self) -> None:
         """Once a worker: load the model."""
@@ -61,6 +81,13 @@ class Stage(Protocol):
         ...
 
 
+def let_go_of_samples(stages: list[Stage]) -> None:
+    """Have the last stage of a run that looks at `Frames.samples` let go of them."""
+    last: Any = next((s for s in reversed(stages) if getattr(s, "sees_samples", True)), None)
+    if last is not None:
+        last.lets_go = (*getattr(last, "lets_go", ()), "samples")
+
+
 def produced(stages: list[Stage]) -> Produces:
     """Every score and embedding column of a run, in stage order."""
     all_ = Produces()
@@ -72,30 +99,19 @@ def produced(stages: list[Stage]) -> Produces:
 
 # Who is in work ------------------------------------------------------------------------------------
 
-_watcher: Callable[[str], None] | None = None  # one a process: whoever runs the stages
-_in_work = ""
-
-
-def watched_by(watcher: Callable[[str], None] | None) -> None:
-    """From now on tell `watcher` the uri of every video that a stage of this process turns to."""
-    global _watcher
-    _watcher = watcher
-
 
 def each(videos: Iterable[Video]) -> Iterator[Video]:
-    """The videos one by one, each announced: if the process dies or hangs now, that one is to blame."""
-    global _in_work
+    """The videos one by one, each announced: if the process dies or hangs now, that one is to blame.
+
+    What comes after the last is work for all of them again.
+    """
+    before: str | None = None
     for video in videos:
-        _in_work = video.source.uri
-        if _watcher is not None:
-            _watcher(video.source.uri)
+        was = at(video.source.uri)
+        before = was if before is None else before
         yield video
-    _in_work = ""
-
-
-def in_work() -> str:
-    """The uri of the video that this process turned to last, for its log; '' where it is between two stages."""
-    return _in_work
+    if before is not None:
+        back_at(before)
 
 
 # Running a stage -----------------------------------------------------------------------------------
@@ -127,6 +143,8 @@ def run_stage(stage: Stage, videos: list[Video]) -> list[Video]:
             return videos
     spent = time.perf_counter() - start
     for v in good:
+        for name in getattr(stage, "lets_go", ()) if v.frames is not None else ():
+            setattr(v.frames, name, [] if name == "samples" else None)
         v.seconds[stage.name] = v.seconds.get(stage.name, 0.0) + spent / len(good)
     return videos
 
@@ -150,7 +168,7 @@ def patiently(call: Callable[[], T]) -> T:
         try:
             return call()
         except Exception as e:
-            if kind_of(e) is not TransientFault:
+            if kind_of(e) is not TransientFault or getattr(e, "tried", False):
                 raise
             time.sleep(BACKOFF_S * 2 ** (attempt - 1))
     return call()
@@ -159,12 +177,16 @@ def patiently(call: Callable[[], T]) -> T:
 def fail(video: Video, stage: str, e: BaseException) -> None:
     """Turn an exception into the video's error row: one sentence, its kind, the stage, the time.
 
-    Raises `e` where it is no video's fault.
+    The stage is the fault's own where it has one. What was downloaded of it is let go. Raises `e` where it is no
+    video's fault.
     """
+    from pipeline.sources.fetch import release
+
     kind = kind_of(e)
     if isinstance(e, Exception) and issubclass(kind, StoreError | WorkerFault):
         raise e
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    video.error = Error(stage, sentence(e), at, kind.kind)
+    video.error = Error(getattr(e, "stage", "") or stage, sentence(e), at, kind.kind)
     video.frames = None
     video.clips = []
+    release(video.source)

@@ -12,8 +12,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -30,6 +30,7 @@ from pipeline.run.progress import Display
 from pipeline.run.ray import run_ray
 from pipeline.run.worker import RunError, run_local
 from pipeline.sources import listing as sources
+from pipeline.sources import youtube
 from pipeline.stages import Resources, Stage, produced
 
 TRANSIENT = ("transient",)
@@ -53,6 +54,7 @@ class Job:
     asked: Sequence[str] = ()  # `--set` items of the command; they win over what `clipmill shard` has set
     command: str = ""  # as typed, for run.json and for advice
     verbose: bool = False  # the log on the terminal too
+    columns: Mapping[str, str] = field(default_factory=dict)  # of lists, what to call some: theirs → ours
 
 
 def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outcome:
@@ -69,7 +71,8 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
 
     store = Store(out)
     started = datetime.now(UTC)
-    listed = identity.dated(sources.list_sources(args))
+    listed = identity.dated(sources.list_sources(args, columns=dict(job.columns)))
+    youtube.check(listed)
     with store.lock():
         asked = recipe
         run, recipe = _open(store, recipe, started, job)
@@ -235,12 +238,14 @@ def _process(units: list[list[Video]], recipe: Recipe, store: Store, job: Job) -
 def _run(stages: list[Stage], units: list[list[Video]], recipe: Recipe, job: Job) -> None:
     """Every unit through every stage."""
     resources = {s.name: _resources(s, recipe, job.workers) for s in stages}
+    for s in stages:
+        s.resources = resources[s.name]
     try:
         with Display([s.name for s in stages], sum(map(len, units))) as display:
             if job.runner == "local":
-                run_local(stages, units, display)
+                run_local(stages, units, display, recipe.limits)
             else:
-                run_ray(stages, resources, units, display, job.address)
+                run_ray(stages, resources, units, display, job.address, recipe.limits)
     except RunError as e:
         raise RunEnded(str(e)) from e
 
