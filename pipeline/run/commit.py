@@ -12,7 +12,8 @@ still say what is to be done, and the same command does it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,19 @@ class CommitStage:
 
 IDENTITY = ["source", "name", "sha256", "status", "error_kind", "meta"]
 FINGERPRINT = ["size", "mtime_ns", "intervals_key", "interval_meta_key"]  # older runs lack them
+Known = Mapping[str, Mapping[str, Any]]  # rows by uri, see known_sources
+
+
+READERS = 16  # parquet files read at a time: on an object store each waits for the network
+AHEAD = 256
+
+
+def tables(store: Store, names: Sequence[str], columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
+    """Some columns of many parquet files, file by file in their order, read ahead of use."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for at in range(0, len(names), AHEAD):
+            some = names[at : at + AHEAD]
+            yield from zip(some, pool.map(lambda name: store.read_table(name, columns), some), strict=True)
 
 
 def units(store: Store) -> set[str]:
@@ -67,19 +81,16 @@ def units(store: Store) -> set[str]:
 
 def done_sources(store: Store) -> set[str]:
     """Sources that are committed, read from the parquet alone."""
-    return {
-        source
-        for name in store.list("videos", ".parquet")
-        for source in store.read_table(name, ["source"])["source"].to_pylist()
-    }
+    names = store.list("videos", ".parquet")
+    return {s for _, table in tables(store, names, ["source"]) for s in table["source"].to_pylist()}
 
 
 def known_sources(store: Store) -> dict[str, dict[str, Any]]:
     """What is committed of every source, by uri: IDENTITY, FINGERPRINT where it was stored, and `unit`."""
     found = {}
-    for name in store.list("videos", ".parquet"):
+    for name, table in tables(store, store.list("videos", ".parquet"), IDENTITY + FINGERPRINT):
         unit = _unit_of(name)
-        for row in store.read_table(name, IDENTITY + FINGERPRINT).to_pylist():
+        for row in table.to_pylist():
             found[row["source"]] = row | {"unit": unit, "meta": dict(row["meta"] or [])}
     return found
 
@@ -91,32 +102,13 @@ def _unit_of(name: str) -> str:
 # Changing it ---------------------------------------------------------------------------------------
 
 
-def forget_errors(
-    store: Store, kinds: Collection[str] | None = None, among: Collection[str] | None = None
-) -> int:
-    """Take failed sources out of the record so that the next run tries them again; returns how many.
-
-    Args:
-        kinds: only errors of these kinds; None: of any.
-        among: only these sources; None: all.
-    """
-    forgotten = 0
-    for name in store.list("videos", ".parquet"):
-        rows = store.read_table(name, ["source", "status", "error_kind"]).to_pylist()
-        failed = {
-            r["source"]
-            for r in rows
-            if r["status"] != "ok"
-            and (kinds is None or r["error_kind"] in kinds)
-            and (among is None or r["source"] in among)
-        }
-        if failed:
-            forgotten += len(failed)
-            _drop(store, _unit_of(name), failed)
-    return forgotten
+def failed(known: Known, kinds: Collection[str] | None = None) -> list[str]:
+    """Sources that ended in an error; of these kinds only, where some are given."""
+    bad = (uri for uri, row in known.items() if row["status"] != "ok")
+    return [uri for uri in bad if kinds is None or known[uri]["error_kind"] in kinds]
 
 
-def drop(store: Store, uris: Iterable[str], known: Mapping[str, Mapping[str, Any]]) -> None:
+def drop(store: Store, uris: Iterable[str], known: Known) -> None:
     """Take sources and their clips out of the record; their bytes stay in staging tars that others share."""
     by_unit: dict[str, set[str]] = defaultdict(set)
     for uri in uris:
@@ -155,7 +147,7 @@ class Revision:
     metadata: bool = False  # its metadata and its clips' are the new ones
 
 
-def revise(store: Store, revisions: Mapping[str, Revision], known: Mapping[str, Mapping[str, Any]]) -> None:
+def revise(store: Store, revisions: Mapping[str, Revision], known: Known) -> None:
     """Rewrite the rows of committed sources, given by the uri they are committed under; nothing is measured."""
     by_unit: dict[str, dict[str, Revision]] = defaultdict(dict)
     for uri, revision in revisions.items():

@@ -62,7 +62,10 @@ def test_forgetting_errors_leaves_the_good_rows_of_the_same_unit(tmp_path):
         v.unit = "one"
     run_local([*stages, commit.CommitStage(store.uri, produced(stages))], [both])
     run(store, "bad-2")
-    assert commit.forget_errors(store) == 2
+    known = commit.known_sources(store)
+    assert commit.failed(known) == ["/bad", "/bad-2"]
+    assert commit.failed(known, ["transient"]) == []
+    commit.drop(store, commit.failed(known), known)
     assert commit.done_sources(store) == {"/a"}
     assert store.list("videos") == ["videos/one.parquet"]
     assert store.list("clips") == ["clips/one.parquet"]
