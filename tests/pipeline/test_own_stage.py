@@ -86,7 +86,7 @@ def test_stages_of_ones_own_stand_after_the_one_they_name_in_their_order(file, t
     three, last = other("three") | {"after": "one"}, other("last") | {"after": "choose"}
     names = [s.name for s in build(with_stages(one, two, three, last), "")]
     at = names.index("cut")
-    assert names[at : at + 5] == ["cut", "one", "three", "two", "scores"]
+    assert names[at : at + 5] == ["cut", "one", "three", "two", "signature"]
     assert names[-1] == "last"
 
 
