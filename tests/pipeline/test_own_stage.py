@@ -54,7 +54,7 @@ def test_the_example_in_the_docstring_works(tmp_path):
     stages = build(r, str(tmp_path))
     assert [s.name for s in stages][3:5] == ["scores", "brightness"]
     assert "brightness" in produced(stages).scores
-    stage = pickle.loads(pickle.dumps(stages[5]))  # as it goes to a worker
+    stage = pickle.loads(pickle.dumps(stages[4]))  # as it goes to a worker
     stage.setup()
     v = video([plain("808080")])
     run_stage(stage, [v])
