@@ -115,6 +115,26 @@ def forget_errors(
     return forgotten
 
 
+def forget_listing(store: Store, problems: Mapping[str, str | None]) -> int:
+    """Take errors of listing out of the record (a bad row of a list, a damaged tar) that are no longer so.
+
+    Args:
+        problems: of every source that is listed now, what is wrong with it.
+
+    Returns how many.
+    """
+    forgotten = 0
+    for name in store.list("videos", ".parquet"):
+        rows = store.read_table(name, ["source", "stage", "error"]).to_pylist()
+        mended = {
+            r["source"] for r in rows if r["stage"] == "list" and problems.get(r["source"]) != r["error"]
+        }
+        if mended:
+            forgotten += len(mended)
+            _drop(store, _unit_of(name), mended)
+    return forgotten
+
+
 def drop(store: Store, uris: Iterable[str], known: Mapping[str, Mapping[str, Any]]) -> None:
     """Take sources and their clips out of the record; their bytes stay in staging tars that others share."""
     by_unit: dict[str, set[str]] = defaultdict(set)

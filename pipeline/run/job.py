@@ -115,6 +115,8 @@ def _say(line: str) -> None:
 def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video]]:
     """Bring the record in line with the list, and give what is still to be measured."""
     uris = {s.uri for s in listed}
+    if n := commit.forget_listing(store, {s.uri: s.problem for s in listed}):
+        _say(f"{n} errors of listing are mended or gone")
     if n := commit.forget_errors(store, TRANSIENT, uris):
         _say(f"{n} sources that the moment failed are tried again")
     if job.retry_errors and (n := commit.forget_errors(store, None, uris)):
