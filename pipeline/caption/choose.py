@@ -4,7 +4,7 @@ Two ways to judge, both written into each caption's `scores`, and one that needs
 
 - `consensus`: mean similarity to what the other captioners said. A statement that several models make on
   their own is rarely made up; but shared mistakes win too, so look at it beside a visual score.
-- `clip_score`: how well the text fits the pictures (`models.measures.clip_score`), where weights are given.
+- `clip_score`: how well the text fits the pictures (`models.measures.clip_score`), where the recipe asks for it.
 - `order`: the first of a list of captioners that says something.
 
 `best` is the choice itself. It needs nothing but the captions' rows, so that `clipmill shard` makes it again
@@ -131,7 +131,7 @@ class ChooseStage:
         self.produces = Produces()
 
     def setup(self) -> None:
-        if self.section.method == "open_clip":
+        if self.section.clip_score:
             import torch
 
             from models.measures.clip_score import ClipScorer
@@ -144,7 +144,7 @@ class ChooseStage:
         for video in each(videos):
             for clip in video.clips:
                 _put(clip.captions, SCORE["consensus"], consensus([c.text for c in clip.captions]))
-                if self.section.method == "open_clip":
+                if self.section.clip_score:
                     _put(clip.captions, SCORE["open_clip"], self._clip_scores(video, clip))
         return videos
 
@@ -171,7 +171,7 @@ def check(section: Choose) -> str:
 
     Raises RecipeError: one sentence with the fix.
     """
-    if section.method != "open_clip":
+    if not section.clip_score:
         return "needs no model"
     from models.hub import MissingModel, open_clip_weights
 
