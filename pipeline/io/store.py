@@ -47,12 +47,12 @@ class Store:
 
     def __init__(self, root: str):
         self.files = Files(root)
-        self.fs, self.root, self.uri = self.files.fs, self.files.root, self.files.uri
+        self.root, self.uri, self.local = self.files.root, self.files.uri, self.files.local
         self.epoch: int | None = None
 
     @property
-    def local(self) -> bool:
-        return self.files.local
+    def fs(self) -> pafs.FileSystem:
+        return self.files.fs
 
     @staticmethod
     def of(out: Store | str) -> Store:

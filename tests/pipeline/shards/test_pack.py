@@ -13,7 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
@@ -305,64 +304,62 @@ def test_killed_anywhere_and_run_again_ends_like_an_undisturbed_run(tmp_path):
         assert outcome(hurt) == expected, f"killed before change {n} of {changes}"
 
 
-class Blob(Store):
-    """An object store: no rename, no folders, files that appear whole."""
+@pytest.fixture
+def blob(object_store, tmp_path, monkeypatch):
+    """A fresh copy of a run folder in a bucket of a real S3 server, whenever it is called."""
+    for name, value in object_store.environment().items():
+        monkeypatch.setenv(name, value)
+    make_run_folder(tmp_path / "blob")
 
-    def __init__(self, root: Path):
-        super().__init__(str(root))
-        self.local = False
-        self.fs = pafs.SubTreeFileSystem("", pafs.LocalFileSystem())
-        real = self.fs
+    def make() -> Store:
+        store = Store(f"{object_store.bucket()}/run")
+        for path in (tmp_path / "blob").rglob("*"):
+            if path.is_file():
+                store.write_bytes(str(path.relative_to(tmp_path / "blob")), path.read_bytes())
+        return store
 
-        class Flat:
-            def __getattr__(self, name):
-                return getattr(real, name)
-
-            def open_output_stream(self, path):
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-                return real.open_output_stream(path)
-
-            def copy_file(self, a, b):
-                Path(b).parent.mkdir(parents=True, exist_ok=True)
-                real.copy_file(a, b)
-
-        self.fs = Flat()
+    return make
 
 
-def test_an_object_store_gets_the_same_shards(tmp_path):
-    for name in ("disk", "blob"):
-        recipe = make_run_folder(tmp_path / name)
-    shard(Store(str(tmp_path / "disk")), recipe)
-    blob = Blob(tmp_path / "blob")
-    shard(blob, with_shards(recipe, seed=7))
-    shard(blob, recipe)
-    assert outcome(tmp_path / "blob") == outcome(tmp_path / "disk")
+def outcome_there(store: Store) -> dict[str, str]:
+    """As `outcome`."""
+    names = [n for n in store.list() if n.startswith(("shards", "decisions")) or n == "run.json"]
+    return {n: hashlib.sha256(store.read_bytes(n)).hexdigest() for n in names}
 
 
-def test_on_an_object_store_an_interrupted_replacement_is_finished(tmp_path, monkeypatch):
+def test_an_object_store_gets_the_same_shards(tmp_path, blob):
     recipe = make_run_folder(tmp_path / "disk")
     shard(Store(str(tmp_path / "disk")), recipe)
-    make_run_folder(tmp_path / "blob")
-    for n in range(100):
-        blob = Blob(tmp_path / "blob")
-        shard(blob, with_shards(recipe, lengths_s=[1000]))
-        copies = 0
+    store = blob()
+    shard(store, with_shards(recipe, seed=7))
+    shard(store, recipe)
+    assert outcome_there(store) == outcome(tmp_path / "disk")
 
-        def copy_file(a, b, real=blob.fs.copy_file, n=n):
+
+def test_on_an_object_store_an_interrupted_replacement_is_finished(tmp_path, blob, monkeypatch):
+    recipe = make_run_folder(tmp_path / "disk")
+    shard(Store(str(tmp_path / "disk")), recipe)
+    store = blob()
+    for n in range(100):
+        shard(store, with_shards(recipe, lengths_s=[1000]))
+        copies, copy = 0, store.files.copy
+
+        def broken(a, b, copy=copy, n=n):
             nonlocal copies
             copies += 1
             if copies > n:
                 raise KeyboardInterrupt
-            real(a, b)
+            copy(a, b)
 
-        blob.fs.copy_file = copy_file
-        try:
-            shard(blob, recipe)
-            break
-        except KeyboardInterrupt:
-            assert not blob.exists("shards/index.parquet")
-        shard(Blob(tmp_path / "blob"), recipe)
-        assert outcome(tmp_path / "blob") == outcome(tmp_path / "disk")
+        with monkeypatch.context() as patch:
+            patch.setattr(store.files, "copy", broken)
+            try:
+                shard(store, recipe)
+                break
+            except KeyboardInterrupt:
+                assert not store.exists("shards/index.parquet")
+        shard(store, recipe)
+        assert outcome_there(store) == outcome(tmp_path / "disk")
     assert copies > 5
 
 
