@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import signal
@@ -14,7 +15,8 @@ ADDRESS = re.compile(r"auto|local|(ray://)?(\[[0-9a-fA-F:.]+\]|[\w.-]+):\d{1,5}"
 EPILOG = """
 SOURCE is any mix of
   a video, a folder, a glob ('clips/**/*.mp4'), s3://bucket/prefix, gs://bucket/prefix,
-  a .csv .tsv .jsonl .parquet list with a 'path' or 'url' column (other columns become metadata),
+  a .csv .tsv .jsonl .parquet list with a 'path' or 'url' column ('start' and 'end' make a row a clip,
+  'caption' is a caption, other columns become metadata), a .txt with one a line,
   Panda-70M's own CSV (its clips, no re-splitting), a WebDataset .tar of videos.
 
 examples
@@ -41,6 +43,14 @@ exit status
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM: stop as for Ctrl-C."""
+
+
+def renamed(text: str) -> dict[str, str]:
+    """'path=my_col,caption=text' as {'my_col': 'path', 'text': 'caption'}."""
+    pairs = [item.split("=", 1) for item in text.split(",")]
+    if not all(len(pair) == 2 and all(part.strip() for part in pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r}: write it as path=my_col,caption=text")
+    return {theirs.strip(): ours.strip() for ours, theirs in pairs}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,8 +108,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="show what goes into the log file (DIR/run.log)"
     )
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--columns",
+        type=renamed,
+        default={},
+        metavar="NAME=THEIRS,…",
+        help="what a list calls its columns, e.g. path=my_col,caption=text (also start, end, url)",
+    )
+    parser.add_argument(
+        "--whole", action="store_true", help="take each video as one clip (--set shots.detector=whole)"
+    )
+    parser.add_argument(
+        "--allow-private", action="store_true", help="let lists name addresses in private networks"
+    )
     typed = sys.argv[1:] if argv is None else argv
+    # a file may be called '-dash.mp4'
+    args = parser.parse_args(
+        [f"./{a}" if a[:1] == "-" and "." in a and os.path.lexists(a) else a for a in typed]
+    )
+    if args.allow_private:
+        os.environ["CLIPMILL_ALLOW_PRIVATE"] = "1"
+    if args.whole:
+        args.set.append("shots.detector=whole")
 
     from pipeline import recipe
     from pipeline.faults import StoreError, WorkerFault
@@ -108,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.run.outcome import Exit
     from pipeline.run.worker import RunError
     from pipeline.sources.names import SourceError
+    from pipeline.sources.signed import clean
 
     def sorry(e: object, status: Exit) -> int:
         print(f"clipmill curate: {e}", file=sys.stderr)
@@ -140,8 +171,9 @@ def main(argv: list[str] | None = None) -> int:
                 refresh_metadata=args.refresh_metadata,
                 prune=args.prune,
                 asked=args.set,
-                command="clipmill curate " + shlex.join(typed),
+                command="clipmill curate " + shlex.join(map(clean, typed)),
                 verbose=args.verbose,
+                columns=args.columns,
             ),
         )
         return found.exit(args.strict)

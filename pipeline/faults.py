@@ -18,9 +18,18 @@ import errno
 
 
 class Fault(Exception):
-    """Trouble whose kind is known."""
+    """Trouble whose kind is known.
+
+    Args:
+        stage: of the row, where it is not the stage that was running ('list', 'fetch').
+        tried: waits and further tries lie behind it, more of them now are no use.
+    """
 
     kind = "fault"
+
+    def __init__(self, *args: object, stage: str = "", tried: bool = False):
+        super().__init__(*args)
+        self.stage, self.tried = stage, tried
 
 
 class SourceFault(Fault):

@@ -25,7 +25,7 @@ def build(recipe: Recipe, out: str) -> list[Stage]:
     stages: list[Stage] = [
         DecodeStage(recipe.decode),
         ShotStage(recipe.shots),
-        EventStage(recipe.events),
+        EventStage(recipe.events, whole=recipe.shots.detector == "whole"),
         CutStage(recipe.cut, out),
         ScoreStage(recipe.scores),
         SignatureStage(),

@@ -39,6 +39,15 @@ class Decode(Section):
     jpeg_quality: int = Field(92, ge=50, le=100, description="of the kept frames")
     grey_fps: float = Field(8.0, gt=0, description="small grey frames a second, for motion")
     grey_size: int = Field(128, ge=32, description="longer side of a grey frame, pixels")
+    deinterlace: bool = Field(
+        True,
+        description="deinterlace frames flagged as interlaced (bwdif, a frame a frame), for models and clips",
+    )
+    hdr: Literal["tone_map", "keep"] = Field(
+        "tone_map",
+        description="PQ and HLG: models always see them as BT.709; tone_map: clips are that too; keep: clips are "
+        "10-bit HDR with its tags",
+    )
     stall_s: float = Field(60.0, gt=0, description="give up when no frame arrives for so long")
     max_pixels: int = Field(8192 * 4320, description="refuse larger pictures")
     max_duration_s: float = Field(6 * 3600.0, gt=0, description="refuse longer sources")
@@ -48,9 +57,10 @@ class Decode(Section):
 class Shots(Section):
     """Where the camera cuts."""
 
-    detector: Literal["transnetv2", "content"] = Field(
+    detector: Literal["transnetv2", "content", "whole"] = Field(
         "transnetv2",
-        description="a network that knows dissolves, or colours that jump (PySceneDetect's rule)",
+        description="a network that knows dissolves, colours that jump (PySceneDetect's rule), or none: each video "
+        "is one whole clip, neither split nor dropped",
     )
     threshold: float = Field(0.5, description="transnetv2: probability of a boundary", gt=0, lt=1)
     candidate_threshold: float = Field(

@@ -21,22 +21,28 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.geometry import MATRICES, PRIMARIES, TRANSFERS, Geometry
+
 
 @dataclass(frozen=True)
 class Source:
     """One raw video to curate, as listed; nothing has been read yet."""
 
-    uri: str  # unique in a run: an absolute path, a URL, or 'TAR#member'
+    uri: str  # unique in a run: an absolute path, a URL, or 'TAR#member'; without signatures and passwords
     name: str  # path below the SOURCE argument it came from; salts the clip ids
     meta: dict[str, str] = field(default_factory=dict)  # title, description, subtitles, … of the list's row
     intervals: tuple[tuple[float, float], ...] | None = None  # given clips, seconds: no splitting
     interval_meta: tuple[dict[str, str], ...] = ()  # metadata of each given clip, aligned with `intervals`
     size: int | None = None  # bytes, where listing knows it
     member: tuple[int, int] | None = None  # (offset, size) of the video inside a tar
-    problem: str | None = None  # why listing it failed, one sentence; fetching it raises this
+    problem: str | None = None  # why listing it failed, one sentence; fetching it raises this …
+    passing: bool = False  # … as a TransientFault, for the next run to try again
     mtime_ns: int | None = (
         None  # local files: when they were last modified, ns since 1970, just before the run
     )
+    # Where to fetch it (of a member: its tar), where `uri` lacks secrets of it. Never written, logged or shown.
+    address: str | None = field(default=None, repr=False, compare=False)
+    reach: str = field(default="public", compare=False)  # what may be connected to, see sources.network
 
     def intervals_key(self) -> str:
         """Names the clips that the list gives: other intervals are other clips. Empty where it gives none."""
@@ -175,6 +181,11 @@ class Video:
     rotation: int = 0  # degrees counter-clockwise that make the stored picture upright: 0, 90, 180, 270
     sar: Fraction = Fraction(1)  # shape of one upright pixel, width ÷ height
     pix_fmt: str = ""
+    geometry: Geometry = field(
+        default_factory=Geometry
+    )  # all of how it is shown; rotation and sar are also there
+    interlaced: float = 0.0  # share of the frames that are flagged as two fields
+    field_order: str = ""  # the field that is shown first: 'top', 'bottom', '' where unknown or progressive
     frames: Frames | None = None
     shots: list[Shot] = field(default_factory=list)
     clips: list[Clip] = field(default_factory=list)
@@ -266,6 +277,20 @@ VIDEO_SCHEMA = _described(
         ("mtime_ns", pa.int64(), "when it was last modified, ns since 1970; null where it is not local"),
         ("intervals_key", pa.string(), "hash of the clips that the list gives; '' where it gives none"),
         ("interval_meta_key", pa.string(), "hash of what the list says of each of these clips"),
+        ("pix_fmt", pa.string(), "libav's name of the pixel format"),
+        (
+            "crop",
+            pa.list_(pa.int32(), 4),
+            "left, top, right, bottom that the container cuts off, stored pixels",
+        ),
+        ("mirrored", pa.bool_(), "its left and right are swapped to show it"),
+        ("interlaced", pa.float32(), "share of the frames that are flagged as interlaced, 0 to 1"),
+        ("field_order", pa.string(), "'top' or 'bottom' is shown first; null where progressive or unknown"),
+        ("hdr", pa.string(), "'pq' or 'hlg'; null where not high dynamic range"),
+        ("color_matrix", pa.string(), "ffmpeg's names; 'unknown' is taken for BT.601, null of RGB and grey"),
+        ("color_primaries", pa.string(), "ffmpeg's names, 'unknown' where the source does not say"),
+        ("color_transfer", pa.string(), "ffmpeg's names, 'unknown' where the source does not say"),
+        ("full_range", pa.bool_(), "luma from 0 to 255, not from 16 to 235"),
     ]
 )
 
@@ -328,6 +353,7 @@ def clip_schema(scores: list[str], embeddings: dict[str, int]) -> pa.Schema:
 def video_row(v: Video) -> dict[str, Any]:
     """A row of VIDEO_SCHEMA."""
     known = v.error is None
+    seen, g, c = bool(v.width), v.geometry, v.geometry.colours
     return {
         "source": v.source.uri,
         "name": v.source.name,
@@ -355,6 +381,16 @@ def video_row(v: Video) -> dict[str, Any]:
         "mtime_ns": v.source.mtime_ns,
         "intervals_key": v.source.intervals_key(),
         "interval_meta_key": v.source.interval_meta_key(),
+        "pix_fmt": v.pix_fmt or None,
+        "crop": list(g.crop) if seen else None,
+        "mirrored": g.orientation.mirrored if seen else None,
+        "interlaced": v.interlaced if seen else None,
+        "field_order": v.field_order or None,
+        "hdr": c.hdr or None,
+        "color_matrix": MATRICES[c.matrix] if seen and c.model == "yuv" else None,
+        "color_primaries": PRIMARIES[c.primaries] if seen else None,
+        "color_transfer": TRANSFERS[c.transfer] if seen else None,
+        "full_range": c.full_range if seen else None,
     }
 
 

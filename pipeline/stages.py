@@ -150,7 +150,7 @@ def patiently(call: Callable[[], T]) -> T:
         try:
             return call()
         except Exception as e:
-            if kind_of(e) is not TransientFault:
+            if kind_of(e) is not TransientFault or getattr(e, "tried", False):
                 raise
             time.sleep(BACKOFF_S * 2 ** (attempt - 1))
     return call()
@@ -159,12 +159,12 @@ def patiently(call: Callable[[], T]) -> T:
 def fail(video: Video, stage: str, e: BaseException) -> None:
     """Turn an exception into the video's error row: one sentence, its kind, the stage, the time.
 
-    Raises `e` where it is no video's fault.
+    The stage is the fault's own where it has one. Raises `e` where it is no video's fault.
     """
     kind = kind_of(e)
     if isinstance(e, Exception) and issubclass(kind, StoreError | WorkerFault):
         raise e
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    video.error = Error(stage, sentence(e), at, kind.kind)
+    video.error = Error(getattr(e, "stage", "") or stage, sentence(e), at, kind.kind)
     video.frames = None
     video.clips = []

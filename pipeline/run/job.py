@@ -12,8 +12,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -52,6 +52,7 @@ class Job:
     asked: Sequence[str] = ()  # `--set` items of the command; they win over what `clipmill shard` has set
     command: str = ""  # as typed, for run.json and for advice
     verbose: bool = False  # the log on the terminal too
+    columns: Mapping[str, str] = field(default_factory=dict)  # of lists, what to call some: theirs → ours
 
 
 def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outcome:
@@ -68,7 +69,7 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
 
     store = Store(out)
     started = datetime.now(UTC)
-    listed = identity.dated(sources.list_sources(args))
+    listed = identity.dated(sources.list_sources(args, columns=dict(job.columns)))
     with store.lock():
         asked = recipe
         run, recipe = _open(store, recipe, started, job)

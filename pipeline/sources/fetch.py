@@ -18,6 +18,8 @@ import functools
 import hashlib
 import io
 import os
+import re
+import socket
 import stat
 import tempfile
 import time
@@ -28,8 +30,17 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from pipeline.faults import SourceFault, StoreError
+from pipeline.faults import (
+    MOMENTARY,
+    Fault,
+    SourceFault,
+    StoreError,
+    TransientFault,
+    kind_of,
+    sentence,
+)
 from pipeline.record import Source
+from pipeline.sources import network
 from pipeline.sources.http import HttpFile, get
 from pipeline.sources.names import (
     CHUNK,
@@ -40,8 +51,9 @@ from pipeline.sources.names import (
     object_store,
     one_line,
     path_of,
-    tar_of,
+    place_of,
 )
+from pipeline.sources.signed import redacted
 from pipeline.sources.youtube import download
 
 READ_AHEAD = 1 << 16  # bytes asked of a remote file at least, when seeking in it
@@ -61,11 +73,21 @@ class Localised:
 def localised(source: Source, hash: bool = True, limits: Limits = LIMITS) -> Iterator[Localised]:
     """The source as a local regular file for the length of the block.
 
-    Raises SourceFault (one sentence: which source, what is wrong, what to do) for the source's faults and
-    StoreError where the scratch disk is full or not writable.
+    Raises SourceFault (one sentence: which source, what is wrong, what to do) for the source's faults,
+    TransientFault for the moment's, WorkerFault without any network, StoreError where the scratch disk is full or
+    not writable. Their stage is 'list' or 'fetch'.
     """
+    with contextlib.ExitStack() as held:
+        with _told(source):
+            local = held.enter_context(_localised(source, hash, limits))
+        yield local
+
+
+@contextlib.contextmanager
+def _localised(source: Source, hash: bool, limits: Limits) -> Iterator[Localised]:
     if source.problem:
-        raise SourceFault(source.problem)
+        kind = TransientFault if source.passing else SourceFault
+        raise kind(source.problem, stage="list", tried=True)
     path = path_of(source.uri) if source.member is None else None
     if path is not None:
         with _open_regular(path, source.uri) as f:
@@ -74,6 +96,23 @@ def localised(source: Source, hash: bool = True, limits: Limits = LIMITS) -> Ite
         return
     with _cached(source, limits) as f:
         yield Localised(f.name, _digest(f) if hash else "")
+
+
+@contextlib.contextmanager
+def _told(source: Source) -> Iterator[None]:
+    """Trouble of fetching a source: under its own stage, named after the source, without its secrets."""
+    try:
+        yield
+    except Fault as e:
+        e.stage = e.stage or "fetch"
+        said = redacted(str(e), source.address)
+        if said == str(e):
+            raise
+        raise type(e)(said, stage=e.stage, tried=e.tried) from None
+    except Exception as e:
+        said = e.strerror or one_line(e) if isinstance(e, OSError) else sentence(e)
+        said = redacted(f"{source.uri}: cannot be read: {said}", source.address)
+        raise kind_of(e)(said, stage="fetch") from (e if source.address is None else None)
 
 
 def release(source: Source) -> None:
@@ -195,6 +234,8 @@ def _open_regular(path: str, uri: str) -> io.BufferedReader:
     except ValueError as e:
         raise SourceFault(f"{uri}: not a path: {e}") from e
     except OSError as e:
+        if kind_of(e) is not SourceFault:
+            raise
         fix = {
             errno.ENOENT: "no such file; check the path",
             errno.ENOTDIR: "no such file; check the path",
@@ -223,45 +264,55 @@ def _digest(f: io.BufferedReader) -> str:
 
 
 @contextlib.contextmanager
-def random_access(uri: str, limits: Limits = LIMITS) -> Iterator[tuple[io.BufferedReader, int]]:
+def random_access(source: Source, limits: Limits = LIMITS) -> Iterator[tuple[io.BufferedReader, int]]:
     """A local or remote file to seek in, and its size; what is not read is not transferred.
 
-    Raises SourceFault, also while it is read.
+    Raises SourceFault, TransientFault and WorkerFault, also while it is read.
     """
-    path = path_of(uri)
+    address = place_of(source)
+    path = path_of(address)
     if path is not None:
-        with _open_regular(path, uri) as f:
+        with _disk_faults(source.uri), _open_regular(path, source.uri) as f:
             yield f, os.fstat(f.fileno()).st_size
-    elif uri.startswith(OBJECTS):
-        fs, key = object_store(uri)
-        with _object_faults(uri), fs.open_input_file(key) as f:
+    elif address.startswith(OBJECTS):
+        fs, key = object_store(address, source.reach)
+        with _object_faults(source), fs.open_input_file(key) as f:
             yield io.BufferedReader(cast(Any, f), READ_AHEAD), f.size()
     else:
-        raw = HttpFile(uri, limits)
+        raw = HttpFile(source, limits)
         yield io.BufferedReader(raw, READ_AHEAD), raw.size
+
+
+@contextlib.contextmanager
+def _disk_faults(uri: str) -> Iterator[None]:
+    """Name the file that a disk could not read."""
+    try:
+        yield
+    except OSError as e:
+        raise kind_of(e)(f"{uri}: cannot be read: {e.strerror or one_line(e)}") from e
 
 
 def _fetch(source: Source, to: Path, limits: Limits) -> None:
     """Write the source's bytes to `to`, whole, or raise."""
-    uri = source.uri if source.member is None else tar_of(source.uri)
-    path = path_of(uri)
-    if YOUTUBE.match(uri):
-        download(uri, to, limits)
+    address = place_of(source)
+    path = path_of(address)
+    if YOUTUBE.match(address):
+        download(source, to, limits)
         return
     with open(to, "wb") as out:
         if path is not None:
             assert source.member is not None
-            with _open_regular(path, uri) as f:
+            with _open_regular(path, source.uri) as f:
                 _copy_range(f, out, *source.member, source.uri)
-        elif uri.startswith(("http://", "https://")):
-            get(uri, out, source.member, limits)
+        elif address.startswith(("http://", "https://")):
+            get(source, out, source.member, limits)
             if source.member and out.tell() < source.member[1]:
                 raise SourceFault(f"{source.uri}: the tar ends inside it; it has changed since it was listed")
-        elif uri.startswith(OBJECTS):
-            _object(source, uri, out, limits)
+        elif address.startswith(OBJECTS):
+            _object(source, address, out, limits)
         else:
             raise SourceFault(
-                f"{uri}: unknown kind of address; use a path, file://, http(s)://, s3:// or gs://"
+                f"{source.uri}: unknown kind of address; use a path, file://, http(s)://, s3:// or gs://"
             )
         out.flush()
         os.fsync(out.fileno())  # or a power cut might leave the name without the bytes
@@ -278,24 +329,41 @@ def _copy_range(src: Any, out: BinaryIO, offset: int, size: int, uri: str) -> No
         left -= len(data)
 
 
-def _object(source: Source, uri: str, out: BinaryIO, limits: Limits) -> None:
+def _object(source: Source, address: str, out: BinaryIO, limits: Limits) -> None:
     """From S3 or GCS; pyarrow's client retries by itself."""
-    fs, key = object_store(uri)
-    with _object_faults(uri), fs.open_input_file(key) as f:
+    fs, key = object_store(address, source.reach)
+    with _object_faults(source), fs.open_input_file(key) as f:
         offset, size = source.member or (0, f.size())
         if size > limits.max_bytes:
-            raise SourceFault(f"{uri}: {size} bytes are more than the limit of {limits.max_bytes}")
+            raise SourceFault(f"{source.uri}: {size} bytes are more than the limit of {limits.max_bytes}")
         _copy_range(f, out, offset, size, source.uri)
 
 
+# pyarrow gives no code: what its sentences say. 'AWS Error SLOW_DOWN during HeadObject operation: … (HTTP status 503)'
+PASSING = re.compile(
+    r"HTTP status (408|429|5\d\d)|AWS Error (SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|THROTTLING|"
+    r"REQUEST_TIMEOUT|REQUEST_EXPIRED|NETWORK_CONNECTION)|UNAVAILABLE|DEADLINE_EXCEEDED|curlCode|timed? ?out"
+)
+NO_HOST = re.compile(r"curlCode: 6\b|resolve host", re.I)
+DENIED = re.compile(r"HTTP status 40[13]|ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH")
+
+
 @contextlib.contextmanager
-def _object_faults(uri: str) -> Iterator[None]:
-    """Say what an object store's exceptions mean for `uri`."""
+def _object_faults(source: Source) -> Iterator[None]:
+    """Say what an object store's exceptions mean for a source."""
+    uri = source.uri
     try:
         yield
     except FileNotFoundError as e:
         raise SourceFault(f"{uri}: not found; check the bucket and the key") from e
     except (pa.ArrowException, OSError) as e:
-        if getattr(e, "errno", None) in FULL:
+        code = getattr(e, "errno", None)
+        if code in FULL:
             raise  # not the source's fault
-        raise SourceFault(f"{uri}: cannot be read: {one_line(e)}") from e
+        said = redacted(one_line(e), source.address)
+        if NO_HOST.search(said):
+            raise network.fault_of(uri, said, socket.gaierror(socket.EAI_AGAIN, said)) from None
+        if PASSING.search(said) or code in MOMENTARY:
+            raise TransientFault(f"{uri}: cannot be read now: {said}", tried=True) from None
+        why = "access denied; check the credentials" if DENIED.search(said) else "cannot be read"
+        raise SourceFault(f"{uri}: {why}: {said}") from None

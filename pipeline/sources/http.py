@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import http.client
 import io
@@ -15,10 +16,14 @@ import urllib.request
 from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
-from pipeline.faults import SourceFault
-from pipeline.sources.names import CHUNK, Limits, one_line
+from pipeline.faults import Fault, SourceFault, TransientFault
+from pipeline.record import Source
+from pipeline.sources import network
+from pipeline.sources.names import CHUNK, Limits, one_line, place_of
+from pipeline.sources.signed import clean, redacted
 
-RETRY = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers that a later try may better
+LATER = {408, 425, 429}  # HTTP answers that a later try may better, besides those from 500 on …
+NEVER = {501, 505, 506, 510, 511}  # … but for these
 
 
 class _Again(Exception):
@@ -29,14 +34,14 @@ class _Again(Exception):
         self.wait = wait
 
 
-def get(uri: str, out: BinaryIO, span: tuple[int, int] | None, limits: Limits) -> int | None:
+def get(source: Source, out: BinaryIO, span: tuple[int, int] | None, limits: Limits) -> int | None:
     """GET the whole file, or a span (offset, size) of it as far as there is one.
 
     A broken transfer goes on where it broke. Returns the size of the whole file where the server says it.
-    Raises SourceFault.
+    Raises SourceFault, TransientFault when the tries are used up, WorkerFault where there is no network.
     """
     deadline = time.monotonic() + limits.total_s
-    transfer = _Transfer(uri, out, span, limits, deadline)
+    transfer = _Transfer(source, out, span, limits, deadline)
     failed, best = 0, 0
     while True:
         try:
@@ -46,13 +51,13 @@ def get(uri: str, out: BinaryIO, span: tuple[int, int] | None, limits: Limits) -
             failed = failed + 1 if out.tell() <= best else 1
             best = max(best, out.tell())
             if failed >= limits.tries:
-                raise SourceFault(f"{uri}: {e}, {failed} times in a row; try again later") from e
+                raise transfer.given_up(f"{e}, {failed} times in a row", e) from e
             wait = limits.backoff_s * 2 ** (failed - 1) * random.uniform(0.75, 1.25)
             wait = min(wait, limits.max_wait_s) if e.wait is None else e.wait
             if e.wait is not None and e.wait > limits.max_wait_s:
-                raise SourceFault(f"{uri}: {e}, and not before {e.wait:.0f} s; try again later") from e
+                raise transfer.given_up(f"{e}, and not before {e.wait:.0f} s", e) from e
             if time.monotonic() + wait > deadline:
-                raise SourceFault(f"{uri}: {e}, and {limits.total_s:g} s are over; try again later") from e
+                raise transfer.given_up(f"{e}, and {limits.total_s:g} s are over", e) from e
             time.sleep(wait)
 
 
@@ -60,17 +65,26 @@ class _Transfer:
     """One download: what is already in `out`, and what the server has said of the file."""
 
     def __init__(
-        self, uri: str, out: BinaryIO, span: tuple[int, int] | None, limits: Limits, deadline: float
+        self,
+        source: Source,
+        out: BinaryIO,
+        span: tuple[int, int] | None,
+        limits: Limits,
+        deadline: float,
     ):
-        self.uri, self.out, self.span, self.limits, self.deadline = uri, out, span, limits, deadline
-        self.url = _ascii_url(uri)
-        self.opener = _opener()
+        self.uri, self.out, self.span, self.limits, self.deadline = source.uri, out, span, limits, deadline
+        self.address = place_of(source)
+        try:
+            self.url, self.login = _ascii_url(self.address)
+            self.opener = _opener(source.uri, network.free_hosts(self.address, source.reach))
+        except ValueError as e:
+            raise SourceFault(f"{self.uri}: not a valid address: {self._said(e)}") from None
         self.size: int | None = None  # of the whole file
         self.total = span[1] if span else None  # bytes to end up with
         self.version = ""  # strong ETag or Last-Modified of the first answer
 
     def attempt(self) -> None:
-        """Ask for what is missing and write it. Raises _Again or SourceFault."""
+        """Ask for what is missing and write it. Raises _Again, SourceFault, TransientFault."""
         try:
             with self.opener.open(self._request(), timeout=self.limits.timeout_s) as answer:
                 self._accept(answer)
@@ -79,7 +93,7 @@ class _Transfer:
             with e:
                 self._refused(e)
         except http.client.InvalidURL as e:
-            raise SourceFault(f"{self.uri}: not a valid address: {one_line(e)}") from e
+            raise SourceFault(f"{self.uri}: not a valid address: {self._said(e)}") from None
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
             reason = getattr(e, "reason", e)
             if isinstance(reason, ssl.SSLCertVerificationError):
@@ -88,9 +102,16 @@ class _Transfer:
                 ) from e
             if isinstance(reason, TimeoutError):
                 raise _Again(f"no answer for {self.limits.timeout_s:g} s") from e
-            raise _Again(one_line(reason) or type(reason).__name__) from e
+            raise _Again(self._said(reason) or type(reason).__name__) from e
         if self.total is not None and self.out.tell() < self.total:
             raise _Again(f"the connection broke after {self.out.tell()} of {self.total} bytes")
+
+    def given_up(self, said: str, e: _Again) -> Fault:
+        """What becomes of an attempt that is not repeated."""
+        return network.fault_of(self.uri, said, e.__cause__, _proxy(self.url))
+
+    def _said(self, e: object) -> str:
+        return redacted(one_line(e), self.address)
 
     def _request(self) -> urllib.request.Request:
         headers = {"User-Agent": "clipmill", "Accept": "*/*", "Accept-Encoding": "identity"}
@@ -102,7 +123,10 @@ class _Transfer:
             headers["Range"] = f"bytes={have}-"
         if have and self.version:
             headers["If-Range"] = self.version
-        return urllib.request.Request(self.url, headers=headers)
+        request = urllib.request.Request(self.url, headers=headers)
+        if self.login:
+            request.add_unredirected_header("Authorization", self.login)
+        return request
 
     def _accept(self, answer: http.client.HTTPResponse) -> None:
         """Check that the body is what was asked for; start over where the server sends the whole file."""
@@ -148,8 +172,10 @@ class _Transfer:
                 self._restart()
                 raise _Again(f"more than the {self.total} bytes that were announced")
             if time.monotonic() > self.deadline:
-                raise SourceFault(
-                    f"{self.uri}: {have} bytes in {self.limits.total_s:g} s; the server is too slow"
+                raise TransientFault(
+                    f"{self.uri}: {have} bytes in {self.limits.total_s:g} s; the server is too slow, the next "
+                    "run tries it again",
+                    tried=True,
                 )
 
     def _restart(self) -> None:
@@ -158,31 +184,32 @@ class _Transfer:
 
     def _refused(self, e: urllib.error.HTTPError) -> None:
         """Turn an HTTP error into _Again or SourceFault."""
-        if e.code in RETRY:
-            raise _Again(f"HTTP {e.code} {e.reason}", _retry_after(e.headers)) from e
+        if e.code in LATER or (e.code >= 500 and e.code not in NEVER):
+            raise _Again(f"HTTP {e.code} {self._said(e.reason)}", _retry_after(e.headers))
         if e.code == 416 and self.out.tell():  # our range ends behind the file: it has become shorter
             self._restart()
-            raise _Again("the file changed while it was read") from e
+            raise _Again("the file changed while it was read")
+        denied = "access denied" + ("; its signature may be too old" if self.address != self.uri else "")
         why = {
-            401: "access denied",
-            403: "access denied",
+            401: denied,
+            403: denied,
             404: "not found; the link is dead",
             410: "gone; the link is dead",
         }
         if e.code in range(300, 400):
-            raise SourceFault(f"{self.uri}: HTTP {e.code}, redirects in a circle or too often") from e
-        raise SourceFault(f"{self.uri}: HTTP {e.code}, {why.get(e.code, one_line(e.reason))}") from e
+            raise SourceFault(f"{self.uri}: HTTP {e.code}, redirects in a circle or too often") from None
+        raise SourceFault(f"{self.uri}: HTTP {e.code}, {why.get(e.code, self._said(e.reason))}") from None
 
 
 class HttpFile(io.RawIOBase):
     """A file on a web server, read by byte ranges."""
 
-    def __init__(self, uri: str, limits: Limits):
-        self.uri, self.limits, self.at = uri, limits, 0
-        size = get(uri, io.BytesIO(), (0, 1), limits)
+    def __init__(self, source: Source, limits: Limits):
+        self.source, self.limits, self.at = source, limits, 0
+        size = get(source, io.BytesIO(), (0, 1), limits)
         if size is None:
             raise SourceFault(
-                f"{uri}: the server does not say how large it is; download it and give its path"
+                f"{source.uri}: the server does not say how large it is; download it and give its path"
             )
         self.size = size
 
@@ -203,32 +230,71 @@ class HttpFile(io.RawIOBase):
         n = max(0, min(len(buffer), self.size - self.at))
         if n:
             piece = io.BytesIO()
-            get(self.uri, piece, (self.at, n), self.limits)
+            get(self.source, piece, (self.at, n), self.limits)
             buffer[:n] = piece.getbuffer()
             self.at += n
         return n
 
 
 class _Redirect(urllib.request.HTTPRedirectHandler):
-    """Only on to http(s): a server must not point us at local files."""
+    """Only on to http(s): a server must not point us at local files. A password goes to its own host only."""
+
+    def __init__(self, uri: str):
+        self.uri = uri
 
     def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
         target = urllib.parse.urljoin(req.full_url, headers.get("Location", ""))
         if not target.lower().startswith(("http://", "https://")):
-            raise SourceFault(f"{req.full_url}: redirects to {target}, which is not http(s)")
+            raise SourceFault(f"{self.uri}: redirects to {clean(target)}, which is not http(s)")
         return super().http_error_302(req, fp, code, msg, headers)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
+    def redirect_request(self, req: Any, *args: Any) -> Any:
+        new = super().redirect_request(req, *args)
+        login = req.unredirected_hdrs.get("Authorization")
+        if new is not None and login and (new.type, new.host) == (req.type, req.host):
+            new.add_unredirected_header("Authorization", login)
+        return new
 
-def _opener() -> urllib.request.OpenerDirector:
+
+class _Web(urllib.request.AbstractHTTPHandler):
+    """HTTP(S) to hosts that may be connected to, see `pipeline.sources.network`."""
+
+    def __init__(self, uri: str, free: frozenset[str] | None):
+        super().__init__()
+        self.uri, self.free = uri, free
+
+    def http_open(self, req: Any) -> Any:
+        return self._open(http.client.HTTPConnection, req)
+
+    def https_open(self, req: Any) -> Any:
+        return self._open(http.client.HTTPSConnection, req)
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def _open(self, kind: Any, req: Any) -> Any:
+        host = network.host_of(req.full_url)
+        proxied = req.has_proxy() or getattr(req, "_tunnel_host", None)
+        if proxied and self.free is not None and host not in self.free and network.named_private(host):
+            raise network.refusal(self.uri, host)  # the proxy looks names up: there is no more to check
+
+        def connection(host: str, **options: Any) -> Any:
+            made = kind(host, **options)
+            # where http.client makes its socket; of a proxy the person who set it has decided
+            made._create_connection = network.connector(self.uri, None if proxied else self.free)
+            return made
+
+        return self.do_open(connection, req)
+
+
+def _opener(uri: str, free: frozenset[str] | None) -> urllib.request.OpenerDirector:
     """HTTP and nothing else: no file, ftp or data handler is registered."""
     opener = urllib.request.OpenerDirector()
     handlers: list[urllib.request.BaseHandler] = [
         urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        _Redirect(),
+        _Web(uri, free),
+        _Redirect(uri),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
         urllib.request.UnknownHandler(),
@@ -238,13 +304,25 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-def _ascii_url(url: str) -> str:
-    """Spaces and non-ASCII letters escaped, what is already escaped left alone."""
+def _proxy(url: str) -> str:
+    """The host of the proxy that is asked for an address; '' where it is asked itself."""
+    proxy = urllib.request.getproxies().get(urllib.parse.urlsplit(url).scheme, "")
+    return network.host_of(proxy) if proxy and not urllib.request.proxy_bypass(network.host_of(url)) else ""
+
+
+def _ascii_url(url: str) -> tuple[str, str]:
+    """Spaces and non-ASCII letters escaped, what is already escaped left alone; and the Authorization header.
+
+    Raises ValueError.
+    """
     parts = urllib.parse.urlsplit(url)
-    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    user, at, netloc = parts.netloc.rpartition("@")
+    login = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
+    host = netloc if netloc.isascii() else netloc.encode("idna").decode()
     safe = "/%:=&?~+!$,;'@()*[]"
     path, query = urllib.parse.quote(parts.path, safe), urllib.parse.quote(parts.query, safe)
-    return urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
+    escaped = urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
+    return escaped, f"Basic {login}" if at else ""
 
 
 def _retry_after(headers: Any) -> float | None:

@@ -3,55 +3,60 @@
 A SOURCE is a video file, a folder (its videos, however deep), a glob ('**' for any depth), an http(s) or
 YouTube address, an s3:// or gs:// file, prefix or glob, a WebDataset tar of videos, or a list: CSV, TSV,
 JSONL or Parquet with a `path` or `url` column, or a .txt with one path or address a line. A list's other
-columns are kept as metadata. A `timestamp` column of [start, end] pairs, as in Panda-70M's own CSV, names
-the clips: nothing is split then, and a column with one item a clip belongs to the clips.
+columns are kept as metadata, as is what lies beside a local video or in its tar under the same name (.json, .txt).
+Columns `start` and `end` make a clip of each row; a `timestamp` column of [start, end] pairs, as in Panda-70M's
+own CSV, names several. Nothing is split then; a column with one item a clip belongs to the clips.
 
-Listing reads folders, lists and tar headers, never a video. A SOURCE that cannot be listed is a
+Listing reads folders, lists, tar headers and what lies beside a video, of a video at most the first bytes (where
+its name does not say what it is). What it leaves out it tells, with counts. A SOURCE that cannot be listed is a
 SourceError; a row of a list or a member of a tar that cannot be used becomes a `Source` with a `problem`,
 which turns into an error row when it is fetched.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.faults import SourceFault
+from pipeline.faults import SourceFault, TransientFault, WorkerFault
 from pipeline.record import Source
+from pipeline.sources import network
+from pipeline.sources.folders import at_path, fixed, glob_files, matcher, walk, why_none
+from pipeline.sources.kinds import counted, extensions, why_not
 from pipeline.sources.lists import home, joined, list_rows
 from pipeline.sources.names import (
     LISTS,
     TAR,
     UNKNOWN,
     UNREADABLE,
-    VIDEOS,
-    Found,
     SourceError,
     as_address,
-    extensions,
+    located,
     log,
     name_of,
     object_store,
     path_of,
     scheme_of,
-    split_options,
     suffix_of,
-    uri_of,
 )
+from pipeline.sources.signed import clean, redacted, split_options
 from pipeline.sources.tars import videos_of
 
 
-def list_sources(args: list[str], recursive: bool = True) -> list[Source]:
+def list_sources(
+    args: list[str], recursive: bool = True, columns: dict[str, str] | None = None
+) -> list[Source]:
     """Every source the arguments name, in their order, folders sorted, each uri once.
+
+    Args:
+        columns: of lists, what to call some of them: {'my_col': 'path', 'text': 'caption'}.
 
     `Source.name` is the path below the argument (a file's own name; for a list's row or an address the
     text itself; 'TAR/member'), never absolute and without '..'. Names are unique: sources that would
@@ -61,24 +66,31 @@ def list_sources(args: list[str], recursive: bool = True) -> list[Source]:
     """
     if not args:
         raise SourceError("no SOURCE given: name a video, a folder, a glob, a list or an address")
-    found: dict[str, Source] = {}
+    found: dict[str, list[Source]] = {}
     again: list[str] = []
+    resigned: list[str] = []
     for arg in args:
         number = 0
-        for source in _expand(arg, recursive):
+        for source in _expand(arg, recursive, columns or {}):
             number += 1
-            first = found.setdefault(source.uri, source)
-            if first is source:
-                continue
-            if first.intervals and source.intervals:  # a list with one row a clip
-                found[source.uri] = joined(first, source)
+            parts = found.setdefault(source.uri, [])
+            if not parts or (parts[0].intervals and source.intervals):  # a list with one row a clip
+                parts.append(source)
+            elif parts[0].address != source.address:
+                resigned.append(source.uri)
             else:
                 again.append(source.uri)
         if not number:
-            raise SourceError(f"{arg}: the list has no rows; add a path or an address a line")
+            raise SourceError(f"{clean(arg)}: the list has no rows; add a path or an address a line")
     if again:
         log.warning("%d sources are listed more than once and taken once, e.g. %s", len(again), again[0])
-    sources = list(found.values())
+    if resigned:
+        log.warning(
+            "%d sources differ from others only by a signature or token in the address and are taken once, e.g. %s",
+            len(resigned),
+            resigned[0],
+        )
+    sources = [joined(parts) for parts in found.values()]
     shared = {name for name, n in Counter(s.name for s in sources).items() if n > 1}
     return (
         [replace(s, name=name_of(s.uri)) if s.name in shared else s for s in sources] if shared else sources
@@ -107,193 +119,123 @@ def unit_name(sources: list[Source]) -> str:
     return hashlib.sha256("\0".join(s.uri for s in sources).encode()).hexdigest()[:16]
 
 
-def _expand(arg: str, recursive: bool) -> Iterator[Source]:
+def _expand(arg: str, recursive: bool, columns: dict[str, str]) -> Iterator[Source]:
     """The sources of one argument; none only for a list without rows."""
     scheme = scheme_of(arg)
+    reach = network.ANY if network.allowed_by_environment() else network.HOST  # a person typed it
     if scheme in ("http", "https"):
-        found = [Found(as_address(arg), as_address(arg), None)]
+        found = [located(as_address(arg), reach=reach)]
     elif scheme in ("s3", "gs", "gcs"):
-        found = _objects(arg, recursive)
+        found = _objects(as_address(arg), recursive, reach)
     elif scheme in ("", "file"):
         found = _local(arg, recursive)
     else:
-        raise SourceError(f"{arg}: {UNKNOWN}")
+        raise SourceError(f"{clean(arg)}: {UNKNOWN}")
     for f in found:
         try:
-            yield from _file(f)
-        except SourceFault as e:
+            yield from _file(f, columns)
+        except WorkerFault as e:
+            raise SourceError(str(e)) from e
+        except (SourceFault, TransientFault) as e:
             if len(found) == 1:  # there is nothing else in this argument to go on with
                 raise SourceError(str(e)) from e
-            yield Source(f.uri, name_of(f.name), problem=str(e))
+            passing = isinstance(e, TransientFault)
+            yield replace(f, name=name_of(f.name), size=None, problem=str(e), passing=passing)
 
 
-def _file(f: Found) -> Iterator[Source]:
+def _file(f: Source, columns: dict[str, str]) -> Iterator[Source]:
     """One file by its kind: the rows of a list, the members of a tar, or a video."""
     suffix = suffix_of(f.name)
     if suffix == TAR and not f.problem:
-        yield from videos_of(f.uri, f.name, {})
+        yield from videos_of(f)
     elif suffix in LISTS and not f.problem:
-        yield from list_rows(f.uri, suffix)
+        yield from list_rows(f, suffix, columns)
     elif suffix in UNREADABLE and not f.problem:
         raise SourceError(f"{f.uri}: a {suffix} file is not a video; {UNREADABLE[suffix]}")
     else:
-        yield Source(f.uri, name_of(f.name), size=f.size, problem=f.problem)
+        yield replace(f, name=name_of(f.name))
 
 
-# Files and folders --------------------------------------------------------------------------------
+def _tell(arg: str, taken: int, left: Counter[str]) -> None:
+    if left:
+        n = left.total()
+        log.warning("%s: %d videos; left out %d other files: %s", clean(arg), taken, n, counted(left))
 
 
-def _local(arg: str, recursive: bool) -> list[Found]:
+def _local(arg: str, recursive: bool) -> list[Source]:
     """What a local argument names: a file, a folder's videos, or what a glob matches."""
     path = home(path_of(arg) or arg)
+    left: Counter[str] = Counter()
     if path.is_dir():
-        found = _walk(path, _is_video, recursive)
+        found = walk(path, recursive, left)
         if not found:
-            raise SourceError(_no_videos(arg, (p.name for p in path.iterdir())))
-        return found
-    if os.path.lexists(path):
-        return [_at(path, path.name)]
-    if not glob.has_magic(str(path)):
+            raise SourceError(why_none(arg, left))
+    elif os.path.lexists(path):
+        return [at_path(path, path.name)]
+    elif not glob.has_magic(str(path)):
         raise SourceError(f"{arg}: no such file or folder; check the path")
-    found = _glob(str(path), recursive)
-    if not found:
-        raise SourceError(f"{arg}: no video matches; check the pattern (looked for {extensions()})")
+    else:
+        found = glob_files(str(path), recursive, left)
+        if not found:
+            raise SourceError(f"{arg}: no video matches; check the pattern (looked for {extensions()})")
+    _tell(arg, len(found), left)
     return found
 
 
-def _is_video(parts: tuple[str, ...]) -> bool:
-    return suffix_of(parts[-1]) in VIDEOS
-
-
-def _no_videos(arg: str, names: Iterable[str]) -> str:
-    other = Counter(s for s in map(suffix_of, names) if s == TAR or s in LISTS)
-    hint = "".join(f"; to use its {s} files, pass {arg.rstrip('/')}/*{s}" for s in sorted(other))
-    return f"{arg}: no videos in this folder; looked for {extensions()}{hint}"
-
-
-def _at(path: Path, name: str) -> Found:
-    try:
-        size = path.stat().st_size if path.is_file() else None
-    except OSError:
-        size = None  # fetching it says what is wrong
-    return Found(uri_of(str(path)), name, size)
-
-
-def _walk(root: Path, wanted: Callable[[tuple[str, ...]], bool], recursive: bool) -> list[Found]:
-    """Files below a folder whose path (its parts below root) is wanted, sorted by path.
-
-    Hidden files and folders are left out. Linked folders are entered once, and not at all where they
-    lead to a place that is visited anyway or back up.
-    """
-    found: list[Found] = []
-
-    def unreadable(e: OSError) -> None:
-        path = Path(os.fsdecode(e.filename))
-        uri = uri_of(str(path))
-        name = str(path.relative_to(root)) if path != root else path.name
-        found.append(Found(uri, name, None, f"{uri}: cannot look into this folder: {e.strerror}"))
-
-    top = root.resolve()
-    entered: set[Path] = set()
-
-    def enter(folder: Path) -> bool:
-        if folder.name.startswith("."):
-            return False
-        if folder.is_symlink():
-            real = folder.resolve()
-            if real in entered or real.is_relative_to(top) or top.is_relative_to(real):
-                return False
-            entered.add(real)
-        return True
-
-    for at, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
-        folder = Path(at)
-        folders[:] = [name for name in sorted(folders) if recursive and enter(folder / name)]
-        below = folder.relative_to(root).parts
-        found += [
-            _at(folder / name, "/".join((*below, name)))
-            for name in files
-            if not name.startswith(".") and wanted((*below, name))
-        ]
-    return sorted(found, key=lambda f: f.name)
-
-
-def _glob(pattern: str, recursive: bool) -> list[Found]:
-    """Local files that match, sorted; a folder that matches stands for its videos."""
-    base, rest = _fixed(pattern)
-    if "**" in rest:  # not by the glob module, which runs in circles where links do
-        return _walk(Path(base), _matcher(rest), recursive=True)
-    found = []
-    for match in sorted(map(Path, glob.glob(pattern))):  # noqa: PTH207 (Path.glob takes no absolute pattern)
-        name = str(match.relative_to(base))
-        if match.is_dir():
-            found += [replace(f, name=f"{name}/{f.name}") for f in _walk(match, _is_video, recursive)]
-        elif _matcher(rest)(match.relative_to(base).parts):
-            found.append(_at(match, name))
-    return found
-
-
-def _fixed(pattern: str) -> tuple[str, list[str]]:
-    """The folder before the first wildcard, and the parts of the pattern below it."""
-    parts = pattern.split("/")
-    n = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    base = "/".join(parts[:n]) or ("/" if pattern.startswith("/") else ".")
-    return base, [part for part in parts[n:] if part]
-
-
-def _matcher(pattern: list[str]) -> Callable[[tuple[str, ...]], bool]:
-    """Does a path match the parts of a pattern? '**' stands for any number of folders.
-
-    The file must also be a video, unless the pattern spells its extension out ('*.tar', '*.csv').
-    """
-    spelt = not glob.has_magic(suffix_of(pattern[-1])) and suffix_of(pattern[-1]) != ""
-    if pattern[-1] == "**":
-        pattern = [*pattern, "*"]
-
-    def match(parts: tuple[str, ...], wanted: list[str]) -> bool:
-        if not wanted or not parts:
-            return not wanted and not parts
-        if wanted[0] == "**":
-            return match(parts, wanted[1:]) or match(parts[1:], wanted)
-        return fnmatch.fnmatchcase(parts[0], wanted[0]) and match(parts[1:], wanted[1:])
-
-    return lambda parts: match(parts, pattern) and (spelt or _is_video(parts))
-
-
-# Object stores ------------------------------------------------------------------------------------
-
-
-def _objects(arg: str, recursive: bool) -> list[Found]:
+def _objects(arg: str, recursive: bool, reach: str) -> list[Source]:
     """What an s3:// or gs:// argument names: one object, the videos below a prefix, or a glob's matches."""
-    arg = as_address(arg)
-    fs, key = object_store(arg)
+    try:
+        fs, key = object_store(arg, reach)
+    except SourceFault as e:
+        raise SourceError(str(e)) from e
     key = key.rstrip("/")
-    scheme, options = scheme_of(arg), split_options(arg)[1]
+    place, options = split_options(arg)
+    scheme, rest = place.split("://", 1)
+    login = rest.split("/")[0].rpartition("@")[:2]
+    left: Counter[str] = Counter()
 
-    def below(base: str, wanted: Callable[[tuple[str, ...]], bool], recursive: bool) -> list[Found]:
+    def at(path: str, name: str, size: int | None) -> Source:
+        return replace(located(f"{scheme}://{''.join(login)}{path}{options}", name, reach), size=size)
+
+    def below(base: str, wanted: Callable[[tuple[str, ...]], bool], recursive: bool) -> list[Source]:
         infos = fs.get_file_info(pafs.FileSelector(base, recursive=recursive, allow_not_found=True))
         names = {i.path[len(base) :].strip("/"): i for i in infos if i.is_file}
-        return [
-            Found(f"{scheme}://{info.path}{options}", name, info.size)
-            for name, info in sorted(names.items())
-            if wanted(parts := tuple(name.split("/"))) and not any(p.startswith(".") for p in parts)
-        ]
+        beside: dict[str, set[str]] = {}
+        for name in names:
+            folder, _, file = name.rpartition("/")
+            beside.setdefault(folder, set()).add(file)
+        found = []
+        for name, info in sorted(names.items()):
+            folder, _, file = name.rpartition("/")
+            parts = tuple(name.split("/"))
+            if any(p.startswith(".") for p in parts) or not wanted(parts):
+                continue
+            why = why_not(file, beside[folder], spelt=spelt)
+            if why is None:
+                found.append(at(info.path, name, info.size))
+            else:
+                left[why] += 1
+        return found
 
     try:
         info = fs.get_file_info(key)
         if info.is_file:
-            return [Found(f"{scheme}://{key}{options}", key.rsplit("/", 1)[-1], info.size)]
+            return [at(key, key.rsplit("/", 1)[-1], info.size)]
         if glob.has_magic(key):
-            base, rest = _fixed(key)
-            found = below(base, _matcher(rest), len(rest) > 1 or rest == ["**"])
-            problem = f"{arg}: no video matches; check the pattern (looked for {extensions()})"
+            base, pattern = fixed(key)
+            wanted, spelt = matcher(pattern)
+            found = below(base, wanted, len(pattern) > 1 or pattern == ["**"])
+            problem = f"{clean(arg)}: no video matches; check the pattern (looked for {extensions()})"
         elif info.type == pafs.FileType.NotFound:
-            raise SourceError(f"{arg}: no such object or prefix; check the bucket and the key")
+            raise SourceError(f"{clean(arg)}: no such object or prefix; check the bucket and the key")
         else:
-            found = below(key, _is_video, recursive)
-            problem = _no_videos(arg, (i.path for i in fs.get_file_info(pafs.FileSelector(key))))
+            spelt = ""
+            found = below(key, lambda _: True, recursive)
+            problem = why_none(clean(arg), left)
     except (pa.ArrowException, OSError) as e:
-        raise SourceError(f"{arg}: cannot be listed: {' '.join(str(e).split())}") from e
+        said = redacted(" ".join(str(e).split()), arg)
+        raise SourceError(f"{clean(arg)}: cannot be listed: {said}") from None
     if not found:
         raise SourceError(problem)
+    _tell(arg, len(found), left)
     return found

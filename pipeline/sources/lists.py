@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import ast
 import codecs
 import csv
 import json
-import math
+import os
 import posixpath
+import re
 import urllib.parse
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.faults import SourceFault
+from pipeline.faults import SourceFault, TransientFault
 from pipeline.record import Source
+from pipeline.sources import network
+from pipeline.sources.columns import Columns, clips_of, columns_of, described, tell_unused
 from pipeline.sources.fetch import localised, release
 from pipeline.sources.names import (
     TAR,
     SourceError,
     as_address,
-    metadata,
+    located,
+    log,
     name_of,
     path_of,
+    place_of,
     scheme_of,
-    split_options,
     suffix_of,
     uri_of,
+    windows,
 )
+from pipeline.sources.signed import clean, clean_text, split_options
 from pipeline.sources.tars import videos_of
 
 
@@ -45,127 +50,151 @@ def home(path: str) -> Path:
 Row = dict[str, Any] | str  # the columns, or what is wrong with the row
 
 
-def list_rows(uri: str, suffix: str) -> Iterator[Source]:
+@dataclass
+class _Reading:
+    """One list while it is read, and what there is to tell of it."""
+
+    uri: str
+    renames: dict[str, str]
+    columns: Columns | None = None
+    guessed: int = 0  # cells that are not UTF-8
+    known: dict[tuple[str, ...], Columns] = field(default_factory=dict)
+
+    def head(self, names: list[str]) -> Columns:
+        """The columns of the rows to come. Raises SourceError, for the first rows."""
+        key = tuple(names)
+        if key not in self.known:
+            try:
+                self.known[key] = columns_of([self.text(n) for n in names], self.uri, self.renames)
+            except SourceError:
+                if self.columns is None:
+                    raise
+                self.known[key] = Columns(list(names), None)
+            if self.columns is None:
+                tell_unused(self.known[key], self.uri)
+        self.columns = self.known[key]
+        return self.columns
+
+    def text(self, value: str) -> str:
+        """A cell; what is not UTF-8 is taken for Windows-1252."""
+        if value.isascii() or not re.search("[\udc80-\udcff]", value):
+            return value
+        try:
+            data = value.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:  # JSON can hold other halves of letters
+            return value
+        self.guessed += 1
+        return windows(data)
+
+
+def list_rows(source: Source, suffix: str, renames: dict[str, str] | None = None) -> Iterator[Source]:
     """The rows of a list. Raises SourceError where none of it can be used."""
-    source = Source(uri, uri)
+    reading = _Reading(source.uri, renames or {})
+    bad, first = 0, ""
     with localised(source, hash=False) as local:
-        for number, row in READERS[suffix](local.path, uri):
+        for number, row in READERS[suffix](local.path, reading):
             try:
                 if isinstance(row, str):
                     raise ValueError(row)
-                yield from _row(row, uri)
-            except (ValueError, SourceFault) as e:
-                where = f"{uri}#{number}"
-                yield Source(where, name_of(where), problem=f"{uri}, row {number}: {e}")
+                yield from _row(row, source, reading)
+            except (ValueError, SourceFault, TransientFault) as e:
+                where, said = f"{source.uri}#{number}", clean_text(str(e))
+                problem = f"{source.uri}, row {number}: {said}"
+                bad, first = bad + 1, first or f"row {number}: {said}"
+                passing = isinstance(e, TransientFault)
+                yield Source(where, name_of(where), problem=problem, passing=passing)
     release(source)
+    if bad:
+        log.warning("%s: %d rows cannot be used and become errors, e.g. %s", source.uri, bad, first)
+    if reading.guessed:
+        log.warning(
+            "%s: not in UTF-8: %d cells were taken for Windows-1252 (Latin-1); save it as UTF-8 if that is wrong",
+            source.uri,
+            reading.guessed,
+        )
 
 
-def _row(row: dict[str, Any], list_uri: str) -> Iterator[Source]:
-    """The source (of a tar: the sources) that a row names. Raises ValueError saying what is wrong with it."""
+def _row(row: dict[str, Any], at: Source, reading: _Reading) -> Iterator[Source]:
+    """The source (of a tar: the sources) that a row of the list `at` names. Raises ValueError: what is wrong."""
     value = row.pop("path", None) or row.pop("url", None)
     if not isinstance(value, str) or not value.strip():
         raise ValueError("neither path nor url is given")
+    row = {k: reading.text(v) if isinstance(v, str) else v for k, v in row.items()}
     value = as_address(value.strip()) if scheme_of(value.strip()) else value
-    uri = _resolve(value, list_uri)
-    clips = _clips(row)
+    source = _resolve(value, at, reading)
+    clips = clips_of(row, reading.columns.pair if reading.columns else None)
+    source = replace(source, meta=described(row))
     if suffix_of(value) == TAR:
-        yield from videos_of(uri, value, metadata(row))
+        yield from videos_of(source)
     elif clips is None:
-        yield Source(uri, name_of(value), metadata(row))
+        yield replace(source, name=name_of(source.name))
     else:
-        yield Source(uri, name_of(value), metadata(row), tuple(clips), tuple(clips.values()))
+        times, meta = tuple(clips), tuple(clips.values())
+        yield replace(source, name=name_of(source.name), intervals=times, interval_meta=meta)
 
 
-def _resolve(value: str, list_uri: str) -> str:
-    """The uri of a list's value; a relative path is meant from the list's folder."""
-    if scheme_of(value) == "file":
-        return uri_of(path_of(value) or "")
-    if scheme_of(value):
-        return value
-    if value.startswith(("/", "~/")):
-        return uri_of(str(home(value)))
-    if (path := path_of(list_uri)) is not None:
-        return uri_of(posixpath.join(posixpath.dirname(path), value))
-    if scheme_of(list_uri) in ("http", "https"):
-        return as_address(urllib.parse.urljoin(list_uri, value))
-    place, options = split_options(list_uri)
-    scheme, rest = place.split("://", 1)
-    return as_address(
-        f"{scheme}://{posixpath.normpath(posixpath.join(posixpath.dirname(rest), value))}{options}"
-    )
+def _resolve(value: str, at: Source, reading: _Reading) -> Source:
+    """What a list's value names; a relative path is meant from the list's folder.
 
-
-def _clips(row: dict[str, Any]) -> dict[tuple[float, float], dict[str, str]] | None:
-    """Given clips (start, end), seconds, and the metadata of each; None where the row gives none.
-
-    The `timestamp` column holds a list of [start, end] pairs, and columns with as many items belong to
-    the clips; or it holds one pair, and then the whole row belongs to that clip. What is used is taken
-    out of the row. A `timestamp` that is no list is metadata. Raises ValueError.
+    A list from elsewhere cannot name files of this machine. Raises ValueError.
     """
-    pairs = _listed(row.get("timestamp"))
-    if pairs is None:
-        if str(row.get("timestamp", "")).startswith("["):
-            raise ValueError("timestamp is not a list of [start, end] pairs")
-        return None
-    del row["timestamp"]
-    one = len(pairs) == 2 and not any(isinstance(p, list | tuple) for p in pairs)
-    try:
-        times = [(_seconds(a), _seconds(b)) for a, b in ([pairs] if one else pairs)]
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"timestamp is not a list of [start, end] pairs: {e}") from e
-    if not times or not all(0 <= a < b < math.inf for a, b in times):
-        raise ValueError("timestamp has a clip that does not end after its start, or none")
-    columns = {c: [v] for c, v in row.items()} if one else {}
-    for column, value in () if one else row.items():
-        listed = _listed(value)
-        if listed is not None and len(listed) == len(times):
-            columns[column] = listed
+    scheme = scheme_of(value)
+    if scheme not in ("", "file"):
+        return located(value, reach=_reach(network.PUBLIC))
+    base = place_of(at)
+    folder = path_of(base)
+    if folder is not None:
+        folder = posixpath.dirname(folder)
+        if scheme == "file":
+            return Source(uri_of(path_of(value) or ""), value)
+        value = _existing(value, folder, reading)
+        return Source(uri_of(posixpath.join(folder, str(home(value)))), value)
+    web = scheme_of(base) in ("http", "https")
+    if scheme == "file" or value.startswith("~/") or (value.startswith("/") and not web):
+        raise ValueError(
+            f"{value}: a list from elsewhere cannot name files of this machine; download the list and give its path"
+        )
+    value = reading.text(value)
+    if web:
+        address = as_address(urllib.parse.urljoin(base, value))
+        same = network.host_of(address) == network.host_of(base)
+        return _named(located(address, reach=at.reach if same else _reach(network.PUBLIC)), value)
+    place, options = split_options(base)
+    head, rest = place.split("://", 1)
+    key = posixpath.normpath(posixpath.join(posixpath.dirname(rest), value))
+    if key.split("/")[0] != rest.split("/")[0]:
+        raise ValueError(f"{value}: leads out of the list's bucket; write the whole address")
+    return _named(located(as_address(f"{head}://{key}{options}"), reach=at.reach), value)
+
+
+def _named(source: Source, value: str) -> Source:
+    """Named by the list's own words, unless there is a secret in them."""
+    return source if clean(f"x://x/{value}") != f"x://x/{value}" else replace(source, name=value)
+
+
+def _reach(reach: str) -> str:
+    return network.ANY if network.allowed_by_environment() else reach
+
+
+def _existing(value: str, folder: str, reading: _Reading) -> str:
+    """A path whose bytes are not UTF-8: as they are where there is such a file, else as text."""
+    if value.isascii() or os.path.lexists(posixpath.join(folder, str(home(value)))):
+        return value
+    return reading.text(value)
+
+
+def joined(parts: list[Source]) -> Source:
+    """One source with the clips of all; of equal clips the first."""
+    if len(parts) == 1:
+        return parts[0]
     clips: dict[tuple[float, float], dict[str, str]] = {}
-    for i, time in enumerate(times):
-        clips.setdefault(time, metadata({c: values[i] for c, values in columns.items()}))
-    for column in columns:
-        del row[column]
-    return clips
+    for part in parts:
+        for time, meta in zip(part.intervals or (), part.interval_meta, strict=True):
+            clips.setdefault(time, meta)
+    return replace(parts[0], intervals=tuple(clips), interval_meta=tuple(clips.values()))
 
 
-def joined(first: Source, more: Source) -> Source:
-    """One source with the clips of both."""
-    new = dict(zip(more.intervals or (), more.interval_meta, strict=True))
-    clips = dict(zip(first.intervals or (), first.interval_meta, strict=True))
-    clips |= {time: meta for time, meta in new.items() if time not in clips}
-    return replace(first, intervals=tuple(clips), interval_meta=tuple(clips.values()))
-
-
-def _listed(value: Any) -> list[Any] | None:
-    """A list, also one written as a Python literal, as in Panda-70M's CSV; None for anything else."""
-    if isinstance(value, str) and value.startswith("["):
-        # where every ' delimits a string this is JSON but for the quotes, and read ten times as fast
-        plain = '"' not in value and "\\" not in value
-        try:
-            value = json.loads(value.replace("'", '"') if plain else value)
-        except (ValueError, RecursionError):
-            try:
-                value = ast.literal_eval(value)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                return None
-    return list(value) if isinstance(value, list | tuple) else None
-
-
-def _seconds(value: Any) -> float:
-    """12.5, '12.5', '1:02.5' or '0:01:02.5' in seconds."""
-    total = 0.0
-    for part in str(value).split(":"):
-        total = total * 60 + float(part)
-    return total
-
-
-def _columns(names: list[str], uri: str) -> list[str]:
-    """Column names, those that mean something here in lower case. Raises SourceError."""
-    names = [n.strip().lower() if n.strip().lower() in ("path", "url", "timestamp") else n for n in names]
-    if "path" not in names and "url" not in names:
-        shown = ", ".join(repr(n[:40]) for n in names[:8]) or "none"
-        raise SourceError(f"{uri}: a list needs a column named path or url; its columns are {shown}")
-    return names
+# Files of lists -----------------------------------------------------------------------------------
 
 
 def _lines(path: str) -> TextIO:
@@ -175,11 +204,11 @@ def _lines(path: str) -> TextIO:
     return open(path, encoding="utf-16" if wide else "utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _read_csv(path: str, uri: str, delimiter: str = ",") -> Iterator[tuple[int, Row]]:
+def _read_csv(path: str, reading: _Reading, delimiter: str = ",") -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(1 << 30)  # of one video's captions; the default is 128 KiB
     with _lines(path) as f:
         rows = csv.reader(f, delimiter=delimiter, strict=True)
-        columns: list[str] | None = None
+        columns: Columns | None = None
         while True:
             try:
                 row = next(rows)
@@ -187,23 +216,25 @@ def _read_csv(path: str, uri: str, delimiter: str = ",") -> Iterator[tuple[int, 
                 return
             except csv.Error as e:
                 if columns is None:
-                    raise SourceError(f"{uri}: its first line is no header: {e}") from e
+                    raise SourceError(f"{reading.uri}: its first line is no header: {e}") from e
                 yield rows.line_num, f"not well quoted: {e}"
                 continue
             if columns is None:
-                columns = _columns(row, uri)
-            elif len(row) > len(columns):
-                yield rows.line_num, f"{len(row)} fields where the header has {len(columns)}; quote them"
+                columns = reading.head(row)
+            elif len(row) > len(columns.names):
+                yield (
+                    rows.line_num,
+                    f"{len(row)} fields where the header has {len(columns.names)}; quote them",
+                )
             elif row:
-                yield rows.line_num, dict(zip(columns, row, strict=False))
+                yield rows.line_num, columns.row(row)
 
 
-def _read_tsv(path: str, uri: str) -> Iterator[tuple[int, Row]]:
-    return _read_csv(path, uri, "\t")
+def _read_tsv(path: str, reading: _Reading) -> Iterator[tuple[int, Row]]:
+    return _read_csv(path, reading, "\t")
 
 
-def _read_jsonl(path: str, uri: str) -> Iterator[tuple[int, Row]]:
-    known = False
+def _read_jsonl(path: str, reading: _Reading) -> Iterator[tuple[int, Row]]:
     with _lines(path) as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
@@ -216,24 +247,36 @@ def _read_jsonl(path: str, uri: str) -> Iterator[tuple[int, Row]]:
             if not isinstance(row, dict):
                 yield number, "not a JSON object"
                 continue
-            if not known:
-                _columns(list(row), uri)
-                known = True
-            yield number, {k.lower() if k.lower() in ("path", "url", "timestamp") else k: row[k] for k in row}
+            yield number, reading.head(list(row)).row(row.values())
 
 
-def _read_parquet(path: str, uri: str) -> Iterator[tuple[int, Row]]:
+def _read_parquet(path: str, reading: _Reading) -> Iterator[tuple[int, Row]]:
     try:
         file = pq.ParquetFile(path)
         plain = [f.name for f in file.schema_arrow if not _holds_bytes(f.type)]
-        columns = _columns(plain, uri)
+        columns = reading.head(plain)
+        if left := [f.name for f in file.schema_arrow if f.name not in plain]:
+            log.warning("%s: columns that hold bytes are not used: %s", reading.uri, ", ".join(left))
         number = 0
         for batch in file.iter_batches(batch_size=4096, columns=plain):
             for values in batch.to_pylist():
                 number += 1
-                yield number, dict(zip(columns, values.values(), strict=True))
+                yield number, columns.row(values.values())
     except (pa.ArrowException, OSError) as e:
-        raise SourceError(f"{uri}: not readable as Parquet: {' '.join(str(e).split())}") from e
+        if _cut_off(path):
+            raise SourceError(
+                f"{reading.uri}: a Parquet file that is cut off, its end is missing; copy or download it again"
+            ) from e
+        raise SourceError(f"{reading.uri}: not readable as Parquet: {' '.join(str(e).split())}") from e
+
+
+def _cut_off(path: str) -> bool:
+    """Does a file begin as Parquet and not end so?"""
+    data = Path(path)
+    with open(data, "rb") as f:
+        begins = f.read(4) == b"PAR1"
+        f.seek(max(0, data.stat().st_size - 4))
+        return begins and f.read(4) != b"PAR1"
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -246,7 +289,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     )
 
 
-def _read_txt(path: str, uri: str) -> Iterator[tuple[int, Row]]:
+def _read_txt(path: str, reading: _Reading) -> Iterator[tuple[int, Row]]:
     with _lines(path) as f:
         for number, line in enumerate(f, 1):
             line = line.strip()
@@ -254,7 +297,7 @@ def _read_txt(path: str, uri: str) -> Iterator[tuple[int, Row]]:
                 yield number, {"path": line}
 
 
-READERS: dict[str, Callable[[str, str], Iterator[tuple[int, Row]]]] = {
+READERS: dict[str, Callable[[str, _Reading], Iterator[tuple[int, Row]]]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".jsonl": _read_jsonl,

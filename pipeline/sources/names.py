@@ -7,9 +7,7 @@ import logging
 import os
 import posixpath
 import re
-import urllib.error
 import urllib.parse
-import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +15,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline.faults import SourceFault
+from pipeline.record import Source
+from pipeline.sources import network
+from pipeline.sources.signed import clean, clean_text, redacted, split_options
 
-VIDEOS = frozenset(
-    ".3g2 .3gp .asf .avi .dv .f4v .flv .ivf .m2ts .m4v .mkv .mov .mp4 "  # noqa: SIM905
-    ".mpeg .mpg .mts .mxf .nut .ogv .rm .ts .vob .webm .wmv .wtv .y4m".split()
-)
 LISTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt")
 TAR = ".tar"
 UNREADABLE = {
@@ -39,16 +36,6 @@ log = logging.getLogger("clipmill")
 
 class SourceError(ValueError):
     """A SOURCE argument that names nothing to curate; one sentence with the argument and the fix."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A file that was found: its uri, its name below the argument, its size in bytes."""
-
-    uri: str
-    name: str
-    size: int | None
-    problem: str | None = None
 
 
 # Text ---------------------------------------------------------------------------------------------
@@ -85,19 +72,47 @@ def name_of(text: str) -> str:
     return utf8(text)
 
 
-def extensions() -> str:
-    return " ".join(sorted(VIDEOS))
-
-
 def metadata(columns: dict[str, Any]) -> dict[str, str]:
-    """Columns as text: numbers and nested values as JSON, empty ones left out."""
+    """Columns as text: numbers and nested values as JSON, empty ones left out, addresses without secrets."""
     meta = {}
     for name, value in columns.items():
         if value is None or value == "" or isinstance(value, bytes):
             continue
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-        meta[utf8(name)] = utf8(text)
+        meta[utf8(name)] = utf8(clean_text(text))
     return meta
+
+
+def text_of(data: bytes) -> str:
+    """Text in UTF-8, or in what most other text is in."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return windows(data)
+
+
+def windows(data: bytes) -> str:
+    """Text in Windows-1252, or in Latin-1 where a byte means nothing there."""
+    try:
+        return data.decode("cp1252")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+SIDECARS = (".json", ".txt")
+SIDECAR_BYTES = 1 << 20  # larger ones are no metadata
+
+
+def sidecar(suffix: str, data: bytes) -> dict[str, str]:
+    """Metadata of the file that lies beside a video: a JSON object's keys, or a text as the caption."""
+    text = text_of(data)
+    if suffix != ".json":
+        return metadata({"caption": text.strip()})
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return metadata({"json": text})
+    return metadata(values if isinstance(values, dict) else {"json": text})
 
 
 CHUNK = 1 << 20
@@ -154,26 +169,35 @@ def tar_of(uri: str) -> str:
     return uri.rpartition("#")[0]
 
 
-def object_store(uri: str) -> tuple[pafs.FileSystem, str]:
-    """File system and 'bucket/key' of an s3:// or gs:// uri; the key is taken literally.
+def located(address: str, name: str | None = None, reach: str = network.PUBLIC) -> Source:
+    """The source at an address: known by it without its secrets, fetched by all of it."""
+    uri = clean(address)
+    return Source(uri, name or uri, address=None if address == uri else address, reach=reach)
+
+
+def place_of(source: Source) -> str:
+    """Where to fetch a source, secrets included; of a tar's member the tar."""
+    return source.address or (source.uri if source.member is None else tar_of(source.uri))
+
+
+def object_store(address: str, reach: str = network.ANY) -> tuple[pafs.FileSystem, str]:
+    """File system and 'bucket/key' of an s3:// or gs:// address; the key is taken literally.
 
     pyarrow's options may follow the key, e.g. '?region=…' or '?endpoint_override=localhost:9000&scheme=http'.
     Raises SourceFault.
     """
-    scheme, rest = uri.split("://", 1)
+    scheme, rest = address.split("://", 1)
     place, options = split_options(rest)
-    bucket = place.split("/", 1)[0]
+    bucket, slash, key = place.partition("/")
+    endpoint = urllib.parse.parse_qs(options[1:]).get("endpoint_override", [""])[0]
+    if endpoint and network.free_hosts(endpoint, reach) == frozenset():
+        network.check_name(clean(address), network.host_of(endpoint))
     try:
         fs, _ = pafs.FileSystem.from_uri(f"{scheme}://{bucket}{options}")
     except (pa.ArrowException, OSError, ValueError) as e:
-        raise SourceFault(f"{uri}: {one_line(e)}; write it as {scheme}://bucket/key") from e
-    return fs, place
-
-
-def split_options(place: str) -> tuple[str, str]:
-    """'bucket/key?region=x' → ('bucket/key', '?region=x'); a '?' without 'name=' belongs to the key."""
-    found = re.search(r"\?[a-z_]+=.*$", place, re.S)
-    return (place[: found.start()], found.group()) if found else (place, "")
+        said = redacted(one_line(e), address)
+        raise SourceFault(f"{clean(address)}: {said}; write it as {scheme}://bucket/key") from None
+    return fs, bucket.rpartition("@")[2] + slash + key
 
 
 def one_line(e: object) -> str:

@@ -3,50 +3,60 @@
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import PurePosixPath
 
-from pipeline.faults import SourceFault
+from pipeline.faults import SourceFault, TransientFault
 from pipeline.record import Source
 from pipeline.sources.fetch import random_access
-from pipeline.sources.names import VIDEOS, extensions, member_uri, metadata, name_of, suffix_of, utf8
+from pipeline.sources.kinds import VIDEOS, extensions
+from pipeline.sources.names import (
+    SIDECAR_BYTES,
+    SIDECARS,
+    member_uri,
+    name_of,
+    sidecar,
+    suffix_of,
+    utf8,
+)
 
-SIDECAR_BYTES = 1 << 20  # larger .json and .txt members of a tar are not metadata
 
-
-# WebDataset tars ----------------------------------------------------------------------------------
-
-
-def videos_of(uri: str, name: str, meta: dict[str, str]) -> Iterator[Source]:
+def videos_of(tar: Source) -> Iterator[Source]:
     """The videos in a tar, each by its byte range, with the .json and .txt of the same key as metadata.
 
     Of a damaged tar the whole members are listed, then the tar itself with the problem. Raises SourceFault
-    where it cannot be opened or holds no video.
+    where it cannot be opened or holds no video, TransientFault and WorkerFault as fetching does.
     """
     number = 0
     problem = None
+    passing = False
     try:
-        with random_access(uri) as (f, size):
-            for videos, sidecar in _samples(f, size):
+        with random_access(tar) as (f, size):
+            for videos, beside in _samples(f, size):
                 for info in videos:
                     number += 1
-                    yield Source(
-                        uri=member_uri(uri, info.name),
-                        name=name_of(f"{name}/{info.name}"),
-                        meta=meta | sidecar,
+                    yield replace(
+                        tar,
+                        uri=member_uri(tar.uri, info.name),
+                        name=name_of(f"{tar.name}/{info.name}"),
+                        meta=tar.meta | beside,
                         size=info.size,
                         member=(info.offset_data, info.size),
                     )
-    except (tarfile.TarError, SourceFault) as e:
-        if isinstance(e, SourceFault) and not number:
+    except (tarfile.TarError, SourceFault, TransientFault) as e:
+        if not isinstance(e, tarfile.TarError) and not number:
             raise
-        problem = f"{uri}: damaged tar, {e}; the {number} videos before are used, write the tar anew"
+        passing = isinstance(e, TransientFault)
+        trouble = "could not be read on" if passing else "damaged tar"
+        problem = f"{tar.uri}: {trouble}, {e}; the {number} videos before are used" + (
+            "" if passing else ", write the tar anew"
+        )
     if problem:
-        yield Source(uri, name_of(name), meta, problem=problem)
+        yield replace(tar, name=name_of(tar.name), size=None, problem=problem, passing=passing)
     elif not number:
-        raise SourceFault(f"{uri}: no videos in this tar; looked for {extensions()}")
+        raise SourceFault(f"{tar.uri}: no videos in this tar; looked for {extensions()}")
 
 
 def _samples(f: io.BufferedReader, size: int) -> Iterator[tuple[list[tarfile.TarInfo], dict[str, str]]]:
@@ -75,10 +85,9 @@ def _samples(f: io.BufferedReader, size: int) -> Iterator[tuple[list[tarfile.Tar
         suffix = suffix_of(file)
         if suffix in VIDEOS:
             videos.append(info)
-        elif suffix in (".json", ".txt") and info.size <= SIDECAR_BYTES:
+        elif suffix in SIDECARS and info.size <= SIDECAR_BYTES:
             f.seek(info.offset_data)
-            text = f.read(info.size).decode("utf-8", "replace")
-            meta |= _sidecar(text) if suffix == ".json" else {"caption": text.strip()}
+            meta |= sidecar(suffix, f.read(info.size))
     if fault:
         raise fault
 
@@ -105,11 +114,3 @@ def _headers(f: io.BufferedReader, size: int) -> Iterator[tarfile.TarInfo]:
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
     except (ValueError, OverflowError) as e:  # numbers in a header that make no sense
         raise tarfile.ReadError(str(e)) from e
-
-
-def _sidecar(text: str) -> dict[str, str]:
-    try:
-        values = json.loads(text)
-    except ValueError:
-        return {"json": text}
-    return metadata(values) if isinstance(values, dict) else {"json": text}

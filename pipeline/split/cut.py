@@ -36,7 +36,9 @@ from pipeline.io.isolate import Child, ChildError
 from pipeline.io.store import Store
 from pipeline.recipe import Cut, RecipeError
 from pipeline.record import Media, Video
-from pipeline.split.encode import encoder, picture_filters, picture_size
+from pipeline.split import tone
+from pipeline.split.cropping import forget_turn
+from pipeline.split.encode import as_stored, colour_options, encoder, picture_filters, picture_size
 from pipeline.split.packets import Index, mux
 from pipeline.split.pictures import THUMB
 from pipeline.split.piece import Inexact, Piece, groups
@@ -120,6 +122,11 @@ class CutStage:
         import av
 
         folder.mkdir()
+        try:
+            path.encode()
+        except UnicodeEncodeError:  # ffmpeg-python cannot pass such a name on
+            (folder / "source").symlink_to(path)
+            path = str(folder / "source")
         clips = sorted(video.clips, key=lambda c: (c.start_frame, c.end_frame))
         pieces = [Piece(video, clip, folder / f"{n}.mp4") for n, clip in enumerate(clips)]
         with av.open(f"file:{path}", options=ffmpeg.OPEN, metadata_errors="replace") as container:
@@ -196,6 +203,8 @@ class CutStage:
         seen = [piece.path.with_suffix(".seen") for piece in group]
         self._run(path, seek, by, group, [self._mp4(piece, index) for piece in group], raw, seen)
         for piece, file, ends in zip(group, raw, seen, strict=True):
+            if self.version < (7,):
+                forget_turn(file)
             # without the edit list, which leaves out the last frame where an old ffmpeg gives it no duration
             with av.open(f"file:{file}", options={"advanced_editlist": "0"}) as container:
                 picture = container.streams.video[0]
@@ -232,11 +241,8 @@ class CutStage:
         """
         import ffmpeg as graph  # ffmpeg-python
 
-        source = ffmpeg.source(path)
+        source = ffmpeg.source(path) | as_stored(self.version)
         sought = {} if seek is None else {"ss": seek, "seek_timestamp": 1, "noaccurate_seek": None}
-        source["reinit_filter"] = (
-            0  # filters that begin anew where the picture's size changes would count anew
-        )
         opened = graph.input(**source, **sought)  # lands on the keyframe at or before
         passthrough = {"fps_mode": "passthrough"} if self.version >= (5, 1) else {"vsync": "0"}
         branches = opened["V:0"].filter_multi_output("split", len(group))
@@ -252,7 +258,7 @@ class CutStage:
                     "trim", start_frame=piece.clip.start_frame, end_frame=piece.clip.end_frame
                 )
                 frames = frames.filter("setpts", f"N*{spacing}")
-            for name, args, named in picture_filters(piece.video, self.recipe.height):
+            for name, args, named in picture_filters(piece.video, self.recipe.height, self._lut(piece)):
                 frames = frames.filter(name, *args, **named)
             if seen is not None:
                 both = frames.filter_multi_output("split", 2)
@@ -264,6 +270,16 @@ class CutStage:
             outputs.append(graph.output(frames, f"file:{file}", **passthrough, **options[n]))
         command = [self.exe, "-y", "-copyts", "-filter_complex_threads", "1"]
         ffmpeg.run(graph.merge_outputs(*outputs).compile(cmd=command), self.recipe.stall_s)
+
+    def _lut(self, piece: Piece) -> Path | None:
+        """The .cube file of a source of high dynamic range that is to be tone-mapped, beside its clips."""
+        g = piece.video.geometry
+        if not g.tone_map:
+            return None
+        path = piece.path.with_name("tone.cube")
+        if not path.exists():
+            tone.write_cube(path, g.colours.hdr, g.colours.primaries)
+        return path
 
     def _mp4(self, piece: Piece, index: Index) -> dict[str, Any]:
         """Options of an output that encodes a clip."""
@@ -278,7 +294,7 @@ class CutStage:
             "flags:v": "+bitexact",
         }
         if self.version < (5,):  # newer ones hand the colours of the frames on
-            options |= index.colours
+            options |= colour_options(piece.video.geometry)
         return options
 
     # Stream copies -----------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
+from pipeline.geometry import Geometry
 from pipeline.io.answer import Of, Refused, checked, whole
 from pipeline.io.ffmpeg import OPEN, picture_stream
 from pipeline.io.isolate import Child, ChildError, Stalled
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # the child has no need of pyarrow and pydantic
     from pipeline.record import Video
 
 from pipeline.split.clock import NO_PTS, Clock, timeline
+from pipeline.split.cropping import container_crop
 from pipeline.split.pictures import Pictures, marks
 
 PLAYLISTS = (
@@ -127,6 +129,9 @@ class Analysis:
     rotation: int
     sar: Fraction
     pix_fmt: str
+    geometry: dict[str, int | str | Fraction]  # Geometry.plain
+    interlaced: float
+    field_order: str
     counts: dict[str, int]
     warnings: list[str]
     pts: Annotated[np.ndarray, Of("int64", "n")]
@@ -155,11 +160,21 @@ class Analysis:
             and _ascending(found.restarts[:, 0], 1, n)
             and all(number > 0 for number in numbers)
             and found.rotation in (0, 90, 180, 270)
+            and found.shown.size == (found.width, found.height)
+            and found.shown.sar == found.sar
         ):
             raise Refused("its answer contradicts itself")
         if not all(_is_sample(jpeg, sample_size) for jpeg in found.sample_jpeg):
             raise Refused("its answer holds a picture that is none")
         return found
+
+    @property
+    def shown(self) -> Geometry:
+        """Raises Refused."""
+        try:
+            return Geometry.of(self.geometry)
+        except (ValueError, KeyError, TypeError) as e:
+            raise Refused("its answer holds no geometry") from e
 
     @property
     def samples(self) -> list[tuple[int, bytes]]:
@@ -178,8 +193,11 @@ class Analysis:
             "rotation",
             "sar",
             "pix_fmt",
+            "interlaced",
+            "field_order",
         ):
             setattr(video, name, getattr(self, name))
+        video.geometry = self.shown
         video.warnings = self.warnings
         video.counts |= self.counts
         video.frames = Frames(
@@ -255,14 +273,17 @@ def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, An
         duration = 0
         for n, frame in enumerate(reader.frames()):
             if pictures is None:
-                pictures = Pictures(frame, stream.sample_aspect_ratio or Fraction(1), time_base, options)
+                nth = list(container.streams.video).index(stream)
+                crop = container_crop(path, container.format.name, nth, (frame.width, frame.height))
+                pictures = Pictures(frame, stream, time_base, options, crop)
             clock.read(frame.pts, frame.dts)
             if clock.elapsed > longest:
                 _check_limits(0, 0, float(clock.elapsed * time_base), options)
-            pictures.add(n, frame, clock.elapsed)
             duration = frame.duration
+            pictures.add(n, frame, clock.elapsed)
         if pictures is None:
             raise DecodeError(f"no frame can be decoded{reader.reason()}; the file is damaged or incomplete")
+        pictures.end()
     line = timeline(clock.stamps, step, second)
     pts, repaired, restarts = line.pts, line.repaired, line.restarts
     end_pts = int(pts[-1]) + (duration or (int(pts[-1] - pts[-2]) if len(pts) > 1 else step))
@@ -282,17 +303,26 @@ def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, An
         warnings.append(
             f"the pictures end after {shown_s:.2f} s of the {claimed_s:.2f} s that the header claims"
         )
+    geometry = pictures.geometry
     return {
         "codec": codec,
-        "width": pictures.width,
-        "height": pictures.height,
+        "width": geometry.size[0],
+        "height": geometry.size[1],
         "fps": (len(pts) - 1) / span_s if len(pts) > 1 else 1 / shown_s,
         "duration_s": shown_s,
         "time_base": time_base,
-        "rotation": pictures.orientation.rotation,
-        "sar": pictures.sar,
+        "rotation": geometry.orientation.rotation,
+        "sar": geometry.sar,
         "pix_fmt": pictures.pix_fmt,
-        "counts": {"frames": len(pts), "timestamps_repaired": repaired, "clock_restarts": len(restarts)},
+        "geometry": geometry.plain(),
+        "interlaced": pictures.interlaced / pictures.frames,
+        "field_order": pictures.field_order,
+        "counts": {
+            "frames": len(pts),
+            "timestamps_repaired": repaired,
+            "clock_restarts": len(restarts),
+            **pictures.counts(),
+        },
         "warnings": warnings,
         "pts": pts,
         "end_pts": end_pts,
@@ -366,7 +396,8 @@ def _video_stream(container: InputContainer, options: Decode) -> VideoStream:
         raise DecodeError("no decoder for its video codec; re-encode it, say to H.264")
     stream.thread_type = "NONE"
     stream.thread_count = 1
-    stream.codec_context.options = {"max_pixels": str(options.max_pixels)}
+    # cropping by the codec's word to the pixel, as ffmpeg does it since 7.1
+    stream.codec_context.options = {"max_pixels": str(options.max_pixels), "flags": "+unaligned"}
     return stream
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+from pipeline.geometry import DEINTERLACE, UNSPECIFIED, Colours, Filter, Geometry
 from pipeline.recipe import Cut
 from pipeline.record import Video
 
@@ -23,17 +25,28 @@ def picture_size(video: Video, height: int | None) -> tuple[int, int]:
     return max(2, 2 * round(w * ratio / 2)), max(2, 2 * round(h * ratio / 2))
 
 
-def picture_filters(video: Video, height: int | None) -> list[tuple[str, list[Any], dict[str, Any]]]:
-    """Filters (name, arguments, options) from the upright source picture to the clip's.
+def picture_filters(video: Video, height: int | None, lut: Path | None = None) -> list[Filter]:
+    """Filters from the decoder's pictures, which ffmpeg leaves as they are stored (`as_stored`), to the clip's.
 
-    An odd column or row is cut off, a single one doubled; the pixel shape stays. A source that changes its
-    size in mid-stream keeps the first (for all others the first filter does nothing).
+    An odd column or row is cut off, a single one doubled; the pixel shape stays. Where the source changes size
+    or colours in mid-stream, the first ones hold.
+
+    Args:
+        lut: .cube file from HDR to BT.709; used where the geometry asks for that.
     """
-    w, h = video.width, video.height
+    g, (w, h) = video.geometry, video.geometry.size
     size = picture_size(video, height)
-    filters: list[tuple[str, list[Any], dict[str, Any]]] = [("scale", [w, h], {})]
+    filters: list[Filter] = [
+        ("sidedata", [], {"mode": "delete", "type": "DISPLAYMATRIX"}),
+        ("setparams", [], g.colours.tags()),
+        ("scale", list(g.stored), {}),
+    ]
+    if g.deinterlace:
+        tick = video.time_base  # bwdif halves it
+        filters += [DEINTERLACE, ("settb", [f"{tick.numerator}/{tick.denominator}"], {})]
+    filters += [*g.cropping(), *g.orientation.filters()]
     if w == 1 or h == 1:
-        filters = [("scale", list(size), {"flags": "neighbor"})]
+        filters.append(("scale", list(size), {"flags": "neighbor"}))
     elif w % 2 or h % 2:
         filters.append(("crop", [w - w % 2, h - h % 2, 0, 0], {}))
     if size[0] < w - 1:
@@ -41,8 +54,77 @@ def picture_filters(video: Video, height: int | None) -> list[tuple[str, list[An
     return [
         *filters,
         ("setsar", [f"{video.sar.numerator}/{video.sar.denominator}"], {"max": 65535}),
-        ("format", ["yuv420p"], {}),
+        *_colour_filters(g, lut),
     ]
+
+
+FINE = {"flags": "bicubic+full_chroma_int+accurate_rnd"}
+
+
+def _colour_filters(g: Geometry, lut: Path | None) -> list[Filter]:
+    """To the clip's pixel format, range and matrix."""
+    c, pix_fmt, filters = g.colours, clip_format(g), list[Filter]()
+    span = "pc" if c.full_range else "tv"
+    if g.tone_map:
+        if c.model == "yuv":
+            filters.append(("scale", [], FINE | {"in_range": span, "in_color_matrix": SWSCALE[c.matrix]}))
+        filters += [("format", ["gbrp16le"], {}), ("lut3d", [], {"file": str(lut), "interp": "tetrahedral"})]
+    if g.tone_map or c.model == "rgb":
+        filters.append(
+            ("scale", [], FINE | {"out_range": "tv", "out_color_matrix": SWSCALE[_shown(g).matrix]})
+        )
+    elif c.full_range:
+        filters.append(("scale", [], {"in_range": "pc", "out_range": "tv"}))
+    changed = g.tone_map or c.full_range
+    return [
+        *filters,
+        ("format", [pix_fmt], {}),
+        ("setparams", [], _shown(g).tags(False if changed else None)),
+    ]
+
+
+SWSCALE = {
+    1: "bt709",
+    4: "fcc",
+    5: "bt601",
+    6: "smpte170m",
+    7: "smpte240m",
+    9: "bt2020",
+    UNSPECIFIED: "bt601",
+}
+
+
+def _shown(g: Geometry) -> Colours:
+    """The clip's colours."""
+    c = g.colours
+    if g.tone_map:
+        return Colours("yuv", 1, 1, 1)
+    if c.model == "rgb":  # BT.601, so that also readers that look at no tags see what is meant
+        return Colours("yuv", 9 if c.hdr else 6, c.primaries, c.transfer)
+    return Colours("yuv", c.matrix, c.primaries, c.transfer)
+
+
+def clip_format(g: Geometry) -> str:
+    """Pixel format of the clips: 10 bit for HDR that is kept."""
+    return "yuv420p10le" if g.colours.hdr and not g.tone_map else "yuv420p"
+
+
+def colour_options(g: Geometry) -> dict[str, Any]:
+    """Options of the encoder for the clip's colours; ffmpeg before 5 does not take them from the pictures."""
+    c = _shown(g)
+    known = {"colorspace": c.matrix, "color_primaries": c.primaries, "color_trc": c.transfer}
+    return {name: n for name, n in known.items() if n != UNSPECIFIED} | {"color_range": "tv"}
+
+
+def as_stored(version: tuple[int, ...]) -> dict[str, Any]:
+    """ffmpeg's options of an input whose pictures come as they are stored.
+
+    Turning is left to `picture_filters`, and so is cropping by the container's word, which ffmpeg does since
+    7.1. The codec's own cropping is done to the pixel, which ffmpeg before 7.1 has to be told. And filters do
+    not begin anew where a picture's size changes: they would count anew, and lose what they hold.
+    """
+    cropping = {"apply_cropping": "codec"} if version >= (7, 1) else {"flags:v": "+unaligned"}
+    return {"noautorotate": None, "reinit_filter": 0} | cropping
 
 
 def encoder(cut: Cut, fps: float) -> dict[str, Any]:

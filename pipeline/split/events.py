@@ -60,15 +60,16 @@ class EventStage:
 
     The embedding is the normalised mean of the features near the clip's two ends, `end_distance` the
     distance between those. A clip too short to hold a sample has neither. A video may have no clips.
-    Where the source's list gives intervals, each is one clip exactly; nothing is stitched or dropped.
+    Where the source's list gives intervals, each is one clip exactly; nothing is stitched or dropped. With `whole`
+    every shot is one clip exactly.
     Without an embedder (kind none) every shot is one event, and clips have neither score nor embedding.
     What was dropped is in the video's counts, see COUNTS.
     """
 
     name = "events"
 
-    def __init__(self, options: Events):
-        self.options = options
+    def __init__(self, options: Events, whole: bool = False):
+        self.options, self.whole = options, whole
         self.resources = Resources(cpus=1.0)
         if options.embedder.kind == "none":
             self.produces = Produces()
@@ -111,7 +112,7 @@ class EventStage:
         assert frames is not None
         features = _Features(self.embedder, frames) if self.embedder else None
         counts: dict[str, int] = {}
-        if video.source.intervals is not None:
+        if self.whole or video.source.intervals is not None:
             spans = [(s.start_frame, s.end_frame) for s in video.shots]
             counts["events"] = len(spans)
         else:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.faults import SourceFault
+from pipeline.geometry import Colours
 from pipeline.io import ffmpeg
 from pipeline.record import Video
 from pipeline.split.piece import Piece
@@ -42,17 +43,15 @@ class Index:
         self.audio = any(s.type == "audio" for s in container.streams)
 
     @property
-    def colours(self) -> dict[str, int]:
-        """ffmpeg's options for what is known of the colours (numbers of ITU-T H.273)."""
-        c = self.stream.codec_context
-        known = {"colorspace": c.colorspace, "color_primaries": c.color_primaries, "color_trc": c.color_trc}
-        return {name: int(value) for name, value in known.items() if value not in (0, 2)}  # RGB, unknown
-
-    @property
     def copyable(self) -> bool:
         """Whether an mp4 player would show a copied stream just as the encoded clips."""
-        v = self.video
-        return self.codec in COPYABLE and v.pix_fmt == "yuv420p" and v.rotation == 0
+        g = self.video.geometry
+        plain = (
+            self.video.pix_fmt == "yuv420p"
+            and not g.colours.full_range
+            and not self.video.counts.get("picture_changes")
+        )
+        return self.codec in COPYABLE and plain and g.as_stored
 
     def seek(self, piece: Piece) -> str | None:
         """Seconds (decimal) of a keyframe from which a clip's frames decode just as from the beginning.
@@ -121,7 +120,18 @@ class Index:
             mux(piece, self.stream, packets)
         except (FFmpegError, ValueError):  # mp4 cannot hold it as it is
             return False
-        return True
+        return self._shown_alike(piece)
+
+    def _shown_alike(self, piece: Piece) -> bool:
+        """Whether a copy says of its pictures what the source's geometry does; a container's word may be lost."""
+        import av
+
+        c = self.video.geometry.colours
+        with av.open(f"file:{piece.path}") as copy:
+            stream = copy.streams.video[0]
+            said = stream.codec_context
+            colours = Colours.of(c.model, said.colorspace, said.color_primaries, said.color_trc, c.full_range)
+            return (stream.sample_aspect_ratio or 1) == self.video.sar and colours == c
 
 
 def _nals(data: bytes, extradata: bytes, codec: str) -> Iterator[int]:

@@ -1,8 +1,10 @@
-"""What is kept of each frame: upright, at a few sizes, in a few rhythms."""
+"""What is kept of each frame: as it is shown, at a few sizes, in a few rhythms."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -10,69 +12,58 @@ import numpy as np
 
 if TYPE_CHECKING:  # the child has no need of pyarrow and pydantic
     from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
     from pipeline.recipe import Decode
 
+from pipeline.geometry import DEINTERLACE, SMALLEST_INTERLACED, Colours, Filter, Geometry, Orientation, askew
 from pipeline.io.answer import Rows, Strings
 from pipeline.split.clock import Grid
+from pipeline.split.cropping import Crop
+from pipeline.split.tone import to_709
 
 THUMB = (48, 27)  # width, height: TransNetV2's input
-UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
-# Of AVColorSpace (ITU-T H.273, table 4) what swscale refuses: YCgCo, BT.2020 constant luminance, ICtCp, …
-UNKNOWN_COLOURS = {8, *range(10, 18)}
+GREY = np.array([0.2126, 0.7152, 0.0722])  # luma of BT.709
 
 
-# Pictures ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Orientation:
-    """How a stored picture becomes upright: first transposed, then flipped."""
-
-    transpose: bool = False
-    flip_x: bool = False
-    flip_y: bool = False
-
-    @classmethod
-    def of(cls, matrix: bytes) -> Orientation:
-        """From a display matrix: int32 [3, 3] in native order, (x', y') = (a·x + c·y, b·x + d·y).
-
-        ISO/IEC 14496-12, 6.2.2 (libavutil/display.h); angles between are taken to the nearest right angle.
-        """
-        (a, b, _), (c, d, _), _ = np.frombuffer(matrix, np.int32, 9).reshape(3, 3).tolist()
-        if abs(b) + abs(c) > abs(a) + abs(d):
-            return cls(True, c < 0, b < 0)
-        return cls(False, a < 0, d < 0)
-
-    @property
-    def rotation(self) -> int:
-        """Degrees counter-clockwise (of a mirrored picture, those before it is flipped left to right)."""
-        if self.transpose:
-            return 90 if self.flip_y else 270
-        return 180 if self.flip_y else 0
-
-    def upright(self, pictures: np.ndarray) -> np.ndarray:
-        """[n, h, w, …] stored → [n, h, w, …] upright, a view."""
-        if self.transpose:
-            pictures = pictures.swapaxes(1, 2)
-        return pictures[:, :: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1]
+# Scaling -------------------------------------------------------------------------------------------
 
 
 class _Scaler:
-    """Scales frames (swscale, bicubic) so that, made upright, they have one size."""
+    """Scales frames (swscale, bicubic) so that, made upright, they have one size.
 
-    def __init__(self, size: tuple[int, int], pix_fmt: str, orientation: Orientation):
+    Args:
+        fine: chroma at full resolution and exact rounding, for pictures that are looked at closely.
+    """
+
+    def __init__(self, size: tuple[int, int], pix_fmt: str, geometry: Geometry, fine: bool = False):
         from av.video.reformatter import Interpolation, VideoReformatter
 
-        self.width, self.height = size[::-1] if orientation.transpose else size  # as stored
-        self.pix_fmt, self.orientation = pix_fmt, orientation
-        self.reformatter, self.bicubic = VideoReformatter(), Interpolation.BICUBIC
+        self.orientation, self.colours = geometry.orientation, geometry.colours
+        self.width, self.height = size[::-1] if self.orientation.transpose else size  # as stored
+        self.pix_fmt = pix_fmt
+        self.reformatter, self.flags = VideoReformatter(), Interpolation.BICUBIC
+        if fine:
+            self.flags |= Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 
     def stored(self, frame: VideoFrame) -> np.ndarray:
         """uint8 [h, w] or [h, w, 3]."""
+        if self.colours.hdr:
+            return self._toned(self._scaled(frame, "rgb48le"))
+        return self._scaled(frame, self.pix_fmt)
+
+    def _scaled(self, frame: VideoFrame, pix_fmt: str) -> np.ndarray:
         return self.reformatter.reformat(
-            frame, self.width, self.height, self.pix_fmt, interpolation=self.bicubic, threads=1
+            frame, self.width, self.height, pix_fmt, interpolation=self.flags, threads=1
         ).to_ndarray()
+
+    def _toned(self, rgb48: np.ndarray) -> np.ndarray:
+        shown = to_709(rgb48 / 65535, self.colours.hdr, self.colours.primaries) * 255
+        if self.pix_fmt == "gray":
+            shown = shown @ GREY
+        elif self.pix_fmt == "bgr24":
+            shown = shown[..., ::-1]
+        return shown.round().astype(np.uint8)
 
     def upright(self, frame: VideoFrame) -> np.ndarray:
         return np.ascontiguousarray(self.orientation.upright(self.stored(frame)[None])[0])
@@ -91,42 +82,188 @@ class _Stack:
         self.rows.append(self.scaler.orientation.upright(self.scaler.stored(frame)[None])[0])
 
 
-class Pictures:
-    """What is kept of the frames as they pass; shapes and sizes are those of the first."""
+# Before scaling ------------------------------------------------------------------------------------
 
-    def __init__(self, first: VideoFrame, stored_sar: Fraction, time_base: Fraction, options: Decode):
-        matrix: Any = first.side_data.get("DISPLAYMATRIX")
-        self.orientation = Orientation() if matrix is None else Orientation.of(bytes(matrix))
-        turned = self.orientation.transpose
-        self.width, self.height = (first.height, first.width) if turned else (first.width, first.height)
-        self.sar = 1 / stored_sar if turned else stored_sar
+
+class _Prepared:
+    """Frames as they are before they are scaled: deinterlaced and cropped by libavfilter, where they need it.
+
+    Frames that need nothing pass as they are, at no cost. From the first interlaced frame on all pass through
+    bwdif, which gives them back one later and leaves alone those that are not interlaced.
+    """
+
+    def __init__(self, geometry: Geometry, deinterlace: bool):
+        self.geometry = geometry
+        self.deinterlace = deinterlace and all(
+            side >= least for side, least in zip(geometry.stored, SMALLEST_INTERLACED, strict=True)
+        )
+        self.interlaced = False  # there was such a frame
+        self.graph: Any = None
+        self.made_for: object = None
+        self.waiting: deque[tuple[int, int]] = deque()
+
+    def add(self, n: int, frame: VideoFrame, elapsed: int) -> Iterator[tuple[int, VideoFrame, int]]:
+        """Frame n goes in; those that are ready come out, in order, with what came in with them."""
+        self.interlaced |= self.deinterlace and frame.interlaced_frame
+        filters = self._filters(frame)
+        if not filters:
+            yield from self.rest()
+            yield n, frame, elapsed
+            return
+        kind = (frame.width, frame.height, frame.format.name, len(filters))
+        if kind != self.made_for:
+            yield from self.rest()
+            self.graph, self.made_for = _graph(frame, filters), kind
+        self.waiting.append((n, elapsed))
+        frame.pts = n
+        self.graph.vpush(frame)
+        yield from self._ready()
+
+    def rest(self) -> Iterator[tuple[int, VideoFrame, int]]:
+        """What has not come out yet."""
+        if self.graph is not None:
+            self.graph.vpush(None)
+            yield from self._ready()
+            self.graph = self.made_for = None
+
+    def _filters(self, frame: VideoFrame) -> list[Filter]:
+        filters = [DEINTERLACE] if self.interlaced else []
+        if not (filters or any(self.geometry.crop)):
+            return []
+        if (frame.width, frame.height) != self.geometry.stored:
+            filters.insert(0, ("scale", list(self.geometry.stored), {}))
+        return filters + self.geometry.cropping()
+
+    def _ready(self) -> Iterator[tuple[int, VideoFrame, int]]:
+        from av.error import BlockingIOError, EOFError
+
+        while self.waiting:
+            try:
+                frame = self.graph.vpull()
+            except (BlockingIOError, EOFError):
+                return
+            n, elapsed = self.waiting.popleft()
+            yield n, frame, elapsed
+
+
+def _graph(frame: VideoFrame, filters: list[Filter]) -> Any:
+    from av.filter import Graph
+
+    graph = Graph()
+    graph.threads = 1
+    time_base = frame.time_base or Fraction(1, 1000)
+    nodes = [
+        graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=time_base)
+    ]
+    for name, args, named in filters:
+        said = ":".join([*map(str, args), *(f"{k}={v}" for k, v in named.items())])
+        nodes.append(graph.add(name, said))
+    graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+    return graph
+
+
+def _top_first(frame: VideoFrame) -> bool:
+    """Whether an interlaced frame's top field is shown before the other, which PyAV does not say."""
+    from av.error import BlockingIOError
+
+    graph = _graph(frame, [("select", ["eq(interlace_type,TOPFIRST)"], {})])
+    graph.vpush(frame)
+    try:
+        graph.vpull()
+    except BlockingIOError:
+        return False
+    return True
+
+
+# The pictures --------------------------------------------------------------------------------------
+
+
+class Pictures:
+    """What is kept of the frames as they pass; shapes and sizes are those of the first.
+
+    Args:
+        stream: of the frames; says the pixel shape (the container's word goes before the codec's).
+        crop: what the container cuts off.
+    """
+
+    def __init__(
+        self, first: VideoFrame, stream: VideoStream, time_base: Fraction, options: Decode, crop: Crop
+    ):
+        self.stream, self.options = stream, options
+        self.trouble: list[str] = []
+        self.found = self._geometry(first, crop)
         self.pix_fmt = first.format.name
-        self.options = options
-        self.stored_size = (first.width, first.height)
+        self.look = (first.width, first.height, self._sar())
         self.changes = 0
         self.first_change = ""
-        self.approximate = False  # a colour matrix that had to be guessed
-
-        def scaler(size: tuple[int, int], pix_fmt: str) -> _Scaler:
-            return _Scaler(size, pix_fmt, self.orientation)
-
-        self.thumbs = _Stack(scaler(THUMB, "rgb24"))
-        self.grey = _Stack(scaler(fitted(self.width, self.height, self.sar, options.grey_size), "gray"))
+        self.frames = self.interlaced = 0
+        self.field_order = ""
+        self.prepared = _Prepared(self.found, options.deinterlace)
+        width, height = self.found.size
+        sar = self.found.sar
+        self.thumbs = _Stack(_Scaler(THUMB, "rgb24", self.found))
+        self.grey = _Stack(_Scaler(fitted(width, height, sar, options.grey_size), "gray", self.found))
         self.grey_frame: list[int] = []
         self.grey_grid = Grid(options.grey_fps, time_base)
-        self.sample = scaler(fitted(self.width, self.height, self.sar, options.sample_size), "bgr24")
+        self.sample = _Scaler(fitted(width, height, sar, options.sample_size), "bgr24", self.found, fine=True)
         self.sample_frame: list[int] = []
         self.sample_jpeg = Strings()
         self.sample_grid = Grid(options.sample_fps, time_base)
 
+    def _geometry(self, first: VideoFrame, crop: Crop) -> Geometry:
+        matrix: Any = first.side_data.get("DISPLAYMATRIX")
+        orientation = Orientation()
+        if matrix is not None:
+            orientation = Orientation.of(bytes(matrix))
+            if askew(bytes(matrix)):
+                self.trouble.append(
+                    f"it asks to be turned by an odd angle and was turned by {orientation.rotation} degrees"
+                )
+        colours = _colours(first)
+        if colours.model == "yuv" and first.colorspace not in (colours.matrix, 0, UNSPECIFIED_MATRIX):
+            name = "BT.2020" if colours.matrix == 9 else "BT.601"
+            self.trouble.append(f"the colour matrix is not supported and was taken for {name}")
+        sar = self._sar()
+        return Geometry(
+            stored=(first.width, first.height),
+            crop=crop,
+            orientation=orientation,
+            sar=1 / sar if orientation.transpose else sar,
+            colours=colours,
+            tone_map=bool(colours.hdr) and self.options.hdr == "tone_map",
+        )
+
+    def _sar(self) -> Fraction:
+        return self.stream.sample_aspect_ratio or Fraction(1)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Once all frames have passed."""
+        return replace(self.found, deinterlace=self.prepared.interlaced)
+
     def add(self, n: int, frame: VideoFrame, elapsed: int) -> None:
         """Frame n, that many ticks after the first."""
-        if (frame.width, frame.height) != self.stored_size:
-            (w, h), self.stored_size = self.stored_size, (frame.width, frame.height)
-            self.first_change = self.first_change or f"{w}x{h} to {frame.width}x{frame.height} at frame {n}"
+        look = (frame.width, frame.height, self._sar())
+        if look != self.look:
+            before, self.look = self.look, look
+            self.first_change = self.first_change or f"{_said(before)} to {_said(look)} at frame {n}"
             self.changes += 1
-        if frame.colorspace in UNKNOWN_COLOURS:
-            frame.colorspace, self.approximate = UNSPECIFIED, True
+        self.frames += 1
+        if frame.interlaced_frame:
+            self.interlaced += 1
+            self.field_order = self.field_order or ("top" if _top_first(frame) else "bottom")
+        for ready in self.prepared.add(n, frame, elapsed):
+            self._keep(*ready)
+
+    def end(self) -> None:
+        """No more frames come."""
+        for ready in self.prepared.rest():
+            self._keep(*ready)
+
+    def _keep(self, n: int, frame: VideoFrame, elapsed: int) -> None:
+        colours = self.found.colours
+        if colours.model == "yuv":  # a later frame's own say must not make the models see what no clip shows
+            frame.colorspace, frame.color_range = colours.matrix, 2 if colours.full_range else 1
         self.thumbs.add(frame)
         if self.grey_grid.due(elapsed):
             self.grey.add(frame)
@@ -135,13 +272,14 @@ class Pictures:
             self.sample_jpeg.append(self._jpeg(frame))
             self.sample_frame.append(n)
 
+    def counts(self) -> dict[str, int]:
+        return {"picture_changes": self.changes} if self.changes else {}
+
     def warnings(self) -> list[str]:
-        found = []
+        found = list(self.trouble)
         if self.changes:
             more = f" and {self.changes - 1} more times" if self.changes > 1 else ""
             found.append(f"the picture size changes from {self.first_change}{more}")
-        if self.approximate:
-            found.append("the colour matrix is not supported and was taken for BT.601")
         return found
 
     def _jpeg(self, frame: VideoFrame) -> bytes:
@@ -149,6 +287,26 @@ class Pictures:
 
         quality = [cv2.IMWRITE_JPEG_QUALITY, self.options.jpeg_quality]
         return cv2.imencode(".jpg", self.sample.upright(frame), quality)[1].tobytes()
+
+
+UNSPECIFIED_MATRIX = 2
+FULL_RANGE = 2  # AVCOL_RANGE_JPEG
+
+
+def _colours(frame: VideoFrame) -> Colours:
+    form = frame.format
+    model = "yuv"
+    if form.is_rgb or form.has_palette or form.name.startswith(("xyz", "bayer")):
+        model = "rgb"
+    elif form.name.startswith(("gray", "mono", "ya8", "ya16")):
+        model = "grey"
+    full = frame.color_range == FULL_RANGE or form.name.startswith("yuvj")
+    return Colours.of(model, frame.colorspace, frame.color_primaries, frame.color_trc, full)
+
+
+def _said(look: tuple[int, int, Fraction]) -> str:
+    width, height, sar = look
+    return f"{width}x{height}" + (f" (pixels {sar.numerator}:{sar.denominator})" if sar != 1 else "")
 
 
 def marks(thumbs: np.ndarray) -> np.ndarray:

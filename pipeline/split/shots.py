@@ -23,7 +23,8 @@ SPAN = 8  # frames the cheap difference looks ahead: a fade or dissolve adds up 
 class ShotStage:
     """Sets `video.shots` and `counts['shots']`, and lets go of the thumbs.
 
-    Where the source's list gives intervals nothing is detected: each becomes one shot.
+    Where the source's list gives intervals nothing is detected: each becomes one shot. Detector `whole` makes one
+    clip of a video (of each stretch between two starts of its clock).
     """
 
     name = "shots"
@@ -62,6 +63,8 @@ class ShotStage:
     def cuts(self, thumbs: np.ndarray) -> list[int]:
         """First frames of all shots but the first; thumbs: uint8 [n, 27, 48, 3] RGB."""
         o = self.options
+        if o.detector == "whole":
+            return []
         if o.detector == "content":
             return content_cuts(thumbs, o.content_threshold, o.min_shot_frames)
         from models.curation.transnet import boundary_probabilities

@@ -17,19 +17,19 @@ import tempfile
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow.fs as pafs
 import pytest
 
-from pipeline.faults import SourceFault, StoreError
+from pipeline.faults import Fault, SourceFault, StoreError, TransientFault, WorkerFault
 from pipeline.record import Source
-from pipeline.sources import fetch, http, names
+from pipeline.sources import fetch, http, names, network
 from pipeline.sources.fetch import localised, release
 from pipeline.sources.names import Limits
+from tests.fixtures.web import Request, Server
 
 BODY = random.Random(0).randbytes(300_000)
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -38,55 +38,11 @@ QUICK = Limits(timeout_s=0.5, total_s=20, backoff_s=0.01, tries=3)
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A scratch folder of the test's own."""
+    """A scratch folder of the test's own, and servers on this machine."""
+    monkeypatch.setenv(network.ALLOW, "1")
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     return tmp_path / "scratch" / f"clipmill-{os.getuid()}"
-
-
-class Request(BaseHTTPRequestHandler):
-    """Plays the server's script: one function a request, the last one repeated."""
-
-    server: Server
-
-    def do_GET(self) -> None:
-        self.server.asked.append({k.lower(): v for k, v in self.headers.items()} | {"path": self.path})
-        number = min(len(self.server.asked), len(self.server.script)) - 1
-        self.server.script[number](self)
-
-    def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        headers = {"Content_Length": str(len(body))} | headers
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Request)
-        self.script: list[Callable[[Request], None]] = []
-        self.asked: list[dict[str, str]] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        pass  # the client hung up, as it should
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as server:
-        thread = threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01))
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 def whole(r: Request) -> None:
@@ -128,11 +84,17 @@ def got(uri: str, limits: Limits = QUICK) -> bytes:
     return data
 
 
-def refused(uri: str, limits: Limits = QUICK) -> str:
-    with pytest.raises(SourceFault) as e, localised(Source(uri, uri), limits=limits):
+def refused(uri: str, limits: Limits = QUICK, kind: type[Fault] = SourceFault) -> str:
+    with pytest.raises(kind) as e, localised(Source(uri, uri), limits=limits):
         pass
     assert "\n" not in str(e.value)
+    assert e.value.stage == "fetch"
     return str(e.value)
+
+
+def passing(uri: str, limits: Limits = QUICK) -> str:
+    """What the next run tries again."""
+    return refused(uri, limits, TransientFault)
 
 
 # Local files --------------------------------------------------------------------------------------
@@ -256,7 +218,7 @@ def test_retry_after_is_honoured_and_bounded(server: Server) -> None:
     assert got(f"{server.url}/v.mp4") == BODY
     assert time.monotonic() - start >= 1
     server.script = [status(429, Retry_After="86400")]
-    assert "not before 86400 s" in refused(f"{server.url}/w.mp4")
+    assert "not before 86400 s" in passing(f"{server.url}/w.mp4")
     assert len(server.asked) == 3
 
 
@@ -269,7 +231,7 @@ def test_retry_after_as_a_date() -> None:
 
 def test_tries_are_bounded(server: Server, scratch: Path) -> None:
     server.script = [status(503)]
-    assert "HTTP 503" in refused(f"{server.url}/v.mp4")
+    assert "HTTP 503" in passing(f"{server.url}/v.mp4")
     assert len(server.asked) == QUICK.tries
     assert list(scratch.iterdir()) == []
 
@@ -287,7 +249,7 @@ def test_nobody_listening_is_an_error_that_names_the_address() -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{s.getsockname()[1]}/v.mp4"
-        assert refused(url).startswith(f"{url}: ")
+        assert passing(url).startswith(f"{url}: ")
 
 
 def test_a_broken_transfer_goes_on_where_it_broke(server: Server) -> None:
@@ -325,7 +287,7 @@ def test_without_ranges_it_starts_over(server: Server) -> None:
 
 def test_a_body_that_is_always_cut_off_is_an_error(server: Server, scratch: Path) -> None:
     server.script = [broken(1000)]
-    assert f"1000 of {len(BODY)} bytes" in refused(f"{server.url}/v.mp4")
+    assert f"1000 of {len(BODY)} bytes" in passing(f"{server.url}/v.mp4")
     assert len(server.asked) <= QUICK.tries + 1
     assert list(scratch.iterdir()) == []
 
@@ -376,7 +338,7 @@ def test_size_and_time_are_bounded(server: Server) -> None:
     server.script = [endless]
     assert "limit of 1000" in refused(f"{server.url}/w.mp4", Limits(max_bytes=1000))
     start = time.monotonic()
-    assert "too slow" in refused(f"{server.url}/x.mp4", Limits(total_s=0.5))
+    assert "too slow" in passing(f"{server.url}/x.mp4", Limits(total_s=0.5))
     assert time.monotonic() - start < 10
 
 
@@ -459,7 +421,7 @@ def test_a_tar_that_changed_or_whose_server_knows_no_ranges_is_refused(tar: Tar,
 
 def test_a_remote_file_is_read_at_random(server: Server) -> None:
     server.script = [ranged]
-    with fetch.random_access(f"{server.url}/f", QUICK) as (f, size):
+    with fetch.random_access(Source(f"{server.url}/f", "f"), QUICK) as (f, size):
         assert size == len(BODY)
         for at in (250_000, 0, 299_990):
             f.seek(at)
@@ -475,7 +437,8 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """s3://bucket served from a folder."""
     (tmp_path / "s3" / "bucket").mkdir(parents=True)
     fs = pafs.SubTreeFileSystem(str(tmp_path / "s3"), pafs.LocalFileSystem())
-    monkeypatch.setattr(fetch, "object_store", lambda uri: (fs, names.split_options(uri)[0].split("://")[1]))
+    key = lambda uri, *_: (fs, names.split_options(uri)[0].split("://")[1])  # noqa: E731
+    monkeypatch.setattr(fetch, "object_store", key)
     return tmp_path / "s3" / "bucket"
 
 
@@ -506,7 +469,9 @@ def test_options_of_an_object_store_are_told_from_its_keys() -> None:
 )
 def test_youtube_without_yt_dlp_names_the_extra(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setitem(sys.modules, "yt_dlp", None)
-    assert refused(url) == f"{url}: YouTube videos need yt-dlp; pip install clipmill[youtube]"
+    assert (
+        refused(url, kind=WorkerFault) == f"{url}: YouTube videos need yt-dlp; pip install clipmill[youtube]"
+    )
 
 
 def test_only_youtube_goes_through_yt_dlp() -> None:

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.geometry import Orientation
 from pipeline.io.answer import Refused
 from pipeline.io.isolate import Child, Stalled
 from pipeline.recipe import Decode
 from pipeline.record import Source, Video
 from pipeline.split.clock import NO_PTS
 from pipeline.split.decode import Analysis, DecodeError, DecodeStage, analyse
-from pipeline.split.pictures import Orientation, fitted
+from pipeline.split.pictures import fitted
 from pipeline.stages import run_stage
 from tests.fixtures import videos as make
 from tests.fixtures.videos import made
