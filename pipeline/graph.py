@@ -17,7 +17,7 @@ from pipeline.split.cut import CutStage
 from pipeline.split.decode import DecodeStage
 from pipeline.split.events import EventStage
 from pipeline.split.shots import ShotStage
-from pipeline.stages import Stage, produced
+from pipeline.stages import Stage, let_go_of_samples, produced
 
 
 def build(recipe: Recipe, out: str) -> list[Stage]:
@@ -38,7 +38,9 @@ def build(recipe: Recipe, out: str) -> list[Stage]:
     if captioners:
         check_order(recipe.choose, [stage.model for stage in captioners])
         stages += [*captioners, ChooseStage(recipe.choose)]
-    return placed(stages, recipe.stages)
+    stages = placed(stages, recipe.stages)
+    let_go_of_samples(stages)
+    return stages
 
 
 def check(recipe: Recipe, out: str = "") -> list[Stage]:

@@ -48,6 +48,7 @@ class OwnStage:
 
     def setup(self) -> None:
         self.stage = build(self.section)  # not in __init__: a class from a file cannot go to a worker
+        self.stage.resources = self.resources
         self.file = own_code.file_of(self.stage)
         own_code.set_up(self.stage, f"stage {self.section.stage!r}")
 

@@ -409,6 +409,9 @@ class StageResources(Section):
     gpus: float | None = Field(None, ge=0, description="fractions share a GPU")
     min_workers: int | None = Field(None, ge=1, description="processes that are always there")
     max_workers: int | None = Field(None, ge=1, description="most processes; null: as many as fit")
+    batch: int | None = Field(
+        None, ge=1, description="pictures a forward pass on a GPU; null: the model's own"
+    )
 
 
 class Recipe(Section):

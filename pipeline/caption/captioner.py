@@ -19,7 +19,8 @@ A captioner of your own is a class in a file of yours and a line in the recipe; 
 `caption` gives the sentence, or '' or None when there is nothing it can truly say; that is recorded as outcome
 'empty', an exception as 'error' with its reason, and neither harms another clip or captioner. What it prints and
 logs is shown with the clip's id by `--verbose` and kept in the run's log, tracebacks too. `setup` loads a model
-once a worker, `options` holds what the recipe gives, `batch` and `caption_batch` serve models that like batches.
+once a worker (on `self.resources.device()`), `options` holds what the recipe gives, `batch` and `caption_batch` serve
+models that like batches.
 A `ClipFault` (pipeline.faults) is a clip it cannot do, a `TransientFault` is tried again, a `WorkerFault` says that
 this process cannot go on. A caption must depend on its own clip and source alone, never on chance or on the
 other sources of a unit.
@@ -87,6 +88,7 @@ class CaptionStage:
 
     def setup(self) -> None:
         self.captioner = build(self.section)  # not in __init__: a class from a file cannot go to a worker
+        self.captioner.resources = self.resources
         if isinstance(self.section, recipe.PythonCaptioner):
             own_code.set_up(self.captioner, f"captioner {self.section.captioner!r}")
         else:

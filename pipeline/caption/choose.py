@@ -22,8 +22,8 @@ from typing import Any
 
 from pipeline.caption.captioner import sentences
 from pipeline.recipe import Choose, RecipeError, nearest
-from pipeline.record import Caption, Clip, Video
-from pipeline.samples import pictures
+from pipeline.record import Caption, Video
+from pipeline.samples import gathered
 from pipeline.stages import Produces, Resources, each
 
 SCORE = {"consensus": "consensus", "open_clip": "clip_score"}  # what a method goes by
@@ -128,38 +128,37 @@ class ChooseStage:
 
     def __init__(self, section: Choose):
         self.section = section
+        self.sees_samples = section.method == "open_clip"
         self.produces = Produces()
 
     def setup(self) -> None:
         if self.section.clip_score:
-            import torch
-
             from models.measures.clip_score import ClipScorer
 
-            torch.set_num_threads(max(1, int(self.resources.cpus)))
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            self.scorer = ClipScorer(self.section.model, self.section.pretrained, device)
+            section, device = self.section, self.resources.device()
+            self.scorer = ClipScorer(section.model, section.pretrained, device, self.resources.batch)
 
     def __call__(self, videos: list[Video]) -> list[Video]:
         for video in each(videos):
             for clip in video.clips:
                 _put(clip.captions, SCORE["consensus"], consensus([c.text for c in clip.captions]))
-                if self.section.clip_score:
-                    _put(clip.captions, SCORE["open_clip"], self._clip_scores(video, clip))
+        if self.section.clip_score:
+            self._clip_scores(videos)
         return videos
 
-    def _clip_scores(self, video: Video, clip: Clip) -> list[float | None]:
-        scores: list[float | None] = [None] * len(clip.captions)
-        told = [i for i, c in enumerate(clip.captions) if c.text]
-        frames = pictures(video, clip, self.section.frames)
-        if told and frames:
-            found = self.scorer(frames, [sentences(clip.captions[i].text) for i in told])
-            for i, score in zip(told, found, strict=True):
-                scores[i] = score
-        return scores
+    def _clip_scores(self, videos: list[Video]) -> None:
+        """CLIPScore of every caption; pictures and sentences of the whole unit share the forward passes."""
+        for clip in (clip for video in videos for clip in video.clips):
+            _put(clip.captions, SCORE["open_clip"], [None] * len(clip.captions))
+        looks, frames = gathered(videos, self.section.frames)
+        told = [[c for c in clip.captions if c.text] for clip, _ in looks]
+        texts = [[sentences(c.text) for c in captions] for captions in told]
+        found = self.scorer(frames, [(n, of) for (_, n), of in zip(looks, texts, strict=True)])
+        for captions, scores in zip(told, found, strict=True):
+            _put(captions, SCORE["open_clip"], scores)
 
 
-def _put(captions: list[Caption], name: str, scores: list[float | None]) -> None:
+def _put(captions: list[Caption], name: str, scores: Sequence[float | None]) -> None:
     for caption, score in zip(captions, scores, strict=True):
         caption.scores.pop(name, None)
         if score is not None:

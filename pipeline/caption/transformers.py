@@ -36,20 +36,19 @@ class Transformers(Captioner):
             raise RecipeError(f"captions: {e}") from e
 
     def setup(self) -> None:
-        import torch
         import transformers
 
         from models.curation.vlm_captioner import VLMCaptioner
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        torch.set_num_threads(max(1, int(self.resources.cpus)))
         o = self.options
         self.model = VLMCaptioner(
             o.model,
             revision=o.revision,
             input=o.input,
             dtype=o.dtype,
+            device=self.resources.device(),
             max_new_tokens=o.max_new_tokens,
             beams=o.beams,
         )

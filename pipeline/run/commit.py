@@ -48,6 +48,8 @@ class CommitStage:
             self.store.delete(f"clips/{unit}.parquet")
         videos_table = pa.Table.from_pylist([video_row(v) for v in videos], schema=VIDEO_SCHEMA)
         self.store.write_table(f"videos/{unit}.parquet", videos_table)
+        for v in videos:
+            v.frames = None
         return videos
 
 

@@ -228,6 +228,8 @@ def _process(units: list[list[Video]], recipe: Recipe, store: Store, job: Job) -
 def _run(stages: list[Stage], units: list[list[Video]], recipe: Recipe, job: Job) -> None:
     """Every unit through every stage."""
     resources = {s.name: _resources(s, recipe, job.workers) for s in stages}
+    for s in stages:
+        s.resources = resources[s.name]
     try:
         with Display([s.name for s in stages], sum(map(len, units))) as display:
             if job.runner == "local":

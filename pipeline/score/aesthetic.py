@@ -7,8 +7,8 @@ from typing import Any
 
 from pipeline.recipe import Aesthetic, RecipeError
 from pipeline.record import Video
-from pipeline.samples import pictures
-from pipeline.stages import Produces, Resources, each
+from pipeline.samples import gathered
+from pipeline.stages import Produces, Resources
 
 
 class AestheticStage:
@@ -34,9 +34,7 @@ class AestheticStage:
         from models.curation.aesthetic import AestheticHead
         from models.curation.embed import OpenClip
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
-            torch.set_num_threads(max(1, int(self.resources.cpus)))
+        device = self.resources.device()
         weights = Path(self.recipe.weights)
         if not weights.is_file():
             raise RecipeError(
@@ -50,7 +48,7 @@ class AestheticStage:
             self._head = AestheticHead.from_state_dict(state).float()
         except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError) as e:
             raise RecipeError(f"scores.aesthetic.weights: {weights} is no aesthetic head: {_line(e)}") from e
-        self._embedder = OpenClip(self.recipe.model, self.recipe.pretrained, device)
+        self._embedder = OpenClip(self.recipe.model, self.recipe.pretrained, device, self.resources.batch)
         if self._head.width != self._embedder.size:
             raise RecipeError(
                 f"scores.aesthetic: the head {weights} expects features of length {self._head.width}, "
@@ -61,16 +59,13 @@ class AestheticStage:
     def __call__(self, videos: list[Video]) -> list[Video]:
         import torch
 
-        for video in each(videos):
-            for clip in video.clips:
-                seen = pictures(video, clip, self.recipe.frames)
-                if not seen:
-                    continue
-                features = torch.from_numpy(self._embedder.embed(seen))
-                with torch.inference_mode():
-                    # One by one: the size of a batch can change the last bits.
-                    ratings = [float(self._head(f[None])) for f in features]
-                clip.scores["aesthetic"] = round(sum(ratings) / len(ratings), 4)
+        looks, frames = gathered(videos, self.recipe.frames)
+        features = torch.from_numpy(self._embedder.embed(frames))  # [n, d]
+        with torch.inference_mode():
+            # One by one: the size of a batch can change the last bits.
+            ratings = iter([float(self._head(f[None])) for f in features])
+        for clip, n in looks:
+            clip.scores["aesthetic"] = round(sum(next(ratings) for _ in range(n)) / n, 4)
         return videos
 
 

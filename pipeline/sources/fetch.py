@@ -3,28 +3,23 @@
     with localised(source) as local:
         decode(local.path)
 
-A local file is used where it lies. Everything else is fetched once a node into a scratch folder and
-stays there for the next stage, until `release` or, two hours later, the sweep. A scratch file is locked as
-long as it is used, so that workers share one download and none loses a file it reads; it appears under
-its name only when complete, so that a killed worker leaves nothing that could be taken for a video.
+A local file is used where it lies. Everything else is fetched once a node into a scratch folder
+(`pipeline.sources.scratch`) and stays there for the next stage, until `release`, or until others need the room, or,
+two hours later, the sweep.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import functools
 import hashlib
 import io
 import os
 import re
 import socket
 import stat
-import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -34,13 +29,13 @@ from pipeline.faults import (
     MOMENTARY,
     Fault,
     SourceFault,
-    StoreError,
     TransientFault,
+    WorkerFault,
     kind_of,
     sentence,
 )
 from pipeline.record import Source
-from pipeline.sources import network
+from pipeline.sources import network, scratch
 from pipeline.sources.http import HttpFile, get
 from pipeline.sources.names import (
     CHUNK,
@@ -57,8 +52,6 @@ from pipeline.sources.signed import redacted
 from pipeline.sources.youtube import download
 
 READ_AHEAD = 1 << 16  # bytes asked of a remote file at least, when seeking in it
-KEEP_S = 2 * 3600.0  # a scratch file nobody has used for so long is swept
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # the scratch disk's fault
 
 
 @dataclass(frozen=True)
@@ -74,8 +67,8 @@ def localised(source: Source, hash: bool = True, limits: Limits = LIMITS) -> Ite
     """The source as a local regular file for the length of the block.
 
     Raises SourceFault (one sentence: which source, what is wrong, what to do) for the source's faults,
-    TransientFault for the moment's, WorkerFault without any network, StoreError where the scratch disk is full or
-    not writable. Their stage is 'list' or 'fetch'.
+    TransientFault for the moment's, WorkerFault without any network and where the scratch disk is full or not
+    writable. Their stage is 'list' or 'fetch'.
     """
     with contextlib.ExitStack() as held:
         with _told(source):
@@ -94,7 +87,7 @@ def _localised(source: Source, hash: bool, limits: Limits) -> Iterator[Localised
             digest = _digest(f) if hash else ""
         yield Localised(path, digest)
         return
-    with _cached(source, limits) as f:
+    with scratch.cached(_key(source), lambda to: _fetch(source, to, limits), source.uri) as f:
         yield Localised(f.name, _digest(f) if hash else "")
 
 
@@ -116,107 +109,17 @@ def _told(source: Source) -> Iterator[None]:
 
 
 def release(source: Source) -> None:
-    """Delete the source's scratch copy, unless another worker is using it. Local files stay."""
+    """Delete the source's scratch copy, unless another worker is using it. Local files stay; raises nothing."""
     if source.member is None and path_of(source.uri) is not None:
         return
-    _remove(_scratch() / _key(source))
-
-
-# The scratch folder -------------------------------------------------------------------------------
-
-
-def _scratch() -> Path:
-    """This user's folder for downloads on this node, private and really ours."""
-    folder = Path(tempfile.gettempdir()) / f"clipmill-{os.getuid()}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        info = folder.lstat()
-    except OSError as e:
-        raise StoreError(
-            f"cannot use {folder} for downloads: {e.strerror}; set TMPDIR to another disk"
-        ) from e
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
-        raise StoreError(f"{folder} belongs to somebody else; remove it or set TMPDIR to another folder")
-    return folder
+    with contextlib.suppress(OSError, WorkerFault):
+        if (path := scratch.folder() / _key(source)).exists():
+            scratch.remove(path)
 
 
 def _key(source: Source) -> str:
+    """Of its scratch file."""
     return hashlib.sha256(f"{source.uri}\0{source.member}".encode()).hexdigest()[:32]
-
-
-@contextlib.contextmanager
-def _locked(path: Path, how: int) -> Iterator[BinaryIO]:
-    """Hold `path`'s lock file. BlockingIOError with LOCK_NB where somebody else holds it."""
-    name = path.with_name(path.name + ".lock")
-    while True:
-        f = open(name, "ab")  # noqa: SIM115 (closed below)
-        try:
-            fcntl.flock(f, how)
-            # whoever removed the file while we waited has left us a lock on nothing
-            if os.fstat(f.fileno()).st_nlink:
-                yield f
-                return
-        finally:
-            f.close()
-
-
-@contextlib.contextmanager
-def _cached(source: Source, limits: Limits) -> Iterator[io.BufferedReader]:
-    """The source's scratch copy, opened and locked against removal; fetched first where it is missing."""
-    path = _scratch() / _key(source)
-    partial = path.with_name(path.name + ".partial")
-    while True:
-        with _locked(path, fcntl.LOCK_EX) as lock:
-            if not path.exists():
-                _sweep_once()
-                try:
-                    _fetch(source, partial, limits)
-                    partial.replace(path)
-                except BaseException as e:
-                    partial.unlink(missing_ok=True)
-                    Path(lock.name).unlink()  # or a million dead links would leave a million locks
-                    if isinstance(e, OSError) and e.errno in FULL:
-                        raise StoreError(
-                            f"cannot download to {path.parent}: {e.strerror}; free some space there or set "
-                            "TMPDIR to another disk, then run the same command again"
-                        ) from e
-                    raise
-        with _locked(path, fcntl.LOCK_SH):
-            try:
-                f = open(path, "rb")  # noqa: SIM115 (closed below)
-            except FileNotFoundError:
-                continue  # released between the two locks
-            with f:
-                os.utime(path)
-                yield f
-                return
-
-
-def _remove(path: Path) -> None:
-    """Delete a scratch file, its partial and its lock, unless it is in use."""
-    with contextlib.suppress(BlockingIOError), _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as lock:
-        path.unlink(missing_ok=True)
-        path.with_name(path.name + ".partial").unlink(missing_ok=True)
-        Path(lock.name).unlink(missing_ok=True)
-
-
-@functools.cache
-def _sweep_once() -> None:
-    """What killed runs left behind, at a worker's first download."""
-    sweep()
-
-
-def sweep(older_s: float = KEEP_S) -> None:
-    """Delete scratch files that no worker holds and none has touched for `older_s` seconds."""
-    before = time.time() - older_s
-    for lock in _scratch().glob("*.lock"):
-        path = lock.with_suffix("")
-        used = []
-        for p in (path, lock, path.with_name(path.name + ".partial")):
-            with contextlib.suppress(FileNotFoundError):
-                used.append(p.stat().st_mtime)
-        if used and max(used) < before:
-            _remove(path)
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -297,9 +200,10 @@ def _fetch(source: Source, to: Path, limits: Limits) -> None:
     address = place_of(source)
     path = path_of(address)
     if YOUTUBE.match(address):
-        download(source, to, limits)
+        download(source, to, replace(limits, max_bytes=min(limits.max_bytes, scratch.limit())))
+        scratch.room(to, 0, source.uri)
         return
-    with open(to, "wb") as out:
+    with scratch.writer(to, source.uri) as out:
         if path is not None:
             assert source.member is not None
             with _open_regular(path, source.uri) as f:
@@ -358,7 +262,7 @@ def _object_faults(source: Source) -> Iterator[None]:
         raise SourceFault(f"{uri}: not found; check the bucket and the key") from e
     except (pa.ArrowException, OSError) as e:
         code = getattr(e, "errno", None)
-        if code in FULL:
+        if code in scratch.FULL:
             raise  # not the source's fault
         said = redacted(one_line(e), source.address)
         if NO_HOST.search(said):

@@ -54,6 +54,7 @@ class CutStage:
 
     name = "cut"
     whole_unit = True
+    lets_go = ("packets", "marks")
 
     def __init__(self, recipe: Cut, out: str):
         self.recipe = recipe
@@ -98,8 +99,9 @@ class CutStage:
             if e.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise scratch_full() from e
             raise
-        for video in videos:
-            release(video.source)  # no later stage reads it
+        finally:
+            for video in videos:
+                release(video.source)  # no later stage reads it
         return videos
 
     # One source --------------------------------------------------------------------------------------

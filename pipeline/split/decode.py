@@ -77,8 +77,10 @@ class DecodeStage:
             try:
                 patiently(partial(self._decode, video))
             except Exception as e:
-                release(video.source)  # a good one stays for the cut
                 fail(video, self.name, e)  # here, or run_stage would decode the whole unit again
+            finally:
+                if video.frames is None:  # a good one's download stays for the cut
+                    release(video.source)
         return videos
 
     def _decode(self, video: Video) -> None:

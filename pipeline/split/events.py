@@ -15,7 +15,7 @@ What differs from the release, on purpose:
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, floor
@@ -90,34 +90,59 @@ class EventStage:
         self.embedder: Embedder | None = None
         if self.options.embedder.kind == "none":
             return
-        import torch
-
         from models.curation.embed import EfficientNetLite0, OpenClip
 
-        torch.set_num_threads(max(1, int(self.resources.cpus)))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        o = self.options.embedder
+        o, device, batch = self.options.embedder, self.resources.device(), self.resources.batch
         self.embedder = (
-            OpenClip(o.model, o.pretrained, device) if o.kind == "open_clip" else EfficientNetLite0(device)
+            OpenClip(o.model, o.pretrained, device, batch)
+            if o.kind == "open_clip"
+            else EfficientNetLite0(device, batch)
         )
 
     def __call__(self, videos: list[Video]) -> list[Video]:
-        for video in each(videos):
-            if "events" not in video.counts:
-                self.split(video)
+        todo = [v for v in videos if "events" not in v.counts]
+        features = [_Features(v) if self.embedder else None for v in todo]
+        found = [self.pieces(v) for v in todo]
+        self.look(features, found)
+        work = []
+        for video, f, spans in zip(each(todo), features, found, strict=True):
+            counts: dict[str, int] = {}
+            if self.whole or video.source.intervals is not None:
+                counts["events"] = len(spans)
+            else:
+                counts = dict.fromkeys(COUNTS, 0)
+                spans = self.events(video, spans, f, counts)
+            work.append((video, f, spans, counts))
+        self.look(features, [spans for _, _, spans, _ in work])
+        for video, (_, f, spans, counts) in zip(each(todo), work, strict=True):
+            self.finish(video, f, spans)
+            video.counts |= counts
         return videos
 
-    def split(self, video: Video) -> None:
+    def look(self, features: list[_Features | None], spans: list[list[Span]]) -> None:
+        """Have the samples near the ends of these spans embedded: those of the whole unit in full batches."""
+        if self.embedder is None:
+            return
+        wanted: list[list[int]] = []
+        for f, of_video in zip(features, spans, strict=True):
+            assert f is not None
+            ends = [e for a, b in of_video for e in end_samples(f.frames, a, b, self.options.position) or ()]
+            wanted.append(sorted(set(ends) - f.known.keys()))
+
+        def shown() -> Iterator[np.ndarray]:
+            for video, samples in zip(each(f.video for f in features if f), wanted, strict=True):
+                assert video.frames is not None
+                yield from (picture(video.frames.samples[i]) for i in samples)
+
+        rows = iter(self.embedder.embed(shown()))
+        for f, samples in zip(features, wanted, strict=True):
+            assert f is not None
+            f.known |= {i: next(rows) for i in samples}
+
+    def finish(self, video: Video, features: _Features | None, spans: list[Span]) -> None:
+        """Make clips of the spans."""
         frames, position = video.frames, self.options.position
         assert frames is not None
-        features = _Features(self.embedder, frames) if self.embedder else None
-        counts: dict[str, int] = {}
-        if self.whole or video.source.intervals is not None:
-            spans = [(s.start_frame, s.end_frame) for s in video.shots]
-            counts["events"] = len(spans)
-        else:
-            counts = dict.fromkeys(COUNTS, 0)
-            spans = self.events(video, features, counts)
         clips = [video.clip(a, b) for a, b in spans]
         if video.source.interval_meta:
             give_meta(video, clips)
@@ -134,13 +159,23 @@ class EventStage:
             ]
         frames.thumbs = None
         video.clips = clips
-        video.counts |= counts
 
-    def events(self, video: Video, features: _Features | None, counts: dict[str, int]) -> list[Span]:
-        """The clips of a video without given intervals, in order; counts what was dropped on the way."""
-        o, found, whole = self.options, [], []
-        for shot in video.shots:
-            found += pieces(video, (shot.start_frame, shot.end_frame), o.piece_s, o.piece_slack_s)
+    def pieces(self, video: Video) -> list[Span]:
+        """The pieces of a video's shots; of given ones the shots themselves."""
+        o, shots = self.options, [(s.start_frame, s.end_frame) for s in video.shots]
+        if self.whole or video.source.intervals is not None:
+            return shots
+        return [piece for shot in shots for piece in pieces(video, shot, o.piece_s, o.piece_slack_s)]
+
+    def events(
+        self, video: Video, found: list[Span], features: _Features | None, counts: dict[str, int]
+    ) -> list[Span]:
+        """The clips of a video without given intervals, in order; counts what was dropped on the way.
+
+        Args:
+            found: its pieces.
+        """
+        o, whole = self.options, []
         if features is None:  # nothing to tell events apart by: every shot is one
             shots = [(s.start_frame, s.end_frame) for s in video.shots]
             counts["pieces"], counts["events"] = len(found), len(shots)
@@ -160,21 +195,17 @@ class EventStage:
 
 
 class _Features:
-    """Features of a video's samples, each computed once, when first asked for."""
+    """Unit features [size] of a video's samples, by their index; those that were looked at."""
 
-    def __init__(self, embedder: Embedder, frames: Frames):
-        self.embedder, self.frames = embedder, frames
+    def __init__(self, video: Video):
+        assert video.frames is not None
+        self.video, self.frames = video, video.frames
         self.known: dict[int, np.ndarray] = {}
 
     def at_ends(self, start: int, end: int, position: float) -> tuple[np.ndarray, np.ndarray] | None:
-        """Unit features [size] near the two ends of [start, end); None where it holds no sample."""
+        """Those near the two ends of [start, end); None where it holds no sample."""
         ends = end_samples(self.frames, start, end, position)
-        return None if ends is None else (self.of(ends[0]), self.of(ends[1]))
-
-    def of(self, sample: int) -> np.ndarray:
-        if sample not in self.known:
-            self.known[sample] = self.embedder.embed([picture(self.frames.samples[sample])])[0]
-        return self.known[sample]
+        return None if ends is None else (self.known[ends[0]], self.known[ends[1]])
 
 
 def give_meta(video: Video, clips: list[Clip]) -> None:

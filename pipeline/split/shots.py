@@ -36,12 +36,9 @@ class ShotStage:
 
     def setup(self) -> None:
         if self.options.detector == "transnetv2":
-            import torch
-
             from models.curation.transnet import TransNetV2
 
-            torch.set_num_threads(max(1, int(self.resources.cpus)))
-            self.net = TransNetV2(device="cuda" if torch.cuda.is_available() else "cpu")
+            self.net = TransNetV2(device=self.resources.device())
 
     def __call__(self, videos: list[Video]) -> list[Video]:
         for video in each(videos):

@@ -1,10 +1,11 @@
 """Running a stage on a unit: a bad video becomes an error row, its neighbours don't notice."""
 
+import numpy as np
 import pytest
 
 from pipeline.faults import SourceFault, StoreError
-from pipeline.record import Source, Video
-from pipeline.stages import Produces, Resources, produced, run_stage
+from pipeline.record import Frames, Sample, Source, Video
+from pipeline.stages import Produces, Resources, let_go_of_samples, produced, run_stage
 
 
 class Marking:
@@ -62,3 +63,42 @@ def test_columns_are_collected_in_stage_order_without_repeats():
     columns = produced([Marking(), Marking()])
     assert columns.scores == ["a"]
     assert columns.embeddings == {"e": 2}
+
+
+def test_a_stage_computes_on_a_gpu_only_with_a_share_of_one(monkeypatch):
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        for there in (True, False):
+            monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+            assert Resources(cpus=2.5).device() == "cpu"
+            assert torch.get_num_threads() == 2
+            assert Resources(cpus=0.25, gpus=0.25).device() == ("cuda" if there else "cpu")
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_samples_are_let_go_after_the_last_stage_that_looks_at_them():
+    class Blind(Marking):
+        sees_samples = False
+
+    stages = [Marking(), Marking(), Blind()]
+    let_go_of_samples(stages)
+    (video,) = unit("a")
+    held = []
+    for stage in stages:
+        if video.frames is None:
+            none = np.zeros(0, np.int64)
+            video.frames = Frames(none, 0, None, [Sample(0, b"")], None, none)
+        run_stage(stage, [video])
+        held.append(len(video.frames.samples))
+    assert held == [1, 0, 0]
+
+
+def test_what_was_downloaded_of_a_failed_video_is_let_go(monkeypatch):
+    released = []
+    monkeypatch.setattr("pipeline.sources.fetch.release", lambda source: released.append(source.uri))
+    run_stage(Marking(), unit("a", "bad"))
+    assert released == ["bad"]

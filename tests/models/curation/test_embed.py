@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import InterpolationMode, Resize
 
-from models.curation.embed import EfficientNetLite0, OpenClip, open_clip_name
+from models.curation.embed import EfficientNetLite0, OpenClip, batched, open_clip_name
 from models.hub import MissingModel, open_clip_size
 
 
@@ -50,6 +50,37 @@ def test_embeddings_are_unit_rows_that_do_not_depend_on_their_neighbours(lite0):
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
     for image, row in zip(images, together, strict=True):
         np.testing.assert_array_equal(lite0.embed([image])[0], row)
+
+
+class Elsewhere:
+    """Stands for a device that is no CPU; tensors stay where they are."""
+
+    type = "elsewhere"
+
+
+def test_a_device_gets_full_batches_of_real_pictures_and_a_cpu_one_at_a_time(monkeypatch):
+    passes: list[int] = []
+    taken: list[int] = []
+
+    def net(x: torch.Tensor) -> torch.Tensor:
+        passes.append(len(x))
+        assert len(taken) - sum(passes) <= 0  # no more is read than the pass needs
+        return x.flatten(1)[:, :2]
+
+    def inputs():
+        for i in range(10):
+            taken.append(i)
+            yield torch.full((3, 2, 2), float(i))
+
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)
+    rows = batched(net, inputs(), 2, Elsewhere(), 4)
+    assert passes == [4, 4, 2]
+    assert rows.tolist() == [[i, i] for i in range(10)]
+    passes.clear()
+    taken.clear()
+    assert batched(net, inputs(), 2, torch.device("cpu"), 4).tolist() == rows.tolist()
+    assert passes == [1] * 10
+    assert batched(net, iter([]), 2, Elsewhere(), 4).shape == (0, 2)
 
 
 def test_no_pictures_give_no_rows(lite0):

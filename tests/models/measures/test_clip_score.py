@@ -69,22 +69,30 @@ def test_scores_are_those_of_open_clip_itself(tiny):
         cosine = (images @ F.normalize(net.encode_text(tokens)).T).numpy()  # [3, 2]
     scorer = ClipScorer(tiny, "")
     expected = 2.5 * np.maximum(cosine, 0)
-    assert scorer(frames, [[t] for t in texts]) == pytest.approx(expected.mean(0).tolist(), abs=1e-5)
-    assert scorer(frames, [texts])[0] == pytest.approx(expected.mean(), abs=1e-5)
+    assert scorer(frames, [(3, [[t] for t in texts])])[0] == pytest.approx(
+        expected.mean(0).tolist(), abs=1e-5
+    )
+    assert scorer(frames, [(3, [texts])])[0][0] == pytest.approx(expected.mean(), abs=1e-5)
 
 
 def test_a_score_is_the_same_to_the_bit_whatever_it_is_compared_with(tiny):
     scorer = ClipScorer(tiny, "")
     frames, texts = [noise(i) for i in range(8)], [["a dog"], ["a cat", "it sits"], ["red"]]
-    together = scorer(frames, texts)
-    assert together == [scorer(frames, [t])[0] for t in texts]
+    (together,) = scorer(frames, [(8, texts)])
+    assert together == [scorer(frames, [(8, [t])])[0][0] for t in texts]
+    clips = [(3, texts[:1]), (0, []), (5, texts[1:])]  # clips scored together, as alone
+    assert scorer(iter(frames), clips) == [
+        scorer(frames[:3], [(3, texts[:1])])[0],
+        [],
+        scorer(frames[3:], [(5, texts[1:])])[0],
+    ]
     assert max(together) > 0
 
 
 def test_the_end_of_a_long_caption_counts(tiny):
     scorer = ClipScorer(tiny, "")
     long = ["a dog runs over the grass of a park"] * 20
-    a, b = (scorer([noise(i) for i in range(8)], [[*long, last]])[0] for last in ("a dog", "red"))
+    a, b = (scorer([noise(i) for i in range(8)], [(8, [[*long, last]])])[0][0] for last in ("a dog", "red"))
     assert a != b
     assert max(a, b) > 0
 

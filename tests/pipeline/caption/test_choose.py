@@ -194,8 +194,12 @@ def test_the_stage_scores_every_caption_and_again_the_same():
 
 def test_clip_scores_are_put_beside_the_consensus_and_come_from_the_clips_own_frames():
     class Scorer:
-        def __call__(self, frames, texts):
-            return [f[0, 0, 0] / 100 + len(t) for t in texts for f in frames[:1]]
+        def __call__(self, frames, clips):
+            frames, found = list(frames), []
+            for n, texts in clips:
+                own, frames = frames[:n], frames[n:]
+                found.append([own[0][0, 0, 0] / 100 + len(t) for t in texts])
+            return found
 
     stage = ChooseStage(recipe.Choose(method="open_clip", pretrained="x", frames=1))
     stage.scorer = Scorer()

@@ -24,9 +24,10 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from pipeline.faults import Fault, SourceFault, StoreError, TransientFault, WorkerFault
+from pipeline.faults import Fault, SourceFault, TransientFault, WorkerFault
 from pipeline.record import Source
 from pipeline.sources import fetch, http, names, network
+from pipeline.sources import scratch as scratch_folder
 from pipeline.sources.fetch import localised, release
 from pipeline.sources.names import Limits
 from tests.fixtures.web import Request, Server
@@ -535,10 +536,10 @@ def test_who_waited_for_a_removed_lock_takes_the_new_one(tmp_path: Path) -> None
     same: list[bool] = []
 
     def wait() -> None:
-        with fetch._locked(path, fcntl.LOCK_EX) as lock:
+        with scratch_folder.locked(path, fcntl.LOCK_EX) as lock:
             same.append(name.exists() and os.fstat(lock.fileno()).st_ino == name.stat().st_ino)
 
-    with fetch._locked(path, fcntl.LOCK_EX):
+    with scratch_folder.locked(path, fcntl.LOCK_EX):
         thread = threading.Thread(target=wait)
         thread.start()
         time.sleep(0.1)
@@ -552,7 +553,7 @@ def test_a_file_in_use_is_neither_released_nor_swept(server: Server) -> None:
     source = Source(f"{server.url}/v.mp4", "v")
     with localised(source) as local:
         release(source)
-        fetch.sweep(older_s=-1)
+        scratch_folder.sweep(older_s=-1)
         assert Path(local.path).read_bytes() == BODY
     release(source)
     assert not Path(local.path).exists()
@@ -561,11 +562,11 @@ def test_a_file_in_use_is_neither_released_nor_swept(server: Server) -> None:
 def test_the_sweep_takes_only_what_is_old(server: Server, scratch: Path) -> None:
     server.script = [whole]
     got(f"{server.url}/v.mp4")
-    fetch.sweep()
+    scratch_folder.sweep()
     assert len(list(scratch.iterdir())) == 2
     for p in scratch.iterdir():
         os.utime(p, (0, 0))
-    fetch.sweep()
+    scratch_folder.sweep()
     assert list(scratch.iterdir()) == []
 
 
@@ -597,13 +598,13 @@ def test_a_killed_worker_leaves_nothing_that_looks_finished(server: Server, scra
     assert not partial[0].exists()
 
 
-def test_a_full_scratch_disk_ends_the_run(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_scratch_disk_is_the_workers_fault(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(fetch, "_fetch", full)
     with (
-        pytest.raises(StoreError, match="No space left on device; free some space"),
+        pytest.raises(WorkerFault, match="No space left on device; free some space"),
         localised(Source(f"{server.url}/v.mp4", "v")),
     ):
         pass
@@ -612,5 +613,8 @@ def test_a_full_scratch_disk_ends_the_run(server: Server, monkeypatch: pytest.Mo
 def test_somebody_elses_scratch_folder_is_not_used(scratch: Path, tmp_path: Path) -> None:
     (tmp_path / "bait").mkdir()
     scratch.symlink_to(tmp_path / "bait")
-    with pytest.raises(StoreError, match="somebody else"), localised(Source("http://127.0.0.1:1/v.mp4", "v")):
+    with (
+        pytest.raises(WorkerFault, match="somebody else"),
+        localised(Source("http://127.0.0.1:1/v.mp4", "v")),
+    ):
         pass

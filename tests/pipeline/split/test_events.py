@@ -276,6 +276,39 @@ def test_distance_is_the_chord_of_the_cosine():
     assert distance(a, b) == pytest.approx(0.3, abs=1e-12)
 
 
+def test_a_unit_is_looked_at_in_two_calls_of_the_embedder_and_each_video_is_split_as_alone():
+    class Counting(Greys):
+        calls = 0
+
+        def embed(self, images):
+            self.calls += 1
+            return super().embed(images)
+
+    def made() -> list[Video]:
+        found = []
+        for n, seconds_ in enumerate((20, 33, 7)):
+            levels = {f: (60 + 7 * n + f // 100 * 9) % 250 for f in range(0, seconds_ * 25, 12)}
+            v = steady(seconds_, 25, samples=levels)
+            v.shots = [Shot(0, 50 * (n + 1)), Shot(50 * (n + 1), len(v.frames.pts))]
+            found.append(v)
+        return found
+
+    together, alone = made(), made()
+    s = stage()
+    s.embedder = Counting()
+    s(together)
+    assert s.embedder.calls == 2
+    for v in alone:
+        stage()([v])
+    for a, b in zip(together, alone, strict=True):
+        assert [(c.clip_id, c.scores, c.embeddings["greys"].tolist()) for c in a.clips] == [
+            (c.clip_id, c.scores, c.embeddings["greys"].tolist()) for c in b.clips
+        ]
+        assert a.counts == b.counts
+        assert a.frames.samples == b.frames.samples
+    assert sum(len(v.clips) for v in together) >= 3
+
+
 def test_an_impossible_embedder_is_a_recipe_error_before_any_work():
     with pytest.raises(RecipeError, match=r"events\.embedder: open_clip ViT-B-32: pretrained 'opnai'"):
         EventStage(Events(embedder=Embedder(kind="open_clip", pretrained="opnai")))
