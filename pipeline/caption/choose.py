@@ -128,7 +128,7 @@ class ChooseStage:
 
     def __init__(self, section: Choose):
         self.section = section
-        self.sees_samples = section.method == "open_clip"
+        self.sees_samples = section.clip_score
         self.produces = Produces()
 
     def setup(self) -> None:
