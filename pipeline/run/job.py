@@ -233,9 +233,9 @@ def _run(stages: list[Stage], units: list[list[Video]], recipe: Recipe, job: Job
     try:
         with Display([s.name for s in stages], sum(map(len, units))) as display:
             if job.runner == "local":
-                run_local(stages, units, display)
+                run_local(stages, units, display, recipe.limits)
             else:
-                run_ray(stages, resources, units, display, job.address)
+                run_ray(stages, resources, units, display, job.address, recipe.limits)
     except RunError as e:
         raise RunEnded(str(e)) from e
 
