@@ -239,7 +239,7 @@ def all_pictures(run: Run, rows: list[int]) -> dict[int, list[bytes] | str]:
         try:
             with run.media.open(tar) as file:
                 return pictures(Range(file, offset, size), duration)
-        except (OSError, av.FFmpegError, ValueError, IndexError) as e:
+        except (OSError, StoreError, av.FFmpegError, ValueError, IndexError) as e:
             return f"the picture cannot be read from {tar}: {str(e) or type(e).__name__}"
 
     found: dict[int, list[bytes] | str] = {}
