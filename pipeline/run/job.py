@@ -29,6 +29,7 @@ from pipeline.run.progress import Display
 from pipeline.run.ray import run_ray
 from pipeline.run.worker import RunError, run_local
 from pipeline.sources import listing as sources
+from pipeline.sources import youtube
 from pipeline.stages import Resources, Stage, produced
 
 TRANSIENT = ("transient",)
@@ -70,6 +71,7 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
     store = Store(out)
     started = datetime.now(UTC)
     listed = identity.dated(sources.list_sources(args, columns=dict(job.columns)))
+    youtube.check(listed)
     with store.lock():
         asked = recipe
         run, recipe = _open(store, recipe, started, job)
