@@ -93,6 +93,10 @@ class Frames:
         None  # uint8 [n, 9, 16] grey, every frame: proves that a cut has the right ones
     )
 
+    damaged: np.ndarray | None = None  # bool [n]: shows damage (pipeline.split.damage)
+    missing: np.ndarray | None = None  # int32 [n]: so many frames are missing behind it
+    repeated: np.ndarray | None = None  # bool [n]: shows just what the frame before showed
+
     @property
     def ends(self) -> np.ndarray:
         """Where each frame stops being shown, int64 [n], ticks of time_base."""
@@ -336,6 +340,7 @@ DECISION_SCHEMA = _described(
         ("shard", pa.string(), "tar, relative to the output; null when dropped"),
         ("offset", pa.int64(), "first byte of the mp4 in that tar"),
         ("size", pa.int64(), "bytes of the mp4"),
+        ("tar", pa.string(), "the same tar, relative to shards/, as in shards/index.parquet"),
     ]
 )
 
