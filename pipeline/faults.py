@@ -44,6 +44,22 @@ class ClipFault(Fault):
     kind = "clip"
 
 
+class OutOfTime(SourceFault):
+    """A video that takes longer than the recipe's limits; raised in the midst of the work on it.
+
+    Args:
+        source: its uri; '': it is one of several that were in work at once.
+    """
+
+    def __init__(self, message: str, source: str):
+        super().__init__(message)
+        self.source = source
+
+
+class TooLong(ClipFault):
+    """A clip, or a batch of them, that takes longer than the recipe's limits."""
+
+
 class WorkerFault(Fault):
     """This process or machine cannot go on (GPU lost, scratch full, no network); no video's fault."""
 

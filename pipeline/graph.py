@@ -34,7 +34,7 @@ def build(recipe: Recipe, out: str) -> list[Stage]:
         stages.append(TextStage(recipe.scores.text))
     if recipe.scores.aesthetic.weights:
         stages.append(AestheticStage(recipe.scores.aesthetic))
-    captioners = caption_stages(recipe.captions)
+    captioners = caption_stages(recipe.captions, recipe.limits.caption_s)
     if captioners:
         check_order(recipe.choose, [stage.model for stage in captioners])
         stages += [*captioners, ChooseStage(recipe.choose)]

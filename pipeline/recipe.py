@@ -404,6 +404,23 @@ class StageResources(Section):
     )
 
 
+class Limits(Section):
+    """How long work may take, seconds; changed freely on a resumed run."""
+
+    source_s: float = Field(
+        6 * 3600.0, gt=0, description="all stages together on one source; beyond that it is an error row"
+    )
+    caption_s: float = Field(
+        600.0, gt=0, description="a captioner on one clip or batch; beyond that those captions are errors"
+    )
+    stall_s: float = Field(
+        600.0,
+        gt=0,
+        description="a stage without progress hangs: its worker is replaced, the source an error row",
+    )
+    setup_s: float = Field(1800.0, gt=0, description="a worker that loads its models")
+
+
 class Recipe(Section):
     """Raw videos to captioned shards."""
 
@@ -421,6 +438,7 @@ class Recipe(Section):
     resources: dict[str, StageResources] = Field(
         {}, description="by stage name; what is unset keeps its default"
     )
+    limits: Limits = Limits()
 
     def measured(self) -> dict[str, Any]:
         """Everything that changes what `curate` measures, as plain data."""
@@ -437,7 +455,7 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(self.measured(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-NOT_MEASURED = {"name", "decide", "shards", "resources"}
+NOT_MEASURED = {"name", "decide", "shards", "resources", "limits"}
 
 
 def load(name_or_file: str, overrides: list[str] | None = None) -> Recipe:

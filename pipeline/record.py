@@ -95,6 +95,10 @@ class Frames:
         None  # uint8 [n, 9, 16] grey, every frame: proves that a cut has the right ones
     )
 
+    damaged: np.ndarray | None = None  # bool [n]: shows damage (pipeline.split.damage)
+    missing: np.ndarray | None = None  # int32 [n]: so many frames are missing behind it
+    repeated: np.ndarray | None = None  # bool [n]: shows just what the frame before showed
+
     @property
     def ends(self) -> np.ndarray:
         """Where each frame stops being shown, int64 [n], ticks of time_base."""

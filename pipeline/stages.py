@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from pipeline.faults import StoreError, TransientFault, WorkerFault, kind_of, sentence
 from pipeline.record import Error, Video
+from pipeline.watch import at, back_at
 
 T = TypeVar("T")
 
@@ -98,30 +99,19 @@ def produced(stages: list[Stage]) -> Produces:
 
 # Who is in work ------------------------------------------------------------------------------------
 
-_watcher: Callable[[str], None] | None = None  # one a process: whoever runs the stages
-_in_work = ""
-
-
-def watched_by(watcher: Callable[[str], None] | None) -> None:
-    """From now on tell `watcher` the uri of every video that a stage of this process turns to."""
-    global _watcher
-    _watcher = watcher
-
 
 def each(videos: Iterable[Video]) -> Iterator[Video]:
-    """The videos one by one, each announced: if the process dies or hangs now, that one is to blame."""
-    global _in_work
+    """The videos one by one, each announced: if the process dies or hangs now, that one is to blame.
+
+    What comes after the last is work for all of them again.
+    """
+    before: str | None = None
     for video in videos:
-        _in_work = video.source.uri
-        if _watcher is not None:
-            _watcher(video.source.uri)
+        was = at(video.source.uri)
+        before = was if before is None else before
         yield video
-    _in_work = ""
-
-
-def in_work() -> str:
-    """The uri of the video that this process turned to last, for its log; '' where it is between two stages."""
-    return _in_work
+    if before is not None:
+        back_at(before)
 
 
 # Running a stage -----------------------------------------------------------------------------------

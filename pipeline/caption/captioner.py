@@ -38,9 +38,10 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline import own_code, recipe
-from pipeline.faults import ClipFault, StoreError, WorkerFault, kind_of
+from pipeline.faults import ClipFault, OutOfTime, StoreError, TooLong, WorkerFault, kind_of
 from pipeline.record import Caption, Clip, Video
 from pipeline.stages import Produces, Resources, each, patiently
+from pipeline.watch import time_limit
 
 OUTCOMES = ("ok", "empty", "truncated", "error")
 
@@ -76,11 +77,16 @@ class Captioner:
 
 
 class CaptionStage:
-    """Has one captioner write a caption for every clip; called again, it replaces what it wrote."""
+    """Has one captioner write a caption for every clip; called again, it replaces what it wrote.
 
-    def __init__(self, section: recipe.Captioner):
+    Args:
+        limit_s: the captioner may take so long for a clip, or a batch of them; none: as long as it likes.
+    """
+
+    def __init__(self, section: recipe.Captioner, limit_s: float | None = None):
         captioner = build(section)
         self.section = section
+        self.limit_s = limit_s
         self.model = captioner.name
         self.name = f"caption:{self.model}"
         self.resources = captioner.resources
@@ -109,17 +115,20 @@ class CaptionStage:
     def _captions(self, video: Video, clips: list[Clip]) -> list[Caption]:
         """Their captions; what is the fault of a clip or of the captioner becomes outcome 'error'."""
         try:
-            with self._heard(clips):
+            with self._heard(clips), self._limited():
                 return patiently(lambda: self._asked(video, clips))
         except (Exception, SystemExit) as e:
-            if issubclass(kind_of(e), StoreError | WorkerFault):
+            if issubclass(kind_of(e), StoreError | WorkerFault) or isinstance(e, OutOfTime):
                 raise
-            if len(clips) == 1:
-                return [self._failed(video, clips[0], e)]
+            if len(clips) == 1 or isinstance(e, TooLong):
+                return [self._failed(video, clip, e) for clip in clips]
             if isinstance(e, WrongNumber):
                 video.warnings.append(f"{self.name}: {e}; they were captioned one by one")
             # find the culprit, and what a smaller batch can still do
             return [c for clip in clips for c in self._captions(video, [clip])]
+
+    def _limited(self) -> contextlib.AbstractContextManager[None]:
+        return time_limit(self.limit_s, f"no caption after {self.limit_s or 0:g} s (limits.caption_s)")
 
     def _heard(self, clips: list[Clip]) -> contextlib.AbstractContextManager[None]:
         if not isinstance(self.section, recipe.PythonCaptioner):
@@ -177,9 +186,11 @@ def _assign(clip: Clip, caption: Caption) -> None:
     clip.captions.append(caption)
 
 
-def caption_stages(captioners: Sequence[recipe.Captioner]) -> list[CaptionStage]:
+def caption_stages(
+    captioners: Sequence[recipe.Captioner], limit_s: float | None = None
+) -> list[CaptionStage]:
     """A stage a captioner, in the recipe's order. Raises RecipeError when two have one name."""
-    stages = [CaptionStage(section) for section in captioners]
+    stages = [CaptionStage(section, limit_s) for section in captioners]
     names = [stage.model for stage in stages]
     for i, name in enumerate(names):
         if name in names[:i]:

@@ -30,6 +30,7 @@ from pipeline.run.progress import Display
 from pipeline.run.ray import run_ray
 from pipeline.run.worker import RunError, run_local
 from pipeline.sources import listing as sources
+from pipeline.sources import youtube
 from pipeline.stages import Resources, Stage, produced
 
 TRANSIENT = ("transient",)
@@ -71,6 +72,7 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
     store = Store(out)
     started = datetime.now(UTC)
     listed = identity.dated(sources.list_sources(args, columns=dict(job.columns)))
+    youtube.check(listed)
     with store.lock():
         asked = recipe
         run, recipe = _open(store, recipe, started, job)
@@ -241,9 +243,9 @@ def _run(stages: list[Stage], units: list[list[Video]], recipe: Recipe, job: Job
     try:
         with Display([s.name for s in stages], sum(map(len, units))) as display:
             if job.runner == "local":
-                run_local(stages, units, display)
+                run_local(stages, units, display, recipe.limits)
             else:
-                run_ray(stages, resources, units, display, job.address)
+                run_ray(stages, resources, units, display, job.address, recipe.limits)
     except RunError as e:
         raise RunEnded(str(e)) from e
 

@@ -23,7 +23,7 @@ from typing import TextIO
 
 from pipeline.faults import StoreError
 from pipeline.io.store import Store
-from pipeline.stages import in_work
+from pipeline.watch import in_work
 
 FILE, VERBOSE = "CLIPMILL_LOG", "CLIPMILL_VERBOSE"  # how the processes of a run know; read by `attach`
 SHOWN = 3  # warnings of one kind on the terminal
@@ -79,8 +79,11 @@ class _Terminal(logging.Handler):
         self.most, self.shown = most, Counter[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.shown[str(record.msg)] += 1
-        times = self.shown[str(record.msg)]
+        self.show(str(record.msg), record)
+
+    def show(self, kind: str, record: logging.LogRecord) -> None:
+        self.shown[kind] += 1
+        times = self.shown[kind]
         if self.most is None or times <= self.most:
             text = without_secrets(record.getMessage())
         elif times == self.most + 1:
@@ -98,6 +101,14 @@ def attach() -> None:
         return
     with contextlib.suppress(OSError):
         _listen(_File(path))
+
+
+def heard(level: int, kind: str, text: str) -> None:
+    """A warning of a worker beside this process, that is in the file already: on the terminal too."""
+    record = logging.LogRecord(log.name, level, "", 0, text, None, None)
+    for handler in log.handlers:
+        if isinstance(handler, _Terminal) and handler.most is not None:
+            handler.show(kind, record)
 
 
 def _listen(handler: logging.Handler) -> None:

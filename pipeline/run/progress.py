@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,59 +24,161 @@ class StageCount:
     clips: int = 0
     video_s: float = 0.0  # seconds of source video
     busy_s: float = 0.0  # wall seconds of its workers
+    failed: int = 0  # sources that became errors in it
+    good: int = 0  # sources that are none after it
+
+
+MAX_DEATHS = 3  # a source on which so many worker processes died becomes an error
+BREAKER = (
+    5  # a worker that fails so often in a row, or so many sources in a row that cost workers, end the run
+)
+FIRST = 10  # so many sources that all fail alike in a stage no source has passed end it too
+LOST = "it was lost: killed from outside, short of memory, or its node went down"
 
 
 @dataclass
 class Ledger:
-    """Counts per stage, and which source each unit was at when its worker was last heard of."""
+    """What workers tell: counts per stage, who is in work, how workers ended, and whether the run must end.
 
+    A pool is the number of a set of workers that share their stages, a unit is known by its name.
+
+    Args:
+        first: the stage in which sources may fail as they like, e.g. a list of dead links.
+    """
+
+    first: str = ""
     stages: dict[str, StageCount] = field(default_factory=dict)
-    at: dict[str, tuple[str, str]] = field(default_factory=dict)  # unit → (source, stage) in work
-    deaths: dict[str, int] = field(default_factory=dict)  # source → workers that died on it
+    working: dict[tuple[int, str], tuple[str, str]] = field(default_factory=dict)  # unit → (stage, source)
+    deaths: Counter[str] = field(default_factory=Counter)  # source → workers that died on it, in all pools
+    costly: dict[tuple[int, str, str], set[str]] = field(default_factory=dict)  # (pool, stage, how) → sources
+    faults: Counter[tuple[int, str]] = field(default_factory=Counter)  # worker → faults in a row
+    alike: Counter[tuple[str, str]] = field(default_factory=Counter)  # (stage, why) → sources
+    pools: set[int] = field(default_factory=set)  # those with a worker
     errors: int = 0
     fatal: str | None = None  # why the whole run must end
+    store: bool = False  # … as the output is at fault
     beat: float = field(default_factory=time.monotonic)
 
-    def begin(self, unit: str) -> tuple[str, str, int] | None:
-        """A worker takes a unit up. Where an earlier worker died on it: (source, stage, deaths so far)."""
-        self.beat = time.monotonic()
-        if unit not in self.at:
-            self.at[unit] = ("", "")
-            return None
-        source, stage = self.at[unit]
-        self.deaths[source] = self.deaths.get(source, 0) + 1
-        return source, stage, self.deaths[source]
-
-    def working(self, unit: str, source: str, stage: str) -> None:
-        self.beat = time.monotonic()
-        self.at[unit] = (source, stage)
+    def hello(self, pool: int) -> None:
+        """A worker of that pool is there."""
+        self.pools.add(pool)
+        self.alive()
 
     def alive(self) -> None:
+        """A worker is in work and within its time limits."""
         self.beat = time.monotonic()
 
-    def end(self, unit: str) -> None:
-        """The unit leaves its worker pool."""
-        self.beat = time.monotonic()
-        self.at.pop(unit, None)
+    def begin(self, pool: int, unit: str) -> tuple[str, str, int] | None:
+        """A worker takes a unit up. Where an earlier one was lost on it: (stage, source, deaths on that so far)."""
+        self.alive()
+        lost = self.working.get((pool, unit))
+        self.working[pool, unit] = ("", "")
+        if lost is None:
+            return None
+        stage, source = lost
+        self.deaths[source or unit] += 1
+        times = self.deaths[source or unit]
+        if times >= MAX_DEATHS:  # before that it may be the node's fault, that took many at once
+            self._costs(pool, stage, LOST, source or unit)
+        return stage, source, times
 
-    def add(
-        self, stage: str, sources: int, clips: int, video_s: float, busy_s: float, errors: int = 0
+    def at(self, pool: int, unit: str, stage: str, source: str) -> None:
+        """That source is in work now; '': several are."""
+        self.alive()
+        if (pool, unit) in self.working:
+            self.working[pool, unit] = (stage, source)
+
+    def died(self, pool: int, unit: str, stage: str, source: str, how: str) -> int:
+        """A stage process died; returns how many have died on that source."""
+        self.alive()
+        self.deaths[source or unit] += 1
+        self._costs(pool, stage, how, source or unit)
+        return self.deaths[source or unit]
+
+    def _costs(self, pool: int, stage: str, how: str, source: str) -> None:
+        costly = self.costly.setdefault((pool, stage, how), set())
+        costly.add(source)
+        if len(costly) >= BREAKER:
+            self.stop(
+                f"workers ended alike on {len(costly)} sources in a row in stage '{stage}': {how}; that is hardly the "
+                "sources' fault: mend it, then run the same command again with --retry-errors"
+            )
+
+    def fault(self, pool: int, worker: str, why: str) -> int:
+        """A worker cannot go on, by no source's fault; returns how often in a row, no unit finished in between."""
+        self.alive()
+        self.faults[pool, worker] += 1
+        times = self.faults[pool, worker]
+        if times >= BREAKER:
+            self.stop(f"{why} ({times} times in a row); run the same command again, finished work is kept")
+        return times
+
+    def done(
+        self,
+        pool: int,
+        stage: str,
+        sources: int,
+        clips: int,
+        video_s: float,
+        busy_s: float,
+        errors: list[str],
+        good: int,
     ) -> None:
-        self.beat = time.monotonic()
+        """A stage is through with a unit; `errors`: the sentences of the new ones, `good`: sources that are none."""
+        self.alive()
         count = self.stages.setdefault(stage, StageCount())
         count.sources += sources
         count.clips += clips
         count.video_s += video_s
         count.busy_s += busy_s
-        self.errors += errors
+        count.failed += len(errors)
+        count.good += good
+        self.errors += len(errors)
+        for error in errors:
+            why = "".join("#" if c.isdigit() else c for c in error.partition(": ")[2] or error)
+            self.alike[stage, why] += 1
+            if "(limits." in error:
+                self._costs(pool, stage, why, error)
+            if stage != self.first and self.alike[stage, why] >= FIRST and not count.good:
+                self.stop(
+                    f"the first {self.alike[stage, why]} sources failed alike in stage '{stage}', the last with: "
+                    f"{error}; mend that, then run the same command again with --retry-errors"
+                )
 
-    def stop(self, why: str) -> None:
-        """A worker met trouble that is no video's fault."""
-        self.fatal = why
+    def end(self, pool: int, unit: str, good: int) -> str | None:
+        """The unit leaves the pool, `good` of its sources without error; returns why the run must end."""
+        self.alive()
+        self.working.pop((pool, unit), None)
+        if good:
+            for mine in [k for k in self.faults if k[0] == pool]:
+                del self.faults[mine]
+            for key in [k for k in self.costly if k[0] == pool]:
+                del self.costly[key]
+        return self.fatal
 
-    def snapshot(self) -> tuple[dict[str, StageCount], int, float, str | None]:
-        """Counts, errors, seconds since a worker was last heard of, and why the run must end."""
-        return self.stages, self.errors, time.monotonic() - self.beat, self.fatal
+    def reason(self) -> str | None:
+        """Why the run must end."""
+        return self.fatal
+
+    def stop(self, why: str, store: bool = False) -> None:
+        """The run must end; the first reason stands."""
+        if self.fatal is None:
+            self.fatal, self.store = why, store
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(
+            self.stages, self.errors, time.monotonic() - self.beat, self.fatal, self.store, self.pools
+        )
+
+
+@dataclass
+class Snapshot:
+    stages: dict[str, StageCount]
+    errors: int
+    silence: float  # seconds since a worker was last heard of
+    fatal: str | None
+    store: bool
+    pools: set[int]
 
 
 class Display:

@@ -26,6 +26,7 @@ import numpy as np
 from pipeline.recipe import Events, RecipeError
 from pipeline.record import Clip, Frames, Sample, Video
 from pipeline.samples import picture
+from pipeline.split.damage import measure
 from pipeline.split.shots import frames_within
 from pipeline.stages import Produces, Resources, each
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # it imports torch
 
 Span = tuple[int, int]  # frames [start, end)
 
+DAMAGE = ("damaged", "repeated")  # scores of pipeline.split.damage
 COUNTS = (
     "pieces",
     "pieces_unseen",  # hold no sample
@@ -60,6 +62,7 @@ class EventStage:
 
     The embedding is the normalised mean of the features near the clip's two ends, `end_distance` the
     distance between those. A clip too short to hold a sample has neither. A video may have no clips.
+    Every clip has the scores `damaged` and `repeated` of pipeline.split.damage.
     Where the source's list gives intervals, each is one clip exactly; nothing is stitched or dropped. With `whole`
     every shot is one clip exactly.
     Without an embedder (kind none) every shot is one event, and clips have neither score nor embedding.
@@ -72,7 +75,7 @@ class EventStage:
         self.options, self.whole = options, whole
         self.resources = Resources(cpus=1.0)
         if options.embedder.kind == "none":
-            self.produces = Produces()
+            self.produces = Produces(scores=[*DAMAGE])
             return
         self.embedding, size = "efficientnet_lite0", 1280
         if options.embedder.kind == "open_clip":
@@ -84,7 +87,7 @@ class EventStage:
                 size = open_clip_size(options.embedder.model, options.embedder.pretrained)
             except MissingModel as e:
                 raise RecipeError(f"events.embedder: {e}") from e
-        self.produces = Produces(scores=["end_distance"], embeddings={self.embedding: size})
+        self.produces = Produces(scores=["end_distance", *DAMAGE], embeddings={self.embedding: size})
 
     def setup(self) -> None:
         self.embedder: Embedder | None = None
@@ -144,6 +147,8 @@ class EventStage:
         frames, position = video.frames, self.options.position
         assert frames is not None
         clips = [video.clip(a, b) for a, b in spans]
+        for clip in clips:
+            clip.scores |= measure(clip, frames)
         if video.source.interval_meta:
             give_meta(video, clips)
         for clip in clips:

@@ -50,7 +50,7 @@ def test_forgetting_errors_leaves_the_good_rows_of_the_same_unit(tmp_path):
     for v in both:
         v.unit = "one"
     run_local([*stages, commit.CommitStage(store.uri, produced(stages))], [both])
-    run(store, "bad2")
+    run(store, "bad-2")
     assert commit.forget_errors(store) == 2
     assert commit.done_sources(store) == {"/a"}
     assert store.list("videos") == ["videos/one.parquet"]

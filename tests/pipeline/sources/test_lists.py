@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import logging
 import random
 import tempfile
+from collections.abc import Iterator
 from datetime import time, timedelta
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import pytest
 from jobs import curate
 from pipeline.faults import SourceFault
 from pipeline.record import Source
-from pipeline.sources import fetch
+from pipeline.sources import fetch, lists
 from pipeline.sources.columns import seconds
 from pipeline.sources.listing import list_sources
 from pipeline.sources.names import SourceError
@@ -254,6 +256,23 @@ def test_a_truncated_parquet_is_named_as_such(tmp_path: Path, keep: float) -> No
     path.write_bytes(data[: int(len(data) * keep)])
     with pytest.raises(SourceError, match=r"l.parquet: a Parquet file that is cut off"):
         list_sources([str(path)])
+
+
+def test_a_list_that_breaks_while_it_is_read_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "l.tsv").write_bytes("path\na.mp4\n".encode("utf-16")[:-1])
+    with pytest.raises(SourceError, match=r"l\.tsv: not well encoded"):
+        list_sources([str(tmp_path / "l.tsv")])
+
+    def broken(path: str, reading: object) -> Iterator[tuple[int, dict[str, object]]]:
+        yield 1, {"path": "a.mp4"}
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "l.csv").write_text("path\na.mp4\n")
+    monkeypatch.setitem(lists.READERS, ".csv", broken)  # type: ignore[arg-type]
+    with pytest.raises(SourceError, match=r"l\.csv: cannot be read: Input/output error"):
+        list_sources([str(tmp_path / "l.csv")])
 
 
 # To the end ---------------------------------------------------------------------------------------
