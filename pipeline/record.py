@@ -370,6 +370,7 @@ DECISION_SCHEMA = _described(
         ("shard", pa.string(), "tar, relative to the output; null when dropped"),
         ("offset", pa.int64(), "first byte of the mp4 in that tar"),
         ("size", pa.int64(), "bytes of the mp4"),
+        ("tar", pa.string(), "the same tar, relative to shards/, as in shards/index.parquet"),
     ]
 )
 

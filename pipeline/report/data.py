@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -19,7 +20,7 @@ import pyarrow.dataset as pads
 
 from pipeline.decide.rules import CHOSEN, DUPLICATE, clip_files, funnel
 from pipeline.faults import StoreError
-from pipeline.io.store import Store
+from pipeline.io.store import Ranges, Store
 from pipeline.recipe import Rule
 from pipeline.record import CLIP_SCHEMA, DECISION_SCHEMA, VIDEO_SCHEMA
 
@@ -151,35 +152,6 @@ def _once(clips: pa.Table) -> pa.Table:
     return clips.take(np.sort(np.unique(code, return_index=True)[1])).combine_chunks()
 
 
-class Range(io.RawIOBase):
-    """A byte range of a stored file as a file of its own; reads no more than it is asked for."""
-
-    def __init__(self, file: pa.NativeFile, offset: int, size: int):
-        self.file, self.offset, self.size, self.at = file, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, to: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
-        self.at = max(0, base + to)
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def read(self, count: int = -1) -> bytes:
-        rest = max(0, self.size - self.at)
-        count = rest if count is None or count < 0 else min(count, rest)
-        self.file.seek(self.offset + self.at)
-        data: bytes = self.file.read(count)
-        self.at += len(data)
-        return data
-
-
 def pictures(file: Any, duration_s: float) -> list[bytes]:
     """FRAMES JPEGs of a clip, from its beginning, middle and end.
 
@@ -230,14 +202,15 @@ def all_pictures(run: Run, rows: list[int]) -> dict[int, list[bytes] | str]:
     clips = run.clips
 
     def one(i: int) -> list[bytes] | str:
-        place = [clips[c][i].as_py() for c in ("media_tar", "media_offset", "media_size", "duration_s")]
+        columns = ("media_tar", "media_offset", "media_size", "media_sha256", "duration_s")
+        place = [clips[c][i].as_py() for c in columns]
         if None in place:
             return "no media was written"
-        tar, offset, size, duration = place
+        tar, offset, size, sha256, duration = place
         try:
-            with run.store.open(tar) as file:
-                return pictures(Range(file, offset, size), duration)
-        except (OSError, av.FFmpegError, ValueError, IndexError) as e:
+            with contextlib.closing(Ranges(run.store)) as ranges:
+                return pictures(io.BytesIO(ranges.read(tar, offset, size, sha256)), duration)
+        except (StoreError, OSError, av.FFmpegError, ValueError, IndexError) as e:
             return f"the picture cannot be read from {tar}: {str(e) or type(e).__name__}"
 
     found: dict[int, list[bytes] | str] = {}
