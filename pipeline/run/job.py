@@ -18,11 +18,10 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pipeline.decide.rules import check_rules
-from pipeline.graph import build
+from pipeline.graph import check
 from pipeline.io.store import Store
 from pipeline.recipe import Recipe
-from pipeline.record import Source, Video, clip_schema
+from pipeline.record import Source, Video
 from pipeline.run import commit, identity, relabel, resume
 from pipeline.run.log import log, logging_to, without_secrets
 from pipeline.run.outcome import Outcome, outcome
@@ -231,15 +230,8 @@ def _units(listed: list[Source], done: set[str], committed: set[str]) -> list[li
 
 
 def _process(units: list[list[Video]], recipe: Recipe, store: Store, job: Job) -> None:
-    stages = build(recipe, store)
-    columns = produced(stages)
-    check_rules(recipe.decide.rules, clip_schema(columns.scores, columns.embeddings))
-    stages.append(commit.CommitStage(store, columns))
-    unknown = set(recipe.resources) - {s.name for s in stages}
-    if unknown:
-        names = ", ".join(s.name for s in stages)
-        raise RunError(f"resources.{min(unknown)}: no such stage; stages of this recipe: {names}")
-    _run(stages, units, recipe, job)
+    stages = check(recipe, store)
+    _run([*stages, commit.CommitStage(store, produced(stages))], units, recipe, job)
 
 
 def _run(stages: list[Stage], units: list[list[Video]], recipe: Recipe, job: Job) -> None:
