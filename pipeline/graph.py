@@ -47,9 +47,9 @@ def build(recipe: Recipe, out: Store | str) -> list[Stage]:
     return stages
 
 
-def check(recipe: Recipe) -> list[Stage]:
+def check(recipe: Recipe, out: Store | str = "") -> list[Stage]:
     """The stages of a recipe, with all that can be told of it before any work. Raises RecipeError."""
-    stages = build(recipe, "")
+    stages = build(recipe, out)
     columns = produced(stages)
     check_rules(recipe.decide.rules, clip_schema(columns.scores, columns.embeddings))
     names = [*(s.name for s in stages), "commit"]

@@ -121,7 +121,7 @@ def take_up_chunks(store: Store, units: list[list[Video]]) -> None:
 
 # What is committed ---------------------------------------------------------------------------------
 
-IDENTITY = ["source", "name", "sha256", "status", "error_kind", "meta"]
+IDENTITY = ["source", "name", "sha256", "status", "stage", "error", "error_kind", "meta"]
 FINGERPRINT = ["size", "mtime_ns", "intervals_key", "interval_meta_key"]  # older runs lack them
 Known = Mapping[str, Mapping[str, Any]]  # rows by uri, see known_sources
 
@@ -170,6 +170,15 @@ def failed(known: Known, kinds: Collection[str] | None = None) -> list[str]:
     """Sources that ended in an error; of these kinds only, where some are given."""
     bad = (uri for uri, row in known.items() if row["status"] != "ok")
     return [uri for uri in bad if kinds is None or known[uri]["error_kind"] in kinds]
+
+
+def mended(known: Known, problems: Mapping[str, str | None]) -> list[str]:
+    """Errors of listing (a bad row of a list, a damaged tar) that are no longer so.
+
+    Args:
+        problems: of every source that is listed now, what is wrong with it.
+    """
+    return [uri for uri, row in known.items() if row["stage"] == "list" and problems.get(uri) != row["error"]]
 
 
 def drop(store: Store, uris: Iterable[str], known: Known) -> None:
