@@ -9,7 +9,6 @@ Scores, text and metadata that captioners read come from the rows.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.decide.rules import clip_files
-from pipeline.faults import SourceFault, StoreError
+from pipeline.faults import SourceFault
 from pipeline.graph import build
 from pipeline.io.answer import Refused, checked
 from pipeline.io.isolate import Child, ChildError
@@ -72,14 +71,14 @@ def work(store: Store, wanted: Wanted, listed: Mapping[str, Source]) -> list[lis
 
 def stages(store: Store, recipe: Recipe, wanted: Wanted) -> list[Stage]:
     """Reopen, the captioners that have something to do, the choice, rewrite."""
-    again: list[Stage] = [ReopenStage(store.uri, recipe.decode)]
-    for stage in build(recipe, store.uri):
+    again: list[Stage] = [ReopenStage(store, recipe.decode)]
+    for stage in build(recipe, store):
         model = getattr(stage, "model", None) if stage.name.startswith("caption:") else None
         if model is not None and wanted.get(model):
             again.append(Only(stage, wanted[model]))
         elif stage.name == "choose":
             again.append(stage)
-    return [*again, RewriteStage(store.uri, [s.name for s in again if isinstance(s, Only)])]
+    return [*again, RewriteStage(store, [s.name for s in again if isinstance(s, Only)])]
 
 
 class ReopenStage:
@@ -87,12 +86,12 @@ class ReopenStage:
 
     name = "reopen"
 
-    def __init__(self, out: str, options: Decode):
+    def __init__(self, out: Store | str, options: Decode):
         self.out, self.options = out, options
         self.resources, self.produces = Resources(cpus=1.0), Produces()
 
     def setup(self) -> None:
-        self.store = Store(self.out)
+        self.store = Store.of(self.out)
         self.child = Child(self.options.max_memory_gb)
         self.ranges: Ranges | None = None
 
@@ -141,12 +140,7 @@ class ReopenStage:
         assert clip.media is not None
         assert self.ranges is not None
         media, options = clip.media, self.options
-        data = self.ranges.read(media.tar, media.offset, media.size)
-        if hashlib.sha256(data).hexdigest() != media.sha256:
-            raise StoreError(
-                f"{self.store.path(media.tar)} does not hold clip {clip.clip_id} at byte {media.offset}: "
-                "other bytes than were committed; the folder is damaged"
-            )
+        data = self.ranges.read(media.tar, media.offset, media.size, media.sha256)
         wanted = [n - clip.start_frame for n in clip.sample_frames]
         with tempfile.NamedTemporaryFile(prefix="clipmill-clip-", suffix=".mp4") as f:
             f.write(data)
@@ -205,12 +199,12 @@ class RewriteStage:
     name = "rewrite"
     whole_unit = True
 
-    def __init__(self, out: str, captioners: list[str]):
+    def __init__(self, out: Store | str, captioners: list[str]):
         self.out, self.captioners = out, captioners  # names of their stages
         self.resources, self.produces = Resources(cpus=1.0), Produces()
 
     def setup(self) -> None:
-        self.store = Store(self.out)
+        self.store = Store.of(self.out)
 
     def __call__(self, videos: list[Video]) -> list[Video]:
         unit = videos[0].unit
