@@ -55,9 +55,8 @@ class Run:
 
     def __init__(self, store: Store):
         """Raises StoreError where there is no run, or a file of it cannot be read."""
-        self.store = store
-        units = store.list("videos", ".parquet")
-        if not units and not store.exists("run.json"):
+        self.store = self.media = store
+        if not store.exists("run.json") and not store.list("videos", ".parquet"):
             raise StoreError(
                 f"{store.uri} holds no clipmill run; make one with 'clipmill curate SOURCE --out {store.uri}'"
             )
@@ -65,8 +64,11 @@ class Run:
             self.info: dict[str, Any] = {}
             if store.exists("run.json"):
                 self.info = json.loads(store.read_bytes("run.json"))
+            if "of" in self.info:  # another set of shards: what was measured lies with the run
+                self.media = Store(self.info["of"])
+            units = self.media.list("videos", ".parquet")
             self.videos: list[dict[str, Any]] = self._files(units, VIDEO_SCHEMA).to_table().to_pylist()
-            self._measured = self._files(clip_files(store))
+            self._measured = self._files(clip_files(self.media))
             names = self._measured.schema.names
             light = [n for n in names if n not in HEAVY and not n.startswith("emb_")]
             self.clips = _once(self._measured.to_table(columns=light))
@@ -87,8 +89,8 @@ class Run:
     def _files(self, names: list[str], schema: pa.Schema | None = None) -> pads.Dataset:
         if not names:
             return pads.dataset((schema or CLIP_SCHEMA).empty_table())
-        paths = [self.store.path(n) for n in names]
-        return pads.dataset(paths, schema=schema, format="parquet", filesystem=self.store.fs)
+        paths = [self.media.path(n) for n in names]
+        return pads.dataset(paths, schema=schema, format="parquet", filesystem=self.media.fs)
 
     def _limits(self, decided: pa.Table) -> list[Limit]:
         """Every rule in the order it was applied."""
@@ -208,7 +210,7 @@ def all_pictures(run: Run, rows: list[int]) -> dict[int, list[bytes] | str]:
             return "no media was written"
         tar, offset, size, sha256, duration = place
         try:
-            with contextlib.closing(Ranges(run.store)) as ranges:
+            with contextlib.closing(Ranges(run.media)) as ranges:
                 return pictures(io.BytesIO(ranges.read(tar, offset, size, sha256)), duration)
         except (StoreError, OSError, av.FFmpegError, ValueError, IndexError) as e:
             return f"the picture cannot be read from {tar}: {str(e) or type(e).__name__}"
