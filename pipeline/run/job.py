@@ -117,11 +117,14 @@ def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video
     known = commit.known_sources(store)
     here = {s.uri for s in listed}
     again = [uri for uri in commit.failed(known, None if job.retry_errors else TRANSIENT) if uri in here]
+    mended = commit.mended(known, {s.uri: s.problem for s in listed})
     if again:
         _say(f"{len(again):,} sources that {'' if job.retry_errors else 'the moment '}failed are tried again")
-        commit.drop(store, again, known)
-        for uri in again:
-            del known[uri]
+    if mended:
+        _say(f"{len(mended):,} errors of listing are mended or gone")
+    commit.drop(store, {*again, *mended}, known)
+    for uri in {*again, *mended}:
+        del known[uri]
     lines, done = identity.apply(
         store,
         identity.compare(listed, known),
@@ -135,6 +138,7 @@ def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video
         _say(line)
     commit.sweep_uncommitted(store)
     units = _units(listed, done, commit.units(store))
+    commit.take_up_chunks(store, units)
     todo = sum(map(len, units))
     if todo < len(listed):
         _say(f"{len(listed) - todo:,} of {len(listed):,} sources are done already")

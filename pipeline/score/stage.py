@@ -39,6 +39,7 @@ class ScoreStage:
     """Adds the scores of the table above to every clip; drops `Frames.grey`, which nothing later needs."""
 
     name = "scores"
+    whole_source = True
     resources = Resources(cpus=1.0)
 
     def __init__(self, recipe: Scores):

@@ -61,6 +61,7 @@ class DecodeStage:
     """Fills in what a Video is (size, rate, codec, …) and its `frames`."""
 
     name = "decode"
+    whole_source = True
 
     def __init__(self, options: Decode):
         from pipeline.stages import Produces, Resources

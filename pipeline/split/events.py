@@ -70,6 +70,7 @@ class EventStage:
     """
 
     name = "events"
+    whole_source = True
 
     def __init__(self, options: Events, whole: bool = False):
         self.options, self.whole = options, whole

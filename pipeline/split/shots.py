@@ -28,6 +28,7 @@ class ShotStage:
     """
 
     name = "shots"
+    whole_source = True
 
     def __init__(self, options: Shots):
         self.options = options
