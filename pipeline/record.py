@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.geometry import MATRICES, PRIMARIES, TRANSFERS, Geometry
+from pipeline.geometry import MATRICES, PRIMARIES, SAME_ASPECT, TRANSFERS, Geometry
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class Frames:
     # int64 [r, 3]: a frame at which the source's clock starts again, ticks added to its stamps from there on,
     # where the frame before stops being shown; no shot spans one (pipeline.split.clock)
     restarts: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int64))
+    # int64 [k, 5], frames at which the pictures change, stored: frame, width, height, pixel shape (width : height)
+    shapes: np.ndarray = field(default_factory=lambda: np.empty((0, 5), np.int64))
     by_number: bool = False  # some PTS are not the frames' own: ffmpeg finds them by counting only
     marks: np.ndarray | None = (
         None  # uint8 [n, 9, 16] grey, every frame: proves that a cut has the right ones
@@ -210,6 +212,34 @@ class Video:
             if start == frame:
                 return end
         return self.pts_of(frame)
+
+    def shown(self, clip: Clip) -> Geometry:
+        """How a clip is shown; where pictures of several sizes are in it, as the largest of them."""
+        found = [self.geometry]
+        for frame, shape in self._shapes():
+            if frame <= clip.start_frame:
+                found = []
+            if frame < clip.end_frame:
+                found.append(shape)
+        return max(found, key=lambda g: g.stored[0] * g.stored[1])
+
+    def breaks(self) -> list[int]:
+        """Frames before which shots and clips end: the clock starts again there, or the picture's aspect changes."""
+        assert self.frames is not None
+        found, before = self.frames.restarts[:, 0].tolist(), self.geometry
+        for frame, shape in self._shapes():
+            if abs(shape.aspect / before.aspect - 1) > SAME_ASPECT:
+                found.append(frame)
+            before = shape
+        return sorted(found)
+
+    def _shapes(self) -> list[tuple[int, Geometry]]:
+        if self.frames is None:
+            return []
+        return [
+            (frame, self.geometry.reshaped(w, h, Fraction(x, y)))
+            for frame, w, h, x, y in self.frames.shapes.tolist()
+        ]
 
     def time_of(self, frame: int) -> float:
         """Seconds on the source's own clock (PTS × time_base)."""
@@ -340,6 +370,7 @@ DECISION_SCHEMA = _described(
         ("shard", pa.string(), "tar, relative to the output; null when dropped"),
         ("offset", pa.int64(), "first byte of the mp4 in that tar"),
         ("size", pa.int64(), "bytes of the mp4"),
+        ("tar", pa.string(), "the same tar, relative to shards/, as in shards/index.parquet"),
     ]
 )
 

@@ -2,7 +2,8 @@
 
 A unit's clips go to `clips/<unit>.parquet`, then its sources to `videos/<unit>.parquet`; the latter
 commits the unit. A unit without one never happened: its staging tar and clips are overwritten or
-swept by the next run.
+swept by the next run. The name of a staging tar holds a hash of its clips, so two workers that both do a
+unit (one was taken for dead) cannot put other bytes under the rows of each other.
 
 A committed unit changes file by file, each in one step, clips first: killed in between, the rows of `videos/`
 still say what is to be done, and the same command does it.
@@ -11,7 +12,8 @@ still say what is to be done, and the same command does it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +32,12 @@ class CommitStage:
     whole_unit = True
     resources = Resources(cpus=1.0)
 
-    def __init__(self, out: str, columns: Produces):
+    def __init__(self, out: Store | str, columns: Produces):
         self.out, self.columns = out, columns
         self.produces = Produces()
 
     def setup(self) -> None:
-        self.store = Store(self.out)
+        self.store = Store.of(self.out)
 
     def __call__(self, videos: list[Video]) -> list[Video]:
         unit = videos[0].unit
@@ -55,8 +57,21 @@ class CommitStage:
 
 # What is committed ---------------------------------------------------------------------------------
 
-IDENTITY = ["source", "name", "sha256", "status", "error_kind", "meta"]
+IDENTITY = ["source", "name", "sha256", "status", "stage", "error", "error_kind", "meta"]
 FINGERPRINT = ["size", "mtime_ns", "intervals_key", "interval_meta_key"]  # older runs lack them
+Known = Mapping[str, Mapping[str, Any]]  # rows by uri, see known_sources
+
+
+READERS = 16  # parquet files read at a time: on an object store each waits for the network
+AHEAD = 256
+
+
+def tables(store: Store, names: Sequence[str], columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
+    """Some columns of many parquet files, file by file in their order, read ahead of use."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for at in range(0, len(names), AHEAD):
+            some = names[at : at + AHEAD]
+            yield from zip(some, pool.map(lambda name: store.read_table(name, columns), some), strict=True)
 
 
 def units(store: Store) -> set[str]:
@@ -66,19 +81,16 @@ def units(store: Store) -> set[str]:
 
 def done_sources(store: Store) -> set[str]:
     """Sources that are committed, read from the parquet alone."""
-    return {
-        source
-        for name in store.list("videos", ".parquet")
-        for source in store.read_table(name, ["source"])["source"].to_pylist()
-    }
+    names = store.list("videos", ".parquet")
+    return {s for _, table in tables(store, names, ["source"]) for s in table["source"].to_pylist()}
 
 
 def known_sources(store: Store) -> dict[str, dict[str, Any]]:
     """What is committed of every source, by uri: IDENTITY, FINGERPRINT where it was stored, and `unit`."""
     found = {}
-    for name in store.list("videos", ".parquet"):
+    for name, table in tables(store, store.list("videos", ".parquet"), IDENTITY + FINGERPRINT):
         unit = _unit_of(name)
-        for row in store.read_table(name, IDENTITY + FINGERPRINT).to_pylist():
+        for row in table.to_pylist():
             found[row["source"]] = row | {"unit": unit, "meta": dict(row["meta"] or [])}
     return found
 
@@ -90,32 +102,22 @@ def _unit_of(name: str) -> str:
 # Changing it ---------------------------------------------------------------------------------------
 
 
-def forget_errors(
-    store: Store, kinds: Collection[str] | None = None, among: Collection[str] | None = None
-) -> int:
-    """Take failed sources out of the record so that the next run tries them again; returns how many.
+def failed(known: Known, kinds: Collection[str] | None = None) -> list[str]:
+    """Sources that ended in an error; of these kinds only, where some are given."""
+    bad = (uri for uri, row in known.items() if row["status"] != "ok")
+    return [uri for uri in bad if kinds is None or known[uri]["error_kind"] in kinds]
+
+
+def mended(known: Known, problems: Mapping[str, str | None]) -> list[str]:
+    """Errors of listing (a bad row of a list, a damaged tar) that are no longer so.
 
     Args:
-        kinds: only errors of these kinds; None: of any.
-        among: only these sources; None: all.
+        problems: of every source that is listed now, what is wrong with it.
     """
-    forgotten = 0
-    for name in store.list("videos", ".parquet"):
-        rows = store.read_table(name, ["source", "status", "error_kind"]).to_pylist()
-        failed = {
-            r["source"]
-            for r in rows
-            if r["status"] != "ok"
-            and (kinds is None or r["error_kind"] in kinds)
-            and (among is None or r["source"] in among)
-        }
-        if failed:
-            forgotten += len(failed)
-            _drop(store, _unit_of(name), failed)
-    return forgotten
+    return [uri for uri, row in known.items() if row["stage"] == "list" and problems.get(uri) != row["error"]]
 
 
-def drop(store: Store, uris: Iterable[str], known: Mapping[str, Mapping[str, Any]]) -> None:
+def drop(store: Store, uris: Iterable[str], known: Known) -> None:
     """Take sources and their clips out of the record; their bytes stay in staging tars that others share."""
     by_unit: dict[str, set[str]] = defaultdict(set)
     for uri in uris:
@@ -154,7 +156,7 @@ class Revision:
     metadata: bool = False  # its metadata and its clips' are the new ones
 
 
-def revise(store: Store, revisions: Mapping[str, Revision], known: Mapping[str, Mapping[str, Any]]) -> None:
+def revise(store: Store, revisions: Mapping[str, Revision], known: Known) -> None:
     """Rewrite the rows of committed sources, given by the uri they are committed under; nothing is measured."""
     by_unit: dict[str, dict[str, Revision]] = defaultdict(dict)
     for uri, revision in revisions.items():
@@ -224,10 +226,24 @@ def _given_meta(table: pa.Table, told: list[Revision | None]) -> dict[int, dict[
 
 
 def sweep_uncommitted(store: Store) -> None:
-    """Remove staging tars and clip rows of units that were never committed, and partial files."""
+    """Remove staging tars and clip rows of units that were never committed, tars no row speaks of, partial files."""
     store.sweep()
     committed = units(store)
-    for folder, suffix in (("media", ".tar"), ("clips", ".parquet")):
-        for name in store.list(folder, suffix):
-            if name.removeprefix(f"{folder}/").removesuffix(suffix) not in committed:
+    for name in store.list("clips", ".parquet"):
+        if name.removeprefix("clips/").removesuffix(".parquet") not in committed:
+            store.delete(name)
+    tars: dict[str, list[str]] = defaultdict(list)
+    for name in store.list("media", ".tar"):
+        tars[name.removeprefix("media/").split(".")[0]].append(name)
+    for unit, names in tars.items():
+        used = set(names) if unit in committed else set()
+        if len(used) > 1:  # two workers did it; the rows are one's
+            rows = f"clips/{unit}.parquet"
+            used = (
+                set(store.read_table(rows, ["media_tar"])["media_tar"].to_pylist())
+                if store.exists(rows)
+                else set()
+            )
+        for name in names:
+            if name not in used:
                 store.delete(name)

@@ -193,8 +193,7 @@ class EventStage:
                 counts["pieces_missed_cut"] += 1
             else:
                 whole.append(Piece(start, end, *ends))
-        assert video.frames is not None
-        events = stitch(whole, o.max_outer, set(video.frames.restarts[:, 0].tolist()))
+        events = stitch(whole, o.max_outer, set(video.breaks()))
         counts["pieces"], counts["events"] = len(found), len(events)
         return [span for event in events for span in fit(video, event, o, counts)]
 
@@ -254,13 +253,13 @@ def end_samples(frames: Frames, start: int, end: int, position: float) -> tuple[
     return first, second
 
 
-def stitch(pieces: list[Piece], max_outer: float, restarts: Collection[int] = ()) -> list[Span]:
+def stitch(pieces: list[Piece], max_outer: float, breaks: Collection[int] = ()) -> list[Span]:
     """Join neighbours; an event starts at the first piece, after a gap, at a restart of the clock (first frames
     of which are given), or where facing ends differ."""
     events: list[Span] = []
     for i, piece in enumerate(pieces):
         before = pieces[i - 1] if i else None
-        apart = before is None or before.end != piece.start or piece.start in restarts
+        apart = before is None or before.end != piece.start or piece.start in breaks
         if before is None or apart or distance(before.last, piece.first) > max_outer:
             events.append((piece.start, piece.end))
         else:

@@ -50,9 +50,8 @@ class ShotStage:
                 shots = given_shots(video, video.source.intervals)
             else:
                 assert video.frames.thumbs is not None
-                restarts = video.frames.restarts[:, 0].tolist()
                 cuts, transitions = self.cuts(video.frames.thumbs)
-                edges = sorted({0, *cuts, *restarts, len(video.frames.pts)})
+                edges = sorted({0, *cuts, *video.breaks(), len(video.frames.pts)})
                 shots = [Shot(a, b) for a, b in without(edges, transitions)]
                 if self.options.transitions == "trim":
                     video.counts["transitions"] = len(transitions)
