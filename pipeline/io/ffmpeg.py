@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.io import sandbox
+from pipeline.watch import progress
 
 # Demuxers that read exactly the file they are given. Playlists and scripts (hls, concat, dash, ffconcat,
 # image2, lavfi, …), which open other files or the network, are not among them. Used by PyAV and ffmpeg alike.
@@ -168,6 +169,7 @@ def _watch(child: subprocess.Popen[bytes], stall_s: float) -> str:
             now = (dict(report), _bytes_read(child.pid))
             if now != before:
                 before, since = now, time.monotonic()
+                progress()
             elif time.monotonic() - since > stall_s:
                 raise Stalled(f"ffmpeg made no progress for {stall_s:g} s and was stopped")
     try:

@@ -35,6 +35,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.io import answer, sandbox
+from pipeline.watch import progress
 
 _SIZE = struct.Struct("!Q")  # of the request, a pickle
 _BEAT_S = 0.5  # a beat is sent at most this often
@@ -132,6 +133,7 @@ class Child:
             kind = answer.BEAT
             while kind == answer.BEAT:
                 kind, value = answer.receive(self._socket, self._call, self._max_bytes or _MOST)
+                progress()
             raised = None if kind == answer.RESULT else _exception(value, (*RAISED, *raises))
         except TimeoutError as e:
             self.close()
