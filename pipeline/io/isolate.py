@@ -62,6 +62,10 @@ class Crashed(ChildError):
     """The child ended in the middle of a call, by a signal or by exit."""
 
 
+class Killed(Crashed):
+    """By SIGKILL, which no call does to itself: somebody outside, or the kernel for want of memory."""
+
+
 class Failed(ChildError):
     """The function raised what is in no table; the message has the exception's name and words, and where it was."""
 
@@ -143,7 +147,8 @@ class Child:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)  # the socket closes a moment before the exit status is there
             self.close()
-            raise Crashed(_cause_of_death(process.returncode)) from e
+            end = Killed if process.returncode == -signal.SIGKILL else Crashed
+            raise end(_cause_of_death(process.returncode)) from e
         except answer.Refused as e:
             self.close()
             raise Forged(str(e)) from e
