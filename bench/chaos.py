@@ -53,6 +53,7 @@ MOST = 2  # kills of one run that its driver outlives: a source on which three w
 RUN_S = 600.0  # a run that takes longer hangs
 
 RECIPE = {
+    "name": "chaos",
     "base": "smoke",
     "events": {"embedder": {"kind": "none"}, "min_s": 0.5},
     "decide": {"duplicates": {"enabled": False}},
@@ -265,11 +266,14 @@ def kill_one(target: str, run: Run, place: Setting, rng: random.Random) -> str |
         for pid in [run.driver.pid, *below]:
             kill(pid)
         return target
-    found = [pid for pid in descendants(os.getpid()) if what(pid) == target]
-    if not found:
-        return None
-    kill(rng.choice(found))
-    return target
+    for _ in range(100):  # some live for a moment only
+        found = [pid for pid in descendants(os.getpid()) if what(pid) == target]
+        if found and not run.ended:
+            kill(rng.choice(found))
+            return target
+        if not run.wait_for(0.05):
+            break
+    return None
 
 
 def what(pid: int) -> str:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.faults import TransientFault
 from pipeline.io import sandbox
 from pipeline.watch import progress
 
@@ -114,7 +115,8 @@ def run(cmd: list[str], stall_s: float) -> str:
     It reads no terminal, has its own process group, and dies with this process, however that dies. It may
     be slow, but when for `stall_s` seconds it neither reads anything nor reports a frame, it is killed.
 
-    Raises Stalled, FFmpegError, and OSError (ENOSPC) when the disk it writes to is full.
+    Raises Stalled, FFmpegError, TransientFault where somebody kills it, and OSError (ENOSPC) when the disk it
+    writes to is full.
     """
     sandbox.prepare()
     child = subprocess.Popen(
@@ -137,6 +139,8 @@ def run(cmd: list[str], stall_s: float) -> str:
             pipe.close()
     if re.search(r": (No space left on device|Disk quota exceeded)\s*$", said, re.M):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), tempfile.gettempdir())
+    if child.returncode == -signal.SIGKILL:  # by nobody here
+        raise TransientFault("ffmpeg was killed by SIGKILL, perhaps for want of memory")
     if child.returncode < 0:
         raise FFmpegError(f"ffmpeg was ended by {signal.Signals(-child.returncode).name}")
     if child.returncode:
