@@ -150,7 +150,8 @@ class _Clips:
         for row in rows.tolist():
             try:
                 found.append(self.reader.read(row))
-            except BrokenSample:
+            except BrokenSample as e:
+                print(f"left out: {e}", file=sys.stderr, flush=True)
                 broken.append(self.reader.keys[row].as_py())
         return found, broken
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.caption.captioner import caption_stages
 from pipeline.caption.choose import ChooseStage, check_order
 from pipeline.decide.rules import check_rules
+from pipeline.io.store import Store
 from pipeline.own_stage import placed
 from pipeline.recipe import Recipe, RecipeError, nearest
 from pipeline.recipe_file import dotted
@@ -17,17 +18,19 @@ from pipeline.split.cut import CutStage
 from pipeline.split.decode import DecodeStage
 from pipeline.split.events import EventStage
 from pipeline.split.shots import ShotStage
-from pipeline.stages import Stage, let_go_of_samples, produced
+from pipeline.stages import Stage, divide_after, let_go_of_samples, produced
 
 
-def build(recipe: Recipe, out: str) -> list[Stage]:
+def build(recipe: Recipe, out: Store | str) -> list[Stage]:
     """The stages of a recipe, in the order the data flows, not yet set up. Raises RecipeError."""
     stages: list[Stage] = [
         DecodeStage(recipe.decode),
         ShotStage(recipe.shots),
         EventStage(recipe.events, whole=recipe.shots.detector == "whole"),
+        ScoreStage(
+            recipe.scores
+        ),  # before the cut: what needs all of a source comes before what needs its clips
         CutStage(recipe.cut, out),
-        ScoreStage(recipe.scores),
         SignatureStage(),
     ]
     if recipe.scores.text.enabled:
@@ -40,12 +43,13 @@ def build(recipe: Recipe, out: str) -> list[Stage]:
         stages += [*captioners, ChooseStage(recipe.choose)]
     stages = placed(stages, recipe.stages)
     let_go_of_samples(stages)
+    divide_after(stages, recipe.limits.chunk_s)
     return stages
 
 
-def check(recipe: Recipe) -> list[Stage]:
+def check(recipe: Recipe, out: Store | str = "") -> list[Stage]:
     """The stages of a recipe, with all that can be told of it before any work. Raises RecipeError."""
-    stages = build(recipe, "")
+    stages = build(recipe, out)
     columns = produced(stages)
     check_rules(recipe.decide.rules, clip_schema(columns.scores, columns.embeddings))
     names = [*(s.name for s in stages), "commit"]

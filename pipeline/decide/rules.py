@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.caption.choose import SCORE, best, check_order
 from pipeline.decide.duplicates import near_duplicates
@@ -101,8 +100,7 @@ def clip_files(store: Store) -> list[str]:
 
 def schema(store: Store, name: str) -> pa.Schema:
     """Columns of a parquet file."""
-    with store.open(name) as f:
-        return pq.read_schema(f)
+    return store.read_schema(name)
 
 
 def funnel(decisions: pa.Table) -> list[Drop]:
@@ -217,7 +215,7 @@ class _Seen:
         if choose.method == "open_clip" and self.models and SCORE["open_clip"] not in self.scored:
             raise RecipeError(
                 f"choose.method open_clip: this run did not measure {SCORE['open_clip']}; choose by consensus or "
-                "order, or curate with choose.method=open_clip into a new folder"
+                "order, or curate with choose.clip_score=true into a new folder"
             )
         told = [CHOSEN + name for name in sorted(self.chosen)]
         for s in scores:

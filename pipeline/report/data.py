@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -19,7 +20,7 @@ import pyarrow.dataset as pads
 
 from pipeline.decide.rules import CHOSEN, DUPLICATE, clip_files, funnel
 from pipeline.faults import StoreError
-from pipeline.io.store import Store
+from pipeline.io.store import Ranges, Store
 from pipeline.recipe import Rule
 from pipeline.record import CLIP_SCHEMA, DECISION_SCHEMA, VIDEO_SCHEMA
 
@@ -54,9 +55,8 @@ class Run:
 
     def __init__(self, store: Store):
         """Raises StoreError where there is no run, or a file of it cannot be read."""
-        self.store = store
-        units = store.list("videos", ".parquet")
-        if not units and not store.exists("run.json"):
+        self.store = self.media = store
+        if not store.exists("run.json") and not store.list("videos", ".parquet"):
             raise StoreError(
                 f"{store.uri} holds no clipmill run; make one with 'clipmill curate SOURCE --out {store.uri}'"
             )
@@ -64,8 +64,11 @@ class Run:
             self.info: dict[str, Any] = {}
             if store.exists("run.json"):
                 self.info = json.loads(store.read_bytes("run.json"))
+            if "of" in self.info:  # another set of shards: what was measured lies with the run
+                self.media = Store(self.info["of"])
+            units = self.media.list("videos", ".parquet")
             self.videos: list[dict[str, Any]] = self._files(units, VIDEO_SCHEMA).to_table().to_pylist()
-            self._measured = self._files(clip_files(store))
+            self._measured = self._files(clip_files(self.media))
             names = self._measured.schema.names
             light = [n for n in names if n not in HEAVY and not n.startswith("emb_")]
             self.clips = _once(self._measured.to_table(columns=light))
@@ -86,8 +89,8 @@ class Run:
     def _files(self, names: list[str], schema: pa.Schema | None = None) -> pads.Dataset:
         if not names:
             return pads.dataset((schema or CLIP_SCHEMA).empty_table())
-        paths = [self.store.path(n) for n in names]
-        return pads.dataset(paths, schema=schema, format="parquet", filesystem=self.store.fs)
+        paths = [self.media.path(n) for n in names]
+        return pads.dataset(paths, schema=schema, format="parquet", filesystem=self.media.fs)
 
     def _limits(self, decided: pa.Table) -> list[Limit]:
         """Every rule in the order it was applied."""
@@ -151,35 +154,6 @@ def _once(clips: pa.Table) -> pa.Table:
     return clips.take(np.sort(np.unique(code, return_index=True)[1])).combine_chunks()
 
 
-class Range(io.RawIOBase):
-    """A byte range of a stored file as a file of its own; reads no more than it is asked for."""
-
-    def __init__(self, file: pa.NativeFile, offset: int, size: int):
-        self.file, self.offset, self.size, self.at = file, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, to: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
-        self.at = max(0, base + to)
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def read(self, count: int = -1) -> bytes:
-        rest = max(0, self.size - self.at)
-        count = rest if count is None or count < 0 else min(count, rest)
-        self.file.seek(self.offset + self.at)
-        data: bytes = self.file.read(count)
-        self.at += len(data)
-        return data
-
-
 def pictures(file: Any, duration_s: float) -> list[bytes]:
     """FRAMES JPEGs of a clip, from its beginning, middle and end.
 
@@ -230,14 +204,15 @@ def all_pictures(run: Run, rows: list[int]) -> dict[int, list[bytes] | str]:
     clips = run.clips
 
     def one(i: int) -> list[bytes] | str:
-        place = [clips[c][i].as_py() for c in ("media_tar", "media_offset", "media_size", "duration_s")]
+        columns = ("media_tar", "media_offset", "media_size", "media_sha256", "duration_s")
+        place = [clips[c][i].as_py() for c in columns]
         if None in place:
             return "no media was written"
-        tar, offset, size, duration = place
+        tar, offset, size, sha256, duration = place
         try:
-            with run.store.open(tar) as file:
-                return pictures(Range(file, offset, size), duration)
-        except (OSError, av.FFmpegError, ValueError, IndexError) as e:
+            with contextlib.closing(Ranges(run.media)) as ranges:
+                return pictures(io.BytesIO(ranges.read(tar, offset, size, sha256)), duration)
+        except (StoreError, OSError, av.FFmpegError, ValueError, IndexError) as e:
             return f"the picture cannot be read from {tar}: {str(e) or type(e).__name__}"
 
     found: dict[int, list[bytes] | str] = {}

@@ -17,14 +17,12 @@ from typing import Any
 
 from pipeline.io.store import Store
 from pipeline.record import Source
-from pipeline.run.commit import Revision, drop, revise
+from pipeline.run.commit import Known, Revision, drop, revise
 from pipeline.sources.names import path_of, tar_of
 
 HASHERS = 4  # files hashed at a time
 CHUNK = 1 << 20
 NAMED = 3  # sources named in a line for a person
-
-Known = Mapping[str, Mapping[str, Any]]  # see commit.known_sources
 
 
 @dataclass
@@ -153,8 +151,11 @@ def apply(
     redo_changed: bool = False,
     refresh_metadata: bool = False,
     prune: bool = False,
-) -> list[str]:
-    """Bring the record up to date: moved sources always, the rest where asked. Returns a line for each."""
+) -> tuple[list[str], set[str]]:
+    """Bring the record up to date: moved sources always, the rest where asked.
+
+    Returns a line for each, and the uris that are committed now.
+    """
     here = {s.uri: s for s in listed}
     revisions = {was: Revision(source, moved=True) for was, source in found.moved.items()}
     revisions |= {uri: Revision(here[uri]) for uri in found.touched}
@@ -165,7 +166,8 @@ def apply(
     gone = (found.changed if redo_changed else []) + (found.gone if prune else [])
     revise(store, revisions, known)
     drop(store, gone, known)
-    return _lines(found, known, redo_changed, refresh_metadata, prune)
+    now = {found.moved[uri].uri if uri in found.moved else uri for uri in known.keys() - set(gone)}
+    return _lines(found, known, redo_changed, refresh_metadata, prune), now
 
 
 def _lines(found: Compared, known: Known, redo: bool, refresh: bool, prune: bool) -> list[str]:

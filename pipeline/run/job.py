@@ -18,11 +18,10 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pipeline.decide.rules import check_rules
-from pipeline.graph import build
+from pipeline.graph import check
 from pipeline.io.store import Store
 from pipeline.recipe import Recipe
-from pipeline.record import Source, Video, clip_schema
+from pipeline.record import Source, Video
 from pipeline.run import commit, identity, relabel, resume
 from pipeline.run.log import log, logging_to, without_secrets
 from pipeline.run.outcome import Outcome, outcome
@@ -30,6 +29,7 @@ from pipeline.run.progress import Display
 from pipeline.run.ray import run_ray
 from pipeline.run.worker import RunError, run_local
 from pipeline.sources import listing as sources
+from pipeline.sources import youtube
 from pipeline.stages import Resources, Stage, produced
 
 TRANSIENT = ("transient",)
@@ -71,6 +71,7 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
     store = Store(out)
     started = datetime.now(UTC)
     listed = identity.dated(sources.list_sources(args, columns=dict(job.columns)))
+    youtube.check(listed)
     with store.lock():
         asked = recipe
         run, recipe = _open(store, recipe, started, job)
@@ -79,13 +80,14 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
             for line in resume.told(recipe, asked, store.uri):
                 _say(line)
             units = _left_to_do(store, listed, job)
+            before = commit.units(store)
             try:
                 if job.retry_errors:
                     _retry_captions(store, recipe, listed, job)
                 if units:
                     _process(units, recipe, store, job)
             finally:
-                _log_errors(store, started)
+                _log_errors(store, before)
             if units:
                 run["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
                 spent = (datetime.now(UTC) - started).total_seconds()
@@ -112,13 +114,18 @@ def _say(line: str) -> None:
 
 def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video]]:
     """Bring the record in line with the list, and give what is still to be measured."""
-    uris = {s.uri for s in listed}
-    if n := commit.forget_errors(store, TRANSIENT, uris):
-        _say(f"{n} sources that the moment failed are tried again")
-    if job.retry_errors and (n := commit.forget_errors(store, None, uris)):
-        _say(f"{n} failed sources are tried again")
     known = commit.known_sources(store)
-    lines = identity.apply(
+    here = {s.uri for s in listed}
+    again = [uri for uri in commit.failed(known, None if job.retry_errors else TRANSIENT) if uri in here]
+    mended = commit.mended(known, {s.uri: s.problem for s in listed})
+    if again:
+        _say(f"{len(again):,} sources that {'' if job.retry_errors else 'the moment '}failed are tried again")
+    if mended:
+        _say(f"{len(mended):,} errors of listing are mended or gone")
+    commit.drop(store, {*again, *mended}, known)
+    for uri in {*again, *mended}:
+        del known[uri]
+    lines, done = identity.apply(
         store,
         identity.compare(listed, known),
         listed,
@@ -130,7 +137,8 @@ def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video
     for line in lines:
         _say(line)
     commit.sweep_uncommitted(store)
-    units = _units(listed, commit.done_sources(store), commit.units(store))
+    units = _units(listed, done, commit.units(store))
+    commit.take_up_chunks(store, units)
     todo = sum(map(len, units))
     if todo < len(listed):
         _say(f"{len(listed) - todo:,} of {len(listed):,} sources are done already")
@@ -148,12 +156,13 @@ def _retry_captions(store: Store, recipe: Recipe, listed: list[Source], job: Job
     _run(relabel.stages(store, recipe, wanted), units, recipe, job)
 
 
-def _log_errors(store: Store, since: datetime) -> None:
-    """A line in the log for every source that failed in this run."""
-    columns = ["source", "status", "error", "error_kind", "error_at", "stage"]
-    for name in store.list("videos", ".parquet"):
-        for row in store.read_table(name, columns).to_pylist():
-            if row["status"] != "ok" and row["error_at"] >= since.isoformat(timespec="seconds"):
+def _log_errors(store: Store, before: set[str]) -> None:
+    """A line in the log for every source that failed in this run, in units that are new."""
+    columns = ["source", "status", "error", "error_kind", "stage"]
+    new = sorted(f"videos/{unit}.parquet" for unit in commit.units(store) - before)
+    for _, table in commit.tables(store, new, columns):
+        for row in table.to_pylist():
+            if row["status"] != "ok":
                 log.info(
                     "[%s] error (%s) in %s: %s", *(row[c] for c in ("source", "error_kind", "stage", "error"))
                 )
@@ -222,15 +231,8 @@ def _units(listed: list[Source], done: set[str], committed: set[str]) -> list[li
 
 
 def _process(units: list[list[Video]], recipe: Recipe, store: Store, job: Job) -> None:
-    stages = build(recipe, store.uri)
-    columns = produced(stages)
-    check_rules(recipe.decide.rules, clip_schema(columns.scores, columns.embeddings))
-    stages.append(commit.CommitStage(store.uri, columns))
-    unknown = set(recipe.resources) - {s.name for s in stages}
-    if unknown:
-        names = ", ".join(s.name for s in stages)
-        raise RunError(f"resources.{min(unknown)}: no such stage; stages of this recipe: {names}")
-    _run(stages, units, recipe, job)
+    stages = check(recipe, store)
+    _run([*stages, commit.CommitStage(store, produced(stages))], units, recipe, job)
 
 
 def _run(stages: list[Stage], units: list[list[Video]], recipe: Recipe, job: Job) -> None:

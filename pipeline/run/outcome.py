@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from pipeline.decide.rules import clip_files, funnel
 from pipeline.io.store import Store
+from pipeline.run.commit import tables
 
 REASONS = 5  # shown of each kind of trouble
 EXAMPLES = 3  # names shown of each reason
@@ -132,8 +133,8 @@ def outcome(store: Store) -> Outcome:
     found = Outcome()
     failed: list[dict[str, Any]] = []
     columns = ["source", "name", "status", "error", "error_kind", "stage"]
-    for name in store.list("videos", ".parquet"):
-        rows = store.read_table(name, columns).to_pylist()
+    for _, table in tables(store, store.list("videos", ".parquet"), columns):
+        rows = table.to_pylist()
         failed += [r for r in rows if r["status"] != "ok"]
         found.sources += sum(r["status"] == "ok" for r in rows)
     by_kind: dict[str, list[tuple[str, str]]] = defaultdict(list)
@@ -152,8 +153,7 @@ def _clips(store: Store, found: Outcome) -> None:
     """Clips, decisions and captions of the outcome."""
     parts = []
     wrong: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for name in clip_files(store):
-        table = store.read_table(name, ["clip_id", "name", "duration_s", *SAID])
+    for _, table in tables(store, clip_files(store), ["clip_id", "name", "duration_s", *SAID]):
         parts.append(table.select(["clip_id", "duration_s"]))
         said = table["captions"].combine_chunks().flatten()
         if len(said) and pc.any(pc.equal(said.field("outcome"), "error")).as_py():

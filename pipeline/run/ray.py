@@ -220,7 +220,7 @@ def _own_sigterm() -> Iterator[None]:
 
 
 class RayWorker:
-    """A `Worker` as a Ray Data callable: one pickled unit in, one out (the last pool sends back nothing)."""
+    """A `Worker` as a Ray Data callable: one pickled unit in, what it became out (the last pool sends back nothing)."""
 
     def __init__(
         self, stages: bytes, limits: Limits, ledger: Any, pool: int, last: bool, log: dict[str, str]
@@ -240,13 +240,14 @@ class RayWorker:
 
         name = batch["name"][0].as_py()
         try:
-            blob = self._run(name, batch["unit"][0].as_buffer())
+            units = self._run(name, batch["unit"][0].as_buffer())
         except (StoreError, RunError) as e:
             self.ledger.stop(str(e), isinstance(e, StoreError))
             raise
-        return pa.table({"name": pa.array([name]), "unit": pa.array([blob], pa.large_binary())})
+        names, blobs = zip(*units or [(name, b"")], strict=True)
+        return pa.table({"name": pa.array(names), "unit": pa.array(blobs, pa.large_binary())})
 
-    def _run(self, name: str, unit: Any) -> bytes:
+    def _run(self, name: str, unit: Any) -> list[tuple[str, bytes]]:
         """A unit through the stages; after two faults in a row the actor leaves, to be started anew."""
         while True:
             try:

@@ -9,12 +9,12 @@ Scores, text and metadata that captioners read come from the rows.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.decide.rules import clip_files
-from pipeline.faults import SourceFault, StoreError
+from pipeline.faults import SourceFault
 from pipeline.graph import build
 from pipeline.io.answer import Refused, checked
 from pipeline.io.isolate import Child, ChildError
 from pipeline.io.store import Ranges, Store
 from pipeline.recipe import Decode, Recipe
 from pipeline.record import CAPTION, CLIP_SCHEMA, Caption, Clip, Frames, Media, Sample, Source, Video
+from pipeline.run.commit import tables
+from pipeline.run.log import log
 from pipeline.split.resample import Resampled
-from pipeline.stages import Produces, Resources, Stage, each
+from pipeline.stages import Produces, Resources, Stage, each, fail
 
 Wanted = Mapping[str, set[str]]  # captioner → ids of the clips that want its caption
 
@@ -39,101 +41,106 @@ def failed(store: Store) -> dict[str, set[str]]:
     """The clips on which a captioner failed, by captioner."""
     found: dict[str, set[str]] = defaultdict(set)
     columns = ["clip_id", "captions.list.element.model", "captions.list.element.outcome"]
-    for name in clip_files(store):
-        for row in store.read_table(name, columns).to_pylist():
-            for caption in row.get("captions") or []:
+    for _, table in tables(store, clip_files(store), columns):
+        for row in table.to_pylist():
+            for caption in row["captions"] or []:
                 if caption["outcome"] == "error":
                     found[caption["model"]].add(row["clip_id"])
     return dict(found)
 
 
 def work(store: Store, wanted: Wanted, listed: Mapping[str, Source]) -> list[list[Video]]:
-    """The wanted clips as records, by unit of work; a video holds only its wanted clips.
+    """The wanted clips by unit of work, their ids alone: `ReopenStage` reads the rest. A video holds no other clip.
 
     Args:
-        listed: sources by uri; those found there have the given clips and metadata of the list.
+        listed: sources by uri; those found there have the given clips of the list.
     """
     ids = set().union(*wanted.values())
     units = []
-    for name in clip_files(store):
-        clips = [r for r in store.read_table(name, ["clip_id"])["clip_id"].to_pylist() if r in ids]
-        if not clips:
-            continue
-        table = store.read_table(name)
-        rows = table.filter(pc.is_in(table["clip_id"], value_set=pa.array(clips))).to_pylist()
-        videos = {}
+    for name, table in tables(store, clip_files(store), ["clip_id", "source"]):
+        clips: dict[str, list[Clip]] = defaultdict(list)
+        for row in table.to_pylist():
+            if row["clip_id"] in ids:
+                clips[row["source"]].append(Clip(row["clip_id"], 0, 0, 0.0, 0.0))
         unit = name.removeprefix("clips/").removesuffix(".parquet")
-        for row in store.read_table(f"videos/{unit}.parquet").to_pylist():
-            mine = [clip_of(r) for r in rows if r["source"] == row["source"]]
-            if mine and row["status"] == "ok":
-                video = video_of(row, mine, listed.get(row["source"]))
-                videos[row["source"]] = replace(video, unit=unit)
-        units.append(list(videos.values()))
-    return [u for u in units if u]
+        videos = [Video(listed.get(uri, Source(uri, uri)), unit, clips=some) for uri, some in clips.items()]
+        if videos:
+            units.append(videos)
+    return units
 
 
 def stages(store: Store, recipe: Recipe, wanted: Wanted) -> list[Stage]:
     """Reopen, the captioners that have something to do, the choice, rewrite."""
-    again: list[Stage] = [ReopenStage(store.uri, recipe.decode)]
-    for stage in build(recipe, store.uri):
+    again: list[Stage] = [ReopenStage(store, recipe.decode)]
+    for stage in build(recipe, store):
         model = getattr(stage, "model", None) if stage.name.startswith("caption:") else None
         if model is not None and wanted.get(model):
             again.append(Only(stage, wanted[model]))
         elif stage.name == "choose":
             again.append(stage)
-    return [*again, RewriteStage(store.uri, [s.name for s in again if isinstance(s, Only)])]
+    return [*again, RewriteStage(store, [s.name for s in again if isinstance(s, Only)])]
 
 
 class ReopenStage:
-    """Gives each video the `frames` that its clips' mp4 hold: times of all, pictures of those shown before."""
+    """Makes records of the rows again, with the `frames` of the clips' mp4: all times, the pictures shown before."""
 
     name = "reopen"
 
-    def __init__(self, out: str, options: Decode):
+    def __init__(self, out: Store | str, options: Decode):
         self.out, self.options = out, options
         self.resources, self.produces = Resources(cpus=1.0), Produces()
 
     def setup(self) -> None:
-        self.store = Store(self.out)
+        self.store = Store.of(self.out)
         self.child = Child(self.options.max_memory_gb)
         self.ranges: Ranges | None = None
 
     def __call__(self, videos: list[Video]) -> list[Video]:
         self.ranges = self.ranges or Ranges(self.store)
+        unit = videos[0].unit
+        rows = {r["source"]: r for r in self.store.read_table(f"videos/{unit}.parquet").to_pylist()}
+        table = self.store.read_table(f"clips/{unit}.parquet")
+        wanted = pa.array([c.clip_id for v in videos for c in v.clips])
+        clips = table.filter(pc.is_in(table["clip_id"], value_set=wanted)).to_pylist()
         for video in each(videos):
-            found = [self._clip(clip) for clip in video.clips]
-            video.time_base = found[0].time_base
-            last = max(c.end_frame for c in video.clips)
-            pts = np.zeros(last + 1, np.int64)
-            samples: dict[int, bytes] = {}
-            for clip, seen in zip(video.clips, found, strict=True):
-                start = round(Fraction(clip.start_s) / video.time_base)
-                inside = slice(clip.start_frame, clip.end_frame)
-                pts[inside] = start + seen.pts
-                if not pts[clip.end_frame]:
-                    pts[clip.end_frame] = round(Fraction(clip.end_s) / video.time_base)
-                samples |= dict(zip(clip.sample_frames, seen.jpegs, strict=True))
-            video.frames = Frames(
-                pts=pts[:last],
-                end_pts=int(pts[last]),
-                thumbs=None,
-                samples=[Sample(n, samples[n]) for n in sorted(samples)],
-                grey=None,
-                grey_frame=np.zeros(0, np.int64),
-            )
+            uri = video.source.uri
+            mine = [clip_of(r) for r in clips if r["source"] == uri]
+            vars(video).update(vars(video_of(rows[uri], mine, video.source)))
+            try:
+                self._frames(video, [self._clip(clip) for clip in mine])
+            except SourceFault as e:
+                log.warning("%s: %s; its captions stay as they are", video.source.name, e)
+                fail(video, self.name, e)
         return videos
+
+    def _frames(self, video: Video, found: list[Resampled]) -> None:
+        """Set `frames` from what each of the video's clips holds; frames outside them have no time."""
+        video.time_base = found[0].time_base
+        last = max(c.end_frame for c in video.clips)
+        pts = np.zeros(last + 1, np.int64)
+        samples: dict[int, bytes] = {}
+        for clip, seen in zip(video.clips, found, strict=True):
+            pts[clip.start_frame : clip.end_frame] = (
+                round(Fraction(clip.start_s) / video.time_base) + seen.pts
+            )
+            if not pts[clip.end_frame]:
+                pts[clip.end_frame] = round(Fraction(clip.end_s) / video.time_base)
+            samples |= dict(zip(clip.sample_frames, seen.jpegs, strict=True))
+        video.frames = Frames(
+            pts=pts[:last],
+            end_pts=int(pts[last]),
+            thumbs=None,
+            samples=[Sample(n, samples[n]) for n in sorted(samples)],
+            grey=None,
+            grey_frame=np.zeros(0, np.int64),
+        )
 
     def _clip(self, clip: Clip) -> Resampled:
         """What a clip's mp4 holds. Raises SourceFault, StoreError."""
         assert clip.media is not None
         assert self.ranges is not None
         media, options = clip.media, self.options
-        data = self.ranges.read(media.tar, media.offset, media.size)
-        if hashlib.sha256(data).hexdigest() != media.sha256:
-            raise StoreError(
-                f"{self.store.path(media.tar)} does not hold clip {clip.clip_id} at byte {media.offset}: "
-                "other bytes than were committed; the folder is damaged"
-            )
+        data = self.ranges.read(media.tar, media.offset, media.size, media.sha256)
         wanted = [n - clip.start_frame for n in clip.sample_frames]
         with tempfile.NamedTemporaryFile(prefix="clipmill-clip-", suffix=".mp4") as f:
             f.write(data)
@@ -143,8 +150,7 @@ class ReopenStage:
                     "pipeline.split.resample:resample",
                     f.name,
                     wanted,
-                    options.sample_size,
-                    options.jpeg_quality,
+                    SimpleNamespace(**options.model_dump()),
                     stall_s=options.stall_s,
                 )
                 seen = checked(Resampled, answer)
@@ -193,12 +199,12 @@ class RewriteStage:
     name = "rewrite"
     whole_unit = True
 
-    def __init__(self, out: str, captioners: list[str]):
+    def __init__(self, out: Store | str, captioners: list[str]):
         self.out, self.captioners = out, captioners  # names of their stages
         self.resources, self.produces = Resources(cpus=1.0), Produces()
 
     def setup(self) -> None:
-        self.store = Store(self.out)
+        self.store = Store.of(self.out)
 
     def __call__(self, videos: list[Video]) -> list[Video]:
         unit = videos[0].unit
@@ -270,10 +276,13 @@ def clip_of(row: Mapping[str, Any]) -> Clip:
     )
 
 
-def video_of(row: Mapping[str, Any], clips: list[Clip], source: Source | None = None) -> Video:
-    """A row of videos/ and clips of it as a record again; without shots and frames."""
+def video_of(row: Mapping[str, Any], clips: list[Clip], source: Source) -> Video:
+    """A row of videos/ and clips of it as a record again; without shots and frames.
+
+    Args:
+        source: as listed; what the row says of it stands.
+    """
     meta = dict(row["meta"] or [])
-    source = source or Source(row["source"], row["name"])
     video = Video(
         source=replace(source, uri=row["source"], name=row["name"], meta=meta),
         unit=row["unit"],

@@ -17,6 +17,9 @@ measure that cannot be made is left out of `clip.scores` (a null column), never 
 | clipped | fraction of pixels crushed to black or blown to white, black borders aside |
 | black_borders | fraction of the picture in black bars along its sides |
 | watermark | fraction of the picture under overlays that stay put while the content around them changes |
+
+Two more come from the decoding itself (pipeline/split/damage.py): damaged, the fraction of frames that show damage or
+are missing, and repeated, the fraction that show just what the frame before showed.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ class ScoreStage:
     """Adds the scores of the table above to every clip; drops `Frames.grey`, which nothing later needs."""
 
     name = "scores"
+    whole_source = True
     resources = Resources(cpus=1.0)
 
     def __init__(self, recipe: Scores):

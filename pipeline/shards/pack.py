@@ -15,6 +15,7 @@ keeps the finished tars and ends as an undisturbed one does.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -23,19 +24,22 @@ import math
 import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.decide.rules import Decided, decide, schema
 from pipeline.faults import StoreError
 from pipeline.io.store import Ranges, Store
 from pipeline.recipe import Recipe, Shards
 from pipeline.record import CLIP_SCHEMA, DECISION_SCHEMA
+from pipeline.shards.provenance import INDEXED, NOT_INDEXED, VIDEO_COLUMNS, made_by, provenance
+from pipeline.stages import patiently
 
 BLOCK = 512  # tar: a member is a header block and its bytes, padded to whole blocks
 END = 2 * BLOCK  # of a tar: two blocks of zeros
@@ -52,34 +56,64 @@ ASPECTS = {
 }
 SIDES = [144, 240, 360, 480, 720, 1080, 1440, 2160, 4320]  # pixels, the shorter side
 
-# Columns of clips/ that stay out of the index: long, or about the staging tars.
-NOT_INDEXED = {"captions", "text", "meta", "sample_frames"}
-NOT_INDEXED |= {"media_tar", "media_offset", "media_size", "media_sha256"}
-INDEXED = [f.name for f in CLIP_SCHEMA if f.name not in NOT_INDEXED]
-VIDEO_COLUMNS = ["source", "width", "height", "fps", "duration_s", "codec", "rotation", "sample_aspect_ratio"]
 
-
-def shard(store: Store, recipe: Recipe) -> pa.Table:
+def shard(store: Store, recipe: Recipe, beside: Store | None = None) -> pa.Table:
     """Decide on every clip of a run and make its shards what the decisions say.
 
+    Args:
+        beside: where to put decisions, shards and recipe, in place of the run's own; a folder for another
+            set of shards of the same run, whose run.json says `of` which.
+
     Returns the contents of decisions.parquet (DECISION_SCHEMA). Raises RecipeError for a rule on an
-    unknown column, StoreError where `store` holds no run or cannot be written.
+    unknown column, StoreError where `store` holds no run or the output cannot be written.
     """
     run = read_run(store)
+    out = store if beside is None else beside
+    if "of" in run:
+        raise StoreError(
+            f"{store.uri} is a set of shards of {run['of']}, with nothing measured: "
+            f"clipmill shard {run['of']} --out {store.uri}"
+        )
+    there = run
+    if beside is not None:
+        there = _check_beside(store, beside)
+        run = {k: v for k, v in run.items() if k not in ("outcome", "asked")}
+        run["of"] = str(Path(store.uri).absolute()) if store.local else store.uri
     decided = decide(store, recipe)
-    with store.scratch() as tails:
+    with out.scratch() as tails:
         samples = _samples(store, decided, recipe, run, tails)
         index = plan(samples, recipe.shards)
-        _build(store, index, tails)
+        _build(store, out, index, tails)
     decisions = _located(decided.decisions, index)
-    old = store.read_table("decisions.parquet") if store.exists("decisions.parquet") else None
+    old = out.read_table("decisions.parquet") if out.exists("decisions.parquet") else None
     if old is None or not old.equals(decisions) or old.schema.metadata != decisions.schema.metadata:
-        store.write_table("decisions.parquet", decisions)
-    used = recipe.model_dump(mode="json", include={"decide", "shards", "choose"})
-    if run["recipe"] | used != run["recipe"]:
-        run["recipe"] |= used
-        store.write_bytes("run.json", json.dumps(run, indent=1).encode())
+        out.write_table("decisions.parquet", decisions)
+    run = run | {
+        "recipe": run["recipe"] | recipe.model_dump(mode="json", include={"decide", "shards", "choose"})
+    }
+    if run != there:
+        out.write_bytes("run.json", json.dumps(run, indent=1).encode())
     return decisions
+
+
+def _check_beside(store: Store, beside: Store) -> dict[str, Any]:
+    """What run.json says in a folder for another set of shards; {} in a new one. Raises StoreError."""
+    run = json.loads(beside.read_bytes("run.json")) if beside.exists("run.json") else {}
+    if run and "of" not in run:
+        raise StoreError(f"{beside.uri} holds a run: give another folder as --out")
+    if not run and not beside.exists("shards.partial/.plan") and any(n != ".lock" for n in beside.list()):
+        raise StoreError(
+            f"{beside.uri} is not empty and holds no shards: give a new or empty folder as --out"
+        )
+    own = [
+        f"{store.uri.rstrip('/')}/{name}/"
+        for name in ("clips", "media", "shards", "shards.partial", "videos")
+    ]
+    if f"{beside.uri.rstrip('/')}/".startswith(tuple(own)):
+        raise StoreError(
+            f"{beside.uri} is inside what the run keeps for itself: give another folder as --out"
+        )
+    return run
 
 
 def read_run(store: Store) -> dict[str, Any]:
@@ -153,8 +187,8 @@ def plan(samples: pa.Table, recipe: Shards) -> pa.Table:
     Args:
         samples: a row a kept clip, in any order, as `_samples` makes it.
 
-    Adds `tar` (relative to the folder of the shards), `offset` and `size` of the mp4, `json_offset` and
-    `json_size`; its metadata holds `plan`, a hash of all that determines the shards' bytes.
+    Adds `tar` (relative to the folder of the shards), `shard` (the same, relative to the run), `offset` and `size` of
+    the mp4, `json_offset` and `json_size`; its metadata holds `plan`, a hash of all that determines the shards' bytes.
     """
     order = pa.array(
         hashlib.blake2b(f"{recipe.seed}\0{c}".encode(), digest_size=8).digest()
@@ -177,6 +211,7 @@ def plan(samples: pa.Table, recipe: Shards) -> pa.Table:
         first += count
     where = {
         "tar": pa.array(tars, pa.string()),
+        "shard": pa.array((f"shards/{t}" for t in tars), pa.string()),
         "offset": pa.array(start + BLOCK),
         "size": pa.array(media),
         "json_offset": pa.array(start + BLOCK + _padded(media) + BLOCK),
@@ -221,15 +256,7 @@ def _samples(
     The tail is what follows the mp4 in the tar, members and headers; it is appended to `tails`, so that
     only numbers stay in memory however many clips there are.
     """
-    made_by = {
-        "clipmill": run.get("versions", {}).get("clipmill"),
-        "recipe": recipe.name,
-        "measure_key": run["measure_key"],
-        "models": [
-            {"model": c.model, "revision": c.revision} for c in recipe.captions if c.kind == "transformers"
-        ],
-        "versions": run.get("versions", {}),
-    }
+    made = made_by(recipe, run)
     rules = {name: rule.told() for name, rule in recipe.decide.rules.items()}
     repeated: dict[str, list[str]] = defaultdict(list)
     for copy, original in zip(
@@ -256,7 +283,7 @@ def _samples(
         facts = []
         for r, (clip, verdict) in enumerate(zip(clips.to_pylist(), verdicts.to_pylist(), strict=True)):
             video = videos[clip["source"]]
-            about = _provenance(clip, verdict, video, rules, repeated[clip["clip_id"]]) | {"made_by": made_by}
+            about = provenance(clip, verdict, video, rules, repeated[clip["clip_id"]]) | {"made_by": made}
             text = json.dumps(about, ensure_ascii=False).encode()  # on one line: C does it
             members = {"json": text, "txt": (verdict["caption"] or "").encode()}
             members |= {f"{n}.npy": _npy(v[r]) for n, v in vectors.items() if v[r].is_valid}
@@ -303,35 +330,6 @@ def _side_by_side(clips: pa.Table, *others: pa.Table) -> pa.Table:
     return pa.table({name: all_[name] for name in dict.fromkeys(["clip_id", "bucket", *all_])})
 
 
-def _provenance(
-    clip: dict[str, Any],
-    verdict: dict[str, Any],
-    video: dict[str, Any],
-    rules: dict[str, dict[str, Any]],
-    copies: list[str],
-) -> dict[str, Any]:
-    """key.json: where a sample is from, what was measured, by whom, and why it was kept."""
-    scores = {k.removeprefix("score_"): v for k, v in clip.items() if k.startswith("score_")}
-    captions = [c | {"scores": dict(c["scores"] or [])} for c in clip["captions"] or []]
-    told: dict[str, float] = next(
-        (c["scores"] for c in captions if c["model"] == verdict["caption_model"]), {}
-    )
-    values = clip | {f"caption.{name}": value for name, value in told.items()} | verdict
-    values |= {f"meta.{name}": value for name, value in clip["meta"] or []}
-    return (
-        {name: clip[name] for name in INDEXED}
-        | {"media_sha256": clip["media_sha256"], "video": video, "meta": dict(clip["meta"] or [])}
-        | {"caption": verdict["caption"], "caption_model": verdict["caption_model"], "captions": captions}
-        | {"text": clip["text"] or [], "scores": scores}
-        | {
-            "kept": {
-                "rules": {name: rule | {"value": values.get(rule["column"])} for name, rule in rules.items()},
-                "over_duplicates": copies,
-            }
-        }
-    )
-
-
 def _npy(vector: pa.FixedSizeListScalar) -> bytes:
     file = io.BytesIO()
     np.save(file, np.asarray(vector.values.to_numpy(), np.float32))
@@ -358,8 +356,8 @@ def _member(name: str, data: bytes) -> bytes:
 # ---------------------------------------------------------------- writing
 
 
-def _build(store: Store, index: pa.Table, tails: IO[bytes]) -> None:
-    """Make shards/ what `index` says, unless it already is."""
+def _build(run: Store, store: Store, index: pa.Table, tails: IO[bytes]) -> None:
+    """Make shards/ of `store` what `index` says, unless it already is; the clips are copied from `run`."""
     plan_hash = index.schema.metadata[b"plan"].decode()
     sizes: dict[str, int] = {}
     ends = index["offset"].to_numpy() - BLOCK  # each sample's start; its end follows
@@ -376,7 +374,7 @@ def _build(store: Store, index: pa.Table, tails: IO[bytes]) -> None:
         if not _is(store, "shards.partial/.plan", plan_hash):
             store.delete_folder("shards.partial")
             store.write_bytes("shards.partial/.plan", plan_hash.encode())
-        _write_tars(store, index, tails, sizes)
+        _write_tars(run, store, index, tails, sizes)
         _, counts = _runs(names)
         tars = [
             {"url": name, "nsamples": count, "filesize": sizes[name]}
@@ -389,7 +387,7 @@ def _build(store: Store, index: pa.Table, tails: IO[bytes]) -> None:
             "shardlist": tars,
         }
         store.write_bytes("shards.partial/wids.json", json.dumps(listing, indent=1).encode())
-        inner = [c for c in index.column_names if c.startswith(("media_", "tail_"))]
+        inner = [c for c in index.column_names if c.startswith(("media_", "tail_")) and c != "media_sha256"]
         store.write_table("shards.partial/index.parquet", index.drop_columns(inner))
     if store.exists("shards.partial/.plan"):
         store.delete("shards.partial/.plan")
@@ -400,8 +398,7 @@ def _plan_of(store: Store, folder: str) -> str:
     """The plan that a finished folder of shards was made by; '' where there is none."""
     if not store.exists(f"{folder}/index.parquet"):
         return ""
-    with store.open(f"{folder}/index.parquet") as f:
-        metadata = pq.read_schema(f).metadata or {}
+    metadata = store.read_schema(f"{folder}/index.parquet").metadata or {}
     return metadata.get(b"plan", b"").decode()
 
 
@@ -415,30 +412,33 @@ def _whole(store: Store, folder: str, sizes: dict[str, int]) -> bool:
     )
 
 
-def _write_tars(store: Store, index: pa.Table, tails: IO[bytes], sizes: dict[str, int]) -> None:
+def _write_tars(run: Store, store: Store, index: pa.Table, tails: IO[bytes], sizes: dict[str, int]) -> None:
     """Write every tar into shards.partial that is not yet there (a tar appears when it is complete)."""
-    columns = ["clip_id", "media_tar", "media_offset", "media_size", "tail_at", "tail_size"]
+    columns = ["clip_id", "media_tar", "media_offset", "media_size", "media_sha256", "tail_at", "tail_size"]
     tails.flush()
 
     def write(name: str, samples: pa.Table) -> None:
-        ranges = Ranges(store)
-        with store.writer(f"shards.partial/{name}") as tar:
+        ranges = Ranges(run)
+        with contextlib.closing(ranges), store.writer(f"shards.partial/{name}") as tar:
             for row in samples.to_pylist():
                 size = row["media_size"]
                 tar.write(_header(f"{row['clip_id']}.mp4", size))
-                ranges.copy(row["media_tar"], row["media_offset"], size, tar)
+                try:
+                    ranges.copy(row["media_tar"], row["media_offset"], size, tar, row["media_sha256"])
+                except StoreError as e:
+                    raise StoreError(f"shards/{name} cannot be written, clip {row['clip_id']}: {e}") from e
                 tail = os.pread(tails.fileno(), row["tail_size"], row["tail_at"])
                 tar.write(bytes(_padded(size) - size) + tail)
             tar.write(bytes(END))
             assert tar.tell() == sizes[name], "the plan and the tar disagree"
-        ranges.close()
 
     first = 0
     with ThreadPoolExecutor(WRITERS) as pool:
         jobs = []
         for name, count in zip(*_runs(index["tar"].to_pylist()), strict=True):
             if not store.exists(f"shards.partial/{name}"):
-                jobs.append(pool.submit(write, name, index.select(columns).slice(first, count)))
+                work = partial(write, name, index.select(columns).slice(first, count))
+                jobs.append(pool.submit(patiently, work))
             first += count
         try:
             for job in as_completed(jobs):
@@ -451,10 +451,11 @@ def _write_tars(store: Store, index: pa.Table, tails: IO[bytes], sizes: dict[str
 def _located(decisions: pa.Table, index: pa.Table) -> pa.Table:
     """decisions with the shard, offset and size of every kept clip."""
     row = pc.index_in(decisions["clip_id"], value_set=index["clip_id"].combine_chunks())
-    where = index.select(["tar", "offset", "size"]).take(row)
-    shard_name = pc.binary_join_element_wise(pa.scalar("shards"), where["tar"], "/")
-    for name, column in (("shard", shard_name), ("offset", where["offset"]), ("size", where["size"])):
-        decisions = decisions.set_column(
-            decisions.schema.get_field_index(name), DECISION_SCHEMA.field(name), column
+    where = index.select(["tar", "shard", "offset", "size"]).take(row)
+    columns = {n: where[n] for n in ("shard", "offset", "size", "tar")}
+    for name, column in columns.items():
+        i, field = decisions.schema.get_field_index(name), DECISION_SCHEMA.field(name)
+        decisions = (
+            decisions.append_column(field, column) if i < 0 else decisions.set_column(i, field, column)
         )
     return decisions

@@ -24,6 +24,7 @@ from pipeline.sources.names import (
     uri_of,
 )
 
+MAYBE = VIDEOS | UNSURE
 Wanted = Callable[[tuple[str, ...]], bool]  # of the parts of a path below its folder
 
 
@@ -34,7 +35,7 @@ def at_path(path: Path, name: str, beside: Collection[str] | None = None) -> Sou
     except OSError:
         size = None  # fetching it says what is wrong
     meta: dict[str, str] = {}
-    if suffix_of(name) in VIDEOS | UNSURE:
+    if suffix_of(name) in MAYBE:
         if beside is None:
             beside = [path.stem + s for s in SIDECARS if (path.parent / (path.stem + s)).is_file()]
         for other in sidecars_of(path.name, beside):
@@ -106,7 +107,10 @@ def walk(
         beside = set(files)
         said = {s for name in files if suffix_of(name) in VIDEOS for s in sidecars_of(name, beside)}
         for name in files:
-            if name.startswith(".") or not wanted((*below, name)):
+            if not wanted((*below, name)):
+                continue
+            if name.startswith("."):
+                left["hidden"] += suffix_of(name) in VIDEOS
                 continue
             if (why := _why_not(folder / name, beside, spelt)) is None:
                 found.append(at_path(folder / name, "/".join((*below, name)), beside))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import email.utils
+import functools
 import http.client
 import io
 import random
@@ -282,12 +283,20 @@ class _Web(urllib.request.AbstractHTTPHandler):
             raise network.refusal(self.uri, host)  # the proxy looks names up: there is no more to check
 
         def connection(host: str, **options: Any) -> Any:
+            if kind is http.client.HTTPSConnection:
+                options["context"] = _trusted()
             made = kind(host, **options)
             # where http.client makes its socket; of a proxy the person who set it has decided
             made._create_connection = network.connector(self.uri, None if proxied else self.free)
             return made
 
         return self.do_open(connection, req)
+
+
+@functools.cache
+def _trusted() -> ssl.SSLContext:
+    """The system's certificates, read once."""
+    return ssl.create_default_context()
 
 
 def _opener(uri: str, free: frozenset[str] | None) -> urllib.request.OpenerDirector:

@@ -93,7 +93,7 @@ def sidecars_of(name: str, beside: Collection[str]) -> list[str]:
 
 def counted(why: Counter[str]) -> str:
     """'3 .jpg, 1 .txt'."""
-    return ", ".join(f"{n} {label}" for label, n in sorted(why.items(), key=lambda i: (-i[1], i[0])))
+    return ", ".join(f"{n} {label}" for label, n in sorted(why.items(), key=lambda i: (-i[1], i[0])) if n)
 
 
 def is_video(head: bytes) -> bool:

@@ -157,8 +157,7 @@ def _file(f: Source, columns: dict[str, str]) -> Iterator[Source]:
 
 
 def _tell(arg: str, taken: int, left: Counter[str]) -> None:
-    if left:
-        n = left.total()
+    if n := left.total():
         log.warning("%s: %d videos; left out %d other files: %s", clean(arg), taken, n, counted(left))
 
 

@@ -91,19 +91,25 @@ def list_rows(source: Source, suffix: str, renames: dict[str, str] | None = None
     """The rows of a list. Raises SourceError where none of it can be used."""
     reading = _Reading(source.uri, renames or {})
     bad, first = 0, ""
-    with localised(source, hash=False) as local:
-        for number, row in READERS[suffix](local.path, reading):
-            try:
-                if isinstance(row, str):
-                    raise ValueError(row)
-                yield from _row(row, source, reading)
-            except (ValueError, SourceFault, TransientFault) as e:
-                where, said = f"{source.uri}#{number}", clean_text(str(e))
-                problem = f"{source.uri}, row {number}: {said}"
-                bad, first = bad + 1, first or f"row {number}: {said}"
-                passing = isinstance(e, TransientFault)
-                yield Source(where, name_of(where), problem=problem, passing=passing)
-    release(source)
+    try:
+        with localised(source, hash=False) as local:
+            for number, row in READERS[suffix](local.path, reading):
+                try:
+                    if isinstance(row, str):
+                        raise ValueError(row)
+                    yield from _row(row, source, reading)
+                except (ValueError, SourceFault, TransientFault) as e:
+                    where, said = f"{source.uri}#{number}", clean_text(str(e))
+                    problem = f"{source.uri}, row {number}: {said}"
+                    bad, first = bad + 1, first or f"row {number}: {said}"
+                    passing = isinstance(e, TransientFault)
+                    yield Source(where, name_of(where), problem=problem, passing=passing)
+    except OSError as e:
+        raise SourceError(f"{source.uri}: cannot be read: {e.strerror or e}") from e
+    except UnicodeError as e:
+        raise SourceError(f"{source.uri}: not well encoded ({e}); save it as UTF-8") from e
+    finally:
+        release(source)
     if bad:
         log.warning("%s: %d rows cannot be used and become errors, e.g. %s", source.uri, bad, first)
     if reading.guessed:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import re
 import socket
 import urllib.parse
 from collections.abc import Callable
@@ -33,7 +34,7 @@ NOT_GLOBAL = tuple(
 )
 EMBEDS = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "::/96", "::ffff:0:0:0/96")))
 
-_reached: set[str] = set()  # hosts that this process has been connected to
+_reached: set[str] = set()  # a few names of hosts that this process has been connected to
 
 Create = Callable[..., socket.socket]
 
@@ -132,7 +133,8 @@ def connector(uri: str, free: frozenset[str] | None) -> Create:
                 sock.close()
                 trouble = e
                 continue
-            _reached.add(host)
+            if len(_reached) < 3 and re.search(r"[a-z]", host.rpartition(".")[2], re.I) and ":" not in host:
+                _reached.add(host)
             return sock
         raise trouble
 

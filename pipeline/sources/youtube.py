@@ -7,13 +7,15 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pipeline.faults import Fault, SourceFault, TransientFault, WorkerFault
 from pipeline.record import Source
 from pipeline.sources import network
-from pipeline.sources.names import Limits, one_line, place_of
+from pipeline.sources.names import YOUTUBE, Limits, SourceError, one_line, place_of
 from pipeline.sources.signed import redacted
 
 # what YouTube or the network says that another time or place may better
@@ -23,6 +25,15 @@ PASSING = re.compile(
     re.I,
 )
 NO_HOST = re.compile(r"Name or service not known|Failed to resolve|getaddrinfo|No address associated", re.I)
+
+
+def check(sources: Iterable[Source]) -> None:
+    """Before any work: raises SourceError where there are YouTube videos and no yt-dlp."""
+    n = sum(YOUTUBE.match(s.uri) is not None for s in sources)
+    if n and find_spec("yt_dlp") is None:
+        raise SourceError(
+            f"{n} sources are YouTube videos, which need yt-dlp; pip install 'clipmill[youtube]'"
+        )
 
 
 def download(source: Source, to: Path, limits: Limits) -> None:

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import shutil
 import tarfile
@@ -25,7 +26,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -50,15 +51,15 @@ SOUND_GB = 4.0  # address space of the process that decodes sound
 
 
 class CutStage:
-    """Writes `media/<unit>.tar` and sets `clip.media`; a source it fails on does not hold up the others."""
+    """Writes `media/<unit>.<hash>.tar` and sets `clip.media`; a source it fails on does not hold up the others."""
 
     name = "cut"
     whole_unit = True
     lets_go = ("packets", "marks")
 
-    def __init__(self, recipe: Cut, out: str):
+    def __init__(self, recipe: Cut, out: Store | str):
         self.recipe = recipe
-        self.store = Store(out)
+        self.store = Store.of(out)
         self.resources = Resources(cpus=1)
         self.produces = Produces()
         self.child = Child(SOUND_GB)  # decodes sound
@@ -95,7 +96,7 @@ class CutStage:
                         except Exception as e:
                             fail(video, self.name, e)
                 if pieces:
-                    self._pack(f"media/{videos[0].unit}.tar", pieces)
+                    self._pack(videos[0].unit, pieces)
         except OSError as e:
             if e.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise scratch_full() from e
@@ -261,7 +262,10 @@ class CutStage:
                     "trim", start_frame=piece.clip.start_frame, end_frame=piece.clip.end_frame
                 )
                 frames = frames.filter("setpts", f"N*{spacing}")
-            for name, args, named in picture_filters(piece.video, self.recipe.height, self._lut(piece)):
+            filters = picture_filters(
+                piece.geometry, piece.video.time_base, self.recipe.height, self._lut(piece)
+            )
+            for name, args, named in filters:
                 frames = frames.filter(name, *args, **named)
             if seen is not None:
                 both = frames.filter_multi_output("split", 2)
@@ -309,7 +313,7 @@ class CutStage:
         `audio: true` every clip is encoded.
         """
         v = index.video
-        asis = picture_size(v, self.recipe.height) == (v.width, v.height)
+        asis = picture_size(v.geometry, self.recipe.height) == v.geometry.size
         if self.recipe.audio or not asis or not index.copyable or (v.frames and v.frames.by_number):
             return []
         copied = [piece for piece in pieces if index.copy(piece)]
@@ -330,23 +334,50 @@ class CutStage:
 
     # The tar -----------------------------------------------------------------------------------------
 
-    def _pack(self, name: str, pieces: list[Piece]) -> None:
-        """Write the unit's clips as one USTAR tar, sorted by source and time, and say where each lies."""
+    def _pack(self, unit: str, pieces: list[Piece]) -> None:
+        """Write the unit's clips as one USTAR tar, sorted by source and time, and say where each lies.
+
+        The tar's name holds a hash of what is in it, so another attempt at the unit, which perhaps still goes on
+        elsewhere, writes the same bytes or another file. Raises TransientFault where a clip's file has changed.
+        """
         pieces = [p for p in pieces if p.video.error is None]
         pieces.sort(key=lambda p: (p.video.source.uri, p.clip.start_frame, p.clip.end_frame))
+        sha256 = [_sha256(p.path) for p in pieces]
+        inside = "".join(f"{p.clip.clip_id} {h}\n" for p, h in zip(pieces, sha256, strict=True))
+        name = f"media/{unit}.{hashlib.sha256(inside.encode()).hexdigest()[:12]}.tar"
         with (
             self.store.writer(name) as out,
             tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar,
         ):
-            for piece in pieces:
+            for piece, wanted in zip(pieces, sha256, strict=True):
+                header = tarfile.TarInfo(f"{piece.clip.clip_id}.mp4")  # uid, gid and mtime are 0
+                header.size = piece.path.stat().st_size
+                offset = tar.offset + tarfile.BLOCKSIZE
                 with open(piece.path, "rb") as f:
-                    header = tarfile.TarInfo(f"{piece.clip.clip_id}.mp4")  # uid, gid and mtime are 0
-                    header.size = piece.path.stat().st_size
-                    sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-                    f.seek(0)
-                    offset = tar.offset + tarfile.BLOCKSIZE
-                    tar.addfile(header, f)
-                piece.clip.media = Media(name, offset, header.size, sha256, piece.width, piece.height)
+                    copied = _Hashed(f)
+                    tar.addfile(header, copied)
+                if (found := copied.sha256.hexdigest()) != wanted:
+                    raise TransientFault(
+                        f"{piece.path} changed from sha256 {wanted} to {found} while it was copied to {name}"
+                    )
+                piece.clip.media = Media(name, offset, header.size, wanted, piece.width, piece.height)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+class _Hashed(io.RawIOBase):
+    """A file that knows the hash of what was read from it so far."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        self.sha256.update(data)
+        return data
 
 
 @contextlib.contextmanager

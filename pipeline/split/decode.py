@@ -50,6 +50,10 @@ PLAYLISTS = (
     b"[Reference]",
     b"v=0",
 )
+DAMAGED, KEY, REFERRED = 1, 2, 4  # what a frame's flags say
+B_FRAME = 3  # AV_PICTURE_TYPE_B
+TELLING = {"h264", "mpeg1video", "mpeg2video", "mpeg4"}  # decoders that find errors in what they are given
+ENCRYPTED = "its pictures are encrypted (DRM); give a copy without encryption"
 NO_HEADER = {"mpegts", "mpeg"}  # their length is guessed from the first and the last stamp, which may jump
 
 
@@ -57,6 +61,7 @@ class DecodeStage:
     """Fills in what a Video is (size, rate, codec, …) and its `frames`."""
 
     name = "decode"
+    whole_source = True
 
     def __init__(self, options: Decode):
         from pipeline.stages import Produces, Resources
@@ -147,7 +152,10 @@ class Analysis:
     grey_frame: Annotated[np.ndarray, Of("int64", "m")]
     packets: Annotated[np.ndarray, Of("int64", "*", 3)]
     restarts: Annotated[np.ndarray, Of("int64", "*", 3)]
+    shapes: Annotated[np.ndarray, Of("int64", "*", 5)]
     by_number: bool
+    flags: Annotated[np.ndarray, Of("uint8", "n")]  # DAMAGED, KEY, REFERRED
+    refused: Annotated[np.ndarray, Of("int64", "*")]  # PTS of packets that the decoder refused
 
     @classmethod
     def of(cls, answer: Any, sample_size: int) -> Analysis:
@@ -162,6 +170,8 @@ class Analysis:
             and _ascending(found.sample_frame, 0, n)
             and _ascending(found.grey_frame, 0, n)
             and _ascending(found.restarts[:, 0], 1, n)
+            and _ascending(found.shapes[:, 0], 1, n)
+            and ((found.shapes > 0) & (found.shapes < 1 << 31)).all()
             and all(number > 0 for number in numbers)
             and found.rotation in (0, 90, 180, 270)
             and found.shown.size == (found.width, found.height)
@@ -186,6 +196,7 @@ class Analysis:
 
     def fill(self, video: Video) -> None:
         from pipeline.record import Frames, Sample
+        from pipeline.split import damage
 
         for name in (
             "codec",
@@ -213,8 +224,12 @@ class Analysis:
             grey_frame=self.grey_frame,
             packets=self.packets,
             restarts=self.restarts,
+            shapes=self.shapes,
             by_number=self.by_number,
             marks=marks(self.thumbs),
+            damaged=damage.spread(*(self.flags & bit > 0 for bit in (DAMAGED, KEY, REFERRED))),
+            missing=damage.missing(self.pts, self.restarts[:, 0], self.refused),
+            repeated=damage.repeated(self.thumbs),
         )
 
 
@@ -248,8 +263,8 @@ def analyse(path: str, options: Decode, beat: Callable[[], None] = lambda: None)
 def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, Any]:
     """Read a video file once and keep what `Frames` describes.
 
-    Frames that decode are used and the trouble with others is told in `warnings`. A change of picture size in
-    mid-stream is a warning too; all pictures are scaled to the sizes the first one gave.
+    Frames that decode are used and the trouble with others is told in `warnings`. A change of picture size or
+    pixel shape in mid-stream is a warning too; thumbs and grey pictures keep the sizes the first one gave.
 
     Args:
         path: a local file; no other file and no network is opened, whatever it says.
@@ -261,6 +276,8 @@ def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, An
     Raises DecodeError if nothing can be decoded or a limit is exceeded.
     """
     with _opened(path, options) as container:
+        if container.format.name == "mpegts" and _scrambled(path):
+            raise DecodeError(ENCRYPTED)
         stream = _video_stream(container, options)
         claimed_s = _claimed_duration(container, stream)
         known_s = None if container.format.name in NO_HEADER else claimed_s
@@ -337,6 +354,9 @@ def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, An
         "grey_frame": np.array(pictures.grey_frame, np.int64),
         "packets": np.array(reader.packets, np.int64).reshape(-1, 3),
         "restarts": restarts,
+        "shapes": np.array(pictures.shapes, np.int64).reshape(-1, 5),
+        "flags": np.frombuffer(bytes(reader.flags), np.uint8),
+        "refused": np.array(reader.lost, np.int64),
         "by_number": bool(repaired or restarts[:, 1].any() or not clock.own),
     }
 
@@ -392,6 +412,8 @@ def _why_not(path: str, e: Any) -> str:
 
 def _video_stream(container: InputContainer, options: Decode) -> VideoStream:
     stream = picture_stream(container)
+    if stream is not None and "enc_key_id" in stream.metadata:
+        raise DecodeError(ENCRYPTED)
     if stream is None:
         kinds = {s.type for s in container.streams}
         has = "only a cover picture" if "video" in kinds else f"only {', '.join(sorted(kinds)) or 'nothing'}"
@@ -403,6 +425,20 @@ def _video_stream(container: InputContainer, options: Decode) -> VideoStream:
     # cropping by the codec's word to the pixel, as ffmpeg does it since 7.1
     stream.codec_context.options = {"max_pixels": str(options.max_pixels), "flags": "+unaligned"}
     return stream
+
+
+def _scrambled(path: str) -> bool:
+    """Whether most packets of an MPEG transport stream with content are scrambled (ISO/IEC 13818-1, 2.4.3.3)."""
+    with open(path, "rb") as f:
+        data = np.frombuffer(f.read(4 << 20), np.uint8)
+    for size in (188, 192, 204):
+        for start in range(min(size, len(data))):
+            heads = data[start::size]
+            if len(heads) > 3 and (heads[: len(heads) // 2] == 0x47).all():
+                packets = data[start : start + len(data[start:]) // size * size].reshape(-1, size)
+                carrying = packets[(packets[:, 0] == 0x47) & (packets[:, 3] & 0x10 > 0)]
+                return bool((carrying[:, 3] & 0xC0 > 0).mean() > 0.5)
+    return False
 
 
 def _claimed_duration(container: InputContainer, stream: VideoStream) -> float | None:
@@ -433,15 +469,19 @@ class _Reader:
 
     def __init__(self, container: InputContainer, stream: VideoStream, beat: Callable[[], None]):
         self.container, self.stream, self.beat = container, stream, beat
+        self.codec = stream.codec_context.codec.canonical_name
         self.packets: list[tuple[int, int, int]] = []
         self.refused: list[str] = []  # why, for each packet that the decoder refused
-        self.damaged = 0
+        self.lost: list[int] = []  # their PTS
+        self.incomplete: set[int] = set()  # PTS of packets with bytes missing
+        self.flags = bytearray()  # of each frame
         self.stopped = ""  # why reading ended before the end of the file
 
     def frames(self) -> Iterator[VideoFrame]:
         """In the decoder's order of presentation."""
         from av.error import EOFError, FFmpegError, MemoryError
 
+        stamp = NO_PTS
         packets = self.container.demux(self.stream)
         decoder = self.stream.codec_context
         while True:
@@ -454,9 +494,14 @@ class _Reader:
                 pts = NO_PTS if packet.pts is None else packet.pts
                 dts = NO_PTS if packet.dts is None else packet.dts
                 self.packets.append((pts, dts, packet.is_keyframe))
+                stamp = dts if packet.pts is None else pts
+                if packet.is_corrupt:
+                    self.incomplete.add(stamp)
+                if packet.is_keyframe and packet.has_sidedata("encryption_info"):
+                    raise DecodeError(ENCRYPTED)
             try:
                 for frame in decoder.decode(packet):
-                    self.damaged += frame.is_corrupt
+                    self.flags.append(self._flags(frame))
                     yield frame
             except EOFError:  # flushed before
                 return
@@ -464,8 +509,17 @@ class _Reader:
                 raise
             except FFmpegError as e:
                 self.refused.append(str(e.strerror))
+                if packet is not None and stamp != NO_PTS:
+                    self.lost.append(stamp)
             if packet is None:
                 return
+
+    def _flags(self, frame: VideoFrame) -> int:
+        damaged, referred = frame.is_corrupt, frame.pict_type != B_FRAME
+        if not damaged and self.codec not in TELLING:
+            damaged = (frame.dts if frame.pts is None else frame.pts) in self.incomplete
+            referred &= not frame.key_frame  # where recordings were joined it is whole
+        return DAMAGED * damaged | KEY * frame.key_frame | REFERRED * referred
 
     def reason(self) -> str:
         reason = self.stopped or (self.refused[0] if self.refused else "")
@@ -478,8 +532,9 @@ class _Reader:
             found.append(
                 f"{n} of {len(self.packets)} packets could not be decoded ({self.refused[0].lower()})"
             )
-        if self.damaged:
-            found.append(f"damaged frames: {self.damaged}")
+        damaged = sum(flags & DAMAGED for flags in self.flags)
+        if damaged:
+            found.append(f"damaged frames: {damaged}")
         if self.stopped:
             found.append(f"reading stopped before the end ({self.stopped.lower()})")
         return found

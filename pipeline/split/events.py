@@ -26,6 +26,7 @@ import numpy as np
 from pipeline.recipe import Events, RecipeError
 from pipeline.record import Clip, Frames, Sample, Video
 from pipeline.samples import picture
+from pipeline.split.damage import measure
 from pipeline.split.shots import frames_within
 from pipeline.stages import Produces, Resources, each
 from pipeline.watch import telling
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # it imports torch
 
 Span = tuple[int, int]  # frames [start, end)
 
+DAMAGE = ("damaged", "repeated")  # scores of pipeline.split.damage
 COUNTS = (
     "pieces",
     "pieces_unseen",  # hold no sample
@@ -61,6 +63,7 @@ class EventStage:
 
     The embedding is the normalised mean of the features near the clip's two ends, `end_distance` the
     distance between those. A clip too short to hold a sample has neither. A video may have no clips.
+    Every clip has the scores `damaged` and `repeated` of pipeline.split.damage.
     Where the source's list gives intervals, each is one clip exactly; nothing is stitched or dropped. With `whole`
     every shot is one clip exactly.
     Without an embedder (kind none) every shot is one event, and clips have neither score nor embedding.
@@ -68,12 +71,13 @@ class EventStage:
     """
 
     name = "events"
+    whole_source = True
 
     def __init__(self, options: Events, whole: bool = False):
         self.options, self.whole = options, whole
         self.resources = Resources(cpus=1.0)
         if options.embedder.kind == "none":
-            self.produces = Produces()
+            self.produces = Produces(scores=[*DAMAGE])
             return
         self.embedding, size = "efficientnet_lite0", 1280
         if options.embedder.kind == "open_clip":
@@ -85,7 +89,7 @@ class EventStage:
                 size = open_clip_size(options.embedder.model, options.embedder.pretrained)
             except MissingModel as e:
                 raise RecipeError(f"events.embedder: {e}") from e
-        self.produces = Produces(scores=["end_distance"], embeddings={self.embedding: size})
+        self.produces = Produces(scores=["end_distance", *DAMAGE], embeddings={self.embedding: size})
 
     def setup(self) -> None:
         self.embedder: Embedder | None = None
@@ -146,6 +150,8 @@ class EventStage:
         frames, position = video.frames, self.options.position
         assert frames is not None
         clips = [video.clip(a, b) for a, b in spans]
+        for clip in clips:
+            clip.scores |= measure(clip, frames)
         if video.source.interval_meta:
             give_meta(video, clips)
         for clip in clips:
@@ -190,8 +196,7 @@ class EventStage:
                 counts["pieces_missed_cut"] += 1
             else:
                 whole.append(Piece(start, end, *ends))
-        assert video.frames is not None
-        events = stitch(whole, o.max_outer, set(video.frames.restarts[:, 0].tolist()))
+        events = stitch(whole, o.max_outer, set(video.breaks()))
         counts["pieces"], counts["events"] = len(found), len(events)
         return [span for event in events for span in fit(video, event, o, counts)]
 
@@ -251,13 +256,13 @@ def end_samples(frames: Frames, start: int, end: int, position: float) -> tuple[
     return first, second
 
 
-def stitch(pieces: list[Piece], max_outer: float, restarts: Collection[int] = ()) -> list[Span]:
+def stitch(pieces: list[Piece], max_outer: float, breaks: Collection[int] = ()) -> list[Span]:
     """Join neighbours; an event starts at the first piece, after a gap, at a restart of the clock (first frames
     of which are given), or where facing ends differ."""
     events: list[Span] = []
     for i, piece in enumerate(pieces):
         before = pieces[i - 1] if i else None
-        apart = before is None or before.end != piece.start or piece.start in restarts
+        apart = before is None or before.end != piece.start or piece.start in breaks
         if before is None or apart or distance(before.last, piece.first) > max_outer:
             events.append((piece.start, piece.end))
         else:

@@ -8,16 +8,21 @@ Runs in a child process (pipeline.io.isolate); imports nothing but numpy, av and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
 from pipeline.io.answer import Of
 from pipeline.io.ffmpeg import OPEN
-from pipeline.split.pictures import fitted
+from pipeline.split.clock import Grid
+from pipeline.split.cropping import container_crop
+from pipeline.split.pictures import Pictures
+
+if TYPE_CHECKING:  # the child has no need of pydantic
+    from pipeline.recipe import Decode
 
 
 @dataclass
@@ -29,35 +34,42 @@ class Resampled:
     jpegs: list[bytes]  # of the wanted frames that are there, in their order
 
 
+class _These(Grid):
+    """Frames by number, where a Grid goes by time."""
+
+    def __init__(self, frames: Sequence[int]):
+        self.frames = set(frames)
+
+    def due(self, elapsed: int) -> bool:
+        return elapsed in self.frames
+
+
 def resample(
-    path: str, wanted: list[int], size: int, quality: int, beat: Callable[[], None] = lambda: None
+    path: str, wanted: list[int], options: Decode, beat: Callable[[], None] = lambda: None
 ) -> Resampled:
     """Decode an mp4 that the cut wrote.
 
     Args:
         wanted: frames to keep, numbered from 0, increasing.
-        size: longer side of a kept frame, pixels (never enlarged).
-        quality: of the JPEGs.
+        options: anything with the fields of `recipe.Decode`; pictures are made as the first time.
     """
     import av
-    import cv2
-    from av.video.reformatter import Interpolation, VideoReformatter
 
-    keep, pts, jpegs = set(wanted), [], []
-    reformatter = VideoReformatter()
+    pts: list[int] = []
+    pictures: Pictures | None = None
     with av.open(f"file:{path}", options=OPEN, metadata_errors="replace") as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
         time_base = stream.time_base or Fraction(1, 90000)
         for n, frame in enumerate(container.decode(stream)):
             beat()
-            pts.append(frame.pts)
-            if n in keep:
-                sar = stream.sample_aspect_ratio or Fraction(1)
-                width, height = fitted(frame.width, frame.height, sar, size)
-                small = reformatter.reformat(
-                    frame, width, height, "bgr24", interpolation=Interpolation.BICUBIC, threads=1
-                )
-                options = [cv2.IMWRITE_JPEG_QUALITY, quality]
-                jpegs.append(cv2.imencode(".jpg", small.to_ndarray(), options)[1].tobytes())
+            pts.append(frame.pts or 0)
+            if pictures is None:
+                crop = container_crop(path, container.format.name, 0, (frame.width, frame.height))
+                pictures = Pictures(frame, stream, time_base, options, crop)
+                pictures.sample_grid, pictures.grey_grid = _These(wanted), _These([])
+            pictures.add(n, frame, n)
+        if pictures is not None:
+            pictures.end()
+    jpegs = [] if pictures is None else pictures.sample_jpeg.whole()
     return Resampled(np.array(pts, np.int64), time_base, jpegs)

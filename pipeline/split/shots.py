@@ -29,6 +29,7 @@ class ShotStage:
     """
 
     name = "shots"
+    whole_source = True
 
     def __init__(self, options: Shots):
         self.options = options
@@ -50,8 +51,8 @@ class ShotStage:
                 shots = given_shots(video, video.source.intervals)
             else:
                 assert video.frames.thumbs is not None
-                restarts = video.frames.restarts[:, 0].tolist()
-                edges = sorted({0, *self.cuts(video.frames.thumbs), *restarts, len(video.frames.pts)})
+                cuts = self.cuts(video.frames.thumbs)
+                edges = sorted({0, *cuts, *video.breaks(), len(video.frames.pts)})
                 shots = [Shot(a, b) for a, b in pairwise(edges)]
             video.shots = shots
             video.frames.thumbs = None

@@ -24,6 +24,7 @@ from pipeline.report import histograms
 from pipeline.report import page as report
 from pipeline.shards.pack import shard
 from tests.fixtures import run_folder
+from tests.fixtures.run_folder import flip
 
 CHROMIUM = Path("/usr/bin/chromium")
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>&'\""
@@ -149,13 +150,9 @@ def test_pictures_are_of_the_clip_they_stand_for(tmp_path: Path, root: Path):
     import cv2
 
     clip = pq.read_table(next((root / "clips").glob("*.parquet"))).to_pylist()[1]
-    store = Store(str(root))
-    with store.open(clip["media_tar"]) as file:
-        got = report_data.pictures(
-            report_data.Range(file, clip["media_offset"], clip["media_size"]), clip["duration_s"]
-        )
     tar = (root / clip["media_tar"]).read_bytes()
     mp4 = tar[clip["media_offset"] :][: clip["media_size"]]
+    got = report_data.pictures(io.BytesIO(mp4), clip["duration_s"])
     with av.open(io.BytesIO(mp4)) as container:
         frames = [f.to_ndarray(format="bgr24").astype(float) for f in container.decode(video=0)]
     for i, jpeg in enumerate(got):
@@ -165,16 +162,14 @@ def test_pictures_are_of_the_clip_they_stand_for(tmp_path: Path, root: Path):
         assert abs(int(np.argmin(error)) / len(frames) - (i + 0.5) / report_data.FRAMES) < 0.15
 
 
-def test_a_range_reads_like_the_file_it_is_part_of(tmp_path: Path):
-    (tmp_path / "all").write_bytes(bytes(range(100)))
-    own = io.BytesIO(bytes(range(10, 40)))
-    with Store(str(tmp_path)).open("all") as file:
-        part = report_data.Range(file, 10, 30)
-        for seek in ((5, 0), (3, 1), (-4, 2), (0, 0), (28, 0)):
-            assert part.seek(*seek) == own.seek(*seek)
-            assert part.read(7) == own.read(7)
-            assert part.tell() == own.tell()
-        assert part.read() == own.read() == b""
+def test_a_damaged_clip_is_named_in_place_of_its_pictures(tmp_path: Path):
+    run_folder.make_run_folder(tmp_path, sources=2, errors=0)
+    run = report_data.Run(Store(str(tmp_path)))
+    row = {c: run.clips[c][0].as_py() for c in ("media_tar", "media_offset", "media_size", "media_sha256")}
+    flip(tmp_path / row["media_tar"], row["media_offset"] + row["media_size"] // 2)
+    got = report_data.all_pictures(run, [0])
+    assert "damaged" in got[0]
+    assert row["media_sha256"] in got[0]
 
 
 def write_run(root: Path, videos: list[Video], info: dict | None = None) -> None:

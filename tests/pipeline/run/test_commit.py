@@ -43,6 +43,17 @@ def test_sweeping_removes_exactly_what_was_not_committed(tmp_path):
     assert not list((tmp_path / "media").glob(".*"))
 
 
+def test_a_tar_that_no_row_speaks_of_is_swept(tmp_path):
+    """Two workers did a unit with other bytes (one was taken for dead); the rows are the other one's."""
+    store = Store(str(tmp_path))
+    run(store, "a")
+    (used,) = store.read_table("clips/unit-a.parquet", ["media_tar"])["media_tar"].to_pylist()
+    store.write_bytes(used, b"x")
+    store.write_bytes("media/unit-a.0123456789ab.tar", b"y")
+    commit.sweep_uncommitted(store)
+    assert store.list("media") == [used]
+
+
 def test_forgetting_errors_leaves_the_good_rows_of_the_same_unit(tmp_path):
     store = Store(str(tmp_path))
     stages = [Toy()]
@@ -51,7 +62,10 @@ def test_forgetting_errors_leaves_the_good_rows_of_the_same_unit(tmp_path):
         v.unit = "one"
     run_local([*stages, commit.CommitStage(store.uri, produced(stages))], [both])
     run(store, "bad-2")
-    assert commit.forget_errors(store) == 2
+    known = commit.known_sources(store)
+    assert commit.failed(known) == ["/bad", "/bad-2"]
+    assert commit.failed(known, ["transient"]) == []
+    commit.drop(store, commit.failed(known), known)
     assert commit.done_sources(store) == {"/a"}
     assert store.list("videos") == ["videos/one.parquet"]
     assert store.list("clips") == ["clips/one.parquet"]

@@ -2,9 +2,13 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -33,8 +37,8 @@ class World:
             "path,title\n" + "".join(f"raw/{n}.mp4,Title of {n}\n" for n in "abcd")
         )
 
-    def curate(self, out: str, *more: str) -> int:
-        sees = f"{{log: {self.log}, broken: {self.broken}, name: sees}}"
+    def command(self, out: str, *more: str, runner: str = "local") -> list[str]:
+        sees = f"{{log: {self.log}, broken: {self.broken}, keep: {self.folder}/keep, name: sees}}"
         other = f"{{log: {self.log}, name: other}}"
         where = "captioner: 'tests.fixtures.seeing:Sees'"
         captions = (
@@ -42,10 +46,11 @@ class World:
         )
         sets = [f"captions={captions}", "events.min_s=0.1", "events.embedder.kind=none", "decide.rules={}"]
         sets += ["decide.duplicates.enabled=false", "decode.sample_fps=4", "cut.crf=10", "cut.height=null"]
-        command = [str(self.folder / "list.csv"), "--recipe", "smoke", "--runner", "local", *more]
-        return curate.main(
-            [*command, "--out", str(self.folder / out), *(a for s in sets for a in ("--set", s))]
-        )
+        command = [str(self.folder / "list.csv"), "--recipe", "smoke", "--runner", runner, *more]
+        return [*command, "--out", str(self.folder / out), *(a for s in sets for a in ("--set", s))]
+
+    def curate(self, out: str, *more: str) -> int:
+        return curate.main(self.command(out, *more))
 
     def calls(self) -> Counter[str]:
         """How often each captioner was asked for each clip since the last time."""
@@ -61,7 +66,9 @@ def world(tmp_path_factory) -> World:
     assert world.curate("broken_run") == 0
     world.first_calls = world.calls()
     world.broken.unlink()
+    (world.folder / "keep").mkdir()
     assert world.curate("whole_run") == 0
+    (world.folder / "keep").rename(world.folder / "shown")
     world.calls()
     return world
 
@@ -80,6 +87,7 @@ def test_retrying_asks_the_failed_captioner_of_the_failed_clips_only_and_equals_
     sources = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (world.folder / "raw").iterdir()}
     for p in sources:
         p.write_bytes(b"no video any more")  # no source is read
+    (world.folder / "keep").mkdir()
     try:
         assert world.curate("retried", "--retry-errors") == 0
     finally:
@@ -95,6 +103,11 @@ def test_retrying_asks_the_failed_captioner_of_the_failed_clips_only_and_equals_
     assert a.equals(b)
     for clip in set(before) - failed:
         assert after[clip] == before[clip]
+    for clip in failed:  # the same pictures, but for one encoding
+        a, b = (np.load(world.folder / n / f"{clip}.npy").astype(float) for n in ("shown", "keep"))
+        assert a.shape == b.shape
+        assert np.abs(a - b).mean() < 4
+        assert np.abs(a.mean((1, 2)) - b.mean((1, 2))).max() < 1.5  # colours are not shifted
     said = capsys.readouterr()
     assert f"captions tried again, from the clips: sees {len(failed)}" in said.err
     assert "failed" not in said.out
@@ -132,10 +145,9 @@ def test_a_clip_whose_bytes_are_others_is_not_captioned(world):
     out = copy_of(world, "damaged")
     store = Store(str(out))
     wanted = relabel.failed(store)
-    unit = relabel.work(store, wanted, {})[0]
-    media = unit[0].clips[0].media
-    with open(out / media.tar, "r+b") as f:
-        f.seek(media.offset + media.size // 2)
+    clip = next(c for c in rows(out, "clips") if c["clip_id"] in wanted["sees"])
+    with open(out / clip["media_tar"], "r+b") as f:
+        f.seek(clip["media_offset"] + clip["media_size"] // 2)
         f.write(b"\0" * 64)
     assert world.curate("damaged", "--retry-errors") == 4
     assert "sees" not in {k.split()[0] for k in world.calls()}
@@ -148,3 +160,30 @@ def test_frames_shown_are_kept_with_the_clip(world):
         assert all(clip["start_frame"] <= n < clip["end_frame"] for n in inside)
         (told,) = {k["text"].split("]")[0] + "]" for k in clip["captions"]}
         assert told == str(inside)
+
+
+def test_a_clip_that_cannot_be_decoded_again_keeps_its_error_and_is_told(world, capsys):
+    out = copy_of(world, "undecodable")
+    wanted = relabel.failed(Store(str(out)))
+    for path in (out / "clips").iterdir():
+        table = pq.read_table(path)
+        frames = [[n + 1000 for n in f] for f in table["sample_frames"].to_pylist()]
+        at = table.schema.get_field_index("sample_frames")
+        pq.write_table(
+            table.set_column(at, table.schema.field(at), pa.array(frames, table.schema.types[at])), path
+        )
+    assert world.curate("undecodable", "--retry-errors") == 0
+    world.calls()
+    assert relabel.failed(Store(str(out))) == wanted
+    assert "its captions stay as they are" in capsys.readouterr().err
+
+
+def test_on_ray_captions_are_tried_again_as_in_this_process(world):
+    pytest.importorskip("ray")
+    out = copy_of(world, "on_ray")
+    command = world.command("on_ray", "--retry-errors", "--workers", "1", runner="ray")
+    done = subprocess.run([sys.executable, "-m", "jobs.curate", *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(world.calls().values()) == {1}
+    whole = {c["clip_id"]: c for c in rows(world.folder / "whole_run", "clips")}
+    assert {c["clip_id"]: c for c in rows(out, "clips")} == whole

@@ -235,7 +235,7 @@ def test_captions_are_sampled_by_weight_or_chosen_by_a_function(shards):
         reader = read(shards, captions="sample", shuffle=False)
         reader.epoch = epoch
         sample = next(iter(reader))
-        candidates = {c["text"]: c["scores"]["consensus"] for c in sample["meta"]["captions"]}
+        candidates = {c["text"]: json.loads(c["scores"])["consensus"] for c in sample["meta"]["captions"]}
         told[sample["caption"]] += 1
         weights = candidates
     total = sum(weights.values())

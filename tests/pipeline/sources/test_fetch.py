@@ -26,7 +26,7 @@ import pytest
 
 from pipeline.faults import Fault, SourceFault, TransientFault, WorkerFault
 from pipeline.record import Source
-from pipeline.sources import fetch, http, names, network
+from pipeline.sources import fetch, http, names, network, youtube
 from pipeline.sources import scratch as scratch_folder
 from pipeline.sources.fetch import localised, release
 from pipeline.sources.names import Limits
@@ -473,6 +473,38 @@ def test_youtube_without_yt_dlp_names_the_extra(monkeypatch: pytest.MonkeyPatch,
     assert (
         refused(url, kind=WorkerFault) == f"{url}: YouTube videos need yt-dlp; pip install clipmill[youtube]"
     )
+
+
+def test_a_run_that_needs_yt_dlp_says_so_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(youtube, "find_spec", lambda name: None)
+    listed = [Source(u, u) for u in ("https://youtu.be/x", "/a.mp4", "https://www.youtube.com/watch?v=y")]
+    with pytest.raises(names.SourceError, match="2 sources are YouTube videos"):
+        youtube.check(listed)
+    youtube.check(listed[1:2])
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        # as yt-dlp 2025 says it
+        ("ERROR: [youtube] x: Video unavailable", SourceFault),
+        (
+            "ERROR: [youtube] x: Private video. Sign in if you've been granted access to this video",
+            SourceFault,
+        ),
+        ("ERROR: [youtube] x: Sign in to confirm you’re not a bot. Use --cookies", TransientFault),
+        ("ERROR: unable to download video data: HTTP Error 503: Service Unavailable", TransientFault),
+        ("ERROR: unable to download video data: HTTP Error 403: Forbidden", SourceFault),
+        (
+            "ERROR: [youtube] x: Unable to download API page: HTTP Error 429: Too Many Requests",
+            TransientFault,
+        ),
+        ("ERROR: [youtube] x: Read timed out. (read timeout=20.0)", TransientFault),
+    ],
+)
+def test_what_yt_dlp_says_has_its_kind(said: str, kind: type[Fault]) -> None:
+    fault = youtube._fault(Source("https://youtu.be/x", "x"), said)
+    assert type(fault) is kind
 
 
 def test_only_youtube_goes_through_yt_dlp() -> None:

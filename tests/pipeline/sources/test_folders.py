@@ -57,7 +57,18 @@ def test_every_extension_that_libavformat_lists_for_what_we_open_is_known() -> N
 def test_every_file_is_taken_or_counted_as_left_out(top: Path, caplog: pytest.LogCaptureFixture) -> None:
     """However the extensions are mixed, the counts add up to what is there."""
     taken = [f"v{i}{s}" for i, s in enumerate(sorted(VIDEOS))]
-    other = ["a.jpg", "b.jpg", "c.txt", "d.swf", "sub/e.xyz", "README", "f.mp4.part", "v9.f137.mp4", "g.gif"]
+    other = [
+        "a.jpg",
+        "b.jpg",
+        "c.txt",
+        "d.swf",
+        "sub/e.xyz",
+        "README",
+        "f.mp4.part",
+        "v9.f137.mp4",
+        "g.gif",
+        "._v1.mp4",
+    ]
     touch(top, *taken, *other, ".hidden")
     with caplog.at_level(logging.WARNING):
         assert sorted(names(top)) == sorted(taken)
@@ -71,6 +82,7 @@ def test_every_file_is_taken_or_counted_as_left_out(top: Path, caplog: pytest.Lo
         ".xyz": 1,
         ".gif": 1,
         "without extension": 1,
+        "hidden": 1,
         "unfinished or in pieces (a downloader's)": 2,
     }
 

@@ -623,6 +623,19 @@ def test_lists_and_tars_in_a_bucket(bucket: Path) -> None:
         assert Path(local.path).read_bytes() == SAMPLES[1][1]
 
 
+def test_a_list_in_a_bucket_names_neither_local_files_nor_other_buckets(bucket: Path) -> None:
+    (bucket / "lists").mkdir()
+    rows = ["/etc/passwd", "file:///etc/passwd", "~/x.mp4", "../../other/x.mp4", "/etc/x.tar"]
+    (bucket / "lists/l.txt").write_text("\n".join([*rows, "../v/a.mp4"]))
+    *bad, good = list_sources(["s3://bucket/lists/l.txt"])
+    assert good.uri == "s3://bucket/v/a.mp4"
+    assert len(bad) == len(rows)
+    for source in bad:
+        assert "cannot name files of this machine" in problem(
+            source
+        ) or "out of the list's bucket" in problem(source)
+
+
 # Units --------------------------------------------------------------------------------------------
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import logging
 import random
 import tempfile
+from collections.abc import Iterator
 from datetime import time, timedelta
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import pytest
 from jobs import curate
 from pipeline.faults import SourceFault
 from pipeline.record import Source
-from pipeline.sources import fetch
+from pipeline.sources import fetch, lists
 from pipeline.sources.columns import seconds
 from pipeline.sources.listing import list_sources
 from pipeline.sources.names import SourceError
@@ -256,6 +258,23 @@ def test_a_truncated_parquet_is_named_as_such(tmp_path: Path, keep: float) -> No
         list_sources([str(path)])
 
 
+def test_a_list_that_breaks_while_it_is_read_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "l.tsv").write_bytes("path\na.mp4\n".encode("utf-16")[:-1])
+    with pytest.raises(SourceError, match=r"l\.tsv: not well encoded"):
+        list_sources([str(tmp_path / "l.tsv")])
+
+    def broken(path: str, reading: object) -> Iterator[tuple[int, dict[str, object]]]:
+        yield 1, {"path": "a.mp4"}
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "l.csv").write_text("path\na.mp4\n")
+    monkeypatch.setitem(lists.READERS, ".csv", broken)  # type: ignore[arg-type]
+    with pytest.raises(SourceError, match=r"l\.csv: cannot be read: Input/output error"):
+        list_sources([str(tmp_path / "l.csv")])
+
+
 # To the end ---------------------------------------------------------------------------------------
 
 
@@ -278,6 +297,28 @@ def test_clips_of_a_list_and_whole_videos_and_any_name_come_out(tmp_path: Path) 
     clips = [c for f in (out / "clips").glob("*.parquet") for c in pq.read_table(f).to_pylist()]
     found = {(c["start_s"], c["end_s"]): c["captions"][0]["text"] for c in clips}
     assert found == {(0.0, 0.4): "one", (1.0, 2.0): "two", (0.0, 5.0): "all"}
+
+
+def test_a_mended_row_leaves_no_error_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(videos.made(videos.cfr, frames=10).read_bytes())
+    args = [str(tmp_path / "l.csv"), "--out", str(tmp_path / "out"), "--recipe", "smoke", "--runner", "local"]
+
+    def rows() -> dict[str, str | None]:
+        curate.main([*args, "--whole", "--set", "captions=[]"])
+        files = (tmp_path / "out/videos").glob("*.parquet")
+        return {r["name"]: r["stage"] for f in files for r in pq.read_table(f).to_pylist()}
+
+    (tmp_path / "l.csv").write_text("path,start,end\na.mp4,,\nb.mp4,3,1\n")
+    bad = f"{tmp_path}/l.csv#3".lstrip("/")
+    assert rows() == {"a.mp4": None, bad: "list"}
+    assert rows() == {"a.mp4": None, bad: "list"}
+    assert "are mended" not in capsys.readouterr().err
+    (tmp_path / "l.csv").write_text("path,start,end\na.mp4,,\nb.mp4,,\n")
+    assert rows() == {"a.mp4": None, "b.mp4": None}
+    said = capsys.readouterr().err
+    assert "1 errors of listing are mended or gone" in said
+    assert "no longer in the list" not in said
 
 
 def test_a_file_whose_name_begins_with_a_dash_can_be_given(

@@ -318,7 +318,7 @@ def test_what_is_produced_is_declared():
     assert EventStage(Events()).produces.embeddings == {"efficientnet_lite0": 1280}
     clip = EventStage(Events(embedder=Embedder(kind="open_clip", pretrained="openai")))
     assert clip.produces.embeddings == {"open_clip_vit_b_32": 512}
-    assert clip.produces.scores == ["end_distance"]
+    assert clip.produces.scores == ["end_distance", "damaged", "repeated"]
 
 
 def test_given_clips_carry_their_own_metadata_in_any_order_and_once():
@@ -334,7 +334,7 @@ def test_given_clips_carry_their_own_metadata_in_any_order_and_once():
 def test_without_an_embedder_every_shot_is_one_event_of_allowed_length():
     s = EventStage(Events(embedder=Embedder(kind="none"), min_s=2, max_s=10, longer="split"))
     s.setup()
-    assert (s.produces.scores, s.produces.embeddings) == ([], {})
+    assert (s.produces.scores, s.produces.embeddings) == (["damaged", "repeated"], {})
     v = steady(30, 10)
     v.shots = [Shot(0, 15), Shot(15, 60), Shot(60, 300)]
     s([v])
