@@ -433,6 +433,11 @@ class Limits(Section):
         description="a stage without progress hangs: its worker is replaced, the source an error row",
     )
     setup_s: float = Field(1800.0, gt=0, description="a worker that loads its models")
+    chunk_s: float = Field(
+        600.0,
+        gt=0,
+        description="a longer source goes on in chunks once its clips are known, each committed on its own",
+    )
 
 
 class Recipe(Section):

@@ -199,6 +199,11 @@ class Video:
     counts: dict[str, int] = field(default_factory=dict)  # 'shots', 'events_too_short', …
     error: Error | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # wall seconds a stage spent on it
+    chunk: int = 0  # of a long source: which of its `chunks` this is (pipeline.run.chunks)
+    chunks: int = 1
+    committed: dict[int, tuple[str, int]] = field(
+        default_factory=dict
+    )  # chunks an earlier run has finished → (sha256, chunks)
 
     def pts_of(self, frame: int) -> int:
         """PTS of a frame; of frame n (one past the last) the PTS at which the video ends."""
@@ -311,6 +316,7 @@ VIDEO_SCHEMA = _described(
         ("mtime_ns", pa.int64(), "when it was last modified, ns since 1970; null where it is not local"),
         ("intervals_key", pa.string(), "hash of the clips that the list gives; '' where it gives none"),
         ("interval_meta_key", pa.string(), "hash of what the list says of each of these clips"),
+        ("chunks", pa.int32(), "units it was divided into after splitting, 1 for most"),
         ("pix_fmt", pa.string(), "libav's name of the pixel format"),
         (
             "crop",
@@ -416,6 +422,7 @@ def video_row(v: Video) -> dict[str, Any]:
         "mtime_ns": v.source.mtime_ns,
         "intervals_key": v.source.intervals_key(),
         "interval_meta_key": v.source.interval_meta_key(),
+        "chunks": v.chunks,
         "pix_fmt": v.pix_fmt or None,
         "crop": list(g.crop) if seen else None,
         "mirrored": g.orientation.mirrored if seen else None,

@@ -138,6 +138,7 @@ def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video
         _say(line)
     commit.sweep_uncommitted(store)
     units = _units(listed, done, commit.units(store))
+    commit.take_up_chunks(store, units)
     todo = sum(map(len, units))
     if todo < len(listed):
         _say(f"{len(listed) - todo:,} of {len(listed):,} sources are done already")

@@ -17,6 +17,7 @@ from pipeline.recipe import Shots
 from pipeline.record import Shot, Video
 from pipeline.split.transitions import Span, find, without
 from pipeline.stages import Produces, Resources, each
+from pipeline.watch import telling
 
 SPAN = 8  # frames the cheap difference looks ahead: a fade or dissolve adds up over several
 
@@ -29,6 +30,7 @@ class ShotStage:
     """
 
     name = "shots"
+    whole_source = True
 
     def __init__(self, options: Shots):
         self.options = options
@@ -76,7 +78,7 @@ class ShotStage:
             from models.curation.transnet import boundary_probabilities
 
             chosen = candidate_windows(thumbs, o.candidate_threshold)
-            one, many = boundary_probabilities(self.net, thumbs, chosen).T
+            one, many = boundary_probabilities(self.net, thumbs, telling(chosen)).T
             found = boundary_cuts(one, o.threshold)
         return found, [] if o.transitions == "keep" else find(thumbs, found, many)
 
