@@ -16,6 +16,7 @@ import numpy as np
 from pipeline.recipe import Shots
 from pipeline.record import Shot, Video
 from pipeline.stages import Produces, Resources, each
+from pipeline.watch import telling
 
 SPAN = 8  # frames the cheap difference looks ahead: a fade or dissolve adds up over several
 
@@ -68,7 +69,7 @@ class ShotStage:
         from models.curation.transnet import boundary_probabilities
 
         chosen = candidate_windows(thumbs, o.candidate_threshold)
-        return boundary_cuts(boundary_probabilities(self.net, thumbs, chosen), o.threshold)
+        return boundary_cuts(boundary_probabilities(self.net, thumbs, telling(chosen)), o.threshold)
 
 
 def candidate_windows(thumbs: np.ndarray, threshold: float) -> list[int]:
