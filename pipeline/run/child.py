@@ -286,7 +286,8 @@ class _Up(logging.Handler):
         self.tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.tell(("said", record.levelno, str(record.msg), record.getMessage()))
+        if threading.current_thread() is threading.main_thread():  # the pipe is its alone
+            self.tell(("said", record.levelno, str(record.msg), record.getMessage()))
 
 
 def serve(fd: int, parent: int) -> None:
@@ -312,29 +313,35 @@ def serve(fd: int, parent: int) -> None:
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        _serve(pipe)
+    sys.stderr.flush()
+    os._exit(0)  # threads that libraries have started may not survive the interpreter's end
+
+
+def _serve(pipe: Connection) -> None:
+    try:
+        limits = pickle.loads(pipe.recv_bytes())
+        worker = Worker(pickle.loads(pipe.recv_bytes()), Alarm(limits, pipe.send))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except (Exception, SystemExit) as e:
+        pipe.send(("broken", " ".join(str(e).split()) if isinstance(e, RecipeError) else sentence(e)))
+        return
+    pipe.send(("ready",))
+    while True:
+        verdicts, alone, last = pipe.recv()
+        videos = pickle.loads(pipe.recv_bytes())
         try:
-            limits = pickle.loads(pipe.recv_bytes())
-            worker = Worker(pickle.loads(pipe.recv_bytes()), Alarm(limits, pipe.send))
-        except (EOFError, BrokenPipeError, ConnectionResetError):
+            found = worker.run(videos, verdicts, alone, pipe.send)
+        except Fault as e:
+            pipe.send(("fault", e.kind, sentence(e)))
             return
-        except (Exception, SystemExit) as e:
-            pipe.send(("broken", " ".join(str(e).split()) if isinstance(e, RecipeError) else sentence(e)))
+        except Exception as e:
+            pipe.send(("fault", "bug", sentence(e)))
             return
-        pipe.send(("ready",))
-        while True:
-            verdicts, alone, last = pipe.recv()
-            videos = pickle.loads(pipe.recv_bytes())
-            try:
-                found = worker.run(videos, verdicts, alone, pipe.send)
-            except Fault as e:
-                pipe.send(("fault", e.kind, sentence(e)))
-                return
-            except Exception as e:
-                pipe.send(("fault", "bug", sentence(e)))
-                return
-            del videos
-            good = sum(v.error is None for unit in found for v in unit)
-            found = [] if last else found[::-1]
-            pipe.send(("units", good, [unit[0].unit for unit in reversed(found)]))
-            while found:
-                pipe.send_bytes(pickle.dumps(found.pop(), protocol=5))
+        del videos
+        good = sum(v.error is None for unit in found for v in unit)
+        found = [] if last else found[::-1]
+        pipe.send(("units", good, [unit[0].unit for unit in reversed(found)]))
+        while found:
+            pipe.send_bytes(pickle.dumps(found.pop(), protocol=5))

@@ -141,8 +141,9 @@ class StageProcess:
             self.start()
         assert self._pipe is not None
         try:
-            while not self.ready:
-                self._set_up(beat)
+            for again in range(MAX_DEATHS - 1, -1, -1):
+                if not self.ready:
+                    self._set_up(beat, again)
             self.stage = self.source = ""
             self.deadline, self.late = time.monotonic() + self.limits.stall_s, "(limits.stall_s)"
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # told by _next
@@ -162,13 +163,19 @@ class StageProcess:
             self.close()  # also when it is interrupted between request and reply
             raise
 
-    def _set_up(self, beat: Callable[[], None]) -> None:
-        """Wait until it is ready. Raises SetupError, and WorkerFault where the process dies or hangs in it."""
+    def _set_up(self, beat: Callable[[], None], again: int) -> None:
+        """Wait until it is ready. Raises SetupError, and WorkerFault where the process hangs or dies in it.
+
+        Where it dies, another is started `again` times more.
+        """
         try:
             while (message := self._next(beat))[0] == "said":
                 heard(*message[1:])
             kind, *rest = message
         except Died as e:
+            if again and not e.hung:
+                self.start()
+                return
             raise WorkerFault(f"a worker's stages cannot be set up: {e.how}") from e
         if kind == "broken":
             raise SetupError(rest[0])

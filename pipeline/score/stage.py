@@ -33,6 +33,7 @@ from pipeline.score.motion import MOTION, motion_of
 from pipeline.score.picture import PICTURE, active_area, decode_grey, picture_scores
 from pipeline.score.watermark import COMPANY, Evidence, watermarks
 from pipeline.stages import Produces, Resources, each
+from pipeline.watch import telling
 
 
 class ScoreStage:
@@ -56,7 +57,7 @@ class ScoreStage:
             if video.frames is None:
                 continue
             if self.recipe.motion:
-                for clip in video.clips:
+                for clip in telling(video.clips):
                     _put(clip, motion_of(video, clip))
             if self.recipe.picture or self.recipe.watermark:
                 for first in range(0, len(video.clips), COMPANY):
@@ -66,7 +67,7 @@ class ScoreStage:
 
     def _score_pictures(self, video: Video, clips: list[Clip]) -> None:
         evidence: list[Evidence | None] = []
-        for clip in clips:
+        for clip in telling(clips):
             pictures = decode_grey(samples(video, clip))
             if not len(pictures):
                 evidence.append(None)

@@ -22,6 +22,7 @@ from pipeline.record import Source
 from pipeline.sources import network
 from pipeline.sources.names import CHUNK, Limits, one_line, place_of
 from pipeline.sources.signed import clean, redacted
+from pipeline.watch import progress
 
 LATER = {408, 425, 429}  # HTTP answers that a later try may better, besides those from 500 on …
 NEVER = {501, 505, 506, 510, 511}  # … but for these
@@ -166,6 +167,7 @@ class _Transfer:
         # read1 returns what has arrived, so that a trickle cannot hold us beyond the deadline
         while data := answer.read1(CHUNK):
             self.out.write(data)
+            progress()
             have = self.out.tell()
             if have > self.limits.max_bytes:
                 raise SourceFault(f"{self.uri}: more than the limit of {self.limits.max_bytes} bytes")

@@ -75,7 +75,8 @@ class CutStage:
             test = ["-f", "lavfi", "-i", "color=size=256x256:rate=25:duration=0.2", "-pix_fmt", "yuv420p"]
             options = [str(a) for k, v in encoder(self.recipe, 25.0).items() for a in (f"-{k}", v)]
             try:
-                ffmpeg.run([self.exe, *test, *options, "-f", "mp4", f"{folder}/trial.mp4"], 60)
+                trial = [self.exe, *test, *options, "-f", "mp4", f"{folder}/trial.mp4"]
+                patiently(lambda: ffmpeg.run(trial, 60))
             except ffmpeg.FFmpegError as e:
                 raise RecipeError(
                     f"cut.codec {self.recipe.codec}: ffmpeg {'.'.join(map(str, self.version))} cannot encode "

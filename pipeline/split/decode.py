@@ -27,7 +27,7 @@ import numpy as np
 from pipeline.geometry import Geometry
 from pipeline.io.answer import Of, Refused, checked, whole
 from pipeline.io.ffmpeg import OPEN, picture_stream
-from pipeline.io.isolate import Child, ChildError, Stalled
+from pipeline.io.isolate import Child, ChildError, Killed, Stalled
 
 if TYPE_CHECKING:  # the child has no need of pyarrow and pydantic
     from av.container import InputContainer
@@ -89,7 +89,7 @@ class DecodeStage:
         return videos
 
     def _decode(self, video: Video) -> None:
-        from pipeline.faults import SourceFault
+        from pipeline.faults import SourceFault, TransientFault
         from pipeline.sources.fetch import localised
 
         assert self.child is not None, "setup() comes first"
@@ -117,6 +117,8 @@ class DecodeStage:
                     f"{name}: no frame for {options.stall_s:g} s; the decoder hangs on this file, re-encode it "
                     "or raise decode.stall_s"
                 ) from e
+            except Killed as e:
+                raise TransientFault(f"{name}: the decoder is killed on this file ({e})") from e
             except (ChildError, Refused) as e:
                 self.child.close()  # it may no longer be itself
                 raise SourceFault(f"{name}: the decoder crashed on this file ({e}); re-encode it") from e

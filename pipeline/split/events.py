@@ -29,6 +29,7 @@ from pipeline.samples import picture
 from pipeline.split.damage import measure
 from pipeline.split.shots import frames_within
 from pipeline.stages import Produces, Resources, each
+from pipeline.watch import telling
 
 if TYPE_CHECKING:  # it imports torch
     from models.curation.embed import Embedder
@@ -134,9 +135,10 @@ class EventStage:
             wanted.append(sorted(set(ends) - f.known.keys()))
 
         def shown() -> Iterator[np.ndarray]:
-            for video, samples in zip(each(f.video for f in features if f), wanted, strict=True):
-                assert video.frames is not None
-                yield from (picture(video.frames.samples[i]) for i in samples)
+            # not announced one by one: pictures of several videos are embedded at once
+            for f, samples in zip(features, wanted, strict=True):
+                assert f is not None
+                yield from (picture(f.frames.samples[i]) for i in telling(samples))
 
         rows = iter(self.embedder.embed(shown()))
         for f, samples in zip(features, wanted, strict=True):
