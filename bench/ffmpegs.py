@@ -48,6 +48,9 @@ def main() -> int:
     tests = [
         "tests/pipeline/split/test_cut.py",
         "tests/pipeline/split/test_clock.py",
+        "tests/pipeline/split/test_geometry.py",
+        "tests/pipeline/split/test_interlaced.py",
+        "tests/pipeline/split/test_tone.py",
         "tests/pipeline/io/test_ffmpeg.py",
     ]
     return subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=env).returncode

@@ -5,19 +5,31 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pipeline.io.store import Store
 
 EPILOG = """
 DIR is the output of 'clipmill curate'. What it measured stays; thresholds are applied anew and the kept
-clips are copied into new shards. Only the recipe's 'decide' and 'shards' sections are used.
+clips are copied into new shards. Only the recipe's 'decide' and 'shards' sections are used, and which
+caption is chosen ('choose.method', 'choose.order').
 
 examples
   clipmill shard run/ --set decide.rules.too_short.min=3
-  clipmill shard run/ --set 'decide.rules.still={column: score_motion, min: 0.05}'
+  clipmill shard run/ --set 'decide.rules.still={column: score_motion, min: 0.05}' --dry-run
+  clipmill shard run/ --set 'decide.rules.sea={column: caption, contains: [sea, wave], excludes: cartoon}'
+  clipmill shard run/ --set 'decide.rules.seen={column: meta.views, min: 1000}'
+  clipmill shard run/ --set decide.rules.blurred=null
+  clipmill shard run/ --set 'choose={method: order, order: [Qwen/Qwen2.5-VL-7B-Instruct, tags-baseline]}'
   clipmill shard run/ --set decide.duplicates.across=0.9 --set shards.max_clips=500
-  clipmill shard run/ --recipe my_thresholds.yaml
+  clipmill shard run/ --recipe my_thresholds.yaml --out run-strict/
 
-A rule keeps a clip while min ≤ column ≤ max; any number column of DIR/clips/ can be used, and
-caption.consensus or another score of the chosen caption. What is used is remembered in DIR/run.json.
+A rule keeps a clip while min ≤ column ≤ max, or while a text contains, excludes, matches or does not match what
+is asked; see 'clipmill recipe explain decide.rules'. What is used is remembered in DIR/run.json, or with --out
+there: the run and its own shards stay as they are.
 """
 
 
@@ -39,11 +51,15 @@ def main(argv: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override one key of decide or shards",
+        help="override one key of decide, shards or choose",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be kept, write nothing")
+    parser.add_argument(
+        "--out", metavar="OUT", help="put this set of shards into a folder of its own, beside those of DIR"
     )
     args = parser.parse_args(argv)
 
-    from pipeline.decide.rules import funnel
+    from pipeline.decide.rules import decide
     from pipeline.faults import StoreError
     from pipeline.io.store import Store
     from pipeline.recipe import RecipeError, load, parse
@@ -51,32 +67,78 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         for item in args.set:
-            if not item.startswith(("decide.", "shards.")):
-                raise RecipeError(
-                    f"--set {item}: only decide.* and shards.* can be changed on a finished run; "
-                    f"for the rest run clipmill curate into a new folder"
-                )
+            check_later(item)
         store = Store(args.dir)
         saved = read_run(store)["recipe"]
+        measured = parse(saved, [], f"{args.dir}/run.json")
         recipe = parse(saved, [] if args.recipe else args.set, f"{args.dir}/run.json")
         if args.recipe:
             other = load(args.recipe, args.set)
-            recipe = recipe.model_copy(update={"decide": other.decide, "shards": other.shards})
-        with store.lock():
-            decisions = shard(store, recipe)
+            recipe = recipe.model_copy(
+                update={name: getattr(other, name) for name in ("decide", "shards", "choose")}
+            )
+        ours = {"method": recipe.choose.method, "order": recipe.choose.order}
+        recipe = recipe.model_copy(update={"choose": measured.choose.model_copy(update=ours)})
+        if args.dry_run:
+            decisions = decide(store, recipe).decisions
+            kept = tell(decisions)
+            print(f"{kept:,} clips would be kept{compared(store, decisions)}; nothing was written")
+            return 0
+        out = Store(args.out) if args.out else store
+        with out.lock():
+            decisions = shard(store, recipe, out if args.out else None)
     except (RecipeError, StoreError) as e:
         print(f"clipmill shard: {e}", file=sys.stderr)
         return 2
 
-    kept = sum(decisions["keep"].to_pylist())
+    kept = tell(decisions)
+    tars = len(set(decisions["shard"].drop_null().to_pylist()))
+    print(f"{kept:,} clips in {tars:,} tars: {out.path('shards')}")
+    print(f"look at them: clipmill report {shlex.quote(args.out or args.dir)}")
+    return 0
+
+
+def check_later(item: str) -> None:
+    """Raises RecipeError for a setting that is about more than what was measured."""
+    from pipeline.recipe import RecipeError
+    from pipeline.recipe_file import dotted, split_setting
+
+    keys, value = split_setting(item)
+    if keys[0] in ("decide", "shards") or keys[:2] in (["choose", "method"], ["choose", "order"]):
+        return
+    if keys == ["choose"] and not any(
+        word in value for word in ("model:", "pretrained:", "frames:", "clip_score:")
+    ):
+        return
+    raise RecipeError(
+        f"--set {dotted(keys)}: only decide.*, shards.*, choose.method and choose.order can be changed on a "
+        "finished run; for the rest run clipmill curate into a new folder"
+    )
+
+
+def tell(decisions: pa.Table) -> int:
+    """Print the funnel; returns how many clips are kept."""
+    from pipeline.decide.rules import funnel
+
     print(f"{'rule':24} {'fail it':>9} {'dropped':>9} {'left':>9}")
     print(f"{'(measured)':24} {'':>9} {'':>9} {len(decisions):>9,}")
     for line in funnel(decisions):
         print(f"{line.rule:24} {line.alone:>9,} {line.in_order:>9,} {line.left:>9,}")
-    tars = len(set(decisions["shard"].drop_null().to_pylist()))
-    print(f"{kept:,} clips in {tars:,} tars: {store.path('shards')}")
-    print(f"look at them: clipmill report {shlex.quote(args.dir)}")
-    return 0
+    return sum(decisions["keep"].to_pylist())
+
+
+def compared(store: Store, decisions: pa.Table) -> str:
+    """What would change beside the decisions that are there."""
+    if not store.exists("decisions.parquet"):
+        return ""
+    before = store.read_table("decisions.parquet", ["clip_id", "keep"])
+    kept = [
+        {c for c, k in zip(t["clip_id"].to_pylist(), t["keep"].to_pylist(), strict=True) if k}
+        for t in (before, decisions)
+    ]
+    return (
+        f" ({len(kept[0]):,} are now; {len(kept[0] - kept[1]):,} would go, {len(kept[1] - kept[0]):,} come)"
+    )
 
 
 if __name__ == "__main__":

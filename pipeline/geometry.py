@@ -5,14 +5,14 @@ what the models see (`pipeline.split.pictures`) and what is written (`pipeline.s
 what swscale, PyAV or ffmpeg of one age or another would do by themselves is switched off. It needs no more than
 numpy: the decoding child, which has no use for pyarrow, imports it too.
 
-The order is: a picture of another size is scaled to the first one's; interlaced ones are deinterlaced; then
-crop, turn and mirror; then the size it is wanted in; then the colours.
+The order is: interlaced pictures are deinterlaced; then crop, turn and mirror; then the size they are wanted in;
+then the colours. Size and pixel shape may change in mid-stream (`reshaped`), the rest stays the first frame's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -180,6 +180,22 @@ class Geometry:
         return (h, w) if self.orientation.transpose else (w, h)
 
     @property
+    def aspect(self) -> float:
+        """Width ÷ height as shown."""
+        return self.size[0] * float(self.sar) / self.size[1]
+
+    def reshaped(self, width: int, height: int, sar: Fraction) -> Geometry:
+        """For pictures of another stored size and pixel shape (as stored, width ÷ height) further on."""
+        left, top, right, bottom = self.crop
+        fits = left + right < width and top + bottom < height
+        return replace(
+            self,
+            stored=(width, height),
+            crop=self.crop if fits else (0, 0, 0, 0),
+            sar=1 / sar if self.orientation.transpose else sar,
+        )
+
+    @property
     def as_stored(self) -> bool:
         """Whether a copy of the stream, which carries pixel shape and colours only, is shown the same."""
         return (
@@ -244,6 +260,8 @@ class Geometry:
         w, h = self.stored
         return [("crop", [w - left - right, h - top - bottom, left, top], {"exact": 1})]
 
+
+SAME_ASPECT = 0.01  # relative difference below which two aspects are one: sizes are rounded
 
 # Frame for frame: as many come out as go in. Frames that are not flagged pass unchanged.
 DEINTERLACE: Filter = ("bwdif", [], {"mode": "send_frame", "parity": "auto", "deint": "interlaced"})

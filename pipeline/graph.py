@@ -18,7 +18,7 @@ from pipeline.split.cut import CutStage
 from pipeline.split.decode import DecodeStage
 from pipeline.split.events import EventStage
 from pipeline.split.shots import ShotStage
-from pipeline.stages import Stage, let_go_of_samples, produced
+from pipeline.stages import Stage, divide_after, let_go_of_samples, produced
 
 
 def build(recipe: Recipe, out: Store | str) -> list[Stage]:
@@ -27,8 +27,10 @@ def build(recipe: Recipe, out: Store | str) -> list[Stage]:
         DecodeStage(recipe.decode),
         ShotStage(recipe.shots),
         EventStage(recipe.events, whole=recipe.shots.detector == "whole"),
+        ScoreStage(
+            recipe.scores
+        ),  # before the cut: what needs all of a source comes before what needs its clips
         CutStage(recipe.cut, out),
-        ScoreStage(recipe.scores),
         SignatureStage(),
     ]
     if recipe.scores.text.enabled:
@@ -41,12 +43,13 @@ def build(recipe: Recipe, out: Store | str) -> list[Stage]:
         stages += [*captioners, ChooseStage(recipe.choose)]
     stages = placed(stages, recipe.stages)
     let_go_of_samples(stages)
+    divide_after(stages, recipe.limits.chunk_s)
     return stages
 
 
-def check(recipe: Recipe) -> list[Stage]:
+def check(recipe: Recipe, out: Store | str = "") -> list[Stage]:
     """The stages of a recipe, with all that can be told of it before any work. Raises RecipeError."""
-    stages = build(recipe, "")
+    stages = build(recipe, out)
     columns = produced(stages)
     check_rules(recipe.decide.rules, clip_schema(columns.scores, columns.embeddings))
     names = [*(s.name for s in stages), "commit"]

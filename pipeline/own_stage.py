@@ -20,7 +20,8 @@
 
 `clips/` gets a column `score_<name>` or `emb_<name>` for everything that `produces` names, the report draws it,
 and rules may use it. `setup` loads a model once a worker, `resources` says what a worker takes, `options` of the
-recipe are the class's keyword arguments. It sees one video at a time. What it raises becomes that video's error.
+recipe are the class's keyword arguments. It sees one video at a time, of a
+long one a chunk's clips unless the class says `whole_source = True`. What it raises becomes that video's error.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class OwnStage:
         self.name: str = stage.name
         self.resources = own_code.check_resources(stage, f"stage {section.stage!r}")
         self.produces: Produces = stage.produces
+        self.whole_source: bool = getattr(stage, "whole_source", False)
 
     def setup(self) -> None:
         self.stage = build(self.section)  # not in __init__: a class from a file cannot go to a worker

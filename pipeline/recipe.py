@@ -74,6 +74,10 @@ class Shots(Section):
     min_shot_frames: int = Field(
         15, ge=1, description="content: cuts so soon after another are ignored (SUPPRESS)"
     )
+    transitions: Literal["keep", "trim"] = Field(
+        "keep",
+        description="trim: frames of dissolves, fades and wipes belong to no shot; keep: to both neighbours",
+    )
 
 
 class Embedder(Section):
@@ -253,11 +257,21 @@ class Choose(Section):
     order: tuple[str, ...] = Field(
         (), description="captioners by name, the preferred first, for method order; the others follow"
     )
+    clip_score: bool = Field(
+        False,
+        description="have curate measure what method open_clip goes by; so it does where that is the method",
+    )
     model: str = Field("ViT-B-32", description="open_clip architecture, for method open_clip")
     pretrained: str = Field(
         "", description="open_clip tag or weights file, for method open_clip", json_schema_extra=MAYBE_PATH
     )
     frames: int = Field(8, ge=1, description="frames a clip to compare with, for method open_clip")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _needed(cls, data: Any) -> Any:
+        chosen = isinstance(data, dict) and data.get("method") == "open_clip"
+        return data | {"clip_score": True} if chosen else data
 
     @model_validator(mode="after")
     def _ordered(self) -> Choose:
@@ -419,6 +433,11 @@ class Limits(Section):
         description="a stage without progress hangs: its worker is replaced, the source an error row",
     )
     setup_s: float = Field(1800.0, gt=0, description="a worker that loads its models")
+    chunk_s: float = Field(
+        600.0,
+        gt=0,
+        description="a longer source goes on in chunks once its clips are known, each committed on its own",
+    )
 
 
 class Recipe(Section):
@@ -443,9 +462,11 @@ class Recipe(Section):
     def measured(self) -> dict[str, Any]:
         """Everything that changes what `curate` measures, as plain data."""
         found = self.model_dump(mode="json", exclude=NOT_MEASURED)
-        if self.choose.method != "open_clip":  # which of the captions is chosen is decided later
-            found["choose"] = Choose().model_dump(mode="json")
-        found["choose"].pop("order")
+        judge = (
+            self.choose if self.choose.clip_score else Choose()
+        )  # which caption is chosen is decided later
+        found["choose"] = judge.model_dump(mode="json", include={"model", "pretrained", "frames"})
+        found["choose"]["method"] = "open_clip" if self.choose.clip_score else "consensus"
         if not self.stages:  # so that runs from before there were any go on
             del found["stages"]
         return found

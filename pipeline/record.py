@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.geometry import MATRICES, PRIMARIES, TRANSFERS, Geometry
+from pipeline.geometry import MATRICES, PRIMARIES, SAME_ASPECT, TRANSFERS, Geometry
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class Frames:
     # int64 [r, 3]: a frame at which the source's clock starts again, ticks added to its stamps from there on,
     # where the frame before stops being shown; no shot spans one (pipeline.split.clock)
     restarts: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int64))
+    # int64 [k, 5], frames at which the pictures change, stored: frame, width, height, pixel shape (width : height)
+    shapes: np.ndarray = field(default_factory=lambda: np.empty((0, 5), np.int64))
     by_number: bool = False  # some PTS are not the frames' own: ffmpeg finds them by counting only
     marks: np.ndarray | None = (
         None  # uint8 [n, 9, 16] grey, every frame: proves that a cut has the right ones
@@ -197,6 +199,11 @@ class Video:
     counts: dict[str, int] = field(default_factory=dict)  # 'shots', 'events_too_short', …
     error: Error | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # wall seconds a stage spent on it
+    chunk: int = 0  # of a long source: which of its `chunks` this is (pipeline.run.chunks)
+    chunks: int = 1
+    committed: dict[int, tuple[str, int]] = field(
+        default_factory=dict
+    )  # chunks an earlier run has finished → (sha256, chunks)
 
     def pts_of(self, frame: int) -> int:
         """PTS of a frame; of frame n (one past the last) the PTS at which the video ends."""
@@ -210,6 +217,34 @@ class Video:
             if start == frame:
                 return end
         return self.pts_of(frame)
+
+    def shown(self, clip: Clip) -> Geometry:
+        """How a clip is shown; where pictures of several sizes are in it, as the largest of them."""
+        found = [self.geometry]
+        for frame, shape in self._shapes():
+            if frame <= clip.start_frame:
+                found = []
+            if frame < clip.end_frame:
+                found.append(shape)
+        return max(found, key=lambda g: g.stored[0] * g.stored[1])
+
+    def breaks(self) -> list[int]:
+        """Frames before which shots and clips end: the clock starts again there, or the picture's aspect changes."""
+        assert self.frames is not None
+        found, before = self.frames.restarts[:, 0].tolist(), self.geometry
+        for frame, shape in self._shapes():
+            if abs(shape.aspect / before.aspect - 1) > SAME_ASPECT:
+                found.append(frame)
+            before = shape
+        return sorted(found)
+
+    def _shapes(self) -> list[tuple[int, Geometry]]:
+        if self.frames is None:
+            return []
+        return [
+            (frame, self.geometry.reshaped(w, h, Fraction(x, y)))
+            for frame, w, h, x, y in self.frames.shapes.tolist()
+        ]
 
     def time_of(self, frame: int) -> float:
         """Seconds on the source's own clock (PTS × time_base)."""
@@ -281,6 +316,7 @@ VIDEO_SCHEMA = _described(
         ("mtime_ns", pa.int64(), "when it was last modified, ns since 1970; null where it is not local"),
         ("intervals_key", pa.string(), "hash of the clips that the list gives; '' where it gives none"),
         ("interval_meta_key", pa.string(), "hash of what the list says of each of these clips"),
+        ("chunks", pa.int32(), "units it was divided into after splitting, 1 for most"),
         ("pix_fmt", pa.string(), "libav's name of the pixel format"),
         (
             "crop",
@@ -386,6 +422,7 @@ def video_row(v: Video) -> dict[str, Any]:
         "mtime_ns": v.source.mtime_ns,
         "intervals_key": v.source.intervals_key(),
         "interval_meta_key": v.source.interval_meta_key(),
+        "chunks": v.chunks,
         "pix_fmt": v.pix_fmt or None,
         "crop": list(g.crop) if seen else None,
         "mirrored": g.orientation.mirrored if seen else None,

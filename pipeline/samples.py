@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.record import Clip, Sample, Video
-from pipeline.stages import each
+from pipeline.watch import telling
 
 
 def samples(video: Video, clip: Clip) -> list[Sample]:
@@ -38,9 +38,10 @@ def gathered(videos: list[Video], n: int) -> tuple[list[tuple[Clip, int]], Itera
     looks = [[(c, chosen) for c in v.clips if (chosen := spread(samples(v, c), n))] for v in videos]
 
     def frames() -> Iterator[np.ndarray]:
-        for _, of_video in zip(each(videos), looks, strict=True):
+        # not announced one by one: frames of several videos are in one batch
+        for of_video in looks:
             for _, chosen in of_video:
-                yield from map(picture, chosen)
+                yield from map(picture, telling(chosen))
 
     return [(clip, len(chosen)) for of_video in looks for clip, chosen in of_video], frames()
 

@@ -66,7 +66,8 @@ class Stage(Protocol):
     # Optional: `whole_unit = True` for a stage that writes one file for its unit. It is never given a part
     # of the unit, tells its videos' faults by `fail` itself, and may be called again from the start.
     # `lets_go`: fields of Frames that no later stage reads. `sees_samples = False` for one that does not look at
-    # `Frames.samples`: they are let go after the last that does.
+    # `Frames.samples`: they are let go after the last that does. `whole_source = True` for one that must see all clips
+    # of a source: after the last such stage long sources are divided into chunks (pipeline.run.chunks).
 
     def setup(self) -> None:
         """Once a worker: load the model."""
@@ -86,6 +87,13 @@ def let_go_of_samples(stages: list[Stage]) -> None:
     last: Any = next((s for s in reversed(stages) if getattr(s, "sees_samples", True)), None)
     if last is not None:
         last.lets_go = (*getattr(last, "lets_go", ()), "samples")
+
+
+def divide_after(stages: list[Stage], chunk_s: float) -> None:
+    """Have long sources divided into chunks of so many seconds after the last stage that must see all of a source."""
+    last: Any = next((s for s in reversed(stages) if getattr(s, "whole_source", False)), None)
+    if last is not None:
+        last.divides = chunk_s
 
 
 def produced(stages: list[Stage]) -> Produces:

@@ -7,7 +7,11 @@ limited. Imports nothing, so that any file may tell its progress.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Watch:
@@ -60,6 +64,13 @@ def in_work() -> str:
 def progress() -> None:
     """Tell that the work gets on: called as often as it likes by what may take minutes for one source."""
     _watch.progress()
+
+
+def telling(items: Iterable[T]) -> Iterator[T]:
+    """The items, each a sign of progress."""
+    for item in items:
+        progress()
+        yield item
 
 
 def time_limit(seconds: float | None, why: str) -> AbstractContextManager[None]:

@@ -9,8 +9,12 @@ from jobs.cli import JOBS
 from jobs.training.recipe import TRAINING
 from pipeline import recipe
 from pipeline.caption.captioner import caption_stages
+from pipeline.graph import build
+from pipeline.io.store import Store
+from pipeline.shards.pack import shard
 from pipeline.stages import run_stage
 from tests.fixtures.clips import plain, video
+from tests.fixtures.run_folder import make_run_folder
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,14 +35,30 @@ def test_the_captioner_of_ten_lines_captions(tmp_path):
 
 def test_the_stage_of_ten_lines_scores():
     space: dict = {}
-    exec(CODE["pipeline/score/brightness.py"], space)
-    stage = space["BrightnessStage"]()
-    stage.setup()
+    exec(CODE["brightness.py"], space)
+    stage = space["Brightness"]()
     v = video([plain("808080", 48, 64)])
     run_stage(stage, [v])
     assert v.error is None
     assert v.clips[0].scores["brightness"] == pytest.approx(128 / 255, abs=0.01)
     assert stage.produces.scores == ["brightness"]
+
+
+def test_the_recipe_of_ten_lines_builds_a_graph(tmp_path):
+    (text,) = re.findall(r"```yaml\n(base: .*?)```", README, re.S)
+    (tmp_path / "mine.yaml").write_text(text)
+    mine = recipe.load(str(tmp_path / "mine.yaml"))
+    assert "blurred" in recipe.load("embedded").decide.rules
+    assert "blurred" not in mine.decide.rules
+    assert mine.decide.rules["no_ads"].excludes == ("subscribe", "50 %")
+    assert "choose" in [stage.name for stage in build(mine, str(tmp_path / "run"))]
+
+
+def test_the_reader_of_ten_lines_reads(tmp_path, capsys):
+    recipe_of_run = make_run_folder(tmp_path / "run")
+    shard(Store(str(tmp_path / "run")), recipe_of_run)
+    exec(CODE["read.py"].replace("run/shards", f"{tmp_path}/run/shards"), {})
+    assert "[2, 8, 128, 128, 3]" in capsys.readouterr().out
 
 
 def test_examples_have_at_most_about_ten_lines_of_code():
@@ -50,7 +70,7 @@ def test_every_file_and_command_it_names_exists():
     for link in re.findall(r"\]\(([\w/.-]+)\)", README):
         assert (ROOT / link).exists(), link
     for path in re.findall(r"`((?:bench|pipeline|models|jobs)/[\w/]+\.py)`", README):
-        assert (ROOT / path).exists() or path == "pipeline/score/brightness.py", path
+        assert (ROOT / path).exists(), path
     for job in re.findall(r"clipmill (\w+) ", "\n".join(re.findall(r"```\n(.*?)```", README, re.S))):
         assert job in JOBS, job
     known = {*recipe.bundled(), *recipe.bundled(TRAINING)}

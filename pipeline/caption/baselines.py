@@ -218,5 +218,5 @@ class Given(Captioner):
     def caption(self, video: Video, clip: Clip) -> str:
         own = clip.meta.get(self.options.column, "")
         whole = video.source.meta.get(self.options.column, "")
-        described = self.options.pieces or len(video.clips) == 1
+        described = self.options.pieces or (len(video.clips) == 1 and video.chunks == 1)
         return " ".join((own or (whole if described else "")).split())

@@ -4,7 +4,7 @@ Two ways to judge, both written into each caption's `scores`, and one that needs
 
 - `consensus`: mean similarity to what the other captioners said. A statement that several models make on
   their own is rarely made up; but shared mistakes win too, so look at it beside a visual score.
-- `clip_score`: how well the text fits the pictures (`models.measures.clip_score`), where weights are given.
+- `clip_score`: how well the text fits the pictures (`models.measures.clip_score`), where the recipe asks for it.
 - `order`: the first of a list of captioners that says something.
 
 `best` is the choice itself. It needs nothing but the captions' rows, so that `clipmill shard` makes it again
@@ -128,11 +128,11 @@ class ChooseStage:
 
     def __init__(self, section: Choose):
         self.section = section
-        self.sees_samples = section.method == "open_clip"
+        self.sees_samples = section.clip_score
         self.produces = Produces()
 
     def setup(self) -> None:
-        if self.section.method == "open_clip":
+        if self.section.clip_score:
             from models.measures.clip_score import ClipScorer
 
             section, device = self.section, self.resources.device()
@@ -142,7 +142,7 @@ class ChooseStage:
         for video in each(videos):
             for clip in video.clips:
                 _put(clip.captions, SCORE["consensus"], consensus([c.text for c in clip.captions]))
-        if self.section.method == "open_clip":
+        if self.section.clip_score:
             self._clip_scores(videos)
         return videos
 
@@ -170,7 +170,7 @@ def check(section: Choose) -> str:
 
     Raises RecipeError: one sentence with the fix.
     """
-    if section.method != "open_clip":
+    if not section.clip_score:
         return "needs no model"
     from models.hub import MissingModel, open_clip_weights
 

@@ -215,7 +215,7 @@ class _Seen:
         if choose.method == "open_clip" and self.models and SCORE["open_clip"] not in self.scored:
             raise RecipeError(
                 f"choose.method open_clip: this run did not measure {SCORE['open_clip']}; choose by consensus or "
-                "order, or curate with choose.method=open_clip into a new folder"
+                "order, or curate with choose.clip_score=true into a new folder"
             )
         told = [CHOSEN + name for name in sorted(self.chosen)]
         for s in scores:

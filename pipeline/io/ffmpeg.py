@@ -17,7 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.faults import TransientFault
 from pipeline.io import sandbox
+from pipeline.watch import progress
 
 # Demuxers that read exactly the file they are given. Playlists and scripts (hls, concat, dash, ffconcat,
 # image2, lavfi, …), which open other files or the network, are not among them. Used by PyAV and ffmpeg alike.
@@ -113,7 +115,8 @@ def run(cmd: list[str], stall_s: float) -> str:
     It reads no terminal, has its own process group, and dies with this process, however that dies. It may
     be slow, but when for `stall_s` seconds it neither reads anything nor reports a frame, it is killed.
 
-    Raises Stalled, FFmpegError, and OSError (ENOSPC) when the disk it writes to is full.
+    Raises Stalled, FFmpegError, TransientFault where somebody kills it, and OSError (ENOSPC) when the disk it
+    writes to is full.
     """
     sandbox.prepare()
     child = subprocess.Popen(
@@ -136,6 +139,8 @@ def run(cmd: list[str], stall_s: float) -> str:
             pipe.close()
     if re.search(r": (No space left on device|Disk quota exceeded)\s*$", said, re.M):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), tempfile.gettempdir())
+    if child.returncode == -signal.SIGKILL:  # by nobody here
+        raise TransientFault("ffmpeg was killed by SIGKILL, perhaps for want of memory")
     if child.returncode < 0:
         raise FFmpegError(f"ffmpeg was ended by {signal.Signals(-child.returncode).name}")
     if child.returncode:
@@ -168,6 +173,7 @@ def _watch(child: subprocess.Popen[bytes], stall_s: float) -> str:
             now = (dict(report), _bytes_read(child.pid))
             if now != before:
                 before, since = now, time.monotonic()
+                progress()
             elif time.monotonic() - since > stall_s:
                 raise Stalled(f"ffmpeg made no progress for {stall_s:g} s and was stopped")
     try:

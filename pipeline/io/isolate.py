@@ -35,6 +35,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.io import answer, sandbox
+from pipeline.watch import progress
 
 _SIZE = struct.Struct("!Q")  # of the request, a pickle
 _BEAT_S = 0.5  # a beat is sent at most this often
@@ -59,6 +60,10 @@ class Stalled(ChildError):
 
 class Crashed(ChildError):
     """The child ended in the middle of a call, by a signal or by exit."""
+
+
+class Killed(Crashed):
+    """By SIGKILL, which no call does to itself: somebody outside, or the kernel for want of memory."""
 
 
 class Failed(ChildError):
@@ -132,6 +137,7 @@ class Child:
             kind = answer.BEAT
             while kind == answer.BEAT:
                 kind, value = answer.receive(self._socket, self._call, self._max_bytes or _MOST)
+                progress()
             raised = None if kind == answer.RESULT else _exception(value, (*RAISED, *raises))
         except TimeoutError as e:
             self.close()
@@ -141,7 +147,8 @@ class Child:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)  # the socket closes a moment before the exit status is there
             self.close()
-            raise Crashed(_cause_of_death(process.returncode)) from e
+            end = Killed if process.returncode == -signal.SIGKILL else Crashed
+            raise end(_cause_of_death(process.returncode)) from e
         except answer.Refused as e:
             self.close()
             raise Forged(str(e)) from e

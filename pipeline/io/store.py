@@ -112,8 +112,8 @@ class Store:
                 return
             if size > MOST_COPIED and self.fs.type_name == "s3":
                 raise StoreError(
-                    f"cannot write {self.path(name)}: its {size / 2**30:.1f} GiB are more than the 5 GiB that S3 copies in "
-                    "one step; lower shards.max_bytes, or give fewer or shorter sources a unit"
+                    f"cannot write {self.path(name)}: its {size / 2**30:.1f} GiB are more than the 5 GiB that S3 "
+                    "copies in one step; lower shards.max_bytes, or give fewer or shorter sources a unit"
                 )
             folder, _, base = name.rpartition("/")
             aside = f"{folder}/.{base[:80]}.{uuid.uuid4().hex[:8]}.partial".lstrip("/")

@@ -54,9 +54,8 @@ class Run:
 
     def __init__(self, store: Store):
         """Raises StoreError where there is no run, or a file of it cannot be read."""
-        self.store = store
-        units = store.list("videos", ".parquet")
-        if not units and not store.exists("run.json"):
+        self.store = self.media = store
+        if not store.exists("run.json") and not store.list("videos", ".parquet"):
             raise StoreError(
                 f"{store.uri} holds no clipmill run; make one with 'clipmill curate SOURCE --out {store.uri}'"
             )
@@ -64,9 +63,12 @@ class Run:
             self.info: dict[str, Any] = {}
             if store.exists("run.json"):
                 self.info = json.loads(store.read_bytes("run.json"))
-            self.videos: list[dict[str, Any]] = store.tables(units, VIDEO_SCHEMA).to_table().to_pylist()
-            measured = clip_files(store)
-            self._measured = store.tables(measured, None if measured else CLIP_SCHEMA)
+            if "of" in self.info:  # another set of shards: what was measured lies with the run
+                self.media = Store(self.info["of"])
+            units = self.media.list("videos", ".parquet")
+            self.videos: list[dict[str, Any]] = self.media.tables(units, VIDEO_SCHEMA).to_table().to_pylist()
+            measured = clip_files(self.media)
+            self._measured = self.media.tables(measured, None if measured else CLIP_SCHEMA)
             names = self._measured.schema.names
             light = [n for n in names if n not in HEAVY and not n.startswith("emb_")]
             self.clips = _once(self._measured.to_table(columns=light))
@@ -202,7 +204,7 @@ def all_pictures(run: Run, rows: list[int]) -> dict[int, list[bytes] | str]:
             return "no media was written"
         tar, offset, size, sha256, duration = place
         try:
-            with contextlib.closing(Ranges(run.store)) as ranges:
+            with contextlib.closing(Ranges(run.media)) as ranges:
                 return pictures(io.BytesIO(ranges.read(tar, offset, size, sha256)), duration)
         except (StoreError, OSError, av.FFmpegError, ValueError, IndexError) as e:
             return f"the picture cannot be read from {tar}: {str(e) or type(e).__name__}"

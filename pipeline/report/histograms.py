@@ -62,7 +62,8 @@ def column_label(column: str) -> str:
 
 def shard_command(run: Run, setting: str = "") -> str:
     """The command that decides again, safe to paste into a shell."""
-    return shlex.join(["clipmill", "shard", run.store.uri, *(["--set", setting] if setting else [])])
+    beside = ["--out", run.store.uri] if run.media is not run.store else []
+    return shlex.join(["clipmill", "shard", run.media.uri, *(["--set", setting] if setting else []), *beside])
 
 
 def histograms(run: Run) -> Markup | None:

@@ -24,6 +24,7 @@ from pipeline import watch
 from pipeline.faults import Fault, OutOfTime, SourceFault, StoreError, TooLong, WorkerFault, sentence
 from pipeline.recipe import Limits, RecipeError
 from pipeline.record import Video
+from pipeline.run.chunks import UNIT_S, divided
 from pipeline.run.log import attach, log
 from pipeline.stages import Stage, fail, patiently, run_stage
 from pipeline.watch import Watch, watched_by
@@ -62,15 +63,15 @@ class Worker:
         verdicts: tuple[Verdict, ...] = (),
         alone: frozenset[str] = frozenset(),
         tell: Tell = lambda message: None,
-    ) -> list[Video]:
-        """One unit through the pool's stages.
+    ) -> list[list[Video]]:
+        """One unit through the pool's stages; returns what it became: itself, or the units of `pipeline.run.chunks`.
 
         Args:
             verdicts: sources that become errors at once.
             alone: names of stages that take the unit's sources one by one, as a worker died in there and nobody
                 knows on which.
-            tell: is told of every stage that is done: ('done', stage, sources, clips, seconds of video, seconds of
-                work, sentences of the new errors, sources that are none).
+            tell: is told of every stage that is done: ('done', part of the unit, stage, sources, clips, seconds of
+                video, seconds of work, sentences of the new errors, sources that are none).
         """
         for verdict in verdicts:
             for v in videos:
@@ -80,7 +81,43 @@ class Worker:
                         v.error.kind = verdict.kind
         if self.watch:
             self.watch.spent = {v.source.uri: sum(v.seconds.values()) for v in videos}
-        for stage in self.stages:
+        through = partial(self._through, alone=alone, tell=tell)
+        at = next((n for n, s in enumerate(self.stages) if getattr(s, "divides", 0)), None)
+        if at is None:
+            through(self.stages, videos, "")
+            return [videos]
+        before, after, chunk_s = self.stages[: at + 1], self.stages[at + 1 :], self.stages[at].divides  # type: ignore[attr-defined]
+        units: list[list[Video]] = []
+        for number, group in enumerate(self._groups(before, videos, through)):
+            through(before[1:], group, f"{number}")
+            for unit in divided(group, videos, chunk_s):
+                through(after, unit, unit[0].unit)
+                units.append(unit)
+        return units
+
+    def _groups(
+        self, stages: list[Stage], videos: list[Video], through: Callable[..., None]
+    ) -> Iterator[list[Video]]:
+        """The unit's sources after the first stage; where that decodes, as many at a time as have UNIT_S seconds."""
+        if stages[0].name != "decode":
+            through(stages[:1], videos, "")
+            yield videos
+            return
+        group: list[Video] = []
+        for n, v in enumerate(videos):
+            through(stages[:1], [v], f"decode {n}")
+            group.append(v)
+            if sum(v.duration_s for v in group) > UNIT_S:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _through(
+        self, stages: list[Stage], videos: list[Video], part: str, alone: frozenset[str], tell: Tell
+    ) -> None:
+        """Sources through some stages."""
+        for stage in stages:
             errors = sum(v.error is not None for v in videos)
             start = time.perf_counter()
             whole = getattr(stage, "whole_unit", False)
@@ -91,19 +128,20 @@ class Worker:
                     else:
                         _run(stage, group)
             failed = [v.error for v in videos if v.error is not None]
+            first = [v for v in videos if v.chunk == 0]  # a source counts once
             tell(
                 (
                     "done",
+                    part,
                     stage.name,
-                    len(videos),
+                    len(first),
                     sum(len(v.clips) for v in videos),
-                    sum(v.duration_s for v in videos),
+                    sum(v.duration_s for v in first),
                     time.perf_counter() - start,
                     [e.message for e in failed if e.stage == stage.name][: len(failed) - errors],
-                    len(videos) - len(failed),
+                    sum(v.error is None for v in first),
                 )
             )
-        return videos
 
 
 def _run(stage: Stage, group: list[Video]) -> None:
@@ -248,7 +286,8 @@ class _Up(logging.Handler):
         self.tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.tell(("said", record.levelno, str(record.msg), record.getMessage()))
+        if threading.current_thread() is threading.main_thread():  # the pipe is its alone
+            self.tell(("said", record.levelno, str(record.msg), record.getMessage()))
 
 
 def serve(fd: int, parent: int) -> None:
@@ -256,8 +295,8 @@ def serve(fd: int, parent: int) -> None:
 
     The parent sends the pickled stages and the limits, then for each unit (verdicts, alone, last) and the pickled
     videos; it is sent tuples: ('ready',), ('at', …) of `Alarm`, ('done', …) of `Worker.run`, ('said', level,
-    kind, text) for a warning, ('unit', sources that are no errors) and the pickled videos, and where it cannot go on,
-    ('fault', kind, sentence).
+    kind, text) for a warning, ('units', sources that are no errors, names) and the pickled videos of each unit that
+    comes back, and where it cannot go on, ('fault', kind, sentence).
     """
     from pipeline.io.isolate import _die_with, _watch
 
@@ -274,26 +313,35 @@ def serve(fd: int, parent: int) -> None:
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        _serve(pipe)
+    sys.stderr.flush()
+    os._exit(0)  # threads that libraries have started may not survive the interpreter's end
+
+
+def _serve(pipe: Connection) -> None:
+    try:
+        limits = pickle.loads(pipe.recv_bytes())
+        worker = Worker(pickle.loads(pipe.recv_bytes()), Alarm(limits, pipe.send))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except (Exception, SystemExit) as e:
+        pipe.send(("broken", " ".join(str(e).split()) if isinstance(e, RecipeError) else sentence(e)))
+        return
+    pipe.send(("ready",))
+    while True:
+        verdicts, alone, last = pipe.recv()
+        videos = pickle.loads(pipe.recv_bytes())
         try:
-            limits = pickle.loads(pipe.recv_bytes())
-            worker = Worker(pickle.loads(pipe.recv_bytes()), Alarm(limits, pipe.send))
-        except (EOFError, BrokenPipeError, ConnectionResetError):
+            found = worker.run(videos, verdicts, alone, pipe.send)
+        except Fault as e:
+            pipe.send(("fault", e.kind, sentence(e)))
             return
-        except (Exception, SystemExit) as e:
-            pipe.send(("broken", " ".join(str(e).split()) if isinstance(e, RecipeError) else sentence(e)))
+        except Exception as e:
+            pipe.send(("fault", "bug", sentence(e)))
             return
-        pipe.send(("ready",))
-        while True:
-            verdicts, alone, last = pipe.recv()
-            videos = pickle.loads(pipe.recv_bytes())
-            try:
-                videos = worker.run(videos, verdicts, alone, pipe.send)
-            except Fault as e:
-                pipe.send(("fault", e.kind, sentence(e)))
-                return
-            except Exception as e:
-                pipe.send(("fault", "bug", sentence(e)))
-                return
-            pipe.send(("unit", sum(v.error is None for v in videos)))
-            pipe.send_bytes(b"" if last else pickle.dumps(videos, protocol=5))
-            del videos
+        del videos
+        good = sum(v.error is None for unit in found for v in unit)
+        found = [] if last else found[::-1]
+        pipe.send(("units", good, [unit[0].unit for unit in reversed(found)]))
+        while found:
+            pipe.send_bytes(pickle.dumps(found.pop(), protocol=5))

@@ -5,13 +5,17 @@ commits the unit. A unit without one never happened: its staging tar and clips a
 swept by the next run. The name of a staging tar holds a hash of its clips, so two workers that both do a
 unit (one was taken for dead) cannot put other bytes under the rows of each other.
 
+A chunk of a long source (`pipeline.run.chunks`) is kept in `chunks/` until all of them are there; then they are
+committed as one source, under the unit's own name, whose clips lie in one staging tar a chunk.
+
 A committed unit changes file by file, each in one step, clips first: killed in between, the rows of `videos/`
 still say what is to be done, and the same command does it.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.faults import StoreError
 from pipeline.io.store import Store
 from pipeline.record import VIDEO_SCHEMA, Source, Video, clip_row, clip_schema, video_row
 from pipeline.stages import Produces, Resources
@@ -40,24 +45,83 @@ class CommitStage:
         self.store = Store.of(self.out)
 
     def __call__(self, videos: list[Video]) -> list[Video]:
-        unit = videos[0].unit
+        unit, chunks = videos[0].unit, videos[0].chunks
         scores, embeddings = self.columns.scores, self.columns.embeddings
         rows = [clip_row(v, c, scores, embeddings) for v in videos for c in v.clips if v.error is None]
-        if rows:
-            table = pa.Table.from_pylist(rows, schema=clip_schema(scores, embeddings))
-            self.store.write_table(f"clips/{unit}.parquet", table)
-        elif self.store.exists(f"clips/{unit}.parquet"):  # a killed run of the unit left it
-            self.store.delete(f"clips/{unit}.parquet")
-        videos_table = pa.Table.from_pylist([video_row(v) for v in videos], schema=VIDEO_SCHEMA)
-        self.store.write_table(f"videos/{unit}.parquet", videos_table)
+        clips = pa.Table.from_pylist(rows, schema=clip_schema(scores, embeddings))
+        if chunks == 1:
+            _commit(self.store, unit, clips, [video_row(v) for v in videos])
+        else:
+            self.store.write_table(f"chunks/{unit}.clips.parquet", clips)
+            row = video_row(videos[0]) | {"unit": unit.rpartition("-")[0]}
+            self.store.write_table(f"chunks/{unit}.parquet", pa.Table.from_pylist([row], schema=VIDEO_SCHEMA))
+            put_together(self.store, row["unit"], chunks)
         for v in videos:
             v.frames = None
         return videos
 
 
+def _commit(store: Store, unit: str, clips: pa.Table, videos: list[dict[str, Any]]) -> None:
+    if clips.num_rows:
+        store.write_table(f"clips/{unit}.parquet", clips)
+    elif store.exists(f"clips/{unit}.parquet"):  # a killed run of the unit left it
+        store.delete(f"clips/{unit}.parquet")
+    store.write_table(f"videos/{unit}.parquet", pa.Table.from_pylist(videos, schema=VIDEO_SCHEMA))
+
+
+# Chunks of a long source ---------------------------------------------------------------------------
+
+
+def put_together(store: Store, unit: str, chunks: int) -> None:
+    """Commit a source whose chunks are all there, as one row and one file of clips; else do nothing.
+
+    Two workers that end at once may both do it, and write the same. An error of one chunk is the source's.
+    """
+    names = [f"chunks/{unit}-{k:03}" for k in range(chunks)]
+    if not {f"{name}.parquet" for name in names} <= set(store.list("chunks", ".parquet")):
+        return
+    try:
+        rows = [store.read_table(f"{name}.parquet").to_pylist()[0] for name in names]
+        tables = [store.read_table(f"{name}.clips.parquet") for name in names]
+    except StoreError:
+        if store.exists(f"videos/{unit}.parquet"):  # somebody else was quicker
+            return
+        raise
+    if len({row["sha256"] for row in rows}) > 1:  # some are of an earlier run, before the source changed
+        return
+    row = next((r for r in rows if r["status"] != "ok"), rows[0])
+    seconds: Counter[str] = Counter()
+    for r in rows:
+        seconds.update(dict(r["seconds"]))
+    row |= {
+        "warnings": list(dict.fromkeys(w for r in rows for w in r["warnings"])),
+        "clips": sum(r["clips"] for r in rows) if row["status"] == "ok" else 0,
+        "seconds": list(seconds.items()),
+    }
+    clips = pa.concat_tables(tables)
+    _commit(store, unit, clips if row["status"] == "ok" else clips[:0], [row])
+    for name in names:
+        for suffix in (".parquet", ".clips.parquet"):
+            store.delete(name + suffix)
+
+
+def take_up_chunks(store: Store, units: list[list[Video]]) -> None:
+    """Tell the sources of a run that is resumed which chunks of theirs are finished; forget those of no source."""
+    alone = {unit[0].unit: unit[0] for unit in units if len(unit) == 1}
+    for name in store.list("chunks", ".parquet"):
+        chunk = name.removeprefix("chunks/").removesuffix(".parquet").removesuffix(".clips")
+        unit, _, k = chunk.rpartition("-")
+        if unit not in alone:
+            store.delete(name)
+        elif not name.endswith(".clips.parquet"):
+            row = store.read_table(name, ["sha256", "chunks", "status"]).to_pylist()[0]
+            if row["status"] == "ok":
+                alone[unit].committed[int(k)] = (row["sha256"], row["chunks"])
+
+
 # What is committed ---------------------------------------------------------------------------------
 
-IDENTITY = ["source", "name", "sha256", "status", "error_kind", "meta"]
+IDENTITY = ["source", "name", "sha256", "status", "stage", "error", "error_kind", "meta"]
 FINGERPRINT = ["size", "mtime_ns", "intervals_key", "interval_meta_key"]  # older runs lack them
 Known = Mapping[str, Mapping[str, Any]]  # rows by uri, see known_sources
 
@@ -106,6 +170,15 @@ def failed(known: Known, kinds: Collection[str] | None = None) -> list[str]:
     """Sources that ended in an error; of these kinds only, where some are given."""
     bad = (uri for uri, row in known.items() if row["status"] != "ok")
     return [uri for uri in bad if kinds is None or known[uri]["error_kind"] in kinds]
+
+
+def mended(known: Known, problems: Mapping[str, str | None]) -> list[str]:
+    """Errors of listing (a bad row of a list, a damaged tar) that are no longer so.
+
+    Args:
+        problems: of every source that is listed now, what is wrong with it.
+    """
+    return [uri for uri, row in known.items() if row["stage"] == "list" and problems.get(uri) != row["error"]]
 
 
 def drop(store: Store, uris: Iterable[str], known: Known) -> None:
@@ -220,6 +293,7 @@ def sweep_uncommitted(store: Store) -> None:
     """Remove staging tars and clip rows of units that were never committed, tars no row speaks of, partial files."""
     store.sweep()
     committed = units(store)
+    finished = {n.removeprefix("chunks/").removesuffix(".parquet") for n in store.list("chunks", ".parquet")}
     for name in store.list("clips", ".parquet"):
         if name.removeprefix("clips/").removesuffix(".parquet") not in committed:
             store.delete(name)
@@ -227,9 +301,12 @@ def sweep_uncommitted(store: Store) -> None:
     for name in store.list("media", ".tar"):
         tars[name.removeprefix("media/").split(".")[0]].append(name)
     for unit, names in tars.items():
-        used = set(names) if unit in committed else set()
+        source = re.sub(r"-\d{3}$", "", unit)  # of whose chunks this may be one
+        used = set(names) if {unit, source} & committed or unit in finished else set()
         if len(used) > 1:  # two workers did it; the rows are one's
-            rows = f"clips/{unit}.parquet"
+            rows = f"clips/{unit if unit in committed else source}.parquet"
+            if unit in finished:
+                rows = f"chunks/{unit}.clips.parquet"
             used = (
                 set(store.read_table(rows, ["media_tar"])["media_tar"].to_pylist())
                 if store.exists(rows)

@@ -18,14 +18,13 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pipeline.decide.rules import check_rules
-from pipeline.graph import build
+from pipeline.graph import check
 from pipeline.io.store import Store
 from pipeline.recipe import Recipe
-from pipeline.record import Source, Video, clip_schema
+from pipeline.record import Source, Video
 from pipeline.run import commit, identity, relabel, resume
-from pipeline.run.log import log, logging_to, without_secrets
-from pipeline.run.outcome import Outcome, outcome
+from pipeline.run.log import TOLD, log, logging_to, without_secrets
+from pipeline.run.outcome import Outcome, counted, outcome
 from pipeline.run.progress import Display
 from pipeline.run.ray import run_ray
 from pipeline.run.worker import RunError, run_local
@@ -99,17 +98,17 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
             found = outcome(store)
             _write_run(store, pack.read_run(store) | {"outcome": found.plain()})
             folder = out.rstrip("/") or out
-            where = {"shards": f"{folder}/shards ({found.tars:,} tars)"} if found.kept else {}
+            where = {"shards": f"{folder}/shards ({counted(found.tars, 'tar')})"} if found.kept else {}
             where |= {"report": f"{folder}/report.html", "log": f"{folder}/{log_name}"}
             for line in found.lines(job.command, where):
                 print(line)
-                log.info("%s", line)
+                log.info("%s", line, extra=TOLD)
     return found
 
 
 def _say(line: str) -> None:
     """A line for a person, before or after the display."""
-    log.info("%s", line)
+    log.info("%s", line, extra=TOLD)
     print(line, file=sys.stderr)
 
 
@@ -118,11 +117,15 @@ def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video
     known = commit.known_sources(store)
     here = {s.uri for s in listed}
     again = [uri for uri in commit.failed(known, None if job.retry_errors else TRANSIENT) if uri in here]
+    mended = commit.mended(known, {s.uri: s.problem for s in listed})
     if again:
-        _say(f"{len(again):,} sources that {'' if job.retry_errors else 'the moment '}failed are tried again")
-        commit.drop(store, again, known)
-        for uri in again:
-            del known[uri]
+        failed = "failed" if job.retry_errors else "the moment failed"
+        _say(f"tried again: {counted(len(again), 'source')} that {failed}")
+    if mended:
+        _say(f"{counted(len(mended), 'error')} of listing mended or gone")
+    commit.drop(store, {*again, *mended}, known)
+    for uri in {*again, *mended}:
+        del known[uri]
     lines, done = identity.apply(
         store,
         identity.compare(listed, known),
@@ -136,6 +139,7 @@ def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video
         _say(line)
     commit.sweep_uncommitted(store)
     units = _units(listed, done, commit.units(store))
+    commit.take_up_chunks(store, units)
     todo = sum(map(len, units))
     if todo < len(listed):
         _say(f"{len(listed) - todo:,} of {len(listed):,} sources are done already")
@@ -228,15 +232,8 @@ def _units(listed: list[Source], done: set[str], committed: set[str]) -> list[li
 
 
 def _process(units: list[list[Video]], recipe: Recipe, store: Store, job: Job) -> None:
-    stages = build(recipe, store)
-    columns = produced(stages)
-    check_rules(recipe.decide.rules, clip_schema(columns.scores, columns.embeddings))
-    stages.append(commit.CommitStage(store, columns))
-    unknown = set(recipe.resources) - {s.name for s in stages}
-    if unknown:
-        names = ", ".join(s.name for s in stages)
-        raise RunError(f"resources.{min(unknown)}: no such stage; stages of this recipe: {names}")
-    _run(stages, units, recipe, job)
+    stages = check(recipe, store)
+    _run([*stages, commit.CommitStage(store, produced(stages))], units, recipe, job)
 
 
 def _run(stages: list[Stage], units: list[list[Video]], recipe: Recipe, job: Job) -> None:

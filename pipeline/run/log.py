@@ -23,22 +23,21 @@ from typing import TextIO
 
 from pipeline.faults import StoreError
 from pipeline.io.store import Store
+from pipeline.sources.signed import clean_text
 from pipeline.watch import in_work
 
 FILE, VERBOSE = "CLIPMILL_LOG", "CLIPMILL_VERBOSE"  # how the processes of a run know; read by `attach`
 SHOWN = 3  # warnings of one kind on the terminal
+TOLD = {"told": True}  # `extra` of a record that is printed anyway
 log = logging.getLogger("clipmill")
 
-SECRETS = re.compile(
-    r"(?i)((?:[?&\s'\"]|^)(?:x-(?:amz|goog|ms)-[\w-]*|signature|sig|token|access_token|key|api_?key|password|secret"
-    r"|awsaccesskeyid|googleaccessid|policy|key-pair-id)=)[^&\s'\"]+"
-)
-USER = re.compile(r"(\w://)[^/\s@:]+:[^/\s@]+@")
+# outside addresses: options of code of one's own, on a command line
+SECRETS = re.compile(r"(?i)\b(\w*(?:token|api_?key|password|secret)=)[^\s&'\",}]+")
 
 
 def without_secrets(text: str) -> str:
     """A text whose addresses have no signature, key or password left."""
-    return USER.sub(r"\1…@", SECRETS.sub(r"\1…", text))
+    return SECRETS.sub(r"\1…", clean_text(text))
 
 
 class _Line(logging.Formatter):
@@ -79,7 +78,8 @@ class _Terminal(logging.Handler):
         self.most, self.shown = most, Counter[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.show(str(record.msg), record)
+        if not getattr(record, "told", False):
+            self.show(str(record.msg), record)
 
     def show(self, kind: str, record: logging.LogRecord) -> None:
         self.shown[kind] += 1

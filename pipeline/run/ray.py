@@ -104,11 +104,13 @@ def run_ray(
 
 # ---------------------------------------------------------------- the cluster
 
-# A cluster of its own on this machine: one thread a worker, no web page.
-LOCAL: dict[str, Any] = {
-    "include_dashboard": False,
-    "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
-}
+# A cluster of its own on this machine has no web page, and its workers one thread each. By the environment, not by
+# Ray's runtime_env: for that Ray would leave the workers it has started already unused, and start others.
+LOCAL: dict[str, Any] = {"include_dashboard": False}
+WORKERS = {
+    "OMP_NUM_THREADS": "1",
+    "RAY_memory_monitor_refresh_ms": "0",
+}  # the kernel knows the hungry one better
 
 
 def connect(address: str | None) -> None:
@@ -121,12 +123,13 @@ def connect(address: str | None) -> None:
     if address not in (None, "local"):
         check_address(address)
     try:
-        with _quiet(), _own_sigterm():
+        here = address in (None, "local")
+        with _quiet(), _own_sigterm(), _environment(WORKERS if here else {}):
             ray.init(
-                address="local" if address is None else address,
+                address=address or "local",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                **LOCAL if address in (None, "local") else {},
+                **LOCAL if here else {},
             )
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as e:
         where = "cannot start Ray here" if address in (None, "local") else f"no Ray cluster at {address}"
@@ -191,6 +194,18 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """With those environment variables where there are none of that name."""
+    mine = values.keys() - os.environ.keys()
+    os.environ.update({k: values[k] for k in mine})
+    try:
+        yield
+    finally:
+        for k in mine:
+            del os.environ[k]
+
+
+@contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
     """Leave SIGTERM as it is: while it starts, Ray has it end the driver on the spot."""
     before = signal.getsignal(signal.SIGTERM)
@@ -205,7 +220,7 @@ def _own_sigterm() -> Iterator[None]:
 
 
 class RayWorker:
-    """A `Worker` as a Ray Data callable: one pickled unit in, one out (the last pool sends back nothing)."""
+    """A `Worker` as a Ray Data callable: one pickled unit in, what it became out (the last pool sends back nothing)."""
 
     def __init__(
         self, stages: bytes, limits: Limits, ledger: Any, pool: int, last: bool, log: dict[str, str]
@@ -225,13 +240,14 @@ class RayWorker:
 
         name = batch["name"][0].as_py()
         try:
-            blob = self._run(name, batch["unit"][0].as_buffer())
+            units = self._run(name, batch["unit"][0].as_buffer())
         except (StoreError, RunError) as e:
             self.ledger.stop(str(e), isinstance(e, StoreError))
             raise
-        return pa.table({"name": pa.array([name]), "unit": pa.array([blob], pa.large_binary())})
+        names, blobs = zip(*units or [(name, b"")], strict=True)
+        return pa.table({"name": pa.array(names), "unit": pa.array(blobs, pa.large_binary())})
 
-    def _run(self, name: str, unit: Any) -> bytes:
+    def _run(self, name: str, unit: Any) -> list[tuple[str, bytes]]:
         """A unit through the stages; after two faults in a row the actor leaves, to be started anew."""
         while True:
             try:

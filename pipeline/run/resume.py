@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.io.store import Store
 from pipeline.recipe import Recipe, RecipeError, parse
+from pipeline.recipe_file import split_setting
 from pipeline.run.worker import RunError
 
 LATER = ("decide", "shards", "choose")  # sections that are about what was measured
@@ -42,14 +43,16 @@ def in_force(run: dict[str, Any], recipe: Recipe, asked: Sequence[str], where: s
 
     Raises RunError where the folder was measured by another recipe, naming the keys and both values.
     """
+    if "of" in run:
+        raise RunError(f"{where} is a set of shards of {run['of']}: give another --out")
     wanted = recipe.model_dump(mode="json")
     stored = run["recipe"]
     before = run.get("asked")
     if before is not None:
-        fresh = [item.partition("=")[0].strip() for item in asked if item not in before["set"]]
+        fresh = [split_setting(item)[0] for item in asked if item not in before["set"]]
         merged = dict(wanted)
         for section in LATER:
-            base = _without(before["recipe"].get(section), section, fresh)
+            base = _changed(before["recipe"].get(section), section, fresh)
             merged[section] = merge(base, stored.get(section), wanted[section])
         recipe = _parsed(merged, where)
     if run["measure_key"] != recipe.measure_key():
@@ -103,10 +106,13 @@ class _Gone:
 
 
 GONE = _Gone()
+CHANGED = object()  # a base that counts as changed, whatever stands there now
 
 
 def merge(base: Any, ours: Any, theirs: Any) -> Any:
     """`theirs` where it was changed since `base`, else `ours`, key by key."""
+    if base is CHANGED:
+        return theirs
     if isinstance(ours, dict) and isinstance(theirs, dict):
         base = base if isinstance(base, dict) else {}
         keys = [*ours, *(k for k in theirs if k not in ours)]
@@ -126,20 +132,19 @@ def differences(a: Any, b: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
         yield at, a, b
 
 
-def _without(base: Any, section: str, keys: Sequence[str]) -> Any:
-    """`base` without those of its keys that are asked for by name, so that they count as changed."""
+def _changed(base: Any, section: str, keys: Sequence[list[str]]) -> Any:
+    """`base` with those of its keys that are asked for by name marked as changed."""
     base = json.loads(json.dumps(base))
-    for key in keys:
-        first, *path = key.split(".")
+    for first, *path in keys:
         if first != section:
             continue
         if not path:
-            return GONE
+            return CHANGED
         node = base
         for part in path[:-1]:
             node = node.get(part) if isinstance(node, dict) else None
         if isinstance(node, dict):
-            node.pop(path[-1], None)
+            node[path[-1]] = CHANGED
     return base
 
 

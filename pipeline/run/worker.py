@@ -123,7 +123,7 @@ class StageProcess:
         last: bool,
         hear: Callable[[tuple[Any, ...]], None],
         beat: Callable[[], None],
-    ) -> tuple[int, bytes]:
+    ) -> tuple[int, list[tuple[str, bytes]]]:
         """One unit (bytes-like: pickled videos) through the stages.
 
         Args:
@@ -132,7 +132,7 @@ class StageProcess:
             hear: gets the messages ('at', …), ('done', …) and ('said', …), see `child.serve`.
             beat: called every few seconds while the process is within its limits.
 
-        Returns how many of its sources are no errors, and the pickled videos.
+        Returns how many of its sources are no errors, and the units that it became: name and pickled videos.
 
         Raises Died, SetupError, RunError (a bug of ours), and what a stage raised that is no video's fault: StoreError,
         WorkerFault. After any of them the next call starts another process.
@@ -141,8 +141,9 @@ class StageProcess:
             self.start()
         assert self._pipe is not None
         try:
-            while not self.ready:
-                self._set_up(beat)
+            for again in range(MAX_DEATHS - 1, -1, -1):
+                if not self.ready:
+                    self._set_up(beat, again)
             self.stage = self.source = ""
             self.deadline, self.late = time.monotonic() + self.limits.stall_s, "(limits.stall_s)"
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # told by _next
@@ -150,8 +151,8 @@ class StageProcess:
                 self._pipe.send_bytes(unit)
             while True:
                 message = self._next(beat)
-                if message[0] == "unit":
-                    return message[1], self._bytes()
+                if message[0] == "units":
+                    return message[1], [(name, self._bytes()) for name in message[2]]
                 if message[0] == "fault":
                     raise {"output": StoreError, "worker": WorkerFault}.get(message[1], RunError)(message[2])
                 if message[0] == "at":
@@ -162,13 +163,19 @@ class StageProcess:
             self.close()  # also when it is interrupted between request and reply
             raise
 
-    def _set_up(self, beat: Callable[[], None]) -> None:
-        """Wait until it is ready. Raises SetupError, and WorkerFault where the process dies or hangs in it."""
+    def _set_up(self, beat: Callable[[], None], again: int) -> None:
+        """Wait until it is ready. Raises SetupError, and WorkerFault where the process hangs or dies in it.
+
+        Where it dies, another is started `again` times more.
+        """
         try:
             while (message := self._next(beat))[0] == "said":
                 heard(*message[1:])
             kind, *rest = message
         except Died as e:
+            if again and not e.hung:
+                self.start()
+                return
             raise WorkerFault(f"a worker's stages cannot be set up: {e.how}") from e
         if kind == "broken":
             raise SetupError(rest[0])
@@ -223,8 +230,8 @@ class Worker:
         self.process, self.ledger, self.pool, self.last = process, ledger, pool, last
         ledger.hello(pool)
 
-    def run(self, name: str, unit: Any) -> bytes:
-        """A unit through the stages, whatever it takes; returns the pickled videos (b'' from the last pool).
+    def run(self, name: str, unit: Any) -> list[tuple[str, bytes]]:
+        """A unit through the stages, whatever it takes; returns the units that it became (none from the last pool).
 
         Raises StoreError and RunError, which end the run, and WorkerFault: the unit may go to another worker.
         """
@@ -233,7 +240,7 @@ class Worker:
         if lost is not None:
             stage, source, times = lost
             blame.charge(stage, source, LOST, times, "worker")
-        told: set[str] = set()
+        told: set[tuple[str, str]] = set()  # part of the unit, stage
 
         def hear(message: tuple[Any, ...]) -> None:
             kind, *rest = message
@@ -241,18 +248,18 @@ class Worker:
                 self.ledger.at(self.pool, name, rest[0], rest[1])
             elif kind == "said":
                 heard(*rest)
-            elif rest[0] not in told:  # a unit that is done again counts once
-                told.add(rest[0])
-                self.ledger.done(self.pool, *rest)
+            elif (rest[0], rest[1]) not in told:  # a unit that is done again counts once
+                told.add((rest[0], rest[1]))
+                self.ledger.done(self.pool, *rest[1:])
 
         while True:
             try:
-                good, videos = self.process.run(
+                good, units = self.process.run(
                     unit, tuple(blame.verdicts), frozenset(blame.alone), self.last, hear, self.ledger.alive
                 )
                 if why := self.ledger.end(self.pool, name, good):
                     raise RunError(why)
-                return videos
+                return units
             except Died as e:
                 times = self.ledger.died(self.pool, name, e.stage, e.source, e.how)
                 if why := self.ledger.reason():

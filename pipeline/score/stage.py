@@ -33,12 +33,14 @@ from pipeline.score.motion import MOTION, motion_of
 from pipeline.score.picture import PICTURE, active_area, decode_grey, picture_scores
 from pipeline.score.watermark import COMPANY, Evidence, watermarks
 from pipeline.stages import Produces, Resources, each
+from pipeline.watch import telling
 
 
 class ScoreStage:
     """Adds the scores of the table above to every clip; drops `Frames.grey`, which nothing later needs."""
 
     name = "scores"
+    whole_source = True
     resources = Resources(cpus=1.0)
 
     def __init__(self, recipe: Scores):
@@ -55,7 +57,7 @@ class ScoreStage:
             if video.frames is None:
                 continue
             if self.recipe.motion:
-                for clip in video.clips:
+                for clip in telling(video.clips):
                     _put(clip, motion_of(video, clip))
             if self.recipe.picture or self.recipe.watermark:
                 for first in range(0, len(video.clips), COMPANY):
@@ -65,7 +67,7 @@ class ScoreStage:
 
     def _score_pictures(self, video: Video, clips: list[Clip]) -> None:
         evidence: list[Evidence | None] = []
-        for clip in clips:
+        for clip in telling(clips):
             pictures = decode_grey(samples(video, clip))
             if not len(pictures):
                 evidence.append(None)

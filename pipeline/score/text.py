@@ -17,6 +17,7 @@ from pipeline.recipe import Text
 from pipeline.record import Video
 from pipeline.samples import pictures
 from pipeline.stages import Produces, Resources, each
+from pipeline.watch import telling
 
 SAME_TEXT = 0.8  # likeness of two readings (2 × matching letters ÷ all letters) that makes them one
 
@@ -68,7 +69,7 @@ class TextStage:
 
     def __call__(self, videos: list[Video]) -> list[Video]:
         for video in each(videos):
-            for clip in video.clips:
+            for clip in telling(video.clips):
                 seen = pictures(video, clip, self.recipe.frames)
                 if not seen:
                     continue

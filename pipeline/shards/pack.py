@@ -26,6 +26,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -56,27 +57,63 @@ ASPECTS = {
 SIDES = [144, 240, 360, 480, 720, 1080, 1440, 2160, 4320]  # pixels, the shorter side
 
 
-def shard(store: Store, recipe: Recipe) -> pa.Table:
+def shard(store: Store, recipe: Recipe, beside: Store | None = None) -> pa.Table:
     """Decide on every clip of a run and make its shards what the decisions say.
 
+    Args:
+        beside: where to put decisions, shards and recipe, in place of the run's own; a folder for another
+            set of shards of the same run, whose run.json says `of` which.
+
     Returns the contents of decisions.parquet (DECISION_SCHEMA). Raises RecipeError for a rule on an
-    unknown column, StoreError where `store` holds no run or cannot be written.
+    unknown column, StoreError where `store` holds no run or the output cannot be written.
     """
     run = read_run(store)
+    out = store if beside is None else beside
+    if "of" in run:
+        raise StoreError(
+            f"{store.uri} is a set of shards of {run['of']}, with nothing measured: "
+            f"clipmill shard {run['of']} --out {store.uri}"
+        )
+    there = run
+    if beside is not None:
+        there = _check_beside(store, beside)
+        run = {k: v for k, v in run.items() if k not in ("outcome", "asked")}
+        run["of"] = str(Path(store.uri).absolute()) if store.local else store.uri
     decided = decide(store, recipe)
-    with store.scratch() as tails:
+    with out.scratch() as tails:
         samples = _samples(store, decided, recipe, run, tails)
         index = plan(samples, recipe.shards)
-        _build(store, index, tails)
+        _build(store, out, index, tails)
     decisions = _located(decided.decisions, index)
-    old = store.read_table("decisions.parquet") if store.exists("decisions.parquet") else None
+    old = out.read_table("decisions.parquet") if out.exists("decisions.parquet") else None
     if old is None or not old.equals(decisions) or old.schema.metadata != decisions.schema.metadata:
-        store.write_table("decisions.parquet", decisions)
-    used = recipe.model_dump(mode="json", include={"decide", "shards", "choose"})
-    if run["recipe"] | used != run["recipe"]:
-        run["recipe"] |= used
-        store.write_bytes("run.json", json.dumps(run, indent=1).encode())
+        out.write_table("decisions.parquet", decisions)
+    run = run | {
+        "recipe": run["recipe"] | recipe.model_dump(mode="json", include={"decide", "shards", "choose"})
+    }
+    if run != there:
+        out.write_bytes("run.json", json.dumps(run, indent=1).encode())
     return decisions
+
+
+def _check_beside(store: Store, beside: Store) -> dict[str, Any]:
+    """What run.json says in a folder for another set of shards; {} in a new one. Raises StoreError."""
+    run = json.loads(beside.read_bytes("run.json")) if beside.exists("run.json") else {}
+    if run and "of" not in run:
+        raise StoreError(f"{beside.uri} holds a run: give another folder as --out")
+    if not run and not beside.exists("shards.partial/.plan") and any(n != ".lock" for n in beside.list()):
+        raise StoreError(
+            f"{beside.uri} is not empty and holds no shards: give a new or empty folder as --out"
+        )
+    own = [
+        f"{store.uri.rstrip('/')}/{name}/"
+        for name in ("clips", "media", "shards", "shards.partial", "videos")
+    ]
+    if f"{beside.uri.rstrip('/')}/".startswith(tuple(own)):
+        raise StoreError(
+            f"{beside.uri} is inside what the run keeps for itself: give another folder as --out"
+        )
+    return run
 
 
 def read_run(store: Store) -> dict[str, Any]:
@@ -319,8 +356,8 @@ def _member(name: str, data: bytes) -> bytes:
 # ---------------------------------------------------------------- writing
 
 
-def _build(store: Store, index: pa.Table, tails: IO[bytes]) -> None:
-    """Make shards/ what `index` says, unless it already is."""
+def _build(run: Store, store: Store, index: pa.Table, tails: IO[bytes]) -> None:
+    """Make shards/ of `store` what `index` says, unless it already is; the clips are copied from `run`."""
     plan_hash = index.schema.metadata[b"plan"].decode()
     sizes: dict[str, int] = {}
     ends = index["offset"].to_numpy() - BLOCK  # each sample's start; its end follows
@@ -337,7 +374,7 @@ def _build(store: Store, index: pa.Table, tails: IO[bytes]) -> None:
         if not _is(store, "shards.partial/.plan", plan_hash):
             store.delete_folder("shards.partial")
             store.write_bytes("shards.partial/.plan", plan_hash.encode())
-        _write_tars(store, index, tails, sizes)
+        _write_tars(run, store, index, tails, sizes)
         _, counts = _runs(names)
         tars = [
             {"url": name, "nsamples": count, "filesize": sizes[name]}
@@ -375,13 +412,13 @@ def _whole(store: Store, folder: str, sizes: dict[str, int]) -> bool:
     )
 
 
-def _write_tars(store: Store, index: pa.Table, tails: IO[bytes], sizes: dict[str, int]) -> None:
+def _write_tars(run: Store, store: Store, index: pa.Table, tails: IO[bytes], sizes: dict[str, int]) -> None:
     """Write every tar into shards.partial that is not yet there (a tar appears when it is complete)."""
     columns = ["clip_id", "media_tar", "media_offset", "media_size", "media_sha256", "tail_at", "tail_size"]
     tails.flush()
 
     def write(name: str, samples: pa.Table) -> None:
-        ranges = Ranges(store)
+        ranges = Ranges(run)
         with contextlib.closing(ranges), store.writer(f"shards.partial/{name}") as tar:
             for row in samples.to_pylist():
                 size = row["media_size"]

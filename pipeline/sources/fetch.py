@@ -50,6 +50,7 @@ from pipeline.sources.names import (
 )
 from pipeline.sources.signed import redacted
 from pipeline.sources.youtube import download
+from pipeline.watch import progress
 
 READ_AHEAD = 1 << 16  # bytes asked of a remote file at least, when seeking in it
 
@@ -231,6 +232,7 @@ def _copy_range(src: Any, out: BinaryIO, offset: int, size: int, uri: str) -> No
             raise SourceFault(f"{uri}: the file ends {left} bytes early; it has changed since it was listed")
         out.write(data)
         left -= len(data)
+        progress()
 
 
 def _object(source: Source, address: str, out: BinaryIO, limits: Limits) -> None:

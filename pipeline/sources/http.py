@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import email.utils
+import functools
 import http.client
 import io
 import random
@@ -21,6 +22,7 @@ from pipeline.record import Source
 from pipeline.sources import network
 from pipeline.sources.names import CHUNK, Limits, one_line, place_of
 from pipeline.sources.signed import clean, redacted
+from pipeline.watch import progress
 
 LATER = {408, 425, 429}  # HTTP answers that a later try may better, besides those from 500 on …
 NEVER = {501, 505, 506, 510, 511}  # … but for these
@@ -165,6 +167,7 @@ class _Transfer:
         # read1 returns what has arrived, so that a trickle cannot hold us beyond the deadline
         while data := answer.read1(CHUNK):
             self.out.write(data)
+            progress()
             have = self.out.tell()
             if have > self.limits.max_bytes:
                 raise SourceFault(f"{self.uri}: more than the limit of {self.limits.max_bytes} bytes")
@@ -280,12 +283,20 @@ class _Web(urllib.request.AbstractHTTPHandler):
             raise network.refusal(self.uri, host)  # the proxy looks names up: there is no more to check
 
         def connection(host: str, **options: Any) -> Any:
+            if kind is http.client.HTTPSConnection:
+                options["context"] = _trusted()
             made = kind(host, **options)
             # where http.client makes its socket; of a proxy the person who set it has decided
             made._create_connection = network.connector(self.uri, None if proxied else self.free)
             return made
 
         return self.do_open(connection, req)
+
+
+@functools.cache
+def _trusted() -> ssl.SSLContext:
+    """The system's certificates, read once."""
+    return ssl.create_default_context()
 
 
 def _opener(uri: str, free: frozenset[str] | None) -> urllib.request.OpenerDirector:

@@ -75,7 +75,8 @@ class CutStage:
             test = ["-f", "lavfi", "-i", "color=size=256x256:rate=25:duration=0.2", "-pix_fmt", "yuv420p"]
             options = [str(a) for k, v in encoder(self.recipe, 25.0).items() for a in (f"-{k}", v)]
             try:
-                ffmpeg.run([self.exe, *test, *options, "-f", "mp4", f"{folder}/trial.mp4"], 60)
+                trial = [self.exe, *test, *options, "-f", "mp4", f"{folder}/trial.mp4"]
+                patiently(lambda: ffmpeg.run(trial, 60))
             except ffmpeg.FFmpegError as e:
                 raise RecipeError(
                     f"cut.codec {self.recipe.codec}: ffmpeg {'.'.join(map(str, self.version))} cannot encode "
@@ -261,7 +262,10 @@ class CutStage:
                     "trim", start_frame=piece.clip.start_frame, end_frame=piece.clip.end_frame
                 )
                 frames = frames.filter("setpts", f"N*{spacing}")
-            for name, args, named in picture_filters(piece.video, self.recipe.height, self._lut(piece)):
+            filters = picture_filters(
+                piece.geometry, piece.video.time_base, self.recipe.height, self._lut(piece)
+            )
+            for name, args, named in filters:
                 frames = frames.filter(name, *args, **named)
             if seen is not None:
                 both = frames.filter_multi_output("split", 2)
@@ -309,7 +313,7 @@ class CutStage:
         `audio: true` every clip is encoded.
         """
         v = index.video
-        asis = picture_size(v, self.recipe.height) == (v.width, v.height)
+        asis = picture_size(v.geometry, self.recipe.height) == v.geometry.size
         if self.recipe.audio or not asis or not index.copyable or (v.frames and v.frames.by_number):
             return []
         copied = [piece for piece in pieces if index.copy(piece)]

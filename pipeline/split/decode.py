@@ -27,7 +27,7 @@ import numpy as np
 from pipeline.geometry import Geometry
 from pipeline.io.answer import Of, Refused, checked, whole
 from pipeline.io.ffmpeg import OPEN, picture_stream
-from pipeline.io.isolate import Child, ChildError, Stalled
+from pipeline.io.isolate import Child, ChildError, Killed, Stalled
 
 if TYPE_CHECKING:  # the child has no need of pyarrow and pydantic
     from av.container import InputContainer
@@ -61,6 +61,7 @@ class DecodeStage:
     """Fills in what a Video is (size, rate, codec, …) and its `frames`."""
 
     name = "decode"
+    whole_source = True
 
     def __init__(self, options: Decode):
         from pipeline.stages import Produces, Resources
@@ -88,7 +89,7 @@ class DecodeStage:
         return videos
 
     def _decode(self, video: Video) -> None:
-        from pipeline.faults import SourceFault
+        from pipeline.faults import SourceFault, TransientFault
         from pipeline.sources.fetch import localised
 
         assert self.child is not None, "setup() comes first"
@@ -116,6 +117,8 @@ class DecodeStage:
                     f"{name}: no frame for {options.stall_s:g} s; the decoder hangs on this file, re-encode it "
                     "or raise decode.stall_s"
                 ) from e
+            except Killed as e:
+                raise TransientFault(f"{name}: the decoder is killed on this file ({e})") from e
             except (ChildError, Refused) as e:
                 self.child.close()  # it may no longer be itself
                 raise SourceFault(f"{name}: the decoder crashed on this file ({e}); re-encode it") from e
@@ -149,6 +152,7 @@ class Analysis:
     grey_frame: Annotated[np.ndarray, Of("int64", "m")]
     packets: Annotated[np.ndarray, Of("int64", "*", 3)]
     restarts: Annotated[np.ndarray, Of("int64", "*", 3)]
+    shapes: Annotated[np.ndarray, Of("int64", "*", 5)]
     by_number: bool
     flags: Annotated[np.ndarray, Of("uint8", "n")]  # DAMAGED, KEY, REFERRED
     refused: Annotated[np.ndarray, Of("int64", "*")]  # PTS of packets that the decoder refused
@@ -166,6 +170,8 @@ class Analysis:
             and _ascending(found.sample_frame, 0, n)
             and _ascending(found.grey_frame, 0, n)
             and _ascending(found.restarts[:, 0], 1, n)
+            and _ascending(found.shapes[:, 0], 1, n)
+            and ((found.shapes > 0) & (found.shapes < 1 << 31)).all()
             and all(number > 0 for number in numbers)
             and found.rotation in (0, 90, 180, 270)
             and found.shown.size == (found.width, found.height)
@@ -218,6 +224,7 @@ class Analysis:
             grey_frame=self.grey_frame,
             packets=self.packets,
             restarts=self.restarts,
+            shapes=self.shapes,
             by_number=self.by_number,
             marks=marks(self.thumbs),
             damaged=damage.spread(*(self.flags & bit > 0 for bit in (DAMAGED, KEY, REFERRED))),
@@ -256,8 +263,8 @@ def analyse(path: str, options: Decode, beat: Callable[[], None] = lambda: None)
 def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, Any]:
     """Read a video file once and keep what `Frames` describes.
 
-    Frames that decode are used and the trouble with others is told in `warnings`. A change of picture size in
-    mid-stream is a warning too; all pictures are scaled to the sizes the first one gave.
+    Frames that decode are used and the trouble with others is told in `warnings`. A change of picture size or
+    pixel shape in mid-stream is a warning too; thumbs and grey pictures keep the sizes the first one gave.
 
     Args:
         path: a local file; no other file and no network is opened, whatever it says.
@@ -347,6 +354,7 @@ def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, An
         "grey_frame": np.array(pictures.grey_frame, np.int64),
         "packets": np.array(reader.packets, np.int64).reshape(-1, 3),
         "restarts": restarts,
+        "shapes": np.array(pictures.shapes, np.int64).reshape(-1, 5),
         "flags": np.frombuffer(bytes(reader.flags), np.uint8),
         "refused": np.array(reader.lost, np.int64),
         "by_number": bool(repaired or restarts[:, 1].any() or not clock.own),

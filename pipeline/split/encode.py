@@ -8,7 +8,6 @@ from typing import Any
 
 from pipeline.geometry import DEINTERLACE, UNSPECIFIED, Colours, Filter, Geometry
 from pipeline.recipe import Cut
-from pipeline.record import Video
 
 PRESETS = (  # x264's, from the slowest
     *("placebo", "veryslow", "slower", "slow", "medium"),
@@ -16,34 +15,36 @@ PRESETS = (  # x264's, from the slowest
 )
 
 
-def picture_size(video: Video, height: int | None) -> tuple[int, int]:
+def picture_size(g: Geometry, height: int | None) -> tuple[int, int]:
     """Width and height of a clip: even, as 4:2:0 needs, and with `height` the shorter side scaled down to it."""
-    w, h = (max(2, side - side % 2) for side in (video.width, video.height))
+    w, h = (max(2, side - side % 2) for side in g.size)
     if height is None or height >= min(w, h):
         return w, h
     ratio = height / min(w, h)
     return max(2, 2 * round(w * ratio / 2)), max(2, 2 * round(h * ratio / 2))
 
 
-def picture_filters(video: Video, height: int | None, lut: Path | None = None) -> list[Filter]:
+def picture_filters(
+    g: Geometry, time_base: Fraction, height: int | None, lut: Path | None = None
+) -> list[Filter]:
     """Filters from the decoder's pictures, which ffmpeg leaves as they are stored (`as_stored`), to the clip's.
 
-    An odd column or row is cut off, a single one doubled; the pixel shape stays. Where the source changes size
-    or colours in mid-stream, the first ones hold.
+    An odd column or row is cut off, a single one doubled; the pixel shape stays. Pictures of another size in the
+    clip are scaled to that of the geometry.
 
     Args:
         lut: .cube file from HDR to BT.709; used where the geometry asks for that.
     """
-    g, (w, h) = video.geometry, video.geometry.size
-    size = picture_size(video, height)
+    w, h = g.size
+    size = picture_size(g, height)
     filters: list[Filter] = [
         ("sidedata", [], {"mode": "delete", "type": "DISPLAYMATRIX"}),
         ("setparams", [], g.colours.tags()),
         ("scale", list(g.stored), {}),
     ]
     if g.deinterlace:
-        tick = video.time_base  # bwdif halves it
-        filters += [DEINTERLACE, ("settb", [f"{tick.numerator}/{tick.denominator}"], {})]
+        # bwdif halves the time base
+        filters += [DEINTERLACE, ("settb", [f"{time_base.numerator}/{time_base.denominator}"], {})]
     filters += [*g.cropping(), *g.orientation.filters()]
     if w == 1 or h == 1:
         filters.append(("scale", list(size), {"flags": "neighbor"}))
@@ -53,7 +54,7 @@ def picture_filters(video: Video, height: int | None, lut: Path | None = None) -
         filters.append(("scale", list(size), {}))
     return [
         *filters,
-        ("setsar", [f"{video.sar.numerator}/{video.sar.denominator}"], {"max": 65535}),
+        ("setsar", [f"{g.sar.numerator}/{g.sar.denominator}"], {"max": 65535}),
         *_colour_filters(g, lut),
     ]
 

@@ -29,6 +29,7 @@ from pipeline.samples import picture
 from pipeline.split.damage import measure
 from pipeline.split.shots import frames_within
 from pipeline.stages import Produces, Resources, each
+from pipeline.watch import telling
 
 if TYPE_CHECKING:  # it imports torch
     from models.curation.embed import Embedder
@@ -70,6 +71,7 @@ class EventStage:
     """
 
     name = "events"
+    whole_source = True
 
     def __init__(self, options: Events, whole: bool = False):
         self.options, self.whole = options, whole
@@ -133,9 +135,10 @@ class EventStage:
             wanted.append(sorted(set(ends) - f.known.keys()))
 
         def shown() -> Iterator[np.ndarray]:
-            for video, samples in zip(each(f.video for f in features if f), wanted, strict=True):
-                assert video.frames is not None
-                yield from (picture(video.frames.samples[i]) for i in samples)
+            # not announced one by one: pictures of several videos are embedded at once
+            for f, samples in zip(features, wanted, strict=True):
+                assert f is not None
+                yield from (picture(f.frames.samples[i]) for i in telling(samples))
 
         rows = iter(self.embedder.embed(shown()))
         for f, samples in zip(features, wanted, strict=True):
@@ -193,8 +196,7 @@ class EventStage:
                 counts["pieces_missed_cut"] += 1
             else:
                 whole.append(Piece(start, end, *ends))
-        assert video.frames is not None
-        events = stitch(whole, o.max_outer, set(video.frames.restarts[:, 0].tolist()))
+        events = stitch(whole, o.max_outer, set(video.breaks()))
         counts["pieces"], counts["events"] = len(found), len(events)
         return [span for event in events for span in fit(video, event, o, counts)]
 
@@ -254,13 +256,13 @@ def end_samples(frames: Frames, start: int, end: int, position: float) -> tuple[
     return first, second
 
 
-def stitch(pieces: list[Piece], max_outer: float, restarts: Collection[int] = ()) -> list[Span]:
+def stitch(pieces: list[Piece], max_outer: float, breaks: Collection[int] = ()) -> list[Span]:
     """Join neighbours; an event starts at the first piece, after a gap, at a restart of the clock (first frames
     of which are given), or where facing ends differ."""
     events: list[Span] = []
     for i, piece in enumerate(pieces):
         before = pieces[i - 1] if i else None
-        apart = before is None or before.end != piece.start or piece.start in restarts
+        apart = before is None or before.end != piece.start or piece.start in breaks
         if before is None or apart or distance(before.last, piece.first) > max_outer:
             events.append((piece.start, piece.end))
         else:

@@ -16,7 +16,16 @@ if TYPE_CHECKING:  # the child has no need of pyarrow and pydantic
 
     from pipeline.recipe import Decode
 
-from pipeline.geometry import DEINTERLACE, SMALLEST_INTERLACED, Colours, Filter, Geometry, Orientation, askew
+from pipeline.geometry import (
+    DEINTERLACE,
+    SAME_ASPECT,
+    SMALLEST_INTERLACED,
+    Colours,
+    Filter,
+    Geometry,
+    Orientation,
+    askew,
+)
 from pipeline.io.answer import Rows, Strings
 from pipeline.split.clock import Grid
 from pipeline.split.cropping import Crop
@@ -92,49 +101,40 @@ class _Prepared:
     bwdif, which gives them back one later and leaves alone those that are not interlaced.
     """
 
-    def __init__(self, geometry: Geometry, deinterlace: bool):
-        self.geometry = geometry
-        self.deinterlace = deinterlace and all(
-            side >= least for side, least in zip(geometry.stored, SMALLEST_INTERLACED, strict=True)
-        )
+    def __init__(self, deinterlace: bool):
+        self.deinterlace = deinterlace
         self.interlaced = False  # there was such a frame
         self.graph: Any = None
         self.made_for: object = None
-        self.waiting: deque[tuple[int, int]] = deque()
+        self.waiting: deque[tuple[int, int, Geometry]] = deque()
 
-    def add(self, n: int, frame: VideoFrame, elapsed: int) -> Iterator[tuple[int, VideoFrame, int]]:
+    def add(
+        self, n: int, frame: VideoFrame, elapsed: int, geometry: Geometry
+    ) -> Iterator[tuple[int, VideoFrame, int, Geometry]]:
         """Frame n goes in; those that are ready come out, in order, with what came in with them."""
         self.interlaced |= self.deinterlace and frame.interlaced_frame
-        filters = self._filters(frame)
+        filters = ([DEINTERLACE] if self.interlaced else []) + geometry.cropping()
         if not filters:
             yield from self.rest()
-            yield n, frame, elapsed
+            yield n, frame, elapsed, geometry
             return
-        kind = (frame.width, frame.height, frame.format.name, len(filters))
+        kind = (geometry.stored, geometry.crop, frame.format.name, self.interlaced)
         if kind != self.made_for:
             yield from self.rest()
             self.graph, self.made_for = _graph(frame, filters), kind
-        self.waiting.append((n, elapsed))
+        self.waiting.append((n, elapsed, geometry))
         frame.pts = n
         self.graph.vpush(frame)
         yield from self._ready()
 
-    def rest(self) -> Iterator[tuple[int, VideoFrame, int]]:
+    def rest(self) -> Iterator[tuple[int, VideoFrame, int, Geometry]]:
         """What has not come out yet."""
         if self.graph is not None:
             self.graph.vpush(None)
             yield from self._ready()
             self.graph = self.made_for = None
 
-    def _filters(self, frame: VideoFrame) -> list[Filter]:
-        filters = [DEINTERLACE] if self.interlaced else []
-        if not (filters or any(self.geometry.crop)):
-            return []
-        if (frame.width, frame.height) != self.geometry.stored:
-            filters.insert(0, ("scale", list(self.geometry.stored), {}))
-        return filters + self.geometry.cropping()
-
-    def _ready(self) -> Iterator[tuple[int, VideoFrame, int]]:
+    def _ready(self) -> Iterator[tuple[int, VideoFrame, int, Geometry]]:
         from av.error import BlockingIOError, EOFError
 
         while self.waiting:
@@ -142,8 +142,8 @@ class _Prepared:
                 frame = self.graph.vpull()
             except (BlockingIOError, EOFError):
                 return
-            n, elapsed = self.waiting.popleft()
-            yield n, frame, elapsed
+            n, elapsed, geometry = self.waiting.popleft()
+            yield n, frame, elapsed, geometry
 
 
 def _graph(frame: VideoFrame, filters: list[Filter]) -> Any:
@@ -190,22 +190,26 @@ class Pictures:
         self, first: VideoFrame, stream: VideoStream, time_base: Fraction, options: Decode, crop: Crop
     ):
         self.stream, self.options = stream, options
+        self.follows = stream.container.format.name in SHAPELESS
         self.trouble: list[str] = []
         self.found = self._geometry(first, crop)
         self.pix_fmt = first.format.name
-        self.look = (first.width, first.height, self._sar())
+        self.look = (first.width, first.height, self._sar(True, True))
         self.changes = 0
+        self.shapes: list[tuple[int, int, int, int, int]] = []  # Frames.shapes
         self.first_change = ""
         self.frames = self.interlaced = 0
         self.field_order = ""
-        self.prepared = _Prepared(self.found, options.deinterlace)
+        big = all(side >= least for side, least in zip(self.found.stored, SMALLEST_INTERLACED, strict=True))
+        self.prepared = _Prepared(options.deinterlace and big)
         width, height = self.found.size
         sar = self.found.sar
         self.thumbs = _Stack(_Scaler(THUMB, "rgb24", self.found))
         self.grey = _Stack(_Scaler(fitted(width, height, sar, options.grey_size), "gray", self.found))
         self.grey_frame: list[int] = []
         self.grey_grid = Grid(options.grey_fps, time_base)
-        self.sample = _Scaler(fitted(width, height, sar, options.sample_size), "bgr24", self.found, fine=True)
+        self.now = self.found
+        self.scalers: list[tuple[float, _Scaler]] = []  # of samples, by aspect
         self.sample_frame: list[int] = []
         self.sample_jpeg = Strings()
         self.sample_grid = Grid(options.sample_fps, time_base)
@@ -223,7 +227,7 @@ class Pictures:
         if colours.model == "yuv" and first.colorspace not in (colours.matrix, 0, UNSPECIFIED_MATRIX):
             name = "BT.2020" if colours.matrix == 9 else "BT.601"
             self.trouble.append(f"the colour matrix is not supported and was taken for {name}")
-        sar = self._sar()
+        sar = self._sar(True, True)
         return Geometry(
             stored=(first.width, first.height),
             crop=crop,
@@ -233,8 +237,14 @@ class Pictures:
             tone_map=bool(colours.hdr) and self.options.hdr == "tone_map",
         )
 
-    def _sar(self) -> Fraction:
-        return self.stream.sample_aspect_ratio or Fraction(1)
+    def _sar(self, first: bool, key: bool) -> Fraction:
+        """Of the frame that has just been decoded, as stored.
+
+        libav knows the newest the decoder has read, which holds from the next keyframe on that it puts out.
+        """
+        if first or not self.follows:
+            return self.stream.sample_aspect_ratio or Fraction(1)
+        return (key and self.stream.codec_context.sample_aspect_ratio) or self.look[2]
 
     @property
     def geometry(self) -> Geometry:
@@ -243,16 +253,19 @@ class Pictures:
 
     def add(self, n: int, frame: VideoFrame, elapsed: int) -> None:
         """Frame n, that many ticks after the first."""
-        look = (frame.width, frame.height, self._sar())
+        look = (frame.width, frame.height, self._sar(n == 0, frame.key_frame))
         if look != self.look:
             before, self.look = self.look, look
             self.first_change = self.first_change or f"{_said(before)} to {_said(look)} at frame {n}"
             self.changes += 1
+            width, height, sar = look
+            self.shapes.append((n, width, height, sar.numerator, sar.denominator))
+            self.now = self.found.reshaped(*look)
         self.frames += 1
         if frame.interlaced_frame:
             self.interlaced += 1
             self.field_order = self.field_order or ("top" if _top_first(frame) else "bottom")
-        for ready in self.prepared.add(n, frame, elapsed):
+        for ready in self.prepared.add(n, frame, elapsed, self.now):
             self._keep(*ready)
 
     def end(self) -> None:
@@ -260,7 +273,7 @@ class Pictures:
         for ready in self.prepared.rest():
             self._keep(*ready)
 
-    def _keep(self, n: int, frame: VideoFrame, elapsed: int) -> None:
+    def _keep(self, n: int, frame: VideoFrame, elapsed: int, geometry: Geometry) -> None:
         colours = self.found.colours
         if colours.model == "yuv":  # a later frame's own say must not make the models see what no clip shows
             frame.colorspace, frame.color_range = colours.matrix, 2 if colours.full_range else 1
@@ -269,7 +282,7 @@ class Pictures:
             self.grey.add(frame)
             self.grey_frame.append(n)
         if self.sample_grid.due(elapsed):
-            self.sample_jpeg.append(self._jpeg(frame))
+            self.sample_jpeg.append(self._jpeg(frame, geometry))
             self.sample_frame.append(n)
 
     def counts(self) -> dict[str, int]:
@@ -282,13 +295,35 @@ class Pictures:
             found.append(f"the picture size changes from {self.first_change}{more}")
         return found
 
-    def _jpeg(self, frame: VideoFrame) -> bytes:
+    def _jpeg(self, frame: VideoFrame, geometry: Geometry) -> bytes:
         import cv2
 
+        aspect = geometry.aspect
+        scaler = next((s for a, s in self.scalers if abs(aspect / a - 1) <= SAME_ASPECT), None)
+        if scaler is None:  # one a shape, so that all of a clip have one size
+            size = fitted(*geometry.size, geometry.sar, self.options.sample_size)
+            scaler = _Scaler(size, "bgr24", geometry, fine=True)
+            self.scalers.append((aspect, scaler))
+
         quality = [cv2.IMWRITE_JPEG_QUALITY, self.options.jpeg_quality]
-        return cv2.imencode(".jpg", self.sample.upright(frame), quality)[1].tobytes()
+        return cv2.imencode(".jpg", scaler.upright(frame), quality)[1].tobytes()
 
 
+# Containers that have no word for the pixel shape: the codec's holds, which may change
+SHAPELESS = {
+    "mpegts",
+    "mpeg",
+    "mpegvideo",
+    "h264",
+    "hevc",
+    "m4v",
+    "flv",
+    "live_flv",
+    "ivf",
+    "av1",
+    "obu",
+    "dv",
+}
 UNSPECIFIED_MATRIX = 2
 FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 

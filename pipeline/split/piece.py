@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.geometry import Geometry
 from pipeline.record import Clip, Video
 from pipeline.split.pictures import marks
 
@@ -41,6 +42,11 @@ class Piece:
         """PTS of its frames, int64 [n], ticks of the source's time base."""
         assert self.video.frames is not None
         return self.video.frames.pts[self.clip.start_frame : self.clip.end_frame]
+
+    @property
+    def geometry(self) -> Geometry:
+        """How it is shown."""
+        return self.video.shown(self.clip)
 
     @property
     def edges(self) -> np.ndarray:
@@ -83,8 +89,8 @@ def groups(pieces: list[Piece]) -> Iterator[list[Piece]]:
     """Runs of neighbouring clips that one process decodes and encodes, bounded in memory."""
     group: list[Piece] = []
     for piece in pieces:
-        v = piece.video
-        most = max(1, min(MOST, PIXELS // (v.width * v.height)))
+        w, h = piece.geometry.size
+        most = max(1, min(MOST, PIXELS // (w * h)))
         if group and (len(group) >= most or piece.clip.start_s - max(p.clip.end_s for p in group) > GAP_S):
             yield group
             group = []

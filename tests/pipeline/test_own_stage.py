@@ -52,9 +52,9 @@ def test_the_example_in_the_docstring_works(tmp_path):
     (tmp_path / "recipe.yaml").write_text(textwrap.dedent("    " + text.strip()))
     r = recipe.load(str(tmp_path / "recipe.yaml"))
     stages = build(r, str(tmp_path))
-    assert [s.name for s in stages][4:6] == ["scores", "brightness"]
+    assert [s.name for s in stages][3:5] == ["scores", "brightness"]
     assert "brightness" in produced(stages).scores
-    stage = pickle.loads(pickle.dumps(stages[5]))  # as it goes to a worker
+    stage = pickle.loads(pickle.dumps(stages[4]))  # as it goes to a worker
     stage.setup()
     v = video([plain("808080")])
     run_stage(stage, [v])
@@ -86,7 +86,7 @@ def test_stages_of_ones_own_stand_after_the_one_they_name_in_their_order(file, t
     three, last = other("three") | {"after": "one"}, other("last") | {"after": "choose"}
     names = [s.name for s in build(with_stages(one, two, three, last), "")]
     at = names.index("cut")
-    assert names[at : at + 5] == ["cut", "one", "three", "two", "scores"]
+    assert names[at : at + 5] == ["cut", "one", "three", "two", "signature"]
     assert names[-1] == "last"
 
 

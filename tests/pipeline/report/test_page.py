@@ -18,6 +18,7 @@ import pytest
 
 from pipeline.faults import StoreError
 from pipeline.io.store import Store
+from pipeline.recipe import parse
 from pipeline.record import Caption, Clip, Error, Source, Video, clip_id
 from pipeline.report import data as report_data
 from pipeline.report import histograms
@@ -461,3 +462,20 @@ def test_a_clip_that_two_sources_share_counts_once(tmp_path: Path):
     page = read(tmp_path)
     assert "2 of 2 clips kept from 2 sources" in page.text
     assert len(page.all("article")) == 2
+
+
+def test_a_rule_about_a_text_says_what_it_asks_and_is_drawn_without_a_number(tmp_path):
+    recipe = run_folder.make_run_folder(tmp_path)
+    rules = {
+        "dogs": {"column": "caption", "contains": ["dog", "<b>"], "not_matches": "x"},
+        "named": {"column": "name", "contains": "video"},
+        "titled": {"column": "meta.title", "excludes": "“video 0”"},
+    }
+    data = recipe.model_dump(mode="json") | {"decide": {"rules": rules}}
+    store = Store(str(tmp_path))
+    shard(store, parse(data, [], "test"))
+    report.write(store)
+    page = (tmp_path / "report.html").read_text()
+    assert "caption contains “dog” or “&lt;b&gt;” and does not match /x/" in page
+    assert "name contains “video”" in page
+    assert "title of the list does not contain" in page

@@ -111,3 +111,26 @@ def test_merging(base, ours, theirs, merged):
     before = json.dumps([base, ours, theirs])
     assert resume.merge(base, ours, theirs) == merged
     assert json.dumps([base, ours, theirs]) == before
+
+
+def test_a_rule_that_the_command_switches_off_by_name_goes_although_shard_has_tuned_it():
+    run = run_json(tuned=("decide.rules.blurred.min=5", "decide.rules.frozen.max=0.5"), name="embedded")
+    rules = goes_on(run, "decide.rules.blurred=null", name="embedded").decide.rules
+    assert "blurred" not in rules
+    assert rules["frozen"].max == 0.5
+    assert goes_on(run, "decide.rules={}", name="embedded").decide.rules == {}
+
+
+def test_who_is_chosen_is_changed_on_a_run_that_measured_more_and_it_goes_on_measuring():
+    judged = "choose={method: open_clip, pretrained: x}"
+    recipe = goes_on(run_json(judged, tuned=("choose.method=consensus", "choose.clip_score=true")), judged)
+    assert (recipe.choose.method, recipe.choose.clip_score) == ("consensus", True)
+    recipe = goes_on(run_json(), "choose={method: order, order: [tags-baseline]}")
+    assert (recipe.choose.method, recipe.choose.clip_score) == ("order", False)
+    with pytest.raises(RunError, match="holds a run of another recipe"):
+        goes_on(run_json(), judged)
+
+
+def test_a_set_of_shards_is_not_measured_into():
+    with pytest.raises(RunError, match="is a set of shards of /the/run: give another --out"):
+        goes_on(run_json() | {"of": "/the/run"})

@@ -34,7 +34,8 @@ def through(stages, videos, limits=None) -> dict[str, str]:
     """One unit through stages without a commit; source → its error's stage and sentence, or 'ok'."""
     process = StageProcess(pickle.dumps(stages), limits or Limits())
     try:
-        done = pickle.loads(Worker(process, Ledger(), last=False).run("u", pickle.dumps(videos)))
+        ((_, done),) = Worker(process, Ledger(), last=False).run("u", pickle.dumps(videos))
+        done = pickle.loads(done)
     finally:
         process.close()
     return {v.source.uri: f"[{v.error.stage}] {v.error.message}" if v.error else "ok" for v in done}
@@ -240,7 +241,8 @@ def test_an_idle_process_that_is_killed_is_replaced_and_nobody_pays(tmp_path):
     worker = Worker(process, Ledger(), last=False)
     try:
         for name in ("a", "b"):
-            (video,) = pickle.loads(worker.run(f"unit-{name}", pickle.dumps(unit(name))))
+            ((_, blob),) = worker.run(f"unit-{name}", pickle.dumps(unit(name)))
+            (video,) = pickle.loads(blob)
             assert video.error is None
             os.kill(process.pid, 9)
             process._process.wait()
@@ -273,7 +275,7 @@ def test_a_source_costs_three_workers_at_most_known_or_found_out(source):
 
 
 def test_stages_run_without_any_process_too():
-    done = Inside([Toy("s0"), Toy("s1")]).run(unit("a", "bad-x"))
+    (done,) = Inside([Toy("s0"), Toy("s1")]).run(unit("a", "bad-x"))
     assert [v.error is None for v in done] == [True, False]
 
 

@@ -389,7 +389,7 @@ def test_a_damaged_staging_tar_ends_with_a_clear_error_and_the_old_shards(tmp_pa
     ("argv", "says"),
     [
         (["nowhere"], "holds no clipmill run"),
-        (["run", "--set", "cut.crf=3"], "only decide.* and shards.*"),
+        (["run", "--set", "cut.crf=3"], "only decide.*, shards.*"),
         (["run", "--set", "shards.max_clip=3"], "unknown key"),
         (["run", "--recipe", "nothing"], "not found"),
         (["run", "--set", "decide.rules.a={column: nope, min: 1}"], "not measured"),

@@ -299,6 +299,28 @@ def test_clips_of_a_list_and_whole_videos_and_any_name_come_out(tmp_path: Path) 
     assert found == {(0.0, 0.4): "one", (1.0, 2.0): "two", (0.0, 5.0): "all"}
 
 
+def test_a_mended_row_leaves_no_error_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(videos.made(videos.cfr, frames=10).read_bytes())
+    args = [str(tmp_path / "l.csv"), "--out", str(tmp_path / "out"), "--recipe", "smoke", "--runner", "local"]
+
+    def rows() -> dict[str, str | None]:
+        curate.main([*args, "--whole", "--set", "captions=[]"])
+        files = (tmp_path / "out/videos").glob("*.parquet")
+        return {r["name"]: r["stage"] for f in files for r in pq.read_table(f).to_pylist()}
+
+    (tmp_path / "l.csv").write_text("path,start,end\na.mp4,,\nb.mp4,3,1\n")
+    bad = f"{tmp_path}/l.csv#3".lstrip("/")
+    assert rows() == {"a.mp4": None, bad: "list"}
+    assert rows() == {"a.mp4": None, bad: "list"}
+    assert "are mended" not in capsys.readouterr().err
+    (tmp_path / "l.csv").write_text("path,start,end\na.mp4,,\nb.mp4,,\n")
+    assert rows() == {"a.mp4": None, "b.mp4": None}
+    said = capsys.readouterr().err
+    assert "1 error of listing mended or gone" in said
+    assert "no longer in the list" not in said
+
+
 def test_a_file_whose_name_begins_with_a_dash_can_be_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

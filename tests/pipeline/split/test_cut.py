@@ -264,7 +264,10 @@ def test_a_process_is_bounded_in_memory_and_does_not_decode_long_gaps():
     def pieces(width: int, height: int, *starts: float) -> list:
         video = Video(Source("a", "a"), "u", width=width, height=height)
         clip = SimpleNamespace
-        return [SimpleNamespace(video=video, clip=clip(start_s=s, end_s=s + 5)) for s in starts]
+        shown = SimpleNamespace(size=(width, height))
+        return [
+            SimpleNamespace(video=video, geometry=shown, clip=clip(start_s=s, end_s=s + 5)) for s in starts
+        ]
 
     close = [6.0 * n for n in range(40)]
     assert [len(g) for g in groups(pieces(640, 360, *close))] == [16, 16, 8]
@@ -275,12 +278,12 @@ def test_a_process_is_bounded_in_memory_and_does_not_decode_long_gaps():
 
 
 @pytest.mark.parametrize("exe", FFMPEGS, ids=lambda exe: Path(exe).name)
-def test_a_source_that_changes_its_size_keeps_the_first(exe, tmp_path):
+def test_clips_of_a_source_that_changes_its_size_have_the_size_of_their_largest_frame(exe, tmp_path):
     video = clips_of(analysed(resized(tmp_path / "resized")), (0, 1), (3, 20), (30, 60), (70, 90))
     warnings = list(video.warnings)
     ready(tmp_path, exe)([video])
     assert_exact(tmp_path, video)
-    assert {(c.media.width, c.media.height) for c in video.clips} == {(192, 96)}
+    assert [c.media.width for c in video.clips] == [192, 192, 288, 288]
     assert video.warnings == warnings
 
 

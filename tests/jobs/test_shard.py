@@ -1,0 +1,127 @@
+"""clipmill shard: decide again, try a decision out, keep another set of shards beside the first."""
+
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import report, shard
+from pipeline.io.store import Store
+from pipeline.shards.pack import read_run
+from tests.fixtures.run_folder import make_run_folder
+
+STRICT = ["--set", "decide.rules.short={column: duration_s, max: 3}"]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("packed") / "run"
+    make_run_folder(root)
+    assert shard.main([str(root)]) == 0
+    return root
+
+
+@pytest.fixture
+def run(packed, tmp_path) -> Path:
+    shutil.copytree(packed, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
+
+
+def decisions(folder: Path) -> list[dict]:
+    return pq.read_table(folder / "decisions.parquet").to_pylist()
+
+
+def refused(capsys, *command: str) -> str:
+    assert shard.main(list(command)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+def test_a_dry_run_tells_the_funnel_and_writes_nothing(run, capsys):
+    before, lock = files(run), (run / ".lock").read_bytes()
+    assert shard.main([str(run), "--dry-run", *STRICT]) == 0
+    said = capsys.readouterr().out
+    assert files(run) == before
+    assert (run / ".lock").read_bytes() == lock
+    now = {d["clip_id"] for d in decisions(run) if d["keep"]}
+    assert shard.main([str(run), *STRICT]) == 0
+    then = {d["clip_id"] for d in decisions(run) if d["keep"]}
+    go, come = len(now - then), len(then - now)
+    assert f"{len(then)} clips would be kept ({len(now)} are now; {go} would go, {come} come)" in said
+    assert said.splitlines()[:-1] == capsys.readouterr().out.splitlines()[:-2]
+
+
+def test_another_set_of_shards_lies_beside_the_first_which_stays(run, tmp_path, capsys):
+    before, out = files(run), tmp_path / "strict"
+    assert shard.main([str(run), "--out", str(out), *STRICT]) == 0
+    assert files(run) == before
+    alone = tmp_path / "alone"
+    shutil.copytree(run, alone)
+    assert shard.main([str(alone), *STRICT]) == 0
+    assert decisions(out) == decisions(alone) != decisions(run)
+    shards = {n: b for n, b in files(alone).items() if n.startswith("shards/")}
+    assert {n: b for n, b in files(out).items() if n.startswith("shards/")} == shards
+    assert "short" in read_run(Store(str(out)))["recipe"]["decide"]["rules"]
+    again = files(out)
+    assert shard.main([str(run), "--out", str(out), *STRICT]) == 0
+    assert files(out) == again
+    capsys.readouterr()
+    assert report.main([str(out)]) == 0  # the pictures come from the run
+    page = (out / "report.html").read_text()
+    assert "data:image/jpeg" in page
+    assert f"clipmill shard {run}" in page
+
+
+def test_a_set_of_shards_is_no_run_to_be_decided_again_or_measured_into(run, tmp_path, capsys):
+    out = tmp_path / "strict"
+    assert shard.main([str(run), "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert f"clipmill shard {run} --out {out}" in refused(capsys, str(out))
+    assert "holds a run" in refused(capsys, str(run), "--out", str(run))
+    assert "inside what the run keeps" in refused(capsys, str(run), "--out", str(run / "shards/x"))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/a.txt").write_text("mine")
+    assert "not empty" in refused(capsys, str(run), "--out", str(tmp_path / "thesis"))
+    assert {p.name for p in (tmp_path / "thesis").iterdir()} <= {"a.txt", ".lock"}
+
+
+def test_a_rule_is_switched_off_and_who_is_preferred_changed_without_a_model(run, capsys):
+    off = ["--set", "decide.rules.still=null", "--set", "decide.rules.too_much_text=null"]
+    order = ["--set", "choose={method: order, order: [on-screen-text-baseline]}"]
+    assert shard.main([str(run), *off, *order]) == 0
+    assert {"still", "too_much_text"}.isdisjoint(r for d in decisions(run) for r in d["dropped_by"])
+    assert {d["caption_model"] for d in decisions(run) if d["caption"]} == {"on-screen-text-baseline"}
+    saved = read_run(Store(str(run)))["recipe"]
+    assert (saved["choose"]["method"], list(saved["decide"]["rules"])) == ("order", ["too_short"])
+    assert shard.main([str(run)]) == 0  # what was set stays
+    assert {d["caption_model"] for d in decisions(run) if d["caption"]} == {"on-screen-text-baseline"}
+    assert shard.main([str(run), "--set", "choose.method=consensus"]) == 0
+    assert len({d["caption_model"] for d in decisions(run) if d["caption"]}) > 1
+
+
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        ("cut.crf=1", "--set cut.crf: only decide.*"),
+        ("choose.frames=3", "--set choose.frames: only decide.*"),
+        ("choose={method: order, order: [a], frames: 3}", "only decide.*"),
+        ("choose.method=open_clip", "did not measure clip_score"),
+        ("choose={method: order, order: [tags-basline]}", "did you mean 'tags-baseline'"),
+        ("decide.rules.stil=null", "(did you mean 'still'?)"),
+        ("decide.rules.x={column: caption, matches: '['}", "not a regular expression"),
+    ],
+)
+def test_what_cannot_be_decided_later_is_one_sentence_and_changes_nothing(run, capsys, item, says):
+    before = files(run)
+    assert says in refused(capsys, str(run), "--set", item)
+    assert files(run) == before
