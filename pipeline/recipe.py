@@ -74,6 +74,10 @@ class Shots(Section):
     min_shot_frames: int = Field(
         15, ge=1, description="content: cuts so soon after another are ignored (SUPPRESS)"
     )
+    transitions: Literal["keep", "trim"] = Field(
+        "keep",
+        description="trim: frames of dissolves, fades and wipes belong to no shot; keep: to both neighbours",
+    )
 
 
 class Embedder(Section):

@@ -78,7 +78,7 @@ class TransNetV2:
 
     @torch.inference_mode()
     def __call__(self, frames: np.ndarray) -> np.ndarray:
-        """uint8 [T, 27, 48, 3] RGB → float32 [T], the probability that a boundary lies at the frame."""
+        """uint8 [T, 27, 48, 3] RGB → float32 [T, 2]: probability of a boundary, and of any frame of a transition."""
         pixels = torch.from_numpy(frames).to(self.device)
         x = _last(pixels.permute(0, 3, 1, 2).float() / 255)  # [T, 3, 27, 48]
         pooled = []
@@ -91,7 +91,10 @@ class TransNetV2:
         coloured = self.linear(_nearby(_histograms(pixels)), "color_hist_layer.fc").relu_()  # [T, 128]
         flat = x.permute(0, 2, 3, 1).flatten(1)  # [T, 3·6·256]
         hidden = self.linear(torch.cat([coloured, similar, flat], 1), "fc1").relu_()  # [T, 1024]
-        return self.linear(hidden, "cls_layer1")[:, 0].sigmoid().cpu().numpy()
+        heads = [
+            self.linear(hidden, name) for name in ("cls_layer1", "cls_layer2")
+        ]  # one hot, many hot: [T, 1]
+        return torch.cat(heads, 1).sigmoid().cpu().numpy()
 
 
 def packaged_weights() -> State:
@@ -108,16 +111,16 @@ def windows(n: int) -> range:
 def boundary_probabilities(
     net: TransNetV2, thumbs: np.ndarray, chosen: Iterable[int] | None = None
 ) -> np.ndarray:
-    """Probability of a boundary at each frame, looking only at the chosen windows.
+    """Probability of a boundary and of a transition at each frame, looking only at the chosen windows.
 
     Args:
         thumbs: uint8 [n, 27, 48, 3] RGB, every frame of the video.
         chosen: windows to run (see `windows`), all by default; frames of others get 0.
     Returns:
-        float32 [n].
+        float32 [n, 2], as the network's.
     """
     n = len(thumbs)
-    out = np.zeros(n, np.float32)
+    out = np.zeros((n, 2), np.float32)
     for k in windows(n) if chosen is None else chosen:
         seen = np.arange(k * STRIDE - CONTEXT, k * STRIDE - CONTEXT + WINDOW).clip(0, n - 1)
         end = min(n, (k + 1) * STRIDE)

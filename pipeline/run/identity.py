@@ -18,6 +18,7 @@ from typing import Any
 from pipeline.io.store import Store
 from pipeline.record import Source
 from pipeline.run.commit import Known, Revision, drop, revise
+from pipeline.run.outcome import counted
 from pipeline.sources.names import path_of, tar_of
 
 HASHERS = 4  # files hashed at a time
@@ -174,26 +175,26 @@ def _lines(found: Compared, known: Known, redo: bool, refresh: bool, prune: bool
     said = []
     if found.moved:
         places = [f"{known[was]['name']} → {s.name}" for was, s in found.moved.items()]
-        said.append(f"{_n(found.moved, 'source')} moved or renamed, not measured again: {_some(places)}")
+        said.append(
+            f"{counted(len(found.moved), 'source')} moved or renamed, not measured again: {_some(places)}"
+        )
     if found.changed:
         names = _some([known[u]["name"] for u in found.changed])
         then = (
             "measured again" if redo else "the clips are of the old bytes; --redo-changed measures them again"
         )
-        said.append(f"{_n(found.changed, 'source')} changed since measured, {then}: {names}")
+        said.append(f"{counted(len(found.changed), 'source')} changed since measured, {then}: {names}")
     if found.edited:
         names = _some([known[u]["name"] for u in found.edited])
         then = "taken over" if refresh else "the clips have the old; --refresh-metadata takes it over"
-        said.append(f"{_n(found.edited, 'source')} with other metadata in the list, {then}: {names}")
+        said.append(
+            f"{counted(len(found.edited), 'source')} with other metadata in the list, {then}: {names}"
+        )
     if found.gone:
         names = _some([known[u]["name"] for u in found.gone])
         then = "pruned" if prune else "the clips stay; --prune takes them out"
-        said.append(f"{_n(found.gone, 'source')} no longer in the list, {then}: {names}")
+        said.append(f"{counted(len(found.gone), 'source')} no longer in the list, {then}: {names}")
     return said
-
-
-def _n(items: Any, what: str) -> str:
-    return f"{len(items):,} {what}{'s' if len(items) != 1 else ''}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -23,8 +23,8 @@ from pipeline.io.store import Store
 from pipeline.recipe import Recipe
 from pipeline.record import Source, Video
 from pipeline.run import commit, identity, relabel, resume
-from pipeline.run.log import log, logging_to, without_secrets
-from pipeline.run.outcome import Outcome, outcome
+from pipeline.run.log import TOLD, log, logging_to, without_secrets
+from pipeline.run.outcome import Outcome, counted, outcome
 from pipeline.run.progress import Display
 from pipeline.run.ray import run_ray
 from pipeline.run.worker import RunError, run_local
@@ -98,17 +98,17 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
             found = outcome(store)
             _write_run(store, pack.read_run(store) | {"outcome": found.plain()})
             folder = out.rstrip("/") or out
-            where = {"shards": f"{folder}/shards ({found.tars:,} tars)"} if found.kept else {}
+            where = {"shards": f"{folder}/shards ({counted(found.tars, 'tar')})"} if found.kept else {}
             where |= {"report": f"{folder}/report.html", "log": f"{folder}/{log_name}"}
             for line in found.lines(job.command, where):
                 print(line)
-                log.info("%s", line)
+                log.info("%s", line, extra=TOLD)
     return found
 
 
 def _say(line: str) -> None:
     """A line for a person, before or after the display."""
-    log.info("%s", line)
+    log.info("%s", line, extra=TOLD)
     print(line, file=sys.stderr)
 
 
@@ -119,9 +119,10 @@ def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video
     again = [uri for uri in commit.failed(known, None if job.retry_errors else TRANSIENT) if uri in here]
     mended = commit.mended(known, {s.uri: s.problem for s in listed})
     if again:
-        _say(f"{len(again):,} sources that {'' if job.retry_errors else 'the moment '}failed are tried again")
+        failed = "failed" if job.retry_errors else "the moment failed"
+        _say(f"tried again: {counted(len(again), 'source')} that {failed}")
     if mended:
-        _say(f"{len(mended):,} errors of listing are mended or gone")
+        _say(f"{counted(len(mended), 'error')} of listing mended or gone")
     commit.drop(store, {*again, *mended}, known)
     for uri in {*again, *mended}:
         del known[uri]

@@ -28,6 +28,7 @@ from pipeline.watch import in_work
 
 FILE, VERBOSE = "CLIPMILL_LOG", "CLIPMILL_VERBOSE"  # how the processes of a run know; read by `attach`
 SHOWN = 3  # warnings of one kind on the terminal
+TOLD = {"told": True}  # `extra` of a record that is printed anyway
 log = logging.getLogger("clipmill")
 
 # outside addresses: options of code of one's own, on a command line
@@ -77,7 +78,8 @@ class _Terminal(logging.Handler):
         self.most, self.shown = most, Counter[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.show(str(record.msg), record)
+        if not getattr(record, "told", False):
+            self.show(str(record.msg), record)
 
     def show(self, kind: str, record: logging.LogRecord) -> None:
         self.shown[kind] += 1

@@ -104,17 +104,21 @@ class Outcome:
             command: that was run; with --retry-errors it is the one that tries again.
             where: what lies where, in the order it is named.
         """
-        said = [f"kept {self.kept:,} of {self.clips:,} clips ({self.kept_s:,.1f} of {self.seconds:,.1f} s)"]
+        said = [
+            f"kept {self.kept:,} of {counted(self.clips, 'clip')} ({self.kept_s:,.1f} of {self.seconds:,.1f} s)"
+        ]
         if not self.clips:
             said = ["kept nothing: no source gave a clip"]
         gone = [f"{rule} {n:,}" for rule, n in self.dropped.items() if n]
         if gone:
             said.append(f"dropped by, in order: {', '.join(gone)}")
-        said.append(f"sources: {self.sources:,} ok, {self.failed:,} errors")
+        said.append(f"sources: {self.sources:,} ok, {counted(self.failed, 'error')}")
         for kind, reasons in self.errors.items():
             said += _shown(f"  {KINDS.get(kind, kind)}: {_count(reasons):,}", reasons)
         for captioner, reasons in self.caption_errors.items():
-            said += _shown(f"captions: {_count(reasons):,} clips on which {captioner} failed", reasons)
+            said += _shown(
+                f"captions: {counted(_count(reasons), 'clip')} on which {captioner} failed", reasons
+            )
         if self.failed or self.captions_failed:
             again = command if "--retry-errors" in command.split() else f"{command} --retry-errors"
             said.append(f"try what failed again, and nothing else: {again}")
@@ -183,6 +187,11 @@ def grouped(faults: Iterable[tuple[str, str]]) -> list[Reason]:
         if len(reason.names) < EXAMPLES and name not in reason.names:
             reason.names.append(name)
     return sorted(found.values(), key=lambda r: -r.count)
+
+
+def counted(n: int, what: str) -> str:
+    """'1 clip', '2,000 clips'."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _nameless(text: str, name: str, uri: str) -> str:

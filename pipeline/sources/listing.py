@@ -97,15 +97,19 @@ def list_sources(
     )
 
 
+UNKNOWN_BYTES = 16 << 20  # a guess at a source of unknown size: a minute of 720p
+
+
 def units(sources: list[Source], max_bytes: int = 64 << 20, max_sources: int = 16) -> list[list[Source]]:
     """Contiguous groups of sources, each committed at once; a source above `max_bytes` stands alone.
 
-    A source of unknown size counts as nothing, so only `max_sources` bounds a group of them.
+    A source of unknown size counts as UNKNOWN_BYTES. How long sources are shows only when they are decoded: see
+    `pipeline.run.chunks` for units that turn out long.
     """
     groups: list[list[Source]] = []
     filled = 0
     for source in sources:
-        size = source.size or 0
+        size = UNKNOWN_BYTES if source.size is None else source.size
         if not groups or len(groups[-1]) == max_sources or filled + size > max_bytes:
             groups.append([])
             filled = 0

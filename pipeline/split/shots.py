@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.recipe import Shots
 from pipeline.record import Shot, Video
+from pipeline.split.transitions import Span, find, without
 from pipeline.stages import Produces, Resources, each
 from pipeline.watch import telling
 
@@ -51,25 +52,35 @@ class ShotStage:
                 shots = given_shots(video, video.source.intervals)
             else:
                 assert video.frames.thumbs is not None
-                cuts = self.cuts(video.frames.thumbs)
+                cuts, transitions = self.cuts(video.frames.thumbs)
                 edges = sorted({0, *cuts, *video.breaks(), len(video.frames.pts)})
-                shots = [Shot(a, b) for a, b in pairwise(edges)]
+                shots = [Shot(a, b) for a, b in without(edges, transitions)]
+                if self.options.transitions == "trim":
+                    video.counts["transitions"] = len(transitions)
+                    video.counts["transition_frames"] = sum(b - a for a, b in transitions)
             video.shots = shots
             video.frames.thumbs = None
             video.counts["shots"] = len(shots)
         return videos
 
-    def cuts(self, thumbs: np.ndarray) -> list[int]:
-        """First frames of all shots but the first; thumbs: uint8 [n, 27, 48, 3] RGB."""
-        o = self.options
-        if o.detector == "whole":
-            return []
-        if o.detector == "content":
-            return content_cuts(thumbs, o.content_threshold, o.min_shot_frames)
-        from models.curation.transnet import boundary_probabilities
+    def cuts(self, thumbs: np.ndarray) -> tuple[list[int], list[Span]]:
+        """First frames of all shots but the first, and the frames that belong to none.
 
-        chosen = candidate_windows(thumbs, o.candidate_threshold)
-        return boundary_cuts(boundary_probabilities(self.net, thumbs, telling(chosen)), o.threshold)
+        Args:
+            thumbs: uint8 [n, 27, 48, 3] RGB.
+        """
+        o, many = self.options, None
+        if o.detector == "whole":
+            return [], []
+        if o.detector == "content":
+            found = content_cuts(thumbs, o.content_threshold, o.min_shot_frames)
+        else:
+            from models.curation.transnet import boundary_probabilities
+
+            chosen = candidate_windows(thumbs, o.candidate_threshold)
+            one, many = boundary_probabilities(self.net, thumbs, telling(chosen)).T
+            found = boundary_cuts(one, o.threshold)
+        return found, [] if o.transitions == "keep" else find(thumbs, found, many)
 
 
 def candidate_windows(thumbs: np.ndarray, threshold: float) -> list[int]:

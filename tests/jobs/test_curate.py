@@ -266,7 +266,7 @@ def test_nothing_kept_is_exit_1_and_says_by_which_rule(tmp_path, capsys):
     rule = ["--set", "decide.rules.long={column: duration_s, min: 1000}"]
     assert curate.main([str(raw), "--out", str(tmp_path / "out"), *FAST, *rule]) == 1
     said = capsys.readouterr().out
-    assert "kept 0 of 1 clips" in said
+    assert "kept 0 of 1 clip " in said
     assert "dropped by, in order: long 1" in said
 
 
@@ -338,7 +338,7 @@ def test_a_source_that_the_moment_failed_is_tried_again_by_the_same_command(tmp_
     pq.write_table(table, unit)
     assert commit.done_sources(commit.Store(str(tmp_path / "out")))
     assert curate.main(command) == 0
-    assert "1 sources that the moment failed are tried again" in capsys.readouterr().err
+    assert "tried again: 1 source that the moment failed" in capsys.readouterr().err
     assert [r["status"] for r in rows(tmp_path / "out", "videos")] == ["ok"]
 
 

@@ -28,20 +28,21 @@ def test_probabilities_are_those_of_the_package(full, thumbs):
 
     np_state, torch_state = np.random.get_state(), torch.random.get_rng_state()
     try:
-        reference, _ = Reference(device="cpu").predict_frames(torch.from_numpy(thumbs), quiet=True)
+        reference, every = Reference(device="cpu").predict_frames(torch.from_numpy(thumbs), quiet=True)
     finally:  # the package seeds and configures the whole process
         torch.use_deterministic_algorithms(False)
         np.random.set_state(np_state)
         torch.random.set_rng_state(torch_state)
-    assert full.shape == (90,)
+    assert full.shape == (90, 2)
     assert full.max() > 0.5
-    np.testing.assert_allclose(full, reference.numpy(), atol=2e-6)
+    np.testing.assert_allclose(full[:, 0], reference.numpy(), atol=2e-6)
+    np.testing.assert_allclose(full[:, 1], every.numpy(), atol=2e-6)
 
 
 def test_a_boundary_is_marked_on_the_last_frame_of_the_shot(full):
-    assert full[60] > 0.5
-    assert full[59] < 0.5
-    assert full[61] < 0.5
+    assert full[60, 0] > 0.5
+    assert full[59, 0] < 0.5
+    assert full[61, 0] < 0.5
 
 
 def test_chosen_windows_give_the_bits_of_full_inference_and_zero_elsewhere(net, full, thumbs):

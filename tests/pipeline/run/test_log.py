@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.io.store import Store
 from pipeline.record import Source, Video
-from pipeline.run.log import attach, log, logging_to, without_secrets
+from pipeline.run.log import TOLD, attach, log, logging_to, without_secrets
 from pipeline.stages import each
 
 
@@ -32,6 +32,7 @@ def test_warnings_reach_the_terminal_and_the_rest_only_when_verbose(tmp_path, ca
         with logging_to(store, verbose):
             log.info("quiet")
             log.warning("loud")
+            log.info("printed anyway", extra=TOLD)
     assert capsys.readouterr().err.splitlines() == ["loud", "quiet", "loud"]
 
 
@@ -44,7 +45,7 @@ def test_warnings_of_one_kind_do_not_fill_the_terminal(tmp_path, capsys):
 
 
 def test_a_worker_process_writes_to_the_same_file_and_is_shown_when_verbose(tmp_path, capsys):
-    code = "from pipeline.run.log import attach, log; attach(); attach(); log.info('from the worker')"
+    code = "from pipeline.run.log import TOLD, attach, log; attach(); attach(); log.info('from the worker')"
     with logging_to(Store(str(tmp_path)), verbose=True):
         subprocess.run([sys.executable, "-c", code], check=True)
     (line,) = (tmp_path / "run.log").read_text().splitlines()

@@ -22,7 +22,7 @@ import pytest
 from pipeline.faults import SourceFault
 from pipeline.record import Source
 from pipeline.sources import fetch, listing, network
-from pipeline.sources.listing import list_sources, unit_name, units
+from pipeline.sources.listing import UNKNOWN_BYTES, list_sources, unit_name, units
 from pipeline.sources.names import SourceError, split_options, tar_of
 
 
@@ -639,6 +639,10 @@ def test_a_list_in_a_bucket_names_neither_local_files_nor_other_buckets(bucket: 
 # Units --------------------------------------------------------------------------------------------
 
 
+def bytes_of(sources: list[Source]) -> int:
+    return sum(UNKNOWN_BYTES if s.size is None else s.size for s in sources)
+
+
 def test_units_are_contiguous_bounded_and_keep_large_sources_alone() -> None:
     sizes = [10, 20, None, 100, 5, 5, None, 90, 200, 1, *[1] * 9]
     listed = [Source(f"/{i}", f"{i}", size=size) for i, size in enumerate(sizes)]
@@ -647,9 +651,9 @@ def test_units_are_contiguous_bounded_and_keep_large_sources_alone() -> None:
     assert groups == units(listed, max_bytes=90, max_sources=4)
     for group in groups:
         assert len(group) <= 4
-        assert len(group) == 1 or sum(s.size or 0 for s in group) <= 90
+        assert len(group) == 1 or bytes_of(group) <= 90
     for a, b in itertools.pairwise(groups):  # no group could have taken the next source as well
-        assert len(a) == 4 or sum(s.size or 0 for s in a) + (b[0].size or 0) > 90
+        assert len(a) == 4 or bytes_of([*a, b[0]]) > 90
     assert units([]) == []
 
 
@@ -676,3 +680,9 @@ def test_a_long_list_costs_little_a_row(top: Path) -> None:
     assert len(list_sources([str(top / "l.csv")])) == 50_000
     assert time.process_time() - start < 10  # about 1 s on an idle machine
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 << 10  # KiB; about 40 MiB
+
+
+def test_sources_of_unknown_size_are_bounded_by_a_guess():
+    listed = [Source(f"http://h/{i}.mp4", f"{i}") for i in range(20)]
+    assert {len(g) for g in units(listed)} == {4}
+    assert [len(g) for g in units([*listed[:3], Source("/a", "a", size=60 << 20)])] == [3, 1]

@@ -317,7 +317,7 @@ def test_a_mended_row_leaves_no_error_behind(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "l.csv").write_text("path,start,end\na.mp4,,\nb.mp4,,\n")
     assert rows() == {"a.mp4": None, "b.mp4": None}
     said = capsys.readouterr().err
-    assert "1 errors of listing are mended or gone" in said
+    assert "1 error of listing mended or gone" in said
     assert "no longer in the list" not in said
 
 

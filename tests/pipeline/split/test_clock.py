@@ -291,3 +291,55 @@ def test_a_shift_that_keeps_count_and_times_is_caught_and_mended(shift, sources,
     ready(tmp_path)([clips_of(video, (5, 20), (31, 50))])
     assert_exact(tmp_path, video)
     assert "was cut by frame number" in video.warnings[0]
+
+
+# Variable rate (PySceneDetect #431, #479, #561, #569) -----------------------------------------------
+
+
+def two_shots(path: Path, codec: str, pts: list[int], time_base: Fraction) -> Path:
+    """Numbered frames whose second half is inverted: one cut, at frame len(pts) // 2."""
+    import av
+
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=25, options={"bf": "2", "g": "12"})
+        stream.width, stream.height, stream.pix_fmt = 192, 96, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 25) if codec == "mpeg2video" else time_base
+        for n, t in enumerate(pts):
+            shown = picture(n).copy()
+            shown[64:] = shown[64:] // 6 if n < len(pts) // 2 else 200 + shown[64:] // 6  # below the numbers
+            frame = av.VideoFrame.from_ndarray(shown, format="rgb24")
+            ticks = t * time_base / stream.codec_context.time_base
+            frame.pts, frame.time_base = round(ticks), stream.codec_context.time_base
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+FILM = [1001 * n for n in range(60)]  # 24000/1001 frames a second
+HELD = np.cumsum([0, *([1, 1, 3, 1, 7, 2] * 10)])[:60].tolist()  # 25ths of a second
+
+
+@pytest.mark.parametrize("exe", FFMPEGS, ids=lambda exe: Path(exe).name)
+@pytest.mark.parametrize(
+    ("name", "codec", "pts", "tick"),
+    [
+        ("a.mkv", "mpeg2video", HELD, Fraction(1, 25)),
+        ("a.mkv", "libx264", HELD, Fraction(1, 25)),
+        ("a.mp4", "libx264", HELD, Fraction(1, 25)),
+        ("a.ts", "libx264", FILM, Fraction(1, 24000)),
+        ("a.mp4", "libx264", FILM, Fraction(1, 24000)),
+    ],
+)
+def test_shots_of_a_variable_rate_end_at_the_cut_and_the_last_clip_at_the_end(
+    name, codec, pts, tick, exe, tmp_path
+):
+    video = analysed(two_shots(tmp_path / name, codec, pts, tick))
+    [video] = ShotStage(Shots(detector="content"))([video])
+    spans = [(s.start_frame, s.end_frame) for s in video.shots]
+    assert spans == [(0, 30), (30, 60)]
+    ready(tmp_path, exe)([clips_of(video, *spans)])
+    assert_exact(tmp_path, video)
+    first, last = video.clips
+    assert first.end_s == last.start_s == pytest.approx(video.time_of(0) + pts[30] * tick, abs=0.002)
+    assert last.end_s > last.start_s
+    assert last.duration_s == pytest.approx(float((pts[59] - pts[30]) * tick), abs=0.3)
