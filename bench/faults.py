@@ -16,6 +16,7 @@ import argparse
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -45,6 +46,10 @@ def main() -> int:
             failed += bool(trouble)
             if trouble:
                 print(f"{how} at {k}: {trouble}", flush=True)
+            if counts.total() % 10 == 0:
+                print(
+                    f"{counts.total()} faults, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True
+                )
     told = ", ".join(f"{n} {how}" for how, n in counts.items())
     print(
         f"{sum(counts.values())} faults ({told}) in {time.monotonic() - start:.0f} s; {failed} ended otherwise"
