@@ -177,8 +177,10 @@ def _who() -> dict[str, Any]:
     from datetime import UTC, datetime
 
     host, boot = socket.gethostname(), Path("/proc/sys/kernel/random/boot_id")
+    space = Path("/proc/self/ns/pid")  # two containers may share name and boot, and see other processes
     return {
         "host": host,
+        "space": str(space.readlink()) if space.exists() else "",
         "boot": boot.read_text().strip() if boot.exists() else "",
         "pid": os.getpid(),
         "born": _born(os.getpid()),
@@ -196,5 +198,5 @@ def _born(pid: int) -> str | None:
 
 def _dead(who: dict[str, Any], me: dict[str, Any]) -> bool:
     """Whether a driver of this very machine is known to have ended; never true of another machine's."""
-    here = who.get("host") == me["host"] and who.get("boot") == me["boot"] != ""
+    here = all(who.get(key) == me[key] != "" for key in ("host", "boot", "space"))
     return here and me["born"] is not None and _born(int(who.get("pid", 0))) != who.get("born")

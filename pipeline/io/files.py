@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow as pa
@@ -143,12 +143,13 @@ class Files:
 
         self.patiently("write", name, call)
 
-    def put_file(self, name: str, file: Path, said: str) -> None:
+    def put_file(self, name: str, file: IO[bytes], said: str) -> None:
         """A local file as an object, in parts. After an error half of it may appear under `name`; `said`: in errors."""
 
         def call() -> None:
-            with open(file, "rb") as source, self.fs.open_output_stream(self.path(name)) as f:
-                while data := source.read(AT_ONCE):
+            file.seek(0)
+            with self.fs.open_output_stream(self.path(name)) as f:
+                while data := file.read(AT_ONCE):
                     f.write(data)
 
         self.patiently("write", said, call)

@@ -5,7 +5,7 @@ made to take it over. A `Child` is a fresh interpreter (never a fork: the parent
 between calls:
 
     with Child(max_memory_gb=8) as child:
-        result = child.call("pipeline.split.decode:gathered", path, options, stall_s=60)
+        result = child.call("pipeline.split.decode:gather", path, options, stall_s=60)
 
 The function gets a keyword argument `beat`, to be called as often as it likes: slow work that beats is
 never taken for hung work. Parent and child talk over a socket of their own; the child's stdin, stdout and

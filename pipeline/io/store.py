@@ -16,7 +16,8 @@ import os
 import tempfile
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,61 +71,63 @@ class Store:
 
         Raises StoreError when the disk is full or the output not writable.
         """
-        final = Path(self.path(name))
-        temp: Path | None = None
         try:
-            if self.local:
-                final.parent.mkdir(parents=True, exist_ok=True)
-                temp = final.with_name(f".{final.name[:80]}.{uuid.uuid4().hex[:8]}.partial")
-            else:
-                temp = Path(tempfile.mkdtemp(prefix="clipmill-")) / "upload.partial"
+            with self._local_writer(name) if self.local else self._remote_writer(name) as f:
+                yield f
+        except OSError as e:
+            self._blame(e, name)
+            raise
+
+    @contextlib.contextmanager
+    def _local_writer(self, name: str) -> Iterator[IO[bytes]]:
+        final = Path(self.path(name))
+        temp = final.with_name(f".{final.name[:80]}.{uuid.uuid4().hex[:8]}.partial")
+
+        def publish() -> None:
+            if temp.exists():  # else an earlier try did it
+                temp.replace(final)
+            _fsync_dir(final.parent)
+
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
             with open(temp, "wb") as f:
                 yield f
                 f.flush()
                 os.fsync(f.fileno())
             self._fence()
-            self._publish(temp, name)
-        except OSError as e:
-            self._blame(e, name)
-            raise
-        finally:
-            if temp is not None:
-                temp.unlink(missing_ok=True)
-                if not self.local:
-                    temp.parent.rmdir()
-
-    def _publish(self, temp: Path, name: str) -> None:
-        if self.local:
-
-            def publish() -> None:
-                if temp.exists():  # else an earlier try did it
-                    temp.replace(self.path(name))
-                _fsync_dir(Path(self.path(name)).parent)
-
             self.files.patiently("write", name, publish)
-            return
-        size = temp.stat().st_size
-        if size <= AT_ONCE:
-            self.files.put(name, temp.read_bytes())
-            return
-        if size > MOST_COPIED and self.fs.type_name == "s3":
-            raise StoreError(
-                f"cannot write {self.path(name)}: its {size / 2**30:.1f} GiB are more than the 5 GiB that S3 copies in "
-                "one step; lower shards.max_bytes, or give fewer or shorter sources a unit"
-            )
-        folder, _, base = name.rpartition("/")
-        aside = f"{folder}/.{base[:80]}.{uuid.uuid4().hex[:8]}.partial".lstrip("/")
-        try:
-            self.files.put_file(aside, temp, name)
-            if (there := self.files.info(aside).size) != size:
-                raise StoreError(
-                    f"cannot write {self.path(name)}: {there} of {size} bytes arrived; run it again"
-                )
-            self._fence()  # the upload may have taken long
-            self.files.copy(aside, name)
         finally:
-            with contextlib.suppress(StoreError):  # the next start sweeps it
-                self.files.delete(aside)
+            temp.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _remote_writer(self, name: str) -> Iterator[IO[bytes]]:
+        with tempfile.TemporaryFile() as f:  # has no name, so a killed process leaves none
+            yield f
+            f.flush()
+            size = f.seek(0, os.SEEK_END)
+            self._fence()
+            if size <= AT_ONCE:
+                f.seek(0)
+                self.files.put(name, f.read())
+                return
+            if size > MOST_COPIED and self.fs.type_name == "s3":
+                raise StoreError(
+                    f"cannot write {self.path(name)}: its {size / 2**30:.1f} GiB are more than the 5 GiB that S3 "
+                    "copies in one step; lower shards.max_bytes, or give fewer or shorter sources a unit"
+                )
+            folder, _, base = name.rpartition("/")
+            aside = f"{folder}/.{base[:80]}.{uuid.uuid4().hex[:8]}.partial".lstrip("/")
+            try:
+                self.files.put_file(aside, f, name)
+                if (there := self.files.info(aside).size) != size:
+                    raise StoreError(
+                        f"cannot write {self.path(name)}: {there} of {size} bytes arrived; run it again"
+                    )
+                self._fence()  # the upload may have taken long
+                self.files.copy(aside, name)
+            finally:
+                with contextlib.suppress(StoreError):  # the next start sweeps it
+                    self.files.delete(aside)
 
     def _fence(self) -> None:
         """Raise StoreError where another driver has taken over."""
@@ -163,6 +166,10 @@ class Store:
     def read_schema(self, name: str) -> pa.Schema:
         """Columns and metadata of a parquet file."""
         return self.files.using(name, pq.read_schema)
+
+    def tables(self, names: Sequence[str], schema: pa.Schema | None = None) -> Tables:
+        """Many parquet files as one table. Without a schema the first one's, then there must be one."""
+        return Tables(self, names, schema)
 
     def open(self, name: str) -> Any:
         """Random access, for byte ranges."""
@@ -255,6 +262,30 @@ class Store:
                 yield
             finally:
                 self.epoch = None
+
+
+class Tables:
+    """Parquet files of a store as one table, of which columns and rows are read as they are asked for."""
+
+    def __init__(self, store: Store, names: Sequence[str], schema: pa.Schema | None):
+        import pyarrow.dataset as pads
+
+        self.store, self.name = store, names[0] if names else ""
+        paths = [store.path(n) for n in names]
+
+        def find() -> pads.Dataset:
+            if not paths:
+                assert schema is not None
+                return pads.dataset(schema.empty_table())
+            return pads.dataset(paths, schema=schema, format="parquet", filesystem=store.files.fs)
+
+        self._dataset = store.files.patiently("read", self.name, find)
+        self.schema: pa.Schema = self._dataset.schema
+
+    def to_table(self, columns: list[str] | None = None, filter: Any = None) -> pa.Table:
+        """Raises StoreError."""
+        read = partial(self._dataset.to_table, columns=columns, filter=filter)
+        return self.store.files.patiently("read", self.name, read)
 
 
 class Ranges:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 
 from pipeline.decide.rules import CHOSEN, DUPLICATE, clip_files, funnel
 from pipeline.faults import StoreError
@@ -67,8 +66,9 @@ class Run:
             if "of" in self.info:  # another set of shards: what was measured lies with the run
                 self.media = Store(self.info["of"])
             units = self.media.list("videos", ".parquet")
-            self.videos: list[dict[str, Any]] = self._files(units, VIDEO_SCHEMA).to_table().to_pylist()
-            self._measured = self._files(clip_files(self.media))
+            self.videos: list[dict[str, Any]] = self.media.tables(units, VIDEO_SCHEMA).to_table().to_pylist()
+            measured = clip_files(self.media)
+            self._measured = self.media.tables(measured, None if measured else CLIP_SCHEMA)
             names = self._measured.schema.names
             light = [n for n in names if n not in HEAVY and not n.startswith("emb_")]
             self.clips = _once(self._measured.to_table(columns=light))
@@ -85,12 +85,6 @@ class Run:
         self.duplicate_of: list[str | None] = self.decisions["duplicate_of"].to_pylist()
         self.recipe: dict[str, Any] = self.info.get("recipe") or {}
         self.limits = self._limits(decided) if len(decided) else []
-
-    def _files(self, names: list[str], schema: pa.Schema | None = None) -> pads.Dataset:
-        if not names:
-            return pads.dataset((schema or CLIP_SCHEMA).empty_table())
-        paths = [self.media.path(n) for n in names]
-        return pads.dataset(paths, schema=schema, format="parquet", filesystem=self.media.fs)
 
     def _limits(self, decided: pa.Table) -> list[Limit]:
         """Every rule in the order it was applied."""
@@ -131,8 +125,8 @@ class Run:
 
     def shards(self) -> tuple[int, int]:
         """How many tars there are, and their bytes."""
-        paths = [self.store.path(n) for n in self.store.list("shards", ".tar")]
-        return len(paths), sum(i.size or 0 for i in self.store.fs.get_file_info(paths)) if paths else 0
+        sizes = [i.size for i in self.store.files.below("shards") if i.path.endswith(".tar")]
+        return len(sizes), sum(sizes)
 
     def _of_chosen_caption(self, score: str) -> np.ndarray:
         chosen = dict(

@@ -135,6 +135,7 @@ SCHEMA = pa.schema(
     + [(name, pa.int32()) for name in ("frames", "height", "width")]
     + [("caption", pa.string()), ("count", pa.int64())]
     + [(name, pa.list_(pa.float64())) for name in ("sum", "squares")]
+    + [("media_sha256", pa.string()), ("text_sha256", pa.string())]  # of the latents' file and the text's
 )
 
 
@@ -143,10 +144,9 @@ def _write_clip(tar: tarfile.TarFile, clip: Encoded, part: Part) -> dict[str, An
     latents = _half(np.stack([clip.mean] if clip.logvar is None else [clip.mean, clip.logvar]), clip.key)
     frames, height, width = part.shape
     about = {"caption": clip.caption, "frames": frames, "height": height, "width": width}
-    offset, size = _add(tar, f"{clip.key}.latents.npy", _npy(latents))
-    at, length = None, None
-    if clip.text is not None:
-        at, length = _add(tar, f"{clip.key}.text.npy", _npy(_half(clip.text, clip.key)))
+    drawn, told = _npy(latents), None if clip.text is None else _npy(_half(clip.text, clip.key))
+    offset, size = _add(tar, f"{clip.key}.latents.npy", drawn)
+    at, length = (None, None) if told is None else _add(tar, f"{clip.key}.text.npy", told)
     json_offset, json_size = _add(tar, f"{clip.key}.json", json.dumps(about, ensure_ascii=False).encode())
     stored = latents.astype(np.float64)
     squares = (stored[0] ** 2).sum((1, 2, 3))  # [C]
@@ -166,6 +166,8 @@ def _write_clip(tar: tarfile.TarFile, clip: Encoded, part: Part) -> dict[str, An
         "count": stored[0][0].size,
         "sum": stored[0].sum((1, 2, 3)).tolist(),
         "squares": squares.tolist(),
+        "media_sha256": hashlib.sha256(drawn).hexdigest(),
+        "text_sha256": None if told is None else hashlib.sha256(told).hexdigest(),
     }
 
 
@@ -203,7 +205,8 @@ def finish(store: Store, parts: Sequence[Part]) -> pa.Table | None:
         return None
     tables = [store.read_table(f"{part.name}.parquet") for part in parts]
     broken = [key for t in tables for key in json.loads((t.schema.metadata or {}).get(b"broken", b"[]"))]
-    index = pa.concat_tables([t.replace_schema_metadata() for t in tables]).combine_chunks()
+    tables = [t.replace_schema_metadata() for t in tables]  # those begun by an older version lack the hashes
+    index = pa.concat_tables(tables, promote_options="default").combine_chunks()
     if not len(index):
         raise StoreError(
             f"{store.uri}: no clip could be read, so there is nothing to keep; check the run's shards"
@@ -256,11 +259,15 @@ class LatentReader(ShardReader):
 
     def __init__(self, folder: str, shapes: Sequence[Shape], length: int, **options: Any):
         super().__init__(folder, by_bucket=True, decode=False, **options)
-        index = Store(folder).read_table("index.parquet", ["bucket", "text_offset", "text_size"])
+        there = Store(folder).read_schema("index.parquet").names  # caches of old have no text_sha256
+        names = ("bucket", "text_offset", "text_size", "text_sha256")
+        index = Store(folder).read_table("index.parquet", [n for n in names if n in there])
         number = {name_of(shape): i for i, shape in enumerate(shapes)}
         self.shapes, self.length = shapes, length
         self.bucket = np.array([number[name] for name in index["bucket"].to_pylist()], np.int32)
         self.texts = np.stack([index[c].fill_null(0).to_numpy() for c in ("text_offset", "text_size")], 1)
+        hashed = self.sha256 is not None and "text_sha256" in there
+        self.text_sha256 = index["text_sha256"].combine_chunks() if hashed else None
 
     def read(self, row: int, shape: Shape | None = None) -> Sample:
         """One sample; `shape` is the cache's own and must not be given. Raises BrokenSample."""
@@ -268,11 +275,9 @@ class LatentReader(ShardReader):
         offset, size = map(int, self.texts[row])
         try:
             latents = np.load(io.BytesIO(sample.pop("video")))
-            text = (
-                np.load(io.BytesIO(self._files().read(self.tars[row].as_py(), offset, size)))
-                if size
-                else None
-            )
+            wanted = None if self.text_sha256 is None else self.text_sha256[row].as_py()
+            tar = self.tars[row].as_py()
+            text = np.load(io.BytesIO(self._files().read(tar, offset, size, wanted))) if size else None
         except (StoreError, OSError, ValueError, EOFError) as e:
             raise BrokenSample(f"{sample['key']} in {self.tars[row].as_py()}: {e}") from e
         mean, logvar = latents[0], latents[1] if len(latents) == 2 else None

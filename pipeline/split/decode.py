@@ -11,14 +11,11 @@ that ffmpeg's decoder gives (`best_effort_timestamp`), so `ffmpeg -copyts` finds
 
 from __future__ import annotations
 
-import contextlib
 import io
-import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +23,6 @@ import numpy as np
 
 from pipeline.geometry import Geometry
 from pipeline.io.answer import Of, Refused, checked, whole
-from pipeline.io.ffmpeg import OPEN, picture_stream
 from pipeline.io.isolate import Child, ChildError, Killed, Stalled
 
 if TYPE_CHECKING:  # the child has no need of pyarrow and pydantic
@@ -39,21 +35,20 @@ if TYPE_CHECKING:  # the child has no need of pyarrow and pydantic
 
 from pipeline.split.clock import NO_PTS, Clock, timeline
 from pipeline.split.cropping import container_crop
+from pipeline.split.opening import (
+    ENCRYPTED,
+    DecodeError,
+    check_limits,
+    claimed_duration,
+    opened,
+    scrambled,
+    video_stream,
+)
 from pipeline.split.pictures import Pictures, marks
 
-PLAYLISTS = (
-    b"#EXTM3U",
-    b"ffconcat",
-    b"<MPD",
-    b"<SmoothStreamingMedia",
-    b"[playlist]",
-    b"[Reference]",
-    b"v=0",
-)
 DAMAGED, KEY, REFERRED = 1, 2, 4  # what a frame's flags say
 B_FRAME = 3  # AV_PICTURE_TYPE_B
 TELLING = {"h264", "mpeg1video", "mpeg2video", "mpeg4"}  # decoders that find errors in what they are given
-ENCRYPTED = "its pictures are encrypted (DRM); give a copy without encryption"
 NO_HEADER = {"mpegts", "mpeg"}  # their length is guessed from the first and the last stamp, which may jump
 
 
@@ -251,10 +246,6 @@ def _is_sample(jpeg: bytes, longest: int) -> bool:
         return False
 
 
-class DecodeError(Exception):
-    """A file that cannot be used; the message is a sentence that lacks only the file's name."""
-
-
 def analyse(path: str, options: Decode, beat: Callable[[], None] = lambda: None) -> Analysis:
     """What `gather` gives, in this process: no child, and arrays in one piece."""
     return Analysis(**{name: whole(value) for name, value in gather(path, options, beat).items()})
@@ -275,13 +266,13 @@ def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, An
 
     Raises DecodeError if nothing can be decoded or a limit is exceeded.
     """
-    with _opened(path, options) as container:
-        if container.format.name == "mpegts" and _scrambled(path):
+    with opened(path, options) as container:
+        if container.format.name == "mpegts" and scrambled(path):
             raise DecodeError(ENCRYPTED)
-        stream = _video_stream(container, options)
-        claimed_s = _claimed_duration(container, stream)
+        stream = video_stream(container, options)
+        claimed_s = claimed_duration(container, stream)
         known_s = None if container.format.name in NO_HEADER else claimed_s
-        _check_limits(stream.width, stream.height, known_s, options)
+        check_limits(stream.width, stream.height, known_s, options)
         codec = stream.codec_context.codec.canonical_name
         time_base = stream.time_base or Fraction(1, 90000)
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
@@ -299,7 +290,7 @@ def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, An
                 pictures = Pictures(frame, stream, time_base, options, crop)
             clock.read(frame.pts, frame.dts)
             if clock.elapsed > longest:
-                _check_limits(0, 0, float(clock.elapsed * time_base), options)
+                check_limits(0, 0, float(clock.elapsed * time_base), options)
             duration = frame.duration
             pictures.add(n, frame, clock.elapsed)
         if pictures is None:
@@ -359,106 +350,6 @@ def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, An
         "refused": np.array(reader.lost, np.int64),
         "by_number": bool(repaired or restarts[:, 1].any() or not clock.own),
     }
-
-
-# Opening -------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _opened(path: str, options: Decode) -> Iterator[InputContainer]:
-    import av
-
-    _check_regular(path)
-    limits = {"max_pixels": str(options.max_pixels)}  # for the decoders that look for the stream's parameters
-    av.logging.set_level(av.logging.ERROR)  # libav's own words go into the exception
-    try:
-        with av.logging.Capture():
-            container = av.open("file:" + path, "r", options=OPEN | limits, metadata_errors="replace")
-    except av.error.MemoryError:
-        raise
-    except av.error.FFmpegError as e:
-        raise DecodeError(_why_not(path, e)) from e
-    finally:
-        av.logging.set_level(None)
-    with container:
-        yield container
-
-
-def _check_regular(path: str) -> None:
-    try:
-        info = Path(path).stat()
-    except OSError as e:
-        raise DecodeError(f"cannot be read: {e.strerror}; check the path") from e
-    if not stat.S_ISREG(info.st_mode):
-        raise DecodeError("not a regular file; give a video file")
-    if not info.st_size:
-        raise DecodeError("the file is empty; fetch it again")
-
-
-def _why_not(path: str, e: Any) -> str:
-    """What is wrong with a file that libav did not open."""
-    _, demuxer, words = e.log or (0, "", "")
-    with open(path, "rb") as f:
-        head = f.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
-    if demuxer in ("hls", "concat", "dash", "sdp") or any(
-        mark in head if mark[:1] == b"<" else head.startswith(mark) for mark in PLAYLISTS
-    ):
-        return "it is a playlist, which could open other files or the network; give the video itself"
-    if "whitelist" in words:
-        return f"its format, {demuxer}, is not a video file's; give a video file"
-    reason = words.strip().lower() if words.strip() else e.strerror.lower()
-    return f"not a readable video ({reason}); it is damaged, incomplete or something else"
-
-
-def _video_stream(container: InputContainer, options: Decode) -> VideoStream:
-    stream = picture_stream(container)
-    if stream is not None and "enc_key_id" in stream.metadata:
-        raise DecodeError(ENCRYPTED)
-    if stream is None:
-        kinds = {s.type for s in container.streams}
-        has = "only a cover picture" if "video" in kinds else f"only {', '.join(sorted(kinds)) or 'nothing'}"
-        raise DecodeError(f"no video stream ({has}); give a file with pictures")
-    if stream.codec_context is None:
-        raise DecodeError("no decoder for its video codec; re-encode it, say to H.264")
-    stream.thread_type = "NONE"
-    stream.thread_count = 1
-    # cropping by the codec's word to the pixel, as ffmpeg does it since 7.1
-    stream.codec_context.options = {"max_pixels": str(options.max_pixels), "flags": "+unaligned"}
-    return stream
-
-
-def _scrambled(path: str) -> bool:
-    """Whether most packets of an MPEG transport stream with content are scrambled (ISO/IEC 13818-1, 2.4.3.3)."""
-    with open(path, "rb") as f:
-        data = np.frombuffer(f.read(4 << 20), np.uint8)
-    for size in (188, 192, 204):
-        for start in range(min(size, len(data))):
-            heads = data[start::size]
-            if len(heads) > 3 and (heads[: len(heads) // 2] == 0x47).all():
-                packets = data[start : start + len(data[start:]) // size * size].reshape(-1, size)
-                carrying = packets[(packets[:, 0] == 0x47) & (packets[:, 3] & 0x10 > 0)]
-                return bool((carrying[:, 3] & 0xC0 > 0).mean() > 0.5)
-    return False
-
-
-def _claimed_duration(container: InputContainer, stream: VideoStream) -> float | None:
-    """Seconds, by the header; none where it does not say."""
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    return container.duration / 1e6 if container.duration else None
-
-
-def _check_limits(width: int, height: int, seconds: float | None, options: Decode) -> None:
-    if width * height > options.max_pixels:
-        raise DecodeError(
-            f"its pictures of {width}x{height} are larger than decode.max_pixels={options.max_pixels}; "
-            "scale it down or raise the limit"
-        )
-    if seconds is not None and seconds > options.max_duration_s:
-        raise DecodeError(
-            f"it lasts {seconds:.0f} s or more, longer than decode.max_duration_s={options.max_duration_s:g}; "
-            "cut it up or raise the limit"
-        )
 
 
 # Reading -------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from jobs.training.task import Draws
 from models.autoencoders.latents import BlockDCT, Posterior
 from pipeline.shards import latents
 from pipeline.shards.reader import ShardReader, read_index
-from tests.fixtures.run_folder import make_run_folder
+from tests.fixtures.run_folder import flip, make_run_folder
 
 CPU = torch.device("cpu")
 BUCKETS = [{"frames": 4, "height": 32, "width": 32}, {"frames": 8, "height": 32, "width": 48}]
@@ -141,6 +142,18 @@ class Rounded(BlockDCT):
 
     def encode(self, video):
         return Posterior(super().encode(video).mean.half().float())
+
+
+def test_a_clip_with_one_flipped_bit_is_left_out_and_named(run, tmp_path, capfd):
+    shutil.copytree(run, tmp_path / "run")
+    row = read_index(f"{run}/shards").to_pylist()[2]
+    flip(tmp_path / "run/shards" / row["tar"], row["offset"] + row["size"] // 2)
+    job.encode(str(tmp_path / "run"), recipe(), str(tmp_path / "cache"), clips=3, batch=2)
+    assert latents.statistics(str(tmp_path / "cache"))["broken"] == [row["clip_id"]]
+    said = capfd.readouterr().err
+    assert said.count("left out") == 1
+    for named in (row["clip_id"], row["tar"], row["media_sha256"], "damaged"):
+        assert named in said
 
 
 @pytest.mark.parametrize("tasks", [{}, {"first_frame": 0.3, "prediction": 0.3, "interpolation": 0.3}])

@@ -264,6 +264,18 @@ def test_the_place_of_a_driver_elsewhere_is_free_after_its_lease(uri, monkeypatc
         assert store.epoch == 8
 
 
+def test_a_driver_in_another_container_of_this_machine_is_not_taken_for_dead(uri):
+    """It shares name and boot, and its process number means nothing here."""
+    store = Store(uri)
+    who = drivers._who() | {"pid": 2**22 + 1, "born": "1"}
+    claim = f"{drivers.FOLDER}/00000001-abc"
+    store.files.put(claim, json.dumps(who | {"space": "pid:[1]"}).encode())
+    assert "in use" in said(store.lock().__enter__)
+    store.files.put(claim, json.dumps(who).encode())
+    with store.lock():
+        assert store.epoch == 2
+
+
 def test_a_driver_that_beats_keeps_its_place_beyond_the_lease(uri, monkeypatch):
     monkeypatch.setattr(drivers, "BEAT_S", 0.2)
     monkeypatch.setattr(drivers, "LEASE_S", 3.0)

@@ -12,6 +12,7 @@ from pipeline.io.store import Store
 from pipeline.shards import latents
 from pipeline.shards.latents import Encoded, LatentReader, Part
 from pipeline.shards.reader import BrokenSample
+from tests.fixtures.run_folder import flip
 
 SHAPES = [(4, 16, 16), (8, 16, 24)]
 
@@ -65,6 +66,17 @@ def test_what_is_read_is_what_was_written_in_half_precision(tmp_path, variance):
         n = len(clip.text)
         assert sample["text_mask"].tolist() == [True] * n + [False] * (4 - n)
         assert np.array_equal(sample["text"][:n], clip.text.astype(np.float16))
+
+
+@pytest.mark.parametrize("what", ["", "text_"])
+def test_a_flipped_bit_of_latents_or_text_is_a_broken_sample(tmp_path, what):
+    store, parts = made(tmp_path)
+    row = latents.finish(store, parts).to_pylist()[2]
+    flip(tmp_path / row["tar"], row[f"{what}offset"] + row[f"{what}size"] - 1)
+    reader = LatentReader(str(tmp_path), SHAPES, length=4)
+    reader.read(1)
+    with pytest.raises(BrokenSample, match=rf"{row['clip_id']}.*damaged"):
+        reader.read(2)
 
 
 def test_any_webdataset_reader_finds_the_members(tmp_path):

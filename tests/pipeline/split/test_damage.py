@@ -11,8 +11,8 @@ from pipeline.io.ffmpeg import OPEN
 from pipeline.recipe import Events, load
 from pipeline.record import Shot, Video
 from pipeline.split.damage import SPREAD, missing, repeated, spread
-from pipeline.split.decode import DecodeError
 from pipeline.split.events import EventStage
+from pipeline.split.opening import DecodeError
 from tests.fixtures import videos as make
 from tests.fixtures.numbered import write
 from tests.pipeline.split.test_cut import analysed, tool

@@ -22,7 +22,8 @@ from pipeline.io.isolate import Child, Stalled
 from pipeline.recipe import Decode
 from pipeline.record import Source, Video
 from pipeline.split.clock import NO_PTS
-from pipeline.split.decode import Analysis, DecodeError, DecodeStage, analyse
+from pipeline.split.decode import Analysis, DecodeStage, analyse
+from pipeline.split.opening import DecodeError
 from pipeline.split.pictures import fitted
 from pipeline.stages import run_stage
 from tests.fixtures import videos as make
