@@ -238,7 +238,7 @@ def _own_sigterm() -> Iterator[None]:
         """Ray's Python handler is not set."""
 
     signal.signal(signal.SIGTERM, keep)
-    utils = sys.modules.get("ray._private.utils")
+    utils: Any = sys.modules.get("ray._private.utils")
     rays = getattr(utils, "set_sigterm_handler", None)
     if rays:
         utils.set_sigterm_handler = set_none
