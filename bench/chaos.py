@@ -258,7 +258,9 @@ def kill_one(target: str, run: Run, place: Setting, rng: random.Random) -> str |
         nodes = list(place.cluster.worker_nodes)
         if len(nodes) < 2:
             return None
-        place.cluster.remove_node(rng.choice(nodes), allow_graceful=False)
+        node = rng.choice(nodes)
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+        place.cluster.worker_nodes.discard(node)
         place.cluster.add_node(**NODE)
         return target
     if target in ("driver", "both"):
@@ -349,17 +351,12 @@ def prove_captions(out: Store) -> None:
         sha256[row["clip_id"]] = row["media_sha256"]
         if [c["text"] for c in row["captions"]] != [row["clip_id"]]:
             raise SystemExit(f"{out.uri}: clip {row['clip_id']} has the caption {row['captions']}")
-    for name in out.list("shards", ".tar"):
-        with tarfile.open(fileobj=io.BytesIO(out.read_bytes(name))) as tar:
-            for member in tar:
-                key, _, kind = member.name.partition(".")
-                content = tar.extractfile(member)
-                assert content is not None
-                data = content.read()
-                if kind == "txt" and data.decode() != key:
-                    raise SystemExit(f"{out.uri}/{name}: {key} has the caption {data!r}")
-                if kind == "mp4" and hashlib.sha256(data).hexdigest() != sha256[key]:
-                    raise SystemExit(f"{out.uri}/{name}: {key} has the bytes of another clip")
+    for (name, member), data in members(out).items():
+        key, _, kind = member.partition(".")
+        if kind == "txt" and data.decode() != key:
+            raise SystemExit(f"{out.uri}/{name}: {key} has the caption {data!r}")
+        if kind == "mp4" and hashlib.sha256(data).hexdigest() != sha256[key]:
+            raise SystemExit(f"{out.uri}/{name}: {key} has the bytes of another clip")
 
 
 def compare(calm: Store, out: Store) -> None:
@@ -381,7 +378,30 @@ def compare(calm: Store, out: Store) -> None:
         for d in (calm, out)
     )
     if a != b:
-        raise SystemExit(f"{out.uri}: shards differ")
+        raise SystemExit(f"{out.uri}: shards differ: {shard_difference(calm, out)}")
+
+
+def members(out: Store) -> dict[tuple[str, str], bytes]:
+    """What is in the shards, by tar and member, in their order."""
+    found = {}
+    for name in out.list("shards", ".tar"):
+        with tarfile.open(fileobj=io.BytesIO(out.read_bytes(name))) as tar:
+            for member in tar:
+                content = tar.extractfile(member)
+                assert content is not None
+                found[name, member.name] = content.read()
+    return found
+
+
+def shard_difference(calm: Store, out: Store) -> str:
+    """The first member that differs."""
+    a, b = (members(d) for d in (calm, out))
+    if list(a) != list(b):
+        return f"members {sorted(a.keys() ^ b.keys()) or 'in another order'}"
+    first = next((k for k in a if a[k] != b[k]), None)
+    if first is None:
+        return "only in their headers"
+    return f"{first}: {a[first][:2000]!r} and {b[first][:2000]!r}"
 
 
 def partial_files(out: Store) -> list[str]:

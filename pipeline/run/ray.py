@@ -122,23 +122,30 @@ def connect(address: str | None) -> None:
 
     if address not in (None, "local"):
         check_address(address)
-    try:
-        here = address in (None, "local")
-        with _quiet(), _own_sigterm(), _environment(WORKERS if here else {}):
-            ray.init(
-                address=address or "local",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **LOCAL if here else {},
-            )
-    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as e:
-        where = "cannot start Ray here" if address in (None, "local") else f"no Ray cluster at {address}"
-        raise RunError(f"{where}: {' '.join(str(e).split())}; start one with 'ray start --head'") from e
+    here = address in (None, "local")
+    for again in (here, False):  # on a busy machine Ray's own patience may be too short
+        try:
+            with _quiet(), _own_sigterm(), _environment(WORKERS if here else {}):
+                ray.init(
+                    address=address or "local",
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    **LOCAL if here else {},
+                )
+            return
+        except Exception as e:  # it raises anything, Exception itself too
+            ray.shutdown()
+            if not again:
+                where = "cannot start Ray here" if here else f"no Ray cluster at {address}"
+                fix = "run the same command again, or with --runner local" if here else START
+                raise RunError(f"{where}: {' '.join(str(e).split())}; {fix}") from e
+
+
+START = "start one with 'ray start --head', or leave --address out to run on this machine"
 
 
 def check_address(address: str) -> None:
     """Raises RunError where no cluster answers at an address."""
-    start = "start one with 'ray start --head', or leave --address out to run on this machine"
     if address == "auto":
         from ray._private.services import canonicalize_bootstrap_address_or_die
 
@@ -146,7 +153,7 @@ def check_address(address: str) -> None:
             with _quiet():
                 address = canonicalize_bootstrap_address_or_die("auto")
         except Exception as e:  # ConnectionError, ValueError, whatever its discovery meets
-            raise RunError(f"--address auto: no Ray cluster is running on this machine; {start}") from e
+            raise RunError(f"--address auto: no Ray cluster is running on this machine; {START}") from e
     found = re.fullmatch(r"(ray://)?(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(\d{1,5})", address)
     if not found or not 0 < int(found[3]) < 65536:
         raise RunError(
@@ -155,7 +162,7 @@ def check_address(address: str) -> None:
     try:
         socket.create_connection((found[2].strip("[]"), int(found[3])), timeout=5).close()
     except OSError as e:
-        raise RunError(f"no Ray cluster at {address} ({e.strerror or e}); {start}") from e
+        raise RunError(f"no Ray cluster at {address} ({e.strerror or e}); {START}") from e
     if found[1]:
         return  # Ray's client gives up by itself
     # in a process of its own: Ray waits for minutes, and may end the process that asks
@@ -166,7 +173,7 @@ def check_address(address: str) -> None:
     except subprocess.TimeoutExpired:
         answers = False
     if not answers:
-        raise RunError(f"no Ray cluster answers at {address}, though something listens there; {start}")
+        raise RunError(f"no Ray cluster answers at {address}, though something listens there; {START}")
 
 
 def cluster_nodes() -> list[Node]:

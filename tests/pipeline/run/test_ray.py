@@ -14,7 +14,7 @@ from pipeline.io.store import Store
 from pipeline.recipe import Limits
 from pipeline.run import commit
 from pipeline.run.progress import Display
-from pipeline.run.ray import check_address, run_ray
+from pipeline.run.ray import ANSWER_S, check_address, run_ray
 from pipeline.run.worker import RunError
 from pipeline.stages import Resources, produced
 from tests.fixtures.toy_stages import Toy, unit, units
@@ -95,11 +95,6 @@ def test_a_stage_that_cannot_be_set_up_ends_the_run_at_once(tmp_path):
         ray_run(tmp_path, [Unready()], units("a", "b"))
 
 
-def test_gpus_that_are_not_there_are_one_sentence(tmp_path):
-    with pytest.raises(RunError, match=r"find no place on the cluster's nodes .*toy: 1 × \(1 CPUs, 1 GPUs\)"):
-        ray_run(tmp_path, [Toy(gpus=1.0)], units("a"))
-
-
 @pytest.mark.parametrize(
     "address", ["nonsense", "127.0.0.1", "127.0.0.1:99999", "http://x:1", "ray://", "a b:1", ""]
 )
@@ -114,8 +109,10 @@ def test_an_address_where_nobody_listens_is_one_sentence(address):
         check_address(address)
 
 
-def test_something_else_that_listens_there_is_one_sentence_within_half_a_minute():
+def test_something_else_that_listens_there_is_one_sentence_within_half_a_minute(monkeypatch):
     pytest.importorskip("ray")
+    assert ANSWER_S + 5 < 30
+    monkeypatch.setattr("pipeline.run.ray.ANSWER_S", 5.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         start = time.monotonic()
         with pytest.raises(RunError, match="no Ray cluster answers at"):
