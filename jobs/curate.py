@@ -233,4 +233,6 @@ def stopped(*_: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from jobs.cli import leave
+
+    leave(main)
