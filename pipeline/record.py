@@ -201,9 +201,10 @@ class Video:
     seconds: dict[str, float] = field(default_factory=dict)  # wall seconds a stage spent on it
     chunk: int = 0  # of a long source: which of its `chunks` this is (pipeline.run.chunks)
     chunks: int = 1
-    committed: dict[int, tuple[str, int]] = field(
-        default_factory=dict
-    )  # chunks an earlier run has finished → (sha256, chunks)
+    division: str = ""  # of a chunk: names what its source is divided into (pipeline.run.chunks)
+    committed: set[tuple[int, str]] = field(
+        default_factory=set
+    )  # chunks an earlier run has finished, each with its `division`
 
     def pts_of(self, frame: int) -> int:
         """PTS of a frame; of frame n (one past the last) the PTS at which the video ends."""

@@ -6,11 +6,16 @@ own: committed on its own, and on Ray given to any worker of the next pool. How 
 decoding it, so the sources of a unit are decoded until there are UNIT_S seconds; these go on before the next is
 decoded.
 
-Chunk k of n of a source is unit '<unit>-<k>'. See `pipeline.run.commit` for how they become one source again.
+Chunk k of n of a source is unit '<unit>-<k>' (`chunk_unit`). See `pipeline.run.commit` for how they become one source
+again. A chunk that an earlier run has finished counts only where the source would be divided just so again, into the
+same clips of the same bytes with the same metadata (`division_key`).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -38,10 +43,29 @@ def divided(videos: list[Video], unit: list[Video], chunk_s: float) -> Iterator[
         clips = parts[id(v)]
         if len(clips) > 1:
             base = name if len(unit) == 1 else f"{name}_{place[id(v)]:02}"
-            todo = [k for k in range(len(clips)) if v.committed.get(k) != (v.sha256, len(clips))]
+            key = division_key(v, clips)
+            todo = [k for k in range(len(clips)) if (k, key) not in v.committed]
             # all of them are there, but nobody has put them together: the last one does
             for k in todo or [len(clips) - 1]:
-                yield [_chunk(v, f"{base}-{k:03}", k, clips)]
+                yield [_chunk(v, chunk_unit(base, k), k, clips, key)]
+
+
+def chunk_unit(unit: str, k: int) -> str:
+    """Name of the unit that is chunk k of a source."""
+    return f"{unit}-{k:03}"
+
+
+def of_chunk(unit: str) -> tuple[str, int] | None:
+    """What `chunk_unit` made the name of: the source's unit and k. None: of nothing."""
+    found = re.fullmatch(r"(.+)-(\d{3,})", unit)
+    return (found[1], int(found[2])) if found else None
+
+
+def division_key(v: Video, parts: list[list[Clip]]) -> str:
+    """16 hex digits that name how a source is divided: its bytes, its chunks' clips, what its list says of them."""
+    said = [v.source.intervals_key(), v.source.interval_meta_key(), list(v.source.meta.items())]
+    inside = [v.sha256, v.source.uri, *said, [[c.clip_id for c in part] for part in parts]]
+    return hashlib.sha256(json.dumps(inside).encode()).hexdigest()[:16]
 
 
 def parted(clips: list[Clip], chunk_s: float) -> list[list[Clip]]:
@@ -55,13 +79,14 @@ def parted(clips: list[Clip], chunk_s: float) -> list[list[Clip]]:
     return groups
 
 
-def _chunk(v: Video, unit: str, k: int, parts: list[list[Clip]]) -> Video:
+def _chunk(v: Video, unit: str, k: int, parts: list[list[Clip]], key: str) -> Video:
     own = parts[k]
     return replace(
         v,
         unit=unit,
         chunk=k,
         chunks=len(parts),
+        division=key,
         clips=own,
         frames=None if v.frames is None else _frames(v.frames, own),
         warnings=list(v.warnings),

@@ -6,7 +6,9 @@ swept by the next run. The name of a staging tar holds a hash of its clips, so t
 unit (one was taken for dead) cannot put other bytes under the rows of each other.
 
 A chunk of a long source (`pipeline.run.chunks`) is kept in `chunks/` until all of them are there; then they are
-committed as one source, under the unit's own name, whose clips lie in one staging tar a chunk.
+committed as one source, under the unit's own name, whose clips lie in one staging tar a chunk. The files there are
+`<unit>-<k>.<division>.parquet` (its row of videos/, which says that the chunk is finished) and, written before it,
+`<unit>-<k>.<division>.clips.parquet`: chunks of other clips, of other bytes or with other metadata have other names.
 
 A committed unit changes file by file, each in one step, clips first: killed in between, the rows of `videos/`
 still say what is to be done, and the same command does it.
@@ -27,6 +29,7 @@ import pyarrow.compute as pc
 from pipeline.faults import StoreError
 from pipeline.io.store import Store
 from pipeline.record import VIDEO_SCHEMA, Source, Video, clip_row, clip_schema, video_row
+from pipeline.run.chunks import chunk_unit, of_chunk
 from pipeline.stages import Produces, Resources
 
 
@@ -45,17 +48,13 @@ class CommitStage:
         self.store = Store.of(self.out)
 
     def __call__(self, videos: list[Video]) -> list[Video]:
-        unit, chunks = videos[0].unit, videos[0].chunks
         scores, embeddings = self.columns.scores, self.columns.embeddings
         rows = [clip_row(v, c, scores, embeddings) for v in videos for c in v.clips if v.error is None]
         clips = pa.Table.from_pylist(rows, schema=clip_schema(scores, embeddings))
-        if chunks == 1:
-            _commit(self.store, unit, clips, [video_row(v) for v in videos])
+        if videos[0].chunks == 1:
+            _commit(self.store, videos[0].unit, clips, [video_row(v) for v in videos])
         else:
-            self.store.write_table(f"chunks/{unit}.clips.parquet", clips)
-            row = video_row(videos[0]) | {"unit": unit.rpartition("-")[0]}
-            self.store.write_table(f"chunks/{unit}.parquet", pa.Table.from_pylist([row], schema=VIDEO_SCHEMA))
-            put_together(self.store, row["unit"], chunks)
+            commit_chunk(self.store, videos[0], clips)
         for v in videos:
             v.frames = None
         return videos
@@ -72,13 +71,32 @@ def _commit(store: Store, unit: str, clips: pa.Table, videos: list[dict[str, Any
 # Chunks of a long source ---------------------------------------------------------------------------
 
 
-def put_together(store: Store, unit: str, chunks: int) -> None:
-    """Commit a source whose chunks are all there, as one row and one file of clips; else do nothing.
+CHUNK_FILE = re.compile(r"chunks/([^./]+)\.([0-9a-f]{16})(\.clips)?\.parquet")
+
+
+def commit_chunk(store: Store, video: Video, clips: pa.Table) -> None:
+    """Keep what a chunk gave; where it is the last of its source, commit that."""
+    found = of_chunk(video.unit)
+    assert found is not None
+    name = f"chunks/{video.unit}.{video.division}"
+    row = video_row(video) | {"unit": found[0]}
+    store.write_table(f"{name}.clips.parquet", clips)
+    store.write_table(f"{name}.parquet", pa.Table.from_pylist([row], schema=VIDEO_SCHEMA))
+    put_together(store, row, video.division)
+
+
+def put_together(store: Store, row: dict[str, Any], division: str) -> None:
+    """Commit a source whose chunks, all of one division, are all there, as one row and one file of clips; else nothing.
+
+    Args:
+        row: of the chunk that ended last.
 
     Two workers that end at once may both do it, and write the same. An error of one chunk is the source's.
     """
-    names = [f"chunks/{unit}-{k:03}" for k in range(chunks)]
-    if not {f"{name}.parquet" for name in names} <= set(store.list("chunks", ".parquet")):
+    unit = row["unit"]
+    names = [f"chunks/{chunk_unit(unit, k)}.{division}" for k in range(row["chunks"])]
+    there = store.list("chunks", ".parquet")
+    if not {f"{name}.parquet" for name in names} <= set(there):
         return
     try:
         rows = [store.read_table(f"{name}.parquet").to_pylist()[0] for name in names]
@@ -87,36 +105,44 @@ def put_together(store: Store, unit: str, chunks: int) -> None:
         if store.exists(f"videos/{unit}.parquet"):  # somebody else was quicker
             return
         raise
-    if len({row["sha256"] for row in rows}) > 1:  # some are of an earlier run, before the source changed
-        return
-    row = next((r for r in rows if r["status"] != "ok"), rows[0])
+    last, row = row, next((r for r in rows if r["status"] != "ok"), rows[0])
     seconds: Counter[str] = Counter()
     for r in rows:
         seconds.update(dict(r["seconds"]))
     row |= {
+        "size": last["size"],
+        "mtime_ns": last["mtime_ns"],
         "warnings": list(dict.fromkeys(w for r in rows for w in r["warnings"])),
         "clips": sum(r["clips"] for r in rows) if row["status"] == "ok" else 0,
         "seconds": list(seconds.items()),
     }
     clips = pa.concat_tables(tables)
     _commit(store, unit, clips if row["status"] == "ok" else clips[:0], [row])
-    for name in names:
-        for suffix in (".parquet", ".clips.parquet"):
-            store.delete(name + suffix)
+    for name in there:  # those of other divisions too
+        if _owner(name) == unit:
+            store.delete(name)
+
+
+def _owner(name: str) -> str | None:
+    """The unit of the source of which a file in chunks/ is; None: of none."""
+    file = CHUNK_FILE.fullmatch(name)
+    chunk = of_chunk(file[1]) if file else None
+    return chunk[0] if chunk else None
 
 
 def take_up_chunks(store: Store, units: list[list[Video]]) -> None:
-    """Tell the sources of a run that is resumed which chunks of theirs are finished; forget those of no source."""
+    """Tell the sources of a run that is resumed which chunks of theirs are finished; forget failed ones and others."""
     alone = {unit[0].unit: unit[0] for unit in units if len(unit) == 1}
     for name in store.list("chunks", ".parquet"):
-        chunk = name.removeprefix("chunks/").removesuffix(".parquet").removesuffix(".clips")
-        unit, _, k = chunk.rpartition("-")
-        if unit not in alone:
+        file = CHUNK_FILE.fullmatch(name)
+        chunk = of_chunk(file[1]) if file else None
+        if file is None or chunk is None or chunk[0] not in alone:
             store.delete(name)
-        elif not name.endswith(".clips.parquet"):
-            row = store.read_table(name, ["sha256", "chunks", "status"]).to_pylist()[0]
-            if row["status"] == "ok":
-                alone[unit].committed[int(k)] = (row["sha256"], row["chunks"])
+        elif not file[3]:
+            if store.read_table(name, ["status"])["status"].to_pylist() == ["ok"]:
+                alone[chunk[0]].committed.add((chunk[1], file[2]))
+            else:
+                store.delete(name)  # else the source could be put together with it before it is tried again
 
 
 # What is committed ---------------------------------------------------------------------------------
@@ -290,28 +316,38 @@ def _given_meta(table: pa.Table, told: list[Revision | None]) -> dict[int, dict[
 
 
 def sweep_uncommitted(store: Store) -> None:
-    """Remove staging tars and clip rows of units that were never committed, tars no row speaks of, partial files."""
+    """Remove what is of no committed unit and of no finished chunk: tars that no row speaks of, rows, partial files.
+
+    For the driver, before and after its workers are at it.
+    """
     store.sweep()
     committed = units(store)
-    finished = {n.removeprefix("chunks/").removesuffix(".parquet") for n in store.list("chunks", ".parquet")}
-    for name in store.list("clips", ".parquet"):
+    clips = set(store.list("clips", ".parquet"))
+    for name in clips:
         if name.removeprefix("clips/").removesuffix(".parquet") not in committed:
             store.delete(name)
+    rows: dict[str, list[str]] = defaultdict(list)  # unit → files that speak of its tars
+    kept = store.list("chunks", ".parquet")
+    for name in kept:
+        owner = _owner(name)
+        if owner in committed:  # put together, or it has become other units
+            store.delete(name)
+        elif owner and f"{name.removesuffix('.clips.parquet')}.parquet" in kept:
+            rows[owner] += [name] if name.endswith(".clips.parquet") else []
     tars: dict[str, list[str]] = defaultdict(list)
     for name in store.list("media", ".tar"):
-        tars[name.removeprefix("media/").split(".")[0]].append(name)
+        unit = name.removeprefix("media/").split(".")[0]
+        chunk = of_chunk(unit)
+        tars[chunk[0] if chunk and unit not in committed else unit].append(name)
     for unit, names in tars.items():
-        source = re.sub(r"-\d{3}$", "", unit)  # of whose chunks this may be one
-        used = set(names) if {unit, source} & committed or unit in finished else set()
-        if len(used) > 1:  # two workers did it; the rows are one's
-            rows = f"clips/{unit if unit in committed else source}.parquet"
-            if unit in finished:
-                rows = f"chunks/{unit}.clips.parquet"
-            used = (
-                set(store.read_table(rows, ["media_tar"])["media_tar"].to_pylist())
-                if store.exists(rows)
-                else set()
-            )
+        mine = [f"clips/{unit}.parquet"] if f"clips/{unit}.parquet" in clips else []
+        if unit not in committed:
+            mine = rows[unit]
+        elif mine and len(names) == 1:  # its clips lie in one at least: no need to read
+            continue
+        used = {
+            tar for file in mine for tar in store.read_table(file, ["media_tar"])["media_tar"].to_pylist()
+        }
         for name in names:
             if name not in used:
                 store.delete(name)

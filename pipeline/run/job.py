@@ -86,6 +86,7 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
                     _retry_captions(store, recipe, listed, job)
                 if units:
                     _process(units, recipe, store, job)
+                    commit.sweep_uncommitted(store)
             finally:
                 _log_errors(store, before)
             if units:

@@ -122,16 +122,17 @@ def test_an_interrupted_source_goes_on_with_the_chunks_that_are_missing(tmp_path
     assert commit.done_sources(store) == {str(footage["long"])}
 
 
-def test_chunks_of_other_bytes_or_of_no_source_are_not_taken_up(tmp_path, footage):
+def test_chunks_of_another_division_or_of_no_source_are_not_taken_up(tmp_path, footage):
     store = Store(str(tmp_path))
     worker = Worker(stages_of(tmp_path, 6))
     whole = worker.run(unit(footage, "long"))
     for name in store.list("videos") + store.list("clips"):
         store.delete(name)
     stale = unit(footage, "long")
-    stale[0].committed = {0: ("other bytes", len(whole)), 1: (whole[0][0].sha256, len(whole) + 1)}
+    stale[0].committed = {(k, "0" * 16) for k in range(len(whole))}
     assert len(worker.run(stale)) == len(whole)
-    store.write_bytes("chunks/gone-000.parquet", b"x")
+    store.write_bytes("chunks/gone-000.parquet", b"x")  # as older runs name them
+    store.write_bytes(f"chunks/gone-000.{'0' * 16}.parquet", b"x")
     commit.take_up_chunks(store, [unit(footage, "short")])
     assert not store.list("chunks")
 
