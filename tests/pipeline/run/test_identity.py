@@ -250,7 +250,7 @@ def test_metadata_of_given_clips_is_compared_and_taken_over_clip_by_clip(world, 
 def test_metadata_of_given_clips_is_taken_over_where_some_are_beyond_the_video(world, tmp_path, capsys):
     spans = [
         (0.4, 1.2),
-        (0.405, 1.2),
+        (0.395, 1.2),
         (99, 100),
         (1.0, 2.0),
         (2.2, 50),
