@@ -302,9 +302,9 @@ def _given_meta(table: pa.Table, told: list[Revision | None]) -> dict[int, dict[
         became = dict(zip(c.source.intervals or (), c.source.interval_meta, strict=True)) if mine else {}
         of = {(starts[i], ends[i]): i for i in mine}
         for interval, meta in became.items():
-            i = of.get(_clip_of(interval, of))
-            if i is not None:
-                found.setdefault(i, meta)  # of equal intervals the first one's, as when they were cut
+            clip = of.get(_clip_of(interval, of))
+            if clip is not None:
+                found.setdefault(clip, meta)  # of equal intervals the first one's, as when they were cut
     return found
 
 
