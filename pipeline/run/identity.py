@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -143,6 +143,24 @@ def _hashes(sources: Sequence[Source]) -> list[str | None]:
         return list(pool.map(sha256_of, sources))
 
 
+def untaken(
+    listed: Iterable[Source], known: Known, found: Compared, committed: Collection[str]
+) -> list[Source]:
+    """The sources, each told which clip ids its name would give that clips of moved content have already.
+
+    Moved content keeps its ids, which hold the name it was measured under; other content may get that name now, and
+    the same content, which must not get the same ids. Args: committed: uris, as `apply` gives them.
+    """
+    moved: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for uri, row in known.items():
+        now = found.moved.get(uri)
+        at, name = (now.uri, now.name) if now else (uri, row["name"])
+        salt = row.get("salt") or row["name"]
+        if at in committed and row["sha256"] and salt != name:
+            moved[salt.partition("\0")[0]].add((row["sha256"], salt))
+    return [replace(s, taken=frozenset(moved[s.name])) if s.name in moved else s for s in listed]
+
+
 def apply(
     store: Store,
     found: Compared,
@@ -165,13 +183,16 @@ def apply(
             uri: Revision(here[uri], metadata=True) for uri in found.edited if uri not in found.changed
         }
     gone = (found.changed if redo_changed else []) + (found.gone if prune else [])
-    revise(store, revisions, known)
+    kept = revise(store, revisions, known)
     drop(store, gone, known)
     now = {found.moved[uri].uri if uri in found.moved else uri for uri in known.keys() - set(gone)}
-    return _lines(found, known, redo_changed, refresh_metadata, prune), now
+    return _lines(found, known, redo_changed, refresh_metadata, prune, kept), now
 
 
-def _lines(found: Compared, known: Known, redo: bool, refresh: bool, prune: bool) -> list[str]:
+def _lines(
+    found: Compared, known: Known, redo: bool, refresh: bool, prune: bool, kept: Mapping[str, int]
+) -> list[str]:
+    """Args: kept: clips whose own metadata was not taken over, by source."""
     said = []
     if found.moved:
         places = [f"{known[was]['name']} → {s.name}" for was, s in found.moved.items()]
@@ -189,6 +210,12 @@ def _lines(found: Compared, known: Known, redo: bool, refresh: bool, prune: bool
         then = "taken over" if refresh else "the clips have the old; --refresh-metadata takes it over"
         said.append(
             f"{counted(len(found.edited), 'source')} with other metadata in the list, {then}: {names}"
+        )
+    if kept:
+        names = _some([known[u]["name"] for u in kept])
+        said.append(
+            f"{counted(sum(kept.values()), 'clip')} not told apart by the times of the given clips, which keep the "
+            f"metadata they had: {names}"
         )
     if found.gone:
         names = _some([known[u]["name"] for u in found.gone])

@@ -127,9 +127,10 @@ def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video
     commit.drop(store, {*again, *mended}, known)
     for uri in {*again, *mended}:
         del known[uri]
+    found = identity.compare(listed, known)
     lines, done = identity.apply(
         store,
-        identity.compare(listed, known),
+        found,
         listed,
         known,
         redo_changed=job.redo_changed,
@@ -139,7 +140,7 @@ def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video
     for line in lines:
         _say(line)
     commit.sweep_uncommitted(store)
-    units = _units(listed, done, commit.units(store))
+    units = _units(identity.untaken(listed, known, found, done), done, commit.units(store))
     commit.take_up_chunks(store, units)
     todo = sum(map(len, units))
     if todo < len(listed):

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from pipeline.faults import StoreError, WorkerFault
+from pipeline.faults import StoreError, WorkerFault, how_to_go_on
 from pipeline.recipe import Limits
 from pipeline.record import Video
 from pipeline.run.child import Verdict
@@ -323,7 +323,7 @@ def run_local(
             if display:
                 display.update(ledger.stages, ledger.errors)
     except WorkerFault as e:
-        raise RunError(f"{e}; run the same command again, finished work is kept") from e
+        raise RunError(how_to_go_on(str(e))) from e
     finally:
         process.close()
     if display:
