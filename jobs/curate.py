@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
+import contextlib
 import os
 import re
 import shlex
 import signal
 import sys
 import threading
+import time
+from typing import NoReturn
 
 ADDRESS = re.compile(r"auto|local|(ray://)?(\[[0-9a-fA-F:.]+\]|[\w.-]+):\d{1,5}")
 
@@ -41,6 +45,11 @@ exit status
 """
 
 
+SAID = "clipmill curate: stopped by SIGTERM; run the same command again to go on"
+STDERR = os.dup(2) if sys.stderr else 2
+PATIENCE_S = 25.0  # to stop in order after SIGTERM; clusters send SIGKILL after 30 s
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: stop as for Ctrl-C."""
 
@@ -54,6 +63,19 @@ def renamed(text: str) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The job; SIGTERM ends the process with 143 at any moment of it, and one sentence."""
+    if threading.current_thread() is not threading.main_thread():
+        return curate(argv)
+    before = signal.signal(signal.SIGTERM, stopped)  # nothing is done yet
+    try:
+        return curate(argv)
+    except Terminated:
+        stopped()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def curate(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="clipmill curate",
         description=__doc__,
@@ -151,9 +173,7 @@ def main(argv: list[str] | None = None) -> int:
             f"--address {args.address}: no address of a Ray cluster; write auto, host:port or ray://host:port",
             Exit.BAD_INPUT,
         )
-    before = signal.getsignal(signal.SIGTERM)
-    in_main = threading.current_thread() is threading.main_thread()
-    if in_main:
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)
     try:
         chosen = recipe.load(args.recipe, args.set)
@@ -186,19 +206,30 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as e:
         return sorry(e, Exit.BAD_INPUT)
     except Terminated:
-        return sorry("stopped by SIGTERM; run the same command again to go on", Exit.TERMINATED)
+        raise
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return sorry("stopped; run the same command again to go on", Exit.INTERRUPTED)
-    finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
 
 
 def terminate(signum: int, frame: object) -> None:
-    """Stop as for Ctrl-C; a second signal ends the process at once."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Stop as for Ctrl-C; a second signal ends the process at once, and so does stopping that takes too long."""
+    signal.signal(signal.SIGTERM, stopped)
+    _thread.start_new_thread(_stopped_later, ())  # `threading` takes locks that the interrupted code may hold
     raise Terminated
+
+
+def _stopped_later() -> None:
+    time.sleep(PATIENCE_S)
+    stopped()
+
+
+def stopped(*_: object) -> NoReturn:
+    """End the process by SIGTERM's status: Ray's C++ side, taken down in order, now and then aborts."""
+    # not by sys.stderr, which a signal may interrupt in the middle of a write, and fd 2 may be turned away
+    with contextlib.suppress(OSError):
+        os.write(STDERR, f"{SAID}\n".encode())
+    os._exit(143)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,8 @@ BREAKER = (
     5  # a worker that fails so often in a row, or so many sources in a row that cost workers, end the run
 )
 FIRST = 10  # so many sources that all fail alike in a stage no source has passed end it too
+MAX_NEWS = 1000  # deaths told of one by one
+EVERY_S = 10.0  # a line on what is done, where there is no terminal
 LOST = "it was lost: killed from outside, short of memory, or its node went down"
 
 
@@ -60,6 +63,8 @@ class Ledger:
     fatal: str | None = None  # why the whole run must end
     store: bool = False  # … as the output is at fault
     beat: float = field(default_factory=time.monotonic)
+    news: list[str] = field(default_factory=list)  # how workers died, a line each
+    shown: Callable[[Snapshot], None] | None = None  # gets a snapshot whenever a worker tells something
 
     def hello(self, pool: int) -> None:
         """A worker of that pool is there."""
@@ -69,6 +74,8 @@ class Ledger:
     def alive(self) -> None:
         """A worker is in work and within its time limits."""
         self.beat = time.monotonic()
+        if self.shown:
+            self.shown(self.snapshot())
 
     def begin(self, pool: int, unit: str) -> tuple[str, str, int] | None:
         """A worker takes a unit up. Where an earlier one was lost on it: (stage, source, deaths on that so far)."""
@@ -80,6 +87,7 @@ class Ledger:
         stage, source = lost
         self.deaths[source or unit] += 1
         times = self.deaths[source or unit]
+        self._tell(stage, source or unit, LOST, times)
         if times >= MAX_DEATHS:  # before that it may be the node's fault, that took many at once
             self._costs(pool, stage, LOST, source or unit)
         return stage, source, times
@@ -94,8 +102,16 @@ class Ledger:
         """A stage process died; returns how many have died on that source."""
         self.alive()
         self.deaths[source or unit] += 1
+        self._tell(stage, source or unit, how, self.deaths[source or unit])
         self._costs(pool, stage, how, source or unit)
         return self.deaths[source or unit]
+
+    def _tell(self, stage: str, source: str, how: str, times: int) -> None:
+        if len(self.news) < MAX_NEWS:
+            again = f" (death {times} there)" if times > 1 else ""
+            self.news.append(f"a worker died at {_at(stage, source)}{again}: {how}")
+        if self.shown:
+            self.shown(self.snapshot())
 
     def _costs(self, pool: int, stage: str, how: str, source: str) -> None:
         costly = self.costly.setdefault((pool, stage, how), set())
@@ -169,7 +185,14 @@ class Ledger:
 
     def snapshot(self) -> Snapshot:
         return Snapshot(
-            self.stages, self.errors, time.monotonic() - self.beat, self.fatal, self.store, self.pools
+            self.stages,
+            self.errors,
+            time.monotonic() - self.beat,
+            self.fatal,
+            self.store,
+            self.pools,
+            list(self.working.values()),
+            self.news,
         )
 
 
@@ -181,14 +204,18 @@ class Snapshot:
     fatal: str | None
     store: bool
     pools: set[int]
+    working: list[tuple[str, str]]  # (stage, source) of each unit in work
+    news: list[str]
 
 
 class Display:
     """Draws a ledger's snapshots; a context manager."""
 
-    def __init__(self, stages: list[str], total: int, every_s: float = 10.0):
-        self.names, self.total, self.every_s = stages, total, every_s
+    def __init__(self, stages: list[str], total: int, every_s: float | None = None):
+        self.names, self.total = stages, total
+        self.every_s = EVERY_S if every_s is None else every_s
         self.start = self.last_line = time.monotonic()
+        self.finished = self.news = 0  # sources at the last line; news told
         self.live = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -205,29 +232,45 @@ class Display:
         if self.live:
             self.live.stop()
 
-    def update(self, stages: dict[str, StageCount], errors: int, final: bool = False) -> None:
+    def update(self, said: Snapshot, final: bool = False) -> None:
+        """Draw it, where it is time for that."""
         elapsed = max(time.monotonic() - self.start, 1e-3)
+        for line in said.news[self.news :]:
+            print(line, file=sys.stderr, flush=True)  # above the live bars, where these are
+        self.news = len(said.news)
         if self.live:
-            self.live.update(self._table(stages, errors, elapsed), refresh=final)
+            self.live.update(self._table(said.stages, said.errors, elapsed), refresh=final)
         elif final or time.monotonic() - self.last_line >= self.every_s:
             self.last_line = time.monotonic()
-            print(self._line(stages, errors, elapsed), file=sys.stderr, flush=True)
+            print(self._line(said, elapsed), file=sys.stderr, flush=True)
+            self.finished = said.stages.get(self.names[-1], StageCount()).sources
 
     def _eta(self, stages: dict[str, StageCount], elapsed: float) -> str:
-        """Time left: the mean progress over the stages, run forward at the rate so far."""
+        """Time left: mean progress over the stages, run forward at the rate so far; none before a source is done."""
+        if not stages.get(self.names[-1], StageCount()).sources:
+            return "–:––"
         fraction = sum(s.sources for n, s in stages.items() if n in self.names) / max(
             self.total * len(self.names), 1
         )
-        return _clock(elapsed * (1 - fraction) / fraction) if fraction > 0 else "–:––"
+        return _clock(elapsed * (1 - fraction) / fraction)
 
-    def _line(self, stages: dict[str, StageCount], errors: int, elapsed: float) -> str:
+    def _line(self, said: Snapshot, elapsed: float) -> str:
+        stages = said.stages
         last = stages.get(self.names[-1], StageCount())
         parts = [f"{n} {stages[n].sources}" for n in self.names[:-1] if n in stages]
         return (
-            f"[{_clock(elapsed)}] {last.sources}/{self.total} sources, {last.clips} clips, {errors} errors, "
+            f"[{_clock(elapsed)}] {last.sources}/{self.total} sources, {last.clips} clips, {said.errors} errors, "
             f"{last.video_s / elapsed:.1f}× real time, {self._eta(stages, elapsed)} left"
             + (f" ({', '.join(parts)})" if parts and last.sources < self.total else "")
+            + (f"; {self._still(said)}" if self.finished == last.sources < self.total else "")
         )
+
+    def _still(self, said: Snapshot) -> str:
+        """What is in work, where no source was finished since the last line."""
+        found = [_at(stage, source) for stage, source in said.working if stage]
+        if not found:
+            return "still starting: models are loaded" if said.working or not said.stages else "still at work"
+        return f"still at {'; '.join(found[:2])}" + (f" and {len(found) - 2} more" if found[2:] else "")
 
     def _table(self, stages: dict[str, StageCount], errors: int, elapsed: float) -> Table:
         from rich.progress_bar import ProgressBar
@@ -249,6 +292,12 @@ class Display:
                 f"{s.busy_s:.1f}",
             )
         return table
+
+
+def _at(stage: str, source: str) -> str:
+    """A source and the stage it is in, for a person; signed addresses without what follows '?'."""
+    name = source.partition("?")[0].rstrip("/").rpartition("/")[2]
+    return ", ".join(part for part in (name, stage) if part)
 
 
 def _clock(seconds: float) -> str:

@@ -52,9 +52,12 @@ def run_ray(
 
     Raises RunError when the cluster is lost, has no place for the workers, or they fail alike; StoreError.
     """
-    import ray
-    import ray.data
+    with _own_sigterm():
+        import ray
+        import ray.data
 
+    # a thread of Ray Data's that outlives the run must not start Ray once more
+    ray._private.auto_init_hook.enable_auto_connect = False
     connect(address)
     try:
         nodes = cluster_nodes()
@@ -214,13 +217,39 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Leave SIGTERM as it is: while it starts, Ray has it end the driver on the spot."""
+    """Keep SIGTERM until the end, then leave it to whom it belongs; a second one is passed on at once.
+
+    While it starts, Ray would have it end the driver on the spot: by a Python handler, and by one of its C++ side.
+    """
     before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = False
+
+    def keep(signum: int, frame: Any) -> None:
+        nonlocal came
+        signal.alarm(0)  # Ray's C++ side would abort in three seconds, then passes the signal on to this
+        if came and callable(before):
+            before(signum, frame)
+        came = True
+
+    def set_none(handler: Any) -> None:
+        """Ray's Python handler is not set."""
+
+    signal.signal(signal.SIGTERM, keep)
+    utils: Any = sys.modules.get("ray._private.utils")
+    rays = getattr(utils, "set_sigterm_handler", None)
+    if rays:
+        utils.set_sigterm_handler = set_none
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+        if rays:
+            utils.set_sigterm_handler = rays
+        signal.signal(signal.SIGTERM, before)
+        if came:
+            signal.raise_signal(signal.SIGTERM)
 
 
 # ---------------------------------------------------------------- workers
@@ -336,7 +365,7 @@ def _consume(ds: Any, ledger: Any, display: Display, found: list[Pool]) -> None:
                 raise RunError(LOST_CLUSTER) from e
             continue
         answered = time.monotonic()
-        display.update(said.stages, said.errors, final=not thread.is_alive())
+        display.update(said, final=not thread.is_alive())
         if said.fatal:
             thread.join(10)  # the worker that met it raises too, and Ray Data ends in order
             raise StoreError(said.fatal) if said.store else RunError(said.fatal)

@@ -29,7 +29,7 @@ from pipeline.run.progress import LOST, MAX_DEATHS, Display, Ledger
 from pipeline.stages import Stage
 
 GRACE_S = 20.0  # after the end of a time limit the process may take so long to raise it; then it is killed
-BEAT_S = 10.0  # a worker within its limits says so at least this often
+BEAT_S = 5.0  # a worker within its limits says so at least this often
 
 # argv: socket, parent's pid, then the parent's sys.path
 _BOOT = "import sys; sys.path[:] = sys.argv[3:]; from pipeline.run.child import serve; serve(*map(int, sys.argv[1:3]))"
@@ -314,17 +314,15 @@ def run_local(
 
     Raises RunError, StoreError.
     """
-    ledger = Ledger(first=stages[0].name)
+    ledger = Ledger(first=stages[0].name, shown=display.update if display else None)
     process = StageProcess(pickle.dumps(stages), limits or Limits())
     worker = Worker(process, ledger)
     try:
         for unit in units:
             worker.run(unit[0].unit, pickle.dumps(unit, protocol=5))
-            if display:
-                display.update(ledger.stages, ledger.errors)
     except WorkerFault as e:
         raise RunError(how_to_go_on(str(e))) from e
     finally:
         process.close()
     if display:
-        display.update(ledger.stages, ledger.errors, final=True)
+        display.update(ledger.snapshot(), final=True)

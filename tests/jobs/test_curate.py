@@ -414,3 +414,84 @@ def test_sigterm_stops_like_ctrl_c_and_the_same_command_goes_on(tmp_path, runner
     assert curate.main([str(raw), "--out", str(out), *local]) == 0
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert len(rows(out, "clips")) == 4
+
+
+def caught(pid: int, number: signal.Signals) -> bool:
+    """Whether a process handles a signal by now."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
+
+
+def has_child(pid: int, name: str) -> bool:
+    return any(
+        name in Path(f"/proc/{child}/cmdline").read_text()
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+        if Path(f"/proc/{child}").exists()
+    )
+
+
+MOMENTS = {
+    "imports": lambda pid: caught(pid, signal.SIGTERM),
+    "ray_begins": lambda pid: has_child(pid, "gcs_server"),
+    "ray_has_its_own_handlers": lambda pid: caught(pid, signal.SIGTRAP),  # those of its C++ side
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("moment", list(MOMENTS))
+def test_sigterm_while_it_starts_is_143_and_one_sentence(tmp_path, moment):
+    raw = one_video(tmp_path)
+    fast = ["ray" if a == "local" else a for a in FAST]
+    command = [sys.executable, "-m", "jobs.curate", str(raw), "--out", str(tmp_path / "out"), *fast]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 90
+        while process.poll() is None and not MOMENTS[moment](process.pid) and time.monotonic() < end:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=90)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 143, err
+    assert err.splitlines() == ["clipmill curate: stopped by SIGTERM; run the same command again to go on"]
+
+
+def test_sigterm_that_is_not_heeded_in_time_ends_the_process_all_the_same():
+    program = (
+        "import time\nfrom jobs import curate\ncurate.PATIENCE_S = 0.3\n"
+        "def deaf(argv):\n"
+        "    curate.signal.signal(curate.signal.SIGTERM, curate.terminate)\n"
+        "    print('here', flush=True)\n"
+        "    while True:\n"
+        "        try: time.sleep(60)\n"
+        "        except BaseException: pass\n"
+        "curate.curate = deaf\ncurate.main([])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True)
+    try:
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=20)[1]
+    finally:
+        process.kill()
+    assert (process.returncode, err.count("stopped by SIGTERM")) == (143, 1)
+
+
+def test_a_run_without_ray_says_what_it_is_at_and_how_workers_died(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pipeline.run.worker.BEAT_S", 0.2)
+    monkeypatch.setattr("pipeline.run.progress.EVERY_S", 0.3)
+    raw = one_video(tmp_path)
+    (tmp_path / "harm.py").write_text(
+        "import os, time\nfrom pipeline.captions import Captioner\n"
+        "class Harm(Captioner):\n    name = 'harm'\n"
+        "    def caption(self, video, clip):\n        time.sleep(1)\n        os._exit(7)\n"
+    )
+    harm = f"captions=[{{kind: python, captioner: '{tmp_path}/harm.py:Harm'}}]"
+    curate.main([str(raw), "--out", str(tmp_path / "out"), *FAST, "--set", harm])
+    err = capsys.readouterr().err
+    assert "0/1 sources" in err
+    assert "–:–– left" in err
+    assert "still at a.mp4, caption:harm" in err
+    assert "a worker died at a.mp4, caption:harm: its process ended with exit code 7" in err
+    assert "a worker died at a.mp4, caption:harm (death 3 there)" in err

@@ -12,9 +12,53 @@ def test_plain_progress_lines_state_counts_rates_and_time_left(capsys):
     ledger.done(0, "commit", 1, 3, 10.0, 0.1, ["x: is bad"], 0)
     display.start -= 5
     with display:
-        display.update(ledger.stages, ledger.errors)
+        display.update(ledger.snapshot())
     line = capsys.readouterr().err
     assert "[0:05] 1/4 sources, 3 clips, 1 errors, 2.0× real time, 0:08 left (decode 2)" in line
+
+
+def test_no_time_left_is_told_before_a_source_is_finished(capsys):
+    ledger, display = Ledger(), Display(["decode", "cut", "commit"], total=4, every_s=0)
+    ledger.done(0, "decode", 4, 0, 20.0, 1.0, [], 4)
+    ledger.done(0, "cut", 3, 0, 20.0, 1.0, [], 3)
+    display.start -= 5
+    display.update(ledger.snapshot())
+    assert "–:–– left (decode 4, cut 3)" in capsys.readouterr().err
+    assert "–:–– left" in str(display._table(ledger.stages, 0, 5.0).title)
+    ledger.done(0, "commit", 2, 0, 20.0, 1.0, [], 2)
+    display.update(ledger.snapshot())
+    assert "0:02 left" in capsys.readouterr().err  # 9 of 12 in 5 s
+
+
+def test_what_is_in_work_is_named_while_nothing_is_finished(capsys):
+    ledger, display = Ledger(), Display(["decode", "commit"], total=9, every_s=0)
+    ledger.begin(0, "u")
+    display.update(ledger.snapshot())
+    assert "; still starting: models are loaded" in capsys.readouterr().err
+    ledger.at(0, "u", "caption:x", "https://host/bikes.mp4?signature=s3cr3t")
+    display.update(ledger.snapshot())
+    assert capsys.readouterr().err.endswith("; still at bikes.mp4, caption:x\n")
+    for n in range(3):
+        ledger.begin(1, f"v{n}")
+        ledger.at(1, f"v{n}", "cut", f"/{n}.mp4")
+    display.update(ledger.snapshot())
+    assert "; still at bikes.mp4, caption:x; 0.mp4, cut and 2 more\n" in capsys.readouterr().err
+    ledger.done(0, "commit", 1, 3, 10.0, 0.1, [], 1)
+    display.update(ledger.snapshot())
+    assert "still" not in capsys.readouterr().err
+
+
+def test_every_death_of_a_worker_is_told_once_and_at_once(capsys):
+    ledger, display = Ledger(), Display(["decode", "commit"], total=9, every_s=1000)
+    ledger.begin(0, "u")
+    ledger.at(0, "u", "cut", "/bikes.mp4")
+    ledger.died(0, "u", "cut", "/bikes.mp4", "killed by SIGSEGV")
+    ledger.begin(0, "u")
+    for _ in range(2):
+        display.update(ledger.snapshot())
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "a worker died at bikes.mp4, cut: killed by SIGSEGV"
+    assert second.startswith("a worker died at bikes.mp4, cut (death 2 there): it was lost")
 
 
 def test_clocks():
