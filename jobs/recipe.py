@@ -79,7 +79,11 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print("\n".join(checked(args.recipe, args.set, args.training)))
     except (RecipeError, Fault) as e:
-        print(f"clipmill recipe: {e}", file=sys.stderr)
+        wrong = e.mistakes if isinstance(e, RecipeError) and args.task == "check" else []
+        if len(wrong) > 1:
+            print(f"clipmill recipe: {e.where}: {len(wrong)} mistakes", *wrong, sep="\n  ", file=sys.stderr)
+        else:
+            print(f"clipmill recipe: {e}", file=sys.stderr)
         return 2
     return 0
 
@@ -113,6 +117,8 @@ def checked(recipe: str, overrides: list[str], training: bool) -> Iterator[str]:
         stages = check(found)
         yield f"{recipe} holds: {', '.join(s.name for s in stages)}"
         yield f"rules: {', '.join(found.decide.rules) or 'none'}"
+        if not found.captions:
+            yield "look: it has no captioner, so nothing would be captioned; give captions, or a base: embedded"
     flag = " --training" if training else ""
     yield f"whether its models are there: clipmill doctor --recipe {recipe}{flag}"
 

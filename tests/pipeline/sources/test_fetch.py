@@ -471,7 +471,8 @@ def test_options_of_an_object_store_are_told_from_its_keys() -> None:
 def test_youtube_without_yt_dlp_names_the_extra(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setitem(sys.modules, "yt_dlp", None)
     assert (
-        refused(url, kind=WorkerFault) == f"{url}: YouTube videos need yt-dlp; pip install clipmill[youtube]"
+        refused(url, kind=WorkerFault)
+        == f"{url}: YouTube videos need yt-dlp: pip install -e '.[youtube]' in the clone of clipmill"
     )
 
 
