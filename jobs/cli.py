@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import select
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 JOBS = {
     "curate": "raw videos in, captioned WebDataset shards out",
@@ -86,5 +89,20 @@ def run(argv: list[str] | None) -> int:
     return importlib.import_module(f"jobs.{MODULES.get(args[0], args[0])}").main(args[1:])
 
 
+def leave(job: Callable[[], int] | None = None) -> NoReturn:
+    """A job as a process: what it returns is the exit status.
+
+    Once Ray was there, the process ends at once: taking down Ray's C++ side at exit now and then aborts (SIGABRT),
+    which would turn a finished run into a failed one.
+    """
+    status = (job or main)()
+    if "ray" in sys.modules:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    raise SystemExit(status)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave()

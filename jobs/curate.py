@@ -202,4 +202,6 @@ def terminate(signum: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from jobs.cli import leave
+
+    leave(main)

@@ -61,6 +61,10 @@ def find() -> str:
         return exe
     import imageio_ffmpeg
 
+    # by its file: imageio-ffmpeg tries it first, and takes another ffmpeg should that try be killed
+    for bundled in sorted((Path(imageio_ffmpeg.__file__).parent / "binaries").glob("ffmpeg-*")):
+        if os.access(bundled, os.X_OK):
+            return str(bundled)
     try:
         return imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as e:
@@ -75,10 +79,13 @@ def version(exe: str) -> tuple[int, ...]:
 
     Raises FFmpegError when the program does not run.
     """
-    try:
-        done = subprocess.run([exe, "-version"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as e:
-        raise FFmpegError(f"{exe} does not run ({e}); name another ffmpeg in CLIPMILL_FFMPEG") from e
+    for _ in range(3):
+        try:
+            done = subprocess.run([exe, "-version"], capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as e:
+            raise FFmpegError(f"{exe} does not run ({e}); name another ffmpeg in CLIPMILL_FFMPEG") from e
+        if done.returncode >= 0:  # else somebody killed it: that says nothing of the program
+            break
     said = re.match(r"ffmpeg version (\S+)", done.stdout)
     if done.returncode or said is None:
         raise FFmpegError(f"{exe} is no ffmpeg that runs; name another in CLIPMILL_FFMPEG")

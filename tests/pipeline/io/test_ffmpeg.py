@@ -179,3 +179,21 @@ def wait_for(condition, seconds: float = 20.0):
             return found
         time.sleep(0.02)
     raise AssertionError("did not happen in time")
+
+
+def test_a_version_probe_that_somebody_kills_is_tried_again(tmp_path):
+    exe = tmp_path / "ffmpeg"
+    exe.write_text(
+        f"#!/bin/sh\nif [ ! -e {tmp_path}/killed ]; then touch {tmp_path}/killed; kill -9 $$; fi\n"
+        "echo 'ffmpeg version 6.1 Copyright'\n"
+    )
+    exe.chmod(0o755)
+    assert ffmpeg.version(str(exe)) == (6, 1)
+
+
+def test_the_bundled_ffmpeg_is_taken_by_its_file_without_a_try(monkeypatch):
+    import imageio_ffmpeg
+
+    monkeypatch.delenv("CLIPMILL_FFMPEG", raising=False)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: "another")
+    assert "imageio_ffmpeg" in ffmpeg.find()

@@ -11,9 +11,11 @@ from pipeline.io.store import Store
 from pipeline.record import Source, Video
 from pipeline.run.log import TOLD, attach, log, logging_to, without_secrets
 from pipeline.stages import each
+from pipeline.watch import at
 
 
 def test_lines_name_the_source_in_work_and_runs_append(tmp_path):
+    at("")  # another test may have left one in work
     store = Store(str(tmp_path))
     with logging_to(store) as name:
         log.info("before")
