@@ -79,9 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print("\n".join(checked(args.recipe, args.set, args.training)))
     except (RecipeError, Fault) as e:
-        wrong = e.mistakes if isinstance(e, RecipeError) and args.task == "check" else []
-        if len(wrong) > 1:
-            print(f"clipmill recipe: {e.where}: {len(wrong)} mistakes", *wrong, sep="\n  ", file=sys.stderr)
+        if args.task == "check" and isinstance(e, RecipeError) and len(e.mistakes) > 1:
+            said = [f"clipmill recipe: {e.where}: {len(e.mistakes)} mistakes", *e.mistakes]
+            print("\n  ".join(said), file=sys.stderr)
         else:
             print(f"clipmill recipe: {e}", file=sys.stderr)
         return 2

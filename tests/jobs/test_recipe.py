@@ -94,7 +94,7 @@ def test_check_tells_every_mistake_on_a_line_of_its_own(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text(
         "base: embedded\ncut: {crff: 20}\ncaptions: [{kind: tag}]\ndecide: {rules: {too_shrt: null}}\n"
     )
-    assert recipe.main(["check", str(tmp_path / "r.yaml")]) == 2
+    assert job.main(["check", str(tmp_path / "r.yaml")]) == 2
     first, *lines = capsys.readouterr().err.splitlines()
     assert first.endswith("r.yaml: 3 mistakes")
     assert len(lines) == 3
@@ -108,5 +108,5 @@ def test_check_tells_every_mistake_on_a_line_of_its_own(tmp_path, capsys):
 
 def test_check_remarks_that_an_empty_recipe_captions_nothing(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text("")
-    assert recipe.main(["check", str(tmp_path / "r.yaml")]) == 0
+    assert job.main(["check", str(tmp_path / "r.yaml")]) == 0
     assert "no captioner, so nothing would be captioned" in capsys.readouterr().out

@@ -12,12 +12,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline import recipe
+from pipeline import own_code, recipe
 from pipeline.caption import baselines as baseline
 from pipeline.caption import captioner as captions
 from pipeline.caption import transformers as transformer
 from pipeline.caption.captioner import Captioner, CaptionStage, sentences
-from pipeline.faults import WorkerFault
+from pipeline.faults import TooLong, WorkerFault
 from pipeline.record import Caption
 from pipeline.samples import pictures, samples, spread
 from tests.fixtures import tiny_vlm
@@ -204,7 +204,7 @@ def own(folder, body, of="Own", clips=3, **options):
         ("return Caption('', 'a dog', 'truncated')", ("a dog", "truncated", "")),
         (
             "return 7",
-            ("", "error", "the caption is a int (7); give a text, None, or a pipeline.record.Caption"),
+            ("", "error", "the caption is an int (7); give a text, None, or a pipeline.record.Caption"),
         ),
         ("return ['a dog']", ("", "error", "the caption is a list (['a dog']); give a text, None, or")),
         ("return Caption('', 'a', 'great')", ("", "error", "outcome 'great'")),

@@ -479,7 +479,7 @@ def test_youtube_without_yt_dlp_names_the_extra(monkeypatch: pytest.MonkeyPatch,
 def test_a_run_that_needs_yt_dlp_says_so_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(youtube, "find_spec", lambda name: None)
     listed = [Source(u, u) for u in ("https://youtu.be/x", "/a.mp4", "https://www.youtube.com/watch?v=y")]
-    with pytest.raises(names.SourceError, match="2 sources are YouTube videos"):
+    with pytest.raises(names.SourceError, match="2 sources from YouTube"):
         youtube.check(listed)
     youtube.check(listed[1:2])
 
