@@ -32,6 +32,7 @@ class Compared:
 
     moved: dict[str, Source] = field(default_factory=dict)  # committed uri → where its content lies now
     changed: list[str] = field(default_factory=list)  # other bytes, or other given clips, than were measured
+    mended: list[str] = field(default_factory=list)  # changed too, of sources that failed: nothing is lost
     edited: list[str] = field(default_factory=list)  # other metadata
     gone: list[str] = field(default_factory=list)  # not in the list
     touched: list[str] = field(default_factory=list)  # same bytes, newer time of modification
@@ -105,6 +106,8 @@ def compare(listed: Sequence[Source], known: Known) -> Compared:
     for uri, sha256 in zip(doubtful, _hashes([here[u] for u in doubtful]), strict=True):
         if sha256 is not None:  # else it cannot be read now
             (found.touched if sha256 == known[uri]["sha256"] else found.changed).append(uri)
+    found.mended = [uri for uri in found.changed if known[uri]["status"] != "ok"]
+    found.changed = [uri for uri in found.changed if known[uri]["status"] == "ok"]
     _find_moved(found, listed, known)
     return found
 
@@ -171,7 +174,7 @@ def apply(
     refresh_metadata: bool = False,
     prune: bool = False,
 ) -> tuple[list[str], set[str]]:
-    """Bring the record up to date: moved sources always, the rest where asked.
+    """Bring the record up to date: moved sources and failed ones of other bytes always, the rest where asked.
 
     Returns a line for each, and the uris that are committed now.
     """
@@ -182,7 +185,7 @@ def apply(
         revisions |= {
             uri: Revision(here[uri], metadata=True) for uri in found.edited if uri not in found.changed
         }
-    gone = (found.changed if redo_changed else []) + (found.gone if prune else [])
+    gone = found.mended + (found.changed if redo_changed else []) + (found.gone if prune else [])
     kept = revise(store, revisions, known)
     drop(store, gone, known)
     now = {found.moved[uri].uri if uri in found.moved else uri for uri in known.keys() - set(gone)}
@@ -205,6 +208,11 @@ def _lines(
             "measured again" if redo else "the clips are of the old bytes; --redo-changed measures them again"
         )
         said.append(f"{counted(len(found.changed), 'source')} changed since measured, {then}: {names}")
+    if found.mended:
+        names = _some([known[u]["name"] for u in found.mended])
+        said.append(
+            f"{counted(len(found.mended), 'source')} that failed changed since, measured again: {names}"
+        )
     if found.edited:
         names = _some([known[u]["name"] for u in found.edited])
         then = "taken over" if refresh else "the clips have the old; --refresh-metadata takes it over"

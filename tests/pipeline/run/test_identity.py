@@ -333,3 +333,31 @@ def test_a_member_of_a_tar_is_hashed_in_place(tmp_path):
     assert identity.sha256_of(Source(f"{tmp_path}/x.tar#m.mp4", "m", member=(10, 5))) is None
     assert identity.sha256_of(Source("http://example.com/a.mp4", "a")) is None
     assert identity.dated([source])[0].bytes == 5
+
+
+def test_a_failed_source_of_other_bytes_is_measured_again_by_itself(tmp_path, capsys):
+    (tmp_path / "raw").mkdir()
+    shutil.copyfile(made(videos.cfr, frames=50), tmp_path / "raw/a.mp4")
+    (tmp_path / "raw/b.mp4").write_bytes(b"no video" * 100)
+    command = [str(tmp_path / "raw"), "--out", str(tmp_path / "out"), *FAST]
+    assert curate.main(command) == 0
+    shutil.copyfile(made(videos.cfr, frames=60), tmp_path / "raw/b.mp4")
+    capsys.readouterr()
+    assert curate.main(command) == 0
+    said = capsys.readouterr()
+    assert "1 source that failed changed since, measured again: b.mp4\n" in said.err
+    assert "--redo-changed" not in said.err
+    assert "sources: 2 ok, 0 errors\n" in said.out
+    assert len(kept(tmp_path / "out")) == 2
+
+
+def test_curate_ends_before_any_work_where_media_is_gone(world, capsys):
+    shutil.rmtree(world.out / "media")
+    before = {p: p.read_bytes() for p in (world.out / "videos").iterdir()}
+    shutil.copyfile(made(videos.cfr, frames=80), world.folder / "raw/d.mp4")
+    world.write({"a": "A", "b": "B", "c": "C", "d": "D"})
+    for more in ([], ["--retry-errors"]):
+        assert world.curate(*more) == 4
+        assert "its shards are final" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in (world.out / "videos").iterdir()} == before
+    assert not (world.out / "media").exists()
