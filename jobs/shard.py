@@ -30,6 +30,8 @@ examples
 A rule keeps a clip while min ≤ column ≤ max, or while a text contains, excludes, matches or does not match what
 is asked; see 'clipmill recipe explain decide.rules'. What is used is remembered in DIR/run.json, or with --out
 there: the run and its own shards stay as they are.
+
+exit status: 0 done; 2 the command, the recipe or DIR is wrong; 4 the clips to copy (DIR/media) are gone
 """
 
 
@@ -63,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.faults import StoreError
     from pipeline.io.store import Store
     from pipeline.recipe import RecipeError, load, parse
+    from pipeline.shards import media
     from pipeline.shards.pack import read_run, shard
 
     try:
@@ -79,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         ours = {"method": recipe.choose.method, "order": recipe.choose.order}
         recipe = recipe.model_copy(update={"choose": measured.choose.model_copy(update=ours)})
+        media.check(store)
         if args.dry_run:
             decisions = decide(store, recipe).decisions
             kept = tell(decisions)
@@ -89,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
             decisions = shard(store, recipe, out if args.out else None)
     except (RecipeError, StoreError) as e:
         print(f"clipmill shard: {e}", file=sys.stderr)
-        return 2
+        return 4 if isinstance(e, media.MediaGone) else 2
 
     kept = tell(decisions)
     tars = len(set(decisions["shard"].drop_null().to_pylist()))

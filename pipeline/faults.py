@@ -99,6 +99,16 @@ def kind_of(e: BaseException) -> type[Fault]:
     return SourceFault
 
 
+def how_to_go_on(why: str) -> str:
+    """Why a run stopped, with how to go on; said once, where the sentence itself says it already."""
+    command, kept = "run the same command again", "finished work is kept"
+    if kept in why:
+        return why
+    if why.endswith(command):
+        return f"{why}, {kept}"
+    return f"{why}; {kept}" if command in why else f"{why}; {command}, {kept}"
+
+
 def sentence(e: BaseException) -> str:
     """One line: a fault's own words; of a bug its type, words, file and line."""
     if isinstance(e, Fault):

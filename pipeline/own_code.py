@@ -192,6 +192,21 @@ def trace(e: BaseException, file: str) -> str:
     return "".join(traceback.format_exception(type(e), e, start)).rstrip()
 
 
+def log_failed(about: str, e: BaseException, file: str) -> None:
+    """A failure, to the terminal and the log: a bug of `file` with its traceback; of a fault or an exit that is in the
+    log alone."""
+    if isinstance(e, Fault | SystemExit):
+        log.warning("%s failed: %s", about, reason(e, file))
+        log.debug("%s failed\n%s", about, trace(e, file))
+    else:
+        log.warning("%s failed\n%s", about, trace(e, file))
+
+
+def a(noun: str) -> str:
+    """'an int', 'a list'."""
+    return f"{'an' if noun[:1].lower() in tuple('aeiou') else 'a'} {noun}"
+
+
 def _same(path: str, file: str) -> bool:
     return bool(file) and Path(path).absolute() == Path(file).absolute()
 

@@ -64,7 +64,7 @@ class OwnStage:
                 for clip, before in zip(video.clips, known, strict=False):
                     self._check(video, clip, set(clip.scores) - before)
             except (Exception, SystemExit) as e:
-                own_code.log.warning("%s failed\n%s", about, own_code.trace(e, self.file))
+                own_code.log_failed(about, e, self.file)
                 fault = SourceFault(own_code.reason(e, self.file)) if kind_of(e) is SourceFault else e
                 fail(video, self.name, fault)
         return videos

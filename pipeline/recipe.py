@@ -478,6 +478,14 @@ class Recipe(Section):
 
 NOT_MEASURED = {"name", "decide", "shards", "resources", "limits"}
 
+# Options that came after folders were made without them: the value that measures as clipmill did before, None
+# where no value does. An option that is in no folder's recipe and not here measures by its default as before.
+BEFORE: dict[str, Any] = {
+    "decode.deinterlace": False,
+    "decode.hdr": None,  # HDR was shown to models as it is stored and cut to 8 bits
+    "shots.transitions": "keep",
+}
+
 
 def load(name_or_file: str, overrides: list[str] | None = None) -> Recipe:
     """The recipe of that name or file, with `key=value` overrides (values are YAML).

@@ -15,6 +15,7 @@ import copy
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,12 +49,21 @@ def load_as(kind: type[R], name_or_file: str, overrides: list[str] | None, folde
     Raises RecipeError: one sentence with the key, what is wrong, and the fix.
     """
     path = find(name_or_file, folder)
-    return parse_as(kind, {"name": path.stem} | _layers(kind, path, folder, []), overrides or [], str(path))
+    wrong: list[str] = []
+    data = {"name": path.stem} | _layers(kind, path, folder, [], wrong)
+    return parse_as(kind, data, overrides or [], str(path), wrong)
 
 
-def parse_as(kind: type[R], data: dict[str, Any], overrides: list[str], where: str) -> R:
-    """Check a recipe of any kind given as plain data, with overrides. Raises RecipeError."""
+def parse_as(
+    kind: type[R], data: dict[str, Any], overrides: list[str], where: str, wrong: Iterable[str] = ()
+) -> R:
+    """Check a recipe of any kind given as plain data, with overrides. Raises RecipeError.
+
+    Args:
+        wrong: mistakes that reading it has found; they are told with the others.
+    """
     before = data
+    mistakes = list(wrong)
     data = copy.deepcopy(data)
     for item in overrides:
         keys, text = split_setting(item)
@@ -68,12 +78,16 @@ def parse_as(kind: type[R], data: dict[str, Any], overrides: list[str], where: s
         raise RecipeError(
             f"recipe {where}: base stands in a recipe's file alone; name another recipe, or a file"
         )
-    data = _without_nulls(kind, data, before, [])
+    data = _without_nulls(kind, data, before, [], mistakes)
     data = _located(Place(kind), data, Path.cwd())
     try:
-        return kind.model_validate(data)
+        found = kind.model_validate(data)
     except ValidationError as e:
-        raise RecipeError(f"recipe {where}: " + "; ".join(_explain(err, kind) for err in e.errors())) from e
+        mistakes += [_incomplete(err, before, where) or _explain(err, kind) for err in e.errors()]
+        raise RecipeError(where=f"recipe {where}", mistakes=mistakes) from e
+    if mistakes:
+        raise RecipeError(where=f"recipe {where}", mistakes=mistakes)
+    return found
 
 
 # ---------------------------------------------------------------- files and what they inherit
@@ -108,8 +122,10 @@ def read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _layers(kind: type[Section], path: Path, folder: Path, seen: list[Path]) -> dict[str, Any]:
-    """What a file says, over what its base says; paths made absolute, nulls applied."""
+def _layers(
+    kind: type[Section], path: Path, folder: Path, seen: list[Path], wrong: list[str]
+) -> dict[str, Any]:
+    """What a file says, over what its base says; paths made absolute, nulls applied, those that miss put in `wrong`."""
     path = _absolute(path)
     if path in seen:
         circle = " → ".join(p.name for p in [*seen[seen.index(path) :], path])
@@ -125,12 +141,12 @@ def _layers(kind: type[Section], path: Path, folder: Path, seen: list[Path]) -> 
             file = find(base, folder, path.parent)
         except RecipeError as e:
             raise RecipeError(f"recipe {path}: base: {e}") from e
-        below_it = _layers(kind, file, folder, [*seen, path])
+        below_it = _layers(kind, file, folder, [*seen, path], wrong)
         below_it.pop("name", None)
-    try:
-        return _without_nulls(kind, _merged(below_it, data), below_it, [])
-    except RecipeError as e:
-        raise RecipeError(f"recipe {path}: {e}") from e
+    mine: list[str] = []
+    found = _without_nulls(kind, _merged(below_it, data), below_it, [], mine)
+    wrong += [f"its base {path}: {mistake}" for mistake in mine] if seen else mine
+    return found
 
 
 def _merged(base: Any, over: Any) -> Any:
@@ -142,11 +158,11 @@ def _merged(base: Any, over: Any) -> Any:
     return base | {k: _merged(base[k], v) if k in base else v for k, v in over.items()}
 
 
-def _without_nulls(annotation: Any, data: Any, before: Any, keys: list[str]) -> Any:
-    """Data without what a null takes away. Raises RecipeError for a null that takes nothing away."""
+def _without_nulls(annotation: Any, data: Any, before: Any, keys: list[str], wrong: list[str]) -> Any:
+    """Data without what a null takes away; a null that takes nothing away is put in `wrong`."""
     if isinstance(data, list):
         inner = items_of(annotation) or Place()
-        return [_without_nulls(inner.annotation, v, None, [*keys, str(i)]) for i, v in enumerate(data)]
+        return [_without_nulls(inner.annotation, v, None, [*keys, str(i)], wrong) for i, v in enumerate(data)]
     if not isinstance(data, dict):
         return data
     known = before if isinstance(before, dict) else {}
@@ -156,12 +172,12 @@ def _without_nulls(annotation: Any, data: Any, before: Any, keys: list[str]) -> 
         if value is None and not place.nullable:
             if place.role == "entry" and key not in known:
                 there = f"; there are {', '.join(map(dotted_part, known))}" if known else ""
-                raise RecipeError(
+                wrong.append(
                     f"{dotted([*keys, str(key)])}: null takes nothing away, there is no {key!r}"
                     f"{nearest(str(key), known)}{there}"
                 )
         else:
-            found[key] = _without_nulls(place.annotation, value, known.get(key), [*keys, str(key)])
+            found[key] = _without_nulls(place.annotation, value, known.get(key), [*keys, str(key)], wrong)
     return found
 
 
@@ -293,6 +309,10 @@ def _explain(err: Any, kind: type[Section]) -> str:
         keys.append(part)
         parent, annotation = annotation, below(annotation, {}, part).annotation
     key = dotted(keys)
+    if err["type"] == "union_tag_invalid":
+        known = [kind_of(s) for s in sections(annotation)]
+        said = str(err["ctx"]["tag"])
+        return f"{key}.kind: there is no kind {said!r}{nearest(said, known)}; known here: {', '.join(known)}"
     if err["type"] != "extra_forbidden":
         said = err["msg"].removeprefix("Value error, ")
         return f"{key}: {said[:1].lower()}{said[1:]} (got {err['input']!r})"
@@ -300,6 +320,24 @@ def _explain(err: Any, kind: type[Section]) -> str:
     known = list(section.model_fields) if section else []
     return f"{key}: unknown key{_meant(kind, str(keys[-1]), known)}" + (
         f"; known here: {', '.join(known)}" if known else ""
+    )
+
+
+def _incomplete(err: Any, before: dict[str, Any], where: str) -> str:
+    """What is said of a rule of which `--set` gave a part, where there is no such rule; '' of other mistakes."""
+    keys = list(err["loc"])
+    if err["type"] != "missing" or keys[:2] != ["decide", "rules"] or len(keys) != 4:
+        return ""
+    rules = (before.get("decide") or {}).get("rules") or {}
+    if keys[2] in rules:
+        return ""
+    name, given = dotted_part(keys[2]), err["input"]
+    parts = ", ".join(f"{k}: {v}" for k, v in (given if isinstance(given, dict) else {}).items())
+    this = "this run" if where.endswith("run.json") else "this recipe"
+    return (
+        f"decide.rules.{name}: {this} has no rule {keys[2]}{nearest(keys[2], rules)} (its rules: "
+        f"{', '.join(rules) or 'none'}); give the whole rule, e.g. --set "
+        f"'decide.rules.{name}={{column: duration_s{', ' if parts else ''}{parts}}}'"
     )
 
 

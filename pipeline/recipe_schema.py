@@ -21,7 +21,16 @@ CODE: dict[str, Any] = {"path": "code"}  # 'file.py:Class', or 'package.module:C
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be run; the message is one sentence that names the key and the fix."""
+    """A recipe that cannot be run; the message is one sentence that names the key and the fix.
+
+    Args:
+        where: of the mistakes: 'recipe mine.yaml'.
+        mistakes: where there may be several, each of them; the message has them all.
+    """
+
+    def __init__(self, message: str = "", where: str = "", mistakes: Iterable[str] = ()):
+        self.where, self.mistakes = where, list(mistakes)
+        super().__init__(message or f"{where}: {'; '.join(self.mistakes)}")
 
 
 class Section(BaseModel):

@@ -16,6 +16,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ class Source:
     size: int | None = None  # bytes, where listing knows it
     member: tuple[int, int] | None = None  # (offset, size) of the video inside a tar
     problem: str | None = None  # why listing it failed, one sentence; fetching it raises this …
+    # Salts of ids that are taken, with the content's sha256: by clips of content that lay under this name before
+    taken: frozenset[tuple[str, str]] = field(default=frozenset(), compare=False)
     passing: bool = False  # … as a TransientFault, for the next run to try again
     mtime_ns: int | None = (
         None  # local files: when they were last modified, ns since 1970, just before the run
@@ -206,6 +209,13 @@ class Video:
         default_factory=set
     )  # chunks an earlier run has finished, each with its `division`
 
+    @property
+    def salt(self) -> str:
+        """What salts the clip ids: the name, with a number where content that has moved on has these ids already."""
+        name = self.source.name
+        salts = chain([name], (f"{name}\0{n}" for n in count(2)))
+        return next(salt for salt in salts if (self.sha256, salt) not in self.source.taken)
+
     def pts_of(self, frame: int) -> int:
         """PTS of a frame; of frame n (one past the last) the PTS at which the video ends."""
         assert self.frames is not None
@@ -255,7 +265,7 @@ class Video:
         """A new clip of [start_frame, end_frame), identified and timed."""
         start, end = self.pts_of(start_frame) * self.time_base, self.end_of(end_frame) * self.time_base
         return Clip(
-            clip_id=clip_id(self.sha256, self.source.name, start, end),
+            clip_id=clip_id(self.sha256, self.salt, start, end),
             start_frame=start_frame,
             end_frame=end_frame,
             start_s=float(start),
@@ -264,7 +274,7 @@ class Video:
 
 
 def clip_id(source_sha256: str, name: str, start: Fraction, end: Fraction) -> str:
-    """20 hex digits from the source's content, its name, and the clip's exact start and end.
+    """20 hex digits from the source's content, its name (`Video.salt`), and the clip's exact start and end.
 
     The name is the path below the SOURCE argument, so moving the folder keeps the ids while two byte
     copies in one folder stay two clips (and the duplicate search tells which is the copy). No dot,
@@ -332,6 +342,11 @@ VIDEO_SCHEMA = _described(
         ("color_primaries", pa.string(), "ffmpeg's names, 'unknown' where the source does not say"),
         ("color_transfer", pa.string(), "ffmpeg's names, 'unknown' where the source does not say"),
         ("full_range", pa.bool_(), "luma from 0 to 255, not from 16 to 235"),
+        (
+            "salt",
+            pa.string(),
+            "name that is in its clip ids: the one it was measured under, with a number where that is taken",
+        ),
     ]
 )
 
@@ -434,6 +449,7 @@ def video_row(v: Video) -> dict[str, Any]:
         "color_primaries": PRIMARIES[c.primaries] if seen else None,
         "color_transfer": TRANSFERS[c.transfer] if seen else None,
         "full_range": c.full_range if seen else None,
+        "salt": v.salt,
     }
 
 

@@ -38,7 +38,7 @@ def load(path: str, dtype: torch.dtype = torch.float32) -> Pretrained:
         import diffusers
     except ImportError as e:
         raise MissingModel(
-            "autoencoders of published models need diffusers: pip install 'clipmill[diffusers]'"
+            "autoencoders of published models need diffusers: pip install -e '.[diffusers]' in the clone"
         ) from e
     if Path(path).is_dir():
         inner = not (Path(path) / "config.json").is_file() and (Path(path) / "vae" / "config.json").is_file()

@@ -463,7 +463,9 @@ def load_unet(folder: str) -> Any:
     try:
         from diffusers import UNet2DConditionModel
     except ImportError as e:
-        raise ValueError(f"spatial={folder} needs diffusers: pip install 'clipmill[diffusers]'") from e
+        raise ValueError(
+            f"spatial={folder} needs diffusers: pip install -e '.[diffusers]' in the clone"
+        ) from e
     path = Path(folder) / "unet" if (Path(folder) / "unet").is_dir() else Path(folder)
     if not (path / "config.json").is_file():
         raise ValueError(

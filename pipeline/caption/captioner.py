@@ -148,9 +148,7 @@ class CaptionStage:
         file = own_code.file_of(self.captioner)
         why = own_code.reason(e, file)
         video.warnings.append(f"{self.name}: clip {clip.clip_id}: {why}")
-        own_code.log.warning(
-            "%s clip %s of %s failed\n%s", self.name, clip.clip_id, video.source.name, own_code.trace(e, file)
-        )
+        own_code.log_failed(f"{self.name} clip {clip.clip_id} of {video.source.name}", e, file)
         return Caption(self.model, "", "error", reason=why)
 
     def _caption(self, said: str | Caption | None) -> Caption:
@@ -175,7 +173,7 @@ class WrongNumber(ClipFault):
 
 
 def _a(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__} ({value!r:.60})"
+    return "None" if value is None else f"{own_code.a(type(value).__name__)} ({value!r:.60})"
 
 
 def _assign(clip: Clip, caption: Caption) -> None:

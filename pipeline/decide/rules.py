@@ -16,6 +16,7 @@ Order of the decisions:
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from pipeline.decide.duplicates import near_duplicates
 from pipeline.io.store import Store
 from pipeline.recipe import Choose, Decide, Duplicates, Recipe, RecipeError, Rule, nearest
 from pipeline.record import DECISION_SCHEMA
+
+log = logging.getLogger("clipmill")
 
 NO_CAPTION, DUPLICATE = "no_caption", "duplicate"  # names of rules that no recipe may use
 SIGNATURE = "emb_signature"  # column of pipeline.score.signature
@@ -66,7 +69,7 @@ def decide(store: Store, recipe: Recipe) -> Decided:
     """Decide on every clip of the committed units, by `recipe.decide` and `recipe.choose`.
 
     Two rows of one clip id (the same file given under two SOURCE arguments) are one clip, that of the
-    source first by name. Raises RecipeError for a rule on a column that was not measured.
+    source first by name; a warning says so. Raises RecipeError for a rule on a column that was not measured.
     """
     files = clip_files(store)
     columns = schema(store, files[0]) if files else pa.schema([])
@@ -189,7 +192,21 @@ def _measured(store: Store, files: list[str], there: pa.Schema, recipe: Recipe) 
     all_ = all_.take(pc.sort_indices(all_, keys_of_order))  # Table.sort_by would import all of pyarrow.acero
     code = all_["clip_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     first = np.unique(code, return_index=True)[1]
+    if len(first) < len(all_):
+        _tell_repeated(all_, first)
     return all_.take(np.sort(first)).combine_chunks() if len(first) < len(all_) else all_.combine_chunks()
+
+
+def _tell_repeated(measured: pa.Table, first: np.ndarray) -> None:
+    """Say which sources' clips are left out, as others have their ids."""
+    again = np.setdiff1d(np.arange(len(measured)), first)
+    names = sorted(set(measured["source"].take(pa.array(again)).to_pylist()))
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    log.warning(
+        "clips with the id of another, of one content under one name: counted once, %d left out, of %s",
+        len(again),
+        shown,
+    )
 
 
 class _Seen:

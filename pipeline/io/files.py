@@ -268,7 +268,7 @@ def unfinished_uploads(files: Files) -> Iterator[tuple[str, Callable[[], object]
     """Multipart uploads below the root that no one completed, as (name, how to abort it).
 
     They are invisible but paid for. pyarrow cannot list them; boto3 can, where it is installed
-    (`pip install 'clipmill[s3]'`), with the keys of the environment. Without it there are none here, and a life cycle
+    (`pip install -e '.[s3]'`), with the keys of the environment. Without it there are none here, and a life cycle
     rule of the bucket (AbortIncompleteMultipartUpload) does the same.
     """
     if files.local or files.fs.type_name != "s3":

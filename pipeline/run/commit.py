@@ -16,6 +16,7 @@ still say what is to be done, and the same command does it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -148,7 +149,7 @@ def take_up_chunks(store: Store, units: list[list[Video]]) -> None:
 # What is committed ---------------------------------------------------------------------------------
 
 IDENTITY = ["source", "name", "sha256", "status", "stage", "error", "error_kind", "meta"]
-FINGERPRINT = ["size", "mtime_ns", "intervals_key", "interval_meta_key"]  # older runs lack them
+FINGERPRINT = ["size", "mtime_ns", "intervals_key", "interval_meta_key", "salt"]  # older runs lack them
 Known = Mapping[str, Mapping[str, Any]]  # rows by uri, see known_sources
 
 
@@ -246,8 +247,12 @@ class Revision:
     metadata: bool = False  # its metadata and its clips' are the new ones
 
 
-def revise(store: Store, revisions: Mapping[str, Revision], known: Known) -> None:
-    """Rewrite the rows of committed sources, given by the uri they are committed under; nothing is measured."""
+def revise(store: Store, revisions: Mapping[str, Revision], known: Known) -> dict[str, int]:
+    """Rewrite the rows of committed sources, given by the uri they are committed under; nothing is measured.
+
+    Returns of which of them how many clips kept the metadata that they had, as no given interval became them.
+    """
+    kept: Counter[str] = Counter()
     by_unit: dict[str, dict[str, Revision]] = defaultdict(dict)
     for uri, revision in revisions.items():
         by_unit[known[uri]["unit"]][uri] = revision
@@ -256,28 +261,38 @@ def revise(store: Store, revisions: Mapping[str, Revision], known: Known) -> Non
         clips = f"clips/{unit}.parquet"
         if any(r.moved or r.metadata for r in changes.values()) and store.exists(clips):
             old = {row["source"]: dict(row["meta"] or []) for row in videos}
-            store.write_table(clips, _revised_clips(store.read_table(clips), changes, old))
+            table, unmatched = _revised_clips(store.read_table(clips), changes, old)
+            kept += unmatched
+            store.write_table(clips, table)
         for row in videos:
             if (change := changes.get(row["source"])) is None:
                 continue
             s = change.source
             row |= {"size": s.bytes, "mtime_ns": s.mtime_ns}
             if change.moved:
-                row |= {"source": s.uri, "name": s.name}
+                salt = row.get("salt") or row["name"]
+                row |= {"source": s.uri, "name": s.name, "salt": salt}
             if change.metadata:
-                row |= {"meta": list(s.meta.items()), "interval_meta_key": s.interval_meta_key()}
+                row |= {"meta": list(s.meta.items())}
+                if s.uri not in kept:  # else the list goes on to say something else than the clips
+                    row |= {"interval_meta_key": s.interval_meta_key()}
         store.write_table(f"videos/{unit}.parquet", pa.Table.from_pylist(videos, schema=VIDEO_SCHEMA))
+    return dict(kept)
 
 
 def _revised_clips(
     table: pa.Table, changes: Mapping[str, Revision], old: Mapping[str, dict[str, str]]
-) -> pa.Table:
-    """A unit's clips with what `changes` say of their sources; every other column as it was."""
+) -> tuple[pa.Table, Counter[str]]:
+    """A unit's clips with what `changes` say of their sources; every other column as it was.
+
+    And how many clips of given intervals, by source, have no interval in the list.
+    """
     sources = table["source"].to_pylist()
     change = [changes.get(s) for s in sources]
     moved = [c if c and c.moved else None for c in change]
     told = [c if c and c.metadata else None for c in change]
     new: dict[str, list[Any]] = {}
+    kept: Counter[str] = Counter()
     if any(moved):
         new["source"] = [c.source.uri if c else s for c, s in zip(moved, sources, strict=True)]
         names = table["name"].to_pylist()
@@ -292,27 +307,43 @@ def _revised_clips(
                     k: v for k, v in metas[i].items() if before.get(k) != v
                 }  # the clip's, over the source's
                 metas[i] = c.source.meta | own.get(i, mine)
+                kept[c.source.uri] += bool(c.source.interval_meta) and i not in own
         new["meta"] = [list(m.items()) for m in metas]
     for name, values in new.items():
         i = table.schema.get_field_index(name)
         table = table.set_column(i, table.schema.field(i), pa.array(values, table.schema.field(i).type))
-    return table
+    return table, +kept
 
 
 def _given_meta(table: pa.Table, told: list[Revision | None]) -> dict[int, dict[str, str]]:
-    """Row → what the list says of that clip, where the clips are the list's intervals one to one."""
+    """Row → what the list says of that clip, where one of the list's intervals became it."""
     rows: dict[str, list[int]] = defaultdict(list)
-    start = table["start_s"].to_pylist()
+    starts, ends = table["start_s"].to_pylist(), table["end_s"].to_pylist()
     for i, c in enumerate(told):
         if c is not None and c.source.interval_meta:
             rows[c.source.uri].append(i)
     found: dict[int, dict[str, str]] = {}
     for c in {c.source.uri: c for c in told if c is not None}.values():
-        mine = sorted(rows[c.source.uri], key=lambda i: start[i])
-        given = sorted(zip(c.source.intervals or (), c.source.interval_meta, strict=True), key=lambda g: g[0])
-        if len(mine) == len(given):
-            found |= dict(zip(mine, (meta for _, meta in given), strict=True))
+        mine = rows[c.source.uri]
+        became = dict(zip(c.source.intervals or (), c.source.interval_meta, strict=True)) if mine else {}
+        of = {(starts[i], ends[i]): i for i in mine}
+        for interval, meta in became.items():
+            clip = of.get(_clip_of(interval, of))
+            if clip is not None:
+                found.setdefault(clip, meta)  # of equal intervals the first one's, as when they were cut
     return found
+
+
+def _clip_of(interval: tuple[float, float], clips: Collection[tuple[float, float]]) -> tuple[float, float]:
+    """Start and end of the clip that a given interval became; NaN where it holds no frame.
+
+    A clip starts and ends with the first frames at or after its interval's times (pipeline.split.shots), or where
+    the video ends. So of the times of all clips of the source it has the first ones at or after its own.
+    """
+    start_s, end_s = (t - 1e-6 for t in interval)
+    start = min((a for a, _ in clips if a >= start_s), default=math.inf)
+    end = min((b for _, b in clips if b >= end_s), default=max(b for _, b in clips))
+    return (start, end) if start < end_s else (math.nan, math.nan)
 
 
 def sweep_uncommitted(store: Store) -> None:

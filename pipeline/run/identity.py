@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ class Compared:
 
     moved: dict[str, Source] = field(default_factory=dict)  # committed uri → where its content lies now
     changed: list[str] = field(default_factory=list)  # other bytes, or other given clips, than were measured
+    mended: list[str] = field(default_factory=list)  # changed too, of sources that failed: nothing is lost
     edited: list[str] = field(default_factory=list)  # other metadata
     gone: list[str] = field(default_factory=list)  # not in the list
     touched: list[str] = field(default_factory=list)  # same bytes, newer time of modification
@@ -105,6 +106,8 @@ def compare(listed: Sequence[Source], known: Known) -> Compared:
     for uri, sha256 in zip(doubtful, _hashes([here[u] for u in doubtful]), strict=True):
         if sha256 is not None:  # else it cannot be read now
             (found.touched if sha256 == known[uri]["sha256"] else found.changed).append(uri)
+    found.mended = [uri for uri in found.changed if known[uri]["status"] != "ok"]
+    found.changed = [uri for uri in found.changed if known[uri]["status"] == "ok"]
     _find_moved(found, listed, known)
     return found
 
@@ -143,6 +146,24 @@ def _hashes(sources: Sequence[Source]) -> list[str | None]:
         return list(pool.map(sha256_of, sources))
 
 
+def untaken(
+    listed: Iterable[Source], known: Known, found: Compared, committed: Collection[str]
+) -> list[Source]:
+    """The sources, each told which clip ids its name would give that clips of moved content have already.
+
+    Moved content keeps its ids, which hold the name it was measured under; other content may get that name now, and
+    the same content, which must not get the same ids. Args: committed: uris, as `apply` gives them.
+    """
+    moved: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for uri, row in known.items():
+        now = found.moved.get(uri)
+        at, name = (now.uri, now.name) if now else (uri, row["name"])
+        salt = row.get("salt") or row["name"]
+        if at in committed and row["sha256"] and salt != name:
+            moved[salt.partition("\0")[0]].add((row["sha256"], salt))
+    return [replace(s, taken=frozenset(moved[s.name])) if s.name in moved else s for s in listed]
+
+
 def apply(
     store: Store,
     found: Compared,
@@ -153,7 +174,7 @@ def apply(
     refresh_metadata: bool = False,
     prune: bool = False,
 ) -> tuple[list[str], set[str]]:
-    """Bring the record up to date: moved sources always, the rest where asked.
+    """Bring the record up to date: moved sources and failed ones of other bytes always, the rest where asked.
 
     Returns a line for each, and the uris that are committed now.
     """
@@ -164,14 +185,17 @@ def apply(
         revisions |= {
             uri: Revision(here[uri], metadata=True) for uri in found.edited if uri not in found.changed
         }
-    gone = (found.changed if redo_changed else []) + (found.gone if prune else [])
-    revise(store, revisions, known)
+    gone = found.mended + (found.changed if redo_changed else []) + (found.gone if prune else [])
+    kept = revise(store, revisions, known)
     drop(store, gone, known)
     now = {found.moved[uri].uri if uri in found.moved else uri for uri in known.keys() - set(gone)}
-    return _lines(found, known, redo_changed, refresh_metadata, prune), now
+    return _lines(found, known, redo_changed, refresh_metadata, prune, kept), now
 
 
-def _lines(found: Compared, known: Known, redo: bool, refresh: bool, prune: bool) -> list[str]:
+def _lines(
+    found: Compared, known: Known, redo: bool, refresh: bool, prune: bool, kept: Mapping[str, int]
+) -> list[str]:
+    """Args: kept: clips whose own metadata was not taken over, by source."""
     said = []
     if found.moved:
         places = [f"{known[was]['name']} → {s.name}" for was, s in found.moved.items()]
@@ -184,11 +208,22 @@ def _lines(found: Compared, known: Known, redo: bool, refresh: bool, prune: bool
             "measured again" if redo else "the clips are of the old bytes; --redo-changed measures them again"
         )
         said.append(f"{counted(len(found.changed), 'source')} changed since measured, {then}: {names}")
+    if found.mended:
+        names = _some([known[u]["name"] for u in found.mended])
+        said.append(
+            f"{counted(len(found.mended), 'source')} that failed changed since, measured again: {names}"
+        )
     if found.edited:
         names = _some([known[u]["name"] for u in found.edited])
         then = "taken over" if refresh else "the clips have the old; --refresh-metadata takes it over"
         said.append(
             f"{counted(len(found.edited), 'source')} with other metadata in the list, {then}: {names}"
+        )
+    if kept:
+        names = _some([known[u]["name"] for u in kept])
+        said.append(
+            f"{counted(sum(kept.values()), 'clip')} not told apart by the times of the given clips, which keep the "
+            f"metadata they had: {names}"
         )
     if found.gone:
         names = _some([known[u]["name"] for u in found.gone])

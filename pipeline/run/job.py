@@ -66,7 +66,7 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
     Raises RunError, RunEnded, StoreError, or sources.SourceError.
     """
     from pipeline.report import page as report
-    from pipeline.shards import pack
+    from pipeline.shards import media, pack
 
     store = Store(out)
     started = datetime.now(UTC)
@@ -79,6 +79,7 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
             log.info("%s; recipe %s, %d sources", job.command or "curate", recipe.name, len(listed))
             for line in resume.told(recipe, asked, store.uri):
                 _say(line)
+            media.check(store)
             units = _left_to_do(store, listed, job)
             before = commit.units(store)
             try:
@@ -96,7 +97,7 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
                 _write_run(store, run)
             pack.shard(store, recipe)
             report.write(store)
-            found = outcome(store)
+            found = outcome(store, {s.uri for s in listed})
             _write_run(store, pack.read_run(store) | {"outcome": found.plain()})
             folder = out.rstrip("/") or out
             where = {"shards": f"{folder}/shards ({counted(found.tars, 'tar')})"} if found.kept else {}
@@ -127,9 +128,10 @@ def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video
     commit.drop(store, {*again, *mended}, known)
     for uri in {*again, *mended}:
         del known[uri]
+    found = identity.compare(listed, known)
     lines, done = identity.apply(
         store,
-        identity.compare(listed, known),
+        found,
         listed,
         known,
         redo_changed=job.redo_changed,
@@ -139,7 +141,7 @@ def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video
     for line in lines:
         _say(line)
     commit.sweep_uncommitted(store)
-    units = _units(listed, done, commit.units(store))
+    units = _units(identity.untaken(listed, known, found, done), done, commit.units(store))
     commit.take_up_chunks(store, units)
     todo = sum(map(len, units))
     if todo < len(listed):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -17,10 +17,12 @@ from pipeline.io.store import Store
 from pipeline.run.commit import tables
 
 REASONS = 5  # shown of each kind of trouble
+WARNINGS = 3  # shown of what was survived
 EXAMPLES = 3  # names shown of each reason
 CAPTION_WARNING = re.compile(
     r"caption:(.+?): clip ([0-9a-f]{20}): (.*)", re.S
 )  # see pipeline.caption.captioner
+NO_FRAME = re.compile(r"interval (\S+ s) holds no frame: ")  # see pipeline.split.shots.given_shots
 
 
 class Exit(IntEnum):
@@ -61,6 +63,10 @@ class Outcome:
         default_factory=dict
     )  # rule, in order → clips that fail it and none before
     sources: int = 0  # without error
+    unlisted: int = 0  # of all sources, those that the list at hand does not name
+    empty: list[str] = field(default_factory=list)  # given intervals that hold no frame: 'a.mp4 500–510 s'
+    warned: int = 0  # sources without error that have other warnings, captioners' apart
+    warnings: list[Reason] = field(default_factory=list)  # theirs, most frequent first
     errors: dict[str, list[Reason]] = field(
         default_factory=dict
     )  # kind of fault → its reasons, most frequent first
@@ -92,7 +98,10 @@ class Outcome:
             "sources": {
                 "ok": self.sources,
                 "errors": {k: sum(r.count for r in v) for k, v in self.errors.items()},
+                "unlisted": self.unlisted,
+                "warned": self.warned,
             },
+            "empty_intervals": len(self.empty),
             "caption_errors": {k: sum(r.count for r in v) for k, v in self.caption_errors.items()},
             "tars": self.tars,
         }
@@ -112,9 +121,23 @@ class Outcome:
         gone = [f"{rule} {n:,}" for rule, n in self.dropped.items() if n]
         if gone:
             said.append(f"dropped by, in order: {', '.join(gone)}")
-        said.append(f"sources: {self.sources:,} ok, {counted(self.failed, 'error')}")
+        ours = f"sources: {self.sources:,} ok, {counted(self.failed, 'error')}"
+        if self.unlisted:
+            are = "is" if self.unlisted == 1 else "are"
+            ours += f"; of which {self.unlisted:,} {are} no longer in the list"
+        said.append(ours)
         for kind, reasons in self.errors.items():
             said += _shown(f"  {KINDS.get(kind, kind)}: {_count(reasons):,}", reasons)
+        if n := len(self.empty):
+            more = ", …" if n > EXAMPLES else ""
+            hold = "holds" if n == 1 else "hold"
+            said.append(
+                f"{counted(n, 'given interval')} {hold} no frame: {', '.join(self.empty[:EXAMPLES])}{more}"
+            )
+        if self.warned:
+            said += _shown(
+                f"{counted(self.warned, 'source')} with warnings:", self.warnings, WARNINGS, "warnings"
+            )
         for captioner, reasons in self.caption_errors.items():
             said += _shown(
                 f"captions: {counted(_count(reasons), 'clip')} on which {captioner} failed", reasons
@@ -132,22 +155,44 @@ KINDS = {
 }
 
 
-def outcome(store: Store) -> Outcome:
-    """Read what a run's folder holds: videos/, clips/ and decisions.parquet."""
+def outcome(store: Store, listed: Collection[str] | None = None) -> Outcome:
+    """Read what a run's folder holds: videos/, clips/ and decisions.parquet.
+
+    Args:
+        listed: uris of the list at hand, where there is one.
+    """
     found = Outcome()
     failed: list[dict[str, Any]] = []
-    columns = ["source", "name", "status", "error", "error_kind", "stage"]
+    warnings: list[tuple[str, str]] = []
+    columns = ["source", "name", "status", "error", "error_kind", "stage", "warnings"]
     for _, table in tables(store, store.list("videos", ".parquet"), columns):
         rows = table.to_pylist()
         failed += [r for r in rows if r["status"] != "ok"]
-        found.sources += sum(r["status"] == "ok" for r in rows)
+        good = [r for r in rows if r["status"] == "ok"]
+        found.sources += len(good)
+        found.unlisted += sum(r["source"] not in listed for r in rows) if listed is not None else 0
+        for row in good:
+            warnings += _warnings(found, row)
     by_kind: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in failed:
         text = f"{row['stage']}: {_nameless(row['error'] or '', row['name'], row['source'])}"
         by_kind[row["error_kind"] or "source"].append((text, row["name"]))
     found.errors = {kind: grouped(by_kind[kind]) for kind in sorted(by_kind, key=lambda k: -len(by_kind[k]))}
+    found.warnings = grouped(warnings)
     _clips(store, found)
     return found
+
+
+def _warnings(found: Outcome, row: dict[str, Any]) -> list[tuple[str, str]]:
+    """(text, name) of a source's warnings, but for those that are counted elsewhere: empty intervals, captions."""
+    others = []
+    for text in row["warnings"] or []:
+        if empty := NO_FRAME.match(text):
+            found.empty.append(f"{row['name']} {empty[1]}")
+        elif not CAPTION_WARNING.match(text):
+            others.append((_nameless(text, row["name"], row["source"]), row["name"]))
+    found.warned += bool(others)
+    return others
 
 
 SAID = [f"captions.list.element.{name}" for name in ("model", "outcome", "reason")]
@@ -208,7 +253,11 @@ def _total(groups: dict[str, list[Reason]]) -> int:
     return sum(map(_count, groups.values()))
 
 
-def _shown(title: str, reasons: list[Reason]) -> list[str]:
-    more = len(reasons) - REASONS
-    rest = [f"          and {more} more reasons, see the column 'error' of videos/"] if more > 0 else []
-    return [title, *(r.line() for r in reasons[:REASONS]), *rest]
+def _shown(title: str, reasons: list[Reason], most: int = REASONS, column: str = "error") -> list[str]:
+    more = len(reasons) - most
+    rest = (
+        [f"          and {counted(more, 'more reason')}, see the column '{column}' of videos/"]
+        if more > 0
+        else []
+    )
+    return [title, *(r.line() for r in reasons[:most]), *rest]

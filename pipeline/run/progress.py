@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from pipeline.faults import how_to_go_on
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -126,7 +128,7 @@ class Ledger:
         self.faults[pool, worker] += 1
         times = self.faults[pool, worker]
         if times >= BREAKER:
-            self.stop(f"{why} ({times} times in a row); run the same command again, finished work is kept")
+            self.stop(how_to_go_on(f"{why} ({times} times in a row)"))
         return times
 
     def done(

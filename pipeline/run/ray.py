@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from pipeline.faults import StoreError, WorkerFault
+from pipeline.faults import StoreError, WorkerFault, how_to_go_on
 from pipeline.recipe import Limits
 from pipeline.record import Video
 from pipeline.run.log import FILE, VERBOSE
@@ -373,9 +373,7 @@ def _consume(ds: Any, ledger: Any, display: Display, found: list[Pool]) -> None:
             cluster.check(said)
     if problem:
         lines = str(problem[0]).strip().splitlines() or [type(problem[0]).__name__]
-        raise RunError(
-            f"the run stopped: {lines[-1]}; run the same command again, finished work is kept"
-        ) from problem[0]
+        raise RunError(how_to_go_on(f"the run stopped: {lines[-1]}")) from problem[0]
 
 
 LOST_CLUSTER = (

@@ -2,7 +2,8 @@
 
 A layer over a committed run. `work` finds the clips that lack a caption, `stages` gives the stages that write
 it, and any runner takes them: `ReopenStage` reads the clips' own mp4 from the staging tars and takes the frames
-that models were shown before (`clips.sample_frames`), captioners and the choice follow as in a first run, and
+that models were shown before (`clips.sample_frames`; where an older clipmill did not note them, those that the
+recipe takes of such a clip), captioners and the choice follow as in a first run, and
 `RewriteStage` puts the captions into `clips/`, a unit in one step. No source is read, nothing else is measured.
 Scores, text and metadata that captioners read come from the rows.
 """
@@ -31,6 +32,7 @@ from pipeline.recipe import Decode, Recipe
 from pipeline.record import CAPTION, CLIP_SCHEMA, Caption, Clip, Frames, Media, Sample, Source, Video
 from pipeline.run.commit import tables
 from pipeline.run.log import log
+from pipeline.split.events import evenly
 from pipeline.split.resample import Resampled
 from pipeline.stages import Produces, Resources, Stage, each, fail
 
@@ -71,7 +73,7 @@ def work(store: Store, wanted: Wanted, listed: Mapping[str, Source]) -> list[lis
 
 def stages(store: Store, recipe: Recipe, wanted: Wanted) -> list[Stage]:
     """Reopen, the captioners that have something to do, the choice, rewrite."""
-    again: list[Stage] = [ReopenStage(store, recipe.decode)]
+    again: list[Stage] = [ReopenStage(store, recipe.decode, recipe.events.clip_samples)]
     for stage in build(recipe, store):
         model = getattr(stage, "model", None) if stage.name.startswith("caption:") else None
         if model is not None and wanted.get(model):
@@ -86,8 +88,9 @@ class ReopenStage:
 
     name = "reopen"
 
-    def __init__(self, out: Store | str, options: Decode):
-        self.out, self.options = out, options
+    def __init__(self, out: Store | str, options: Decode, most: int):
+        """Args: most: frames of a clip, where its row does not say which (`events.clip_samples`)."""
+        self.out, self.options, self.most = out, options, most
         self.resources, self.produces = Resources(cpus=1.0), Produces()
 
     def setup(self) -> None:
@@ -104,10 +107,12 @@ class ReopenStage:
         clips = table.filter(pc.is_in(table["clip_id"], value_set=wanted)).to_pylist()
         for video in each(videos):
             uri = video.source.uri
-            mine = [clip_of(r) for r in clips if r["source"] == uri]
+            its = [r for r in clips if r["source"] == uri]
+            mine = [clip_of(r) for r in its]
+            noted = [r.get("sample_frames") is not None for r in its]
             vars(video).update(vars(video_of(rows[uri], mine, video.source)))
             try:
-                self._frames(video, [self._clip(clip) for clip in mine])
+                self._frames(video, [self._clip(*c) for c in zip(mine, noted, strict=True)])
             except SourceFault as e:
                 log.warning("%s: %s; its captions stay as they are", video.source.name, e)
                 fail(video, self.name, e)
@@ -135,13 +140,17 @@ class ReopenStage:
             grey_frame=np.zeros(0, np.int64),
         )
 
-    def _clip(self, clip: Clip) -> Resampled:
-        """What a clip's mp4 holds. Raises SourceFault, StoreError."""
+    def _clip(self, clip: Clip, noted: bool) -> Resampled:
+        """What a clip's mp4 holds. Raises SourceFault, StoreError.
+
+        Args:
+            noted: its row says which frames models were shown; where not, it is given them here.
+        """
         assert clip.media is not None
         assert self.ranges is not None
         media, options = clip.media, self.options
         data = self.ranges.read(media.tar, media.offset, media.size, media.sha256)
-        wanted = [n - clip.start_frame for n in clip.sample_frames]
+        wanted = [n - clip.start_frame for n in clip.sample_frames] if noted else None
         with tempfile.NamedTemporaryFile(prefix="clipmill-clip-", suffix=".mp4") as f:
             f.write(data)
             f.flush()
@@ -156,7 +165,13 @@ class ReopenStage:
                 seen = checked(Resampled, answer)
             except (ChildError, Refused, MemoryError) as e:
                 raise SourceFault(f"clip {clip.clip_id} cannot be decoded again: {e}") from e
-        if len(seen.pts) != clip.end_frame - clip.start_frame or len(seen.jpegs) != len(wanted):
+        shown = len(seen.jpegs)
+        if wanted is None and shown == len(seen.frames):
+            some = evenly(shown, self.most)
+            seen.jpegs, wanted = [seen.jpegs[i] for i in some], seen.frames[some].tolist()
+            clip.sample_frames = [clip.start_frame + n for n in wanted]
+            shown = len(some)
+        if len(seen.pts) != clip.end_frame - clip.start_frame or wanted is None or shown != len(wanted):
             raise SourceFault(
                 f"clip {clip.clip_id} has {len(seen.pts)} frames, which are not those of its row"
             )

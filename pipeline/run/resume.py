@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline.io.store import Store
-from pipeline.recipe import Recipe, RecipeError, parse
+from pipeline.recipe import BEFORE, Recipe, RecipeError, parse
 from pipeline.recipe_file import split_setting
 from pipeline.run.worker import RunError
 
@@ -64,21 +64,61 @@ def refuse(stored: dict[str, Any], recipe: Recipe, where: str) -> None:
     """Raise RunError where a folder's recipe and another measure differently.
 
     Keys are compared after the folder's recipe is read anew, so that options added since with a default that
-    changes nothing are no difference.
+    changes nothing are no difference; one that changes something counts as what was done before there was any.
     """
+    then = json.loads(json.dumps(stored))
+    came = _came_since(then)
+    for key in came:
+        section, _, name = key.partition(".")
+        if BEFORE[key] is not None:
+            then.setdefault(section, {})[name] = BEFORE[key]
     try:
-        theirs: Any = parse(json.loads(json.dumps(stored)), [], where).measured()
+        theirs: Any = parse(then, [], where).measured()
     except RecipeError:
         theirs = {k: stored.get(k) for k in recipe.measured()}
     differ = list(differences(theirs, recipe.measured()))
-    if not differ:
+    lost = [key for key in came if BEFORE[key] is None]
+    if not differ and not lost:
         return
+    if lost or all(key in came for key, _, _ in differ):
+        _refuse_older(lost, [d for d in differ if d[0] in came], recipe, where)
     shown = "; ".join(f"{key} is {_short(a)} there and {_short(b)} here" for key, a, b in differ[:6])
     more = f" and {len(differ) - 6} more" if len(differ) > 6 else ""
     raise RunError(
         f"{where} holds a run of another recipe ({stored['name']}): {shown}{more}; give another --out, or the same "
         f"recipe and settings (thresholds alone are changed with 'clipmill shard {shlex.quote(where)}')"
     )
+
+
+def _came_since(stored: dict[str, Any]) -> list[str]:
+    """The options of BEFORE that a folder's recipe lacks."""
+    return [key for key in BEFORE if key.partition(".")[2] not in (stored.get(key.partition(".")[0]) or {})]
+
+
+def _refuse_older(
+    lost: list[str], differ: list[tuple[str, Any, Any]], recipe: Recipe, where: str
+) -> NoReturn:
+    """Raise RunError: a folder is of before there were these options, and today's recipe measures otherwise."""
+    now = recipe.measured()
+    today = [(key, _at(now, key)) for key in lost] + [(key, b) for key, _, b in differ]
+    shown = ", ".join(f"{key}={_short(value)}" for key, value in today)
+    if lost:
+        fix = (
+            f"no value of {' or '.join(lost)} measures as it did, so give another --out (thresholds of this one are "
+            f"changed with 'clipmill shard {shlex.quote(where)}')"
+        )
+    else:
+        sets = " ".join(f"--set {key}={json.dumps(a)}" for key, a, _ in differ)
+        fix = f"go on as it was measured with {sets}, or give another --out"
+    raise RunError(
+        f"{where} is of an older clipmill, which measured before there was {shown} and otherwise than that: {fix}"
+    )
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree
 
 
 def told(recipe: Recipe, asked: Recipe, where: str) -> list[str]:

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from pipeline.faults import StoreError, WorkerFault
+from pipeline.faults import StoreError, WorkerFault, how_to_go_on
 from pipeline.recipe import Limits
 from pipeline.record import Video
 from pipeline.run.child import Verdict
@@ -321,7 +321,7 @@ def run_local(
         for unit in units:
             worker.run(unit[0].unit, pickle.dumps(unit, protocol=5))
     except WorkerFault as e:
-        raise RunError(f"{e}; run the same command again, finished work is kept") from e
+        raise RunError(how_to_go_on(str(e))) from e
     finally:
         process.close()
     if display:

@@ -38,6 +38,7 @@ from pipeline.faults import StoreError
 from pipeline.io.store import Ranges, Store
 from pipeline.recipe import Recipe, Shards
 from pipeline.record import CLIP_SCHEMA, DECISION_SCHEMA
+from pipeline.shards.media import check_tars
 from pipeline.shards.provenance import INDEXED, NOT_INDEXED, VIDEO_COLUMNS, made_by, provenance
 from pipeline.stages import patiently
 
@@ -369,6 +370,7 @@ def _build(run: Store, store: Store, index: pa.Table, tails: IO[bytes]) -> None:
     if _plan_of(store, "shards") == plan_hash and _whole(store, "shards", sizes):
         store.delete_folder("shards.partial")
         return
+    check_tars(run, index["media_tar"].to_pylist())
     store.sweep("shards.partial")
     if _plan_of(store, "shards.partial") != plan_hash:
         if not _is(store, "shards.partial/.plan", plan_hash):

@@ -41,6 +41,7 @@ from pipeline.sources.names import (
     located,
     log,
     name_of,
+    number_of,
     object_store,
     path_of,
     scheme_of,
@@ -83,11 +84,11 @@ def list_sources(
         if not number:
             raise SourceError(f"{clean(arg)}: the list has no rows; add a path or an address a line")
     if again:
-        log.warning("%d sources are listed more than once and taken once, e.g. %s", len(again), again[0])
+        log.warning("%s listed more than once and taken once, e.g. %s", _are(again), again[0])
     if resigned:
         log.warning(
-            "%d sources differ from others only by a signature or token in the address and are taken once, e.g. %s",
-            len(resigned),
+            "%s listed again with another signature or token in the address and taken once, e.g. %s",
+            _are(resigned),
             resigned[0],
         )
     sources = [joined(parts) for parts in found.values()]
@@ -95,6 +96,10 @@ def list_sources(
     return (
         [replace(s, name=name_of(s.uri)) if s.name in shared else s for s in sources] if shared else sources
     )
+
+
+def _are(uris: list[str]) -> str:
+    return f"{number_of(len(uris), 'source')} {'is' if len(uris) == 1 else 'are'}"
 
 
 UNKNOWN_BYTES = 16 << 20  # a guess at a source of unknown size: a minute of 720p
@@ -162,7 +167,8 @@ def _file(f: Source, columns: dict[str, str]) -> Iterator[Source]:
 
 def _tell(arg: str, taken: int, left: Counter[str]) -> None:
     if n := left.total():
-        log.warning("%s: %d videos; left out %d other files: %s", clean(arg), taken, n, counted(left))
+        found, others = number_of(taken, "video"), number_of(n, "other file")
+        log.warning("%s: %s; left out %s: %s", clean(arg), found, others, counted(left))
 
 
 def _local(arg: str, recursive: bool) -> list[Source]:

@@ -29,6 +29,7 @@ from pipeline.sources.names import (
     located,
     log,
     name_of,
+    number_of,
     path_of,
     place_of,
     scheme_of,
@@ -103,7 +104,8 @@ def list_rows(source: Source, suffix: str, renames: dict[str, str] | None = None
                     problem = f"{source.uri}, row {number}: {said}"
                     bad, first = bad + 1, first or f"row {number}: {said}"
                     passing = isinstance(e, TransientFault)
-                    yield Source(where, name_of(where), problem=problem, passing=passing)
+                    name = name_of(f"{source.name}#{number}")
+                    yield Source(where, name, problem=problem, passing=passing)
     except OSError as e:
         raise SourceError(f"{source.uri}: cannot be read: {e.strerror or e}") from e
     except UnicodeError as e:
@@ -111,12 +113,13 @@ def list_rows(source: Source, suffix: str, renames: dict[str, str] | None = None
     finally:
         release(source)
     if bad:
-        log.warning("%s: %d rows cannot be used and become errors, e.g. %s", source.uri, bad, first)
+        become = "becomes an error:" if bad == 1 else "become errors, e.g."
+        log.warning("%s: %s cannot be used and %s %s", source.uri, number_of(bad, "row"), become, first)
     if reading.guessed:
         log.warning(
-            "%s: not in UTF-8: %d cells were taken for Windows-1252 (Latin-1); save it as UTF-8 if that is wrong",
+            "%s: not in UTF-8: %s taken for Windows-1252 (Latin-1); save it as UTF-8 if that is wrong",
             source.uri,
-            reading.guessed,
+            f"{number_of(reading.guessed, 'cell')} {'was' if reading.guessed == 1 else 'were'}",
         )
 
 

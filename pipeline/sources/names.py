@@ -200,5 +200,10 @@ def object_store(address: str, reach: str = network.ANY) -> tuple[pafs.FileSyste
     return fs, bucket.rpartition("@")[2] + slash + key
 
 
+def number_of(n: int, what: str) -> str:
+    """'1 row', '2,000 rows'."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def one_line(e: object) -> str:
     return " ".join(str(e).split())

@@ -15,9 +15,10 @@ from typing import Any
 from pipeline.faults import Fault, SourceFault, TransientFault, WorkerFault
 from pipeline.record import Source
 from pipeline.sources import network
-from pipeline.sources.names import YOUTUBE, Limits, SourceError, one_line, place_of
+from pipeline.sources.names import YOUTUBE, Limits, SourceError, number_of, one_line, place_of
 from pipeline.sources.signed import redacted
 
+INSTALL = "pip install -e '.[youtube]' in the clone of clipmill"
 # what YouTube or the network says that another time or place may better
 PASSING = re.compile(
     r"HTTP Error (408|429|5\d\d)|not a bot|timed out|Connection (reset|refused|aborted)|Remote end closed|"
@@ -31,9 +32,7 @@ def check(sources: Iterable[Source]) -> None:
     """Before any work: raises SourceError where there are YouTube videos and no yt-dlp."""
     n = sum(YOUTUBE.match(s.uri) is not None for s in sources)
     if n and find_spec("yt_dlp") is None:
-        raise SourceError(
-            f"{n} sources are YouTube videos, which need yt-dlp; pip install 'clipmill[youtube]'"
-        )
+        raise SourceError(f"{number_of(n, 'source')} from YouTube, for which yt-dlp is needed: {INSTALL}")
 
 
 def download(source: Source, to: Path, limits: Limits) -> None:
@@ -45,7 +44,7 @@ def download(source: Source, to: Path, limits: Limits) -> None:
     try:
         import yt_dlp
     except ImportError as e:
-        raise WorkerFault(f"{uri}: YouTube videos need yt-dlp; pip install clipmill[youtube]") from e
+        raise WorkerFault(f"{uri}: YouTube videos need yt-dlp: {INSTALL}") from e
     from pipeline.io import ffmpeg
 
     deadline = time.monotonic() + limits.total_s

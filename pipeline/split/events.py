@@ -302,9 +302,13 @@ def thinned(samples: list[Sample], clips: list[Clip], most: int) -> list[Sample]
     kept: set[int] = set()
     for clip in clips:
         inside = [i for i, s in enumerate(samples) if clip.start_frame <= s.frame < clip.end_frame]
-        chosen = np.linspace(0, len(inside) - 1, min(most, len(inside))).round().astype(int)
-        kept.update(inside[i] for i in chosen)
+        kept.update(inside[i] for i in evenly(len(inside), most))
     return [samples[i] for i in sorted(kept)]
+
+
+def evenly(n: int, most: int) -> list[int]:
+    """At most `most` of 0 … n − 1, evenly chosen, the ends among them."""
+    return np.linspace(0, n - 1, min(most, n)).round().astype(int).tolist()
 
 
 def _trimmed(video: Video, span: Span, fraction: float) -> Span:

@@ -32,6 +32,7 @@ class Resampled:
     pts: Annotated[np.ndarray, Of("int64", "n")]  # of every frame, ticks of time_base
     time_base: Fraction
     jpegs: list[bytes]  # of the wanted frames that are there, in their order
+    frames: Annotated[np.ndarray, Of("int64", "s")]  # which these are
 
 
 class _These(Grid):
@@ -45,12 +46,12 @@ class _These(Grid):
 
 
 def resample(
-    path: str, wanted: list[int], options: Decode, beat: Callable[[], None] = lambda: None
+    path: str, wanted: list[int] | None, options: Decode, beat: Callable[[], None] = lambda: None
 ) -> Resampled:
     """Decode an mp4 that the cut wrote.
 
     Args:
-        wanted: frames to keep, numbered from 0, increasing.
+        wanted: frames to keep, numbered from 0, increasing; none: `sample_fps` of them a second, as of a source.
         options: anything with the fields of `recipe.Decode`; pictures are made as the first time.
     """
     import av
@@ -67,9 +68,12 @@ def resample(
             if pictures is None:
                 crop = container_crop(path, container.format.name, 0, (frame.width, frame.height))
                 pictures = Pictures(frame, stream, time_base, options, crop)
-                pictures.sample_grid, pictures.grey_grid = _These(wanted), _These([])
-            pictures.add(n, frame, n)
+                pictures.grey_grid = _These([])
+                if wanted is not None:
+                    pictures.sample_grid = _These(wanted)
+            pictures.add(n, frame, n if wanted is not None else pts[n] - pts[0])
         if pictures is not None:
             pictures.end()
     jpegs = [] if pictures is None else pictures.sample_jpeg.whole()
-    return Resampled(np.array(pts, np.int64), time_base, jpegs)
+    kept = [] if pictures is None else pictures.sample_frame
+    return Resampled(np.array(pts, np.int64), time_base, jpegs, np.array(kept, np.int64))

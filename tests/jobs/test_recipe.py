@@ -88,3 +88,25 @@ def test_every_bundled_recipe_holds(capsys, name, flag):
 def test_check_finds_what_only_a_run_would_have_found(tmp_path: Path, capsys, text, says):
     (tmp_path / "r.yaml").write_text(text)
     assert says in refused(capsys, "check", str(tmp_path / "r.yaml"))
+
+
+def test_check_tells_every_mistake_on_a_line_of_its_own(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text(
+        "base: embedded\ncut: {crff: 20}\ncaptions: [{kind: tag}]\ndecide: {rules: {too_shrt: null}}\n"
+    )
+    assert job.main(["check", str(tmp_path / "r.yaml")]) == 2
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first.endswith("r.yaml: 3 mistakes")
+    assert len(lines) == 3
+    for part in (
+        "cut.crff: unknown key",
+        "'tag' (did you mean 'tags'?)",
+        "decide.rules.too_shrt: null takes nothing",
+    ):
+        assert sum(part in line for line in lines) == 1
+
+
+def test_check_remarks_that_an_empty_recipe_captions_nothing(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("")
+    assert job.main(["check", str(tmp_path / "r.yaml")]) == 0
+    assert "no captioner, so nothing would be captioned" in capsys.readouterr().out

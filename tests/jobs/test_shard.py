@@ -125,3 +125,24 @@ def test_what_cannot_be_decided_later_is_one_sentence_and_changes_nothing(run, c
     before = files(run)
     assert says in refused(capsys, str(run), "--set", item)
     assert files(run) == before
+
+
+def test_where_media_is_gone_nothing_is_decided_and_nothing_half_made_is_left(run, tmp_path, capsys):
+    shutil.rmtree(run / "media")
+    before, out = files(run), tmp_path / "strict"
+    for more in ([], ["--dry-run"], ["--out", str(out)]):
+        assert shard.main([str(run), *STRICT, *more]) == 4
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"{run}: media/ of it is gone: its shards are final" in said
+    assert files(run) == before
+    assert not out.exists()
+
+
+def test_a_part_of_a_rule_that_the_run_lacks_is_told_with_the_whole_rule(run, capsys):
+    item = "decide.rules.too_shrt.min=4"
+    said = refused(capsys, str(run), "--set", item)
+    assert "this run has no rule too_shrt (did you mean 'too_short'?) (its rules: too_short, " in said
+    assert "--set 'decide.rules.too_shrt={column: duration_s, min: 4}'" in said
+    whole = "decide.rules.too_shrt={column: duration_s, min: 4}"
+    assert shard.main([str(run), "--dry-run", "--set", whole]) == 0

@@ -12,12 +12,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline import recipe
+from pipeline import own_code, recipe
 from pipeline.caption import baselines as baseline
 from pipeline.caption import captioner as captions
 from pipeline.caption import transformers as transformer
 from pipeline.caption.captioner import Captioner, CaptionStage, sentences
-from pipeline.faults import WorkerFault
+from pipeline.faults import TooLong, WorkerFault
 from pipeline.record import Caption
 from pipeline.samples import pictures, samples, spread
 from tests.fixtures import tiny_vlm
@@ -204,7 +204,7 @@ def own(folder, body, of="Own", clips=3, **options):
         ("return Caption('', 'a dog', 'truncated')", ("a dog", "truncated", "")),
         (
             "return 7",
-            ("", "error", "the caption is a int (7); give a text, None, or a pipeline.record.Caption"),
+            ("", "error", "the caption is an int (7); give a text, None, or a pipeline.record.Caption"),
         ),
         ("return ['a dog']", ("", "error", "the caption is a list (['a dog']); give a text, None, or")),
         ("return Caption('', 'a', 'great')", ("", "error", "outcome 'great'")),
@@ -586,3 +586,22 @@ def test_a_missing_model_is_a_recipe_error_before_any_work():
 )  # fmt: skip
 def test_sentences(text, parts):
     assert sentences(text) == parts
+
+
+@pytest.mark.parametrize(
+    ("e", "shown"), [(TooLong("no caption after 1 s"), False), (SystemExit(3), False), (KeyError("x"), True)]
+)
+def test_only_a_bug_shows_its_traceback_on_the_terminal(e, shown, caplog):
+    with caplog.at_level(logging.DEBUG, logger="clipmill"):
+        try:
+            raise e
+        except BaseException as raised:
+            own_code.log_failed("caption:x clip 1", raised, __file__)
+    warned = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(warned) == 1
+    assert ("Traceback" in warned[0]) is shown
+    assert "Traceback" in caplog.text
+
+
+def test_the_article_fits_the_noun():
+    assert (own_code.a("int"), own_code.a("list")) == ("an int", "a list")

@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -246,6 +247,83 @@ def test_metadata_of_given_clips_is_compared_and_taken_over_clip_by_clip(world, 
     assert capsys.readouterr().err == "1 of 1 sources are done already\n"
 
 
+def test_metadata_of_given_clips_is_taken_over_where_some_are_beyond_the_video(world, tmp_path, capsys):
+    spans = [
+        (0.4, 1.2),
+        (0.395, 1.2),
+        (99, 100),
+        (1.0, 2.0),
+        (2.2, 50),
+        (0.4, 2.0),
+    ]  # the second is the first
+    out, c = tmp_path / "out", world.folder / "raw/c.mp4"
+
+    def write(word: str) -> list[str]:
+        lines = [f"{c},{a},{b},{word} {i}\n" for i, (a, b) in enumerate(spans)]
+        (tmp_path / "clips.csv").write_text("path,start,end,title\n" + "".join(lines))
+        return [str(tmp_path / "clips.csv"), "--out", str(out), *FAST]
+
+    def titles() -> dict[str, str]:
+        return {r["clip_id"]: dict(r["meta"])["title"] for r in rows(out, "clips")}
+
+    assert curate.main(write("old")) == 0
+    old = titles()
+    assert sorted(old.values()) == ["old 0", "old 3", "old 4", "old 5"]
+    capsys.readouterr()
+    assert curate.main([*write("new"), "--refresh-metadata"]) == 0
+    assert "taken over" in capsys.readouterr().err
+    assert titles() == {i: t.replace("old", "new") for i, t in old.items()}
+    assert curate.main(write("new")) == 0
+    assert capsys.readouterr().err == "1 of 1 sources are done already\n"
+
+
+def test_given_clips_that_no_interval_became_keep_their_metadata_and_are_told_again(world, tmp_path, capsys):
+    out, c = tmp_path / "out", world.folder / "raw/c.mp4"
+
+    def write(word: str) -> list[str]:
+        lines = f"{c},0.4,1.2,{word} 0\n{c},2.0,2.3,{word} 1\n"
+        (tmp_path / "clips.csv").write_text("path,start,end,title\n" + lines)
+        return [str(tmp_path / "clips.csv"), "--out", str(out), *FAST]
+
+    assert curate.main(write("old")) == 0
+    (path,) = (out / "clips").iterdir()
+    table = pq.read_table(path)
+    at = table.schema.get_field_index("start_s")
+    odd = [0.1 if s < 1 else s for s in table["start_s"].to_pylist()]
+    pq.write_table(table.set_column(at, table.schema.field(at), pa.array(odd)), path)
+    for _ in range(2):
+        capsys.readouterr()
+        assert curate.main([*write("new"), "--refresh-metadata"]) == 0
+        err = capsys.readouterr().err
+        assert "1 source with other metadata in the list" in err
+        assert "1 clip not told apart by the times of the given clips" in err
+        assert sorted(dict(r["meta"])["title"] for r in rows(out, "clips")) == ["new 1", "old 0"]
+
+
+def test_content_that_comes_back_under_a_name_that_it_left_gets_ids_of_its_own(world, capsys):
+    raw = world.folder / "raw"
+    first = {c["clip_id"] for c in rows(world.out, "clips")}
+    (raw / "a.mp4").rename(raw / "z.mp4")
+    world.write({"z": "A", "b": "B", "c": "C"})
+    assert world.curate() == 0
+    shutil.copyfile(raw / "z.mp4", raw / "a.mp4")
+    world.write({"z": "A", "a": "A", "b": "B", "c": "C"})
+    assert world.curate() == 0
+    second = {c["clip_id"] for c in rows(world.out, "clips")}
+    assert first < second
+    assert len(second) == len(rows(world.out, "clips")) == len(kept(world.out)) == 4
+    (raw / "a.mp4").rename(raw / "y.mp4")  # and once more
+    world.write({"z": "A", "y": "A", "b": "B", "c": "C"})
+    assert world.curate() == 0
+    shutil.copyfile(raw / "z.mp4", raw / "a.mp4")
+    world.write({"z": "A", "y": "A", "a": "A", "b": "B", "c": "C"})
+    assert world.curate() == 0
+    third = {c["clip_id"] for c in rows(world.out, "clips")}
+    assert second < third
+    assert len(third) == len(rows(world.out, "clips")) == len(kept(world.out)) == 5
+    assert "left out" not in capsys.readouterr().err
+
+
 def test_a_member_of_a_tar_is_hashed_in_place(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"....hello....")
     import hashlib
@@ -255,3 +333,31 @@ def test_a_member_of_a_tar_is_hashed_in_place(tmp_path):
     assert identity.sha256_of(Source(f"{tmp_path}/x.tar#m.mp4", "m", member=(10, 5))) is None
     assert identity.sha256_of(Source("http://example.com/a.mp4", "a")) is None
     assert identity.dated([source])[0].bytes == 5
+
+
+def test_a_failed_source_of_other_bytes_is_measured_again_by_itself(tmp_path, capsys):
+    (tmp_path / "raw").mkdir()
+    shutil.copyfile(made(videos.cfr, frames=50), tmp_path / "raw/a.mp4")
+    (tmp_path / "raw/b.mp4").write_bytes(b"no video" * 100)
+    command = [str(tmp_path / "raw"), "--out", str(tmp_path / "out"), *FAST]
+    assert curate.main(command) == 0
+    shutil.copyfile(made(videos.cfr, frames=60), tmp_path / "raw/b.mp4")
+    capsys.readouterr()
+    assert curate.main(command) == 0
+    said = capsys.readouterr()
+    assert "1 source that failed changed since, measured again: b.mp4\n" in said.err
+    assert "--redo-changed" not in said.err
+    assert "sources: 2 ok, 0 errors\n" in said.out
+    assert len(kept(tmp_path / "out")) == 2
+
+
+def test_curate_ends_before_any_work_where_media_is_gone(world, capsys):
+    shutil.rmtree(world.out / "media")
+    before = {p: p.read_bytes() for p in (world.out / "videos").iterdir()}
+    shutil.copyfile(made(videos.cfr, frames=80), world.folder / "raw/d.mp4")
+    world.write({"a": "A", "b": "B", "c": "C", "d": "D"})
+    for more in ([], ["--retry-errors"]):
+        assert world.curate(*more) == 4
+        assert "its shards are final" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in (world.out / "videos").iterdir()} == before
+    assert not (world.out / "media").exists()

@@ -1,9 +1,13 @@
 """What a run tells at its end: counts that add up, reasons most frequent first, an exit status scripts can use."""
 
+import re
+
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.io.store import Store
+from pipeline.run import commit
 from pipeline.run.outcome import Exit, Outcome, Reason, grouped, outcome
 from pipeline.shards import pack
 from tests.fixtures.run_folder import make_run_folder
@@ -79,3 +83,38 @@ def test_an_empty_run_says_so(tmp_path):
     found = outcome(Store(str(tmp_path)))
     assert found.lines("c", {})[0] == "kept nothing: no source gave a clip"
     assert found.exit() == Exit.NOTHING_KEPT
+
+
+def test_warnings_and_given_intervals_without_a_frame_are_told_with_counts(tmp_path):
+    make_run_folder(tmp_path / "run")
+    store = Store(str(tmp_path / "run"))
+    said = [
+        ["interval 500–510 s holds no frame: the video lasts from 0 to 20 s", "the sound ends early: eof"],
+        ["the sound ends early: eof", f"caption:tags-baseline: clip {'a' * 20}: no"],
+    ]
+    good = 0
+    for name in store.list("videos", ".parquet"):
+        table = store.read_table(name)
+        warnings = []
+        for status in table["status"].to_pylist():
+            warnings.append(said[good] if status == "ok" and good < len(said) else [])
+            good += status == "ok"
+        at = table.schema.get_field_index("warnings")
+        new = pa.array(warnings, table.schema.field(at).type)
+        store.write_table(name, table.set_column(at, table.schema.field(at), new))
+    found = outcome(store)
+    assert (len(found.empty), found.warned) == (1, 2)
+    lines = found.lines("c", {})
+    assert any(re.fullmatch(r"1 given interval holds no frame: \S.* 500–510 s", line) for line in lines)
+    assert (
+        lines[lines.index("2 sources with warnings:") + 1]
+        .strip()
+        .startswith("2 × the sound ends early: eof (")
+    )
+
+
+def test_sources_that_are_no_longer_in_the_list_are_counted_apart(store):
+    uris = sorted(commit.known_sources(store))
+    assert outcome(store, set(uris)).unlisted == 0
+    found = outcome(store, set(uris[2:]))
+    assert "sources: 6 ok, 2 errors; of which 2 are no longer in the list" in found.lines("c", {})

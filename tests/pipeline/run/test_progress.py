@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipeline.faults import how_to_go_on
 from pipeline.run.progress import BREAKER, FIRST, MAX_DEATHS, Display, Ledger, _clock
 
 
@@ -136,3 +137,21 @@ def test_the_first_reason_to_end_stands():
     ledger.stop("another")
     said = ledger.snapshot()
     assert (said.fatal, said.store) == ("the disk is full", True)
+
+
+@pytest.mark.parametrize(
+    ("why", "told"),
+    [
+        ("a died", "a died; run the same command again, finished work is kept"),
+        (
+            "free room, then run the same command again",
+            "free room, then run the same command again, finished work is kept",
+        ),
+        (
+            "run the same command again, finished work is kept",
+            "run the same command again, finished work is kept",
+        ),
+    ],
+)
+def test_how_to_go_on_is_said_once(why, told):
+    assert how_to_go_on(why) == told

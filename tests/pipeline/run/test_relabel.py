@@ -1,5 +1,6 @@
 """Captions of a finished run: what failed is done again, from the clips alone, and nothing else is."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -160,6 +161,26 @@ def test_frames_shown_are_kept_with_the_clip(world):
         assert all(clip["start_frame"] <= n < clip["end_frame"] for n in inside)
         (told,) = {k["text"].split("]")[0] + "]" for k in clip["captions"]}
         assert told == str(inside)
+
+
+def test_where_an_older_clipmill_did_not_note_the_frames_shown_the_recipes_are_shown(world):
+    out = copy_of(world, "older")
+    noted = {c["clip_id"]: c["sample_frames"] for c in rows(world.folder / "whole_run", "clips")}
+    for path in (out / "clips").iterdir():
+        pq.write_table(pq.read_table(path).drop_columns(["sample_frames"]), path)
+    failed = relabel.failed(Store(str(out)))["sees"]
+    assert world.curate("older", "--retry-errors") == 0
+    assert world.calls() == Counter({f"sees {clip}": 1 for clip in failed})
+    assert not relabel.failed(Store(str(out)))
+    for clip in rows(out, "clips"):
+        if clip["clip_id"] in failed:
+            (text,) = (k["text"] for k in clip["captions"] if k["model"] == "sees")
+            shown = json.loads(text.split("]")[0] + "]")
+            assert shown, "a caption of no picture"
+            assert all(clip["start_frame"] <= n < clip["end_frame"] for n in shown)
+            assert abs(len(shown) - len(noted[clip["clip_id"]])) <= 1
+            if clip["start_frame"] == 0:
+                assert shown == noted[clip["clip_id"]]
 
 
 def test_a_clip_that_cannot_be_decoded_again_keeps_its_error_and_is_told(world, capsys):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline.recipe import load
+from pipeline.recipe import BEFORE, load
 from pipeline.run import resume
 from pipeline.run.worker import RunError
 
@@ -83,6 +83,65 @@ def test_an_option_that_came_since_is_no_difference():
     del run["recipe"]["cut"]["keyframe_s"]
     run["measure_key"] = "of an older version"
     assert goes_on(run).cut.keyframe_s == load("smoke").cut.keyframe_s
+
+
+def of_older(*missing: str, **stored: str) -> dict:
+    """run.json of a clipmill that did not have those options."""
+    run = run_json(*(f"{k}={v}" for k, v in stored.items()))
+    for key in missing:
+        section, name = key.split(".")
+        del run["recipe"][section][name]
+    return run | {"measure_key": "of an older version"}
+
+
+def test_an_option_whose_default_measures_otherwise_than_before_there_was_any_is_a_difference():
+    run = of_older("decode.deinterlace")
+    with pytest.raises(RunError, match=r"before there was decode\.deinterlace=true") as e:
+        goes_on(run)
+    assert "--set decode.deinterlace=false" in str(e.value)
+    assert "\n" not in str(e.value)
+    assert goes_on(run, "decode.deinterlace=false").decode.deinterlace is False  # the advice holds
+
+
+def test_what_no_value_gives_again_needs_another_folder():
+    run = of_older("decode.hdr", "decode.deinterlace", "shots.transitions")
+    for sets in ((), ("decode.hdr=keep", "decode.deinterlace=false", "shots.transitions=keep")):
+        with pytest.raises(
+            RunError, match=r"no value of decode\.hdr measures as it did, so give another --out"
+        ):
+            goes_on(run, *sets)
+
+
+def test_an_older_folder_and_a_changed_setting_are_both_told():
+    with pytest.raises(RunError) as e:
+        goes_on(of_older("decode.deinterlace"), "cut.crf=35")
+    for word in ("cut.crf is 30 there and 35 here", "decode.deinterlace is false there and true here"):
+        assert word in str(e.value)
+
+
+def test_transitions_count_as_kept_before_they_could_be_trimmed():
+    run = of_older("shots.transitions")
+    assert goes_on(run, "shots.transitions=keep").shots.transitions == "keep"
+    with pytest.raises(RunError, match=r"--set shots\.transitions="):
+        goes_on(run, "shots.transitions=trim")
+
+
+# What the recipe could say before any of `BEFORE` came: those were measured by their defaults then, too.
+FIRST = {
+    "decode": "sample_fps sample_size jpeg_quality grey_fps grey_size stall_s max_pixels max_duration_s max_memory_gb",
+    "shots": "detector threshold candidate_threshold content_threshold min_shot_frames",
+    "events": "embedder piece_s piece_slack_s position max_inner max_outer min_s max_s longer trim clip_samples",
+    "cut": "mode codec preset crf height keyframe_s audio stall_s",
+    "scores": "motion picture watermark text aesthetic",
+}
+
+
+def test_every_option_that_came_later_says_what_was_measured_before():
+    measured = load("smoke").measured()
+    now = {f"{section}.{name}" for section in FIRST for name in measured[section]}
+    first = {f"{section}.{name}" for section, names in FIRST.items() for name in names.split()}
+    assert now - first == set(BEFORE)
+    assert first <= now
 
 
 def test_what_two_changes_make_together_is_checked():

@@ -471,14 +471,15 @@ def test_options_of_an_object_store_are_told_from_its_keys() -> None:
 def test_youtube_without_yt_dlp_names_the_extra(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setitem(sys.modules, "yt_dlp", None)
     assert (
-        refused(url, kind=WorkerFault) == f"{url}: YouTube videos need yt-dlp; pip install clipmill[youtube]"
+        refused(url, kind=WorkerFault)
+        == f"{url}: YouTube videos need yt-dlp: pip install -e '.[youtube]' in the clone of clipmill"
     )
 
 
 def test_a_run_that_needs_yt_dlp_says_so_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(youtube, "find_spec", lambda name: None)
     listed = [Source(u, u) for u in ("https://youtu.be/x", "/a.mp4", "https://www.youtube.com/watch?v=y")]
-    with pytest.raises(names.SourceError, match="2 sources are YouTube videos"):
+    with pytest.raises(names.SourceError, match="2 sources from YouTube"):
         youtube.check(listed)
     youtube.check(listed[1:2])
 

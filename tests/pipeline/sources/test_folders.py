@@ -73,7 +73,7 @@ def test_every_file_is_taken_or_counted_as_left_out(top: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         assert sorted(names(top)) == sorted(taken)
     [line] = caplog.messages
-    assert f"{len(taken)} videos; left out {len(other)} other files: " in line
+    assert f"{len(taken)} video{'' if len(taken) == 1 else 's'}; left out {len(other)} other files: " in line
     counts = {label: int(n) for n, label in re.findall(r"(\d+) ([^,]+)", line.split("other files: ")[1])}
     assert counts == {
         ".jpg": 2,
@@ -209,13 +209,13 @@ def test_what_lies_beside_a_video_is_its_metadata_as_in_a_tar(
     }
     with caplog.at_level(logging.WARNING):
         assert {s.name: s.meta for s in list_sources([str(top)])} == expected
-    assert "left out 1 other files: 1 .txt" in caplog.text
+    assert "left out 1 other file: 1 .txt" in caplog.text
     assert "b.txt: larger than 1 MiB" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert {s.name: s.meta for s in list_sources([f"{top}/*"])} == expected
         assert {s.name: s.meta for s in list_sources([f"{top}/**"])} == expected
-    assert caplog.text.count("left out 1 other files: 1 .txt") == 2
+    assert caplog.text.count("left out 1 other file: 1 .txt") == 2
     [source] = list_sources([str(top / "a.mp4")])
     assert source.meta == expected["a.mp4"]
 
