@@ -130,17 +130,27 @@ def test_a_new_source_is_added_to_a_finished_run(raw, run, tmp_path):
 
 
 def test_errors_are_tried_again_when_asked_for(tmp_path):
-    source = tmp_path / "late.mp4"
-    source.write_bytes(b"")
+    source, target = tmp_path / "late.mp4", tmp_path / "not_yet_there"
+    source.symlink_to(target)
     shutil.copyfile(made(videos.cfr), tmp_path / "good.mp4")
     out, arguments = tmp_path / "out", [str(tmp_path / "*.mp4"), "--out", str(tmp_path / "out"), *FAST]
     assert curate.main(arguments) == 0
-    shutil.copyfile(made(videos.bframes), source)
+    shutil.copyfile(made(videos.bframes), target)
     assert curate.main(arguments) == 0
     assert {r["name"]: r["status"] for r in rows(out, "videos")} == {"late.mp4": "error", "good.mp4": "ok"}
     assert curate.main([*arguments, "--retry-errors"]) == 0
     assert {r["name"]: r["status"] for r in rows(out, "videos")} == {"late.mp4": "ok", "good.mp4": "ok"}
     assert len(rows(out, "clips")) == 2
+
+
+def test_a_failed_source_whose_bytes_changed_is_measured_again_unasked(tmp_path):
+    source, out = tmp_path / "late.mp4", tmp_path / "out"
+    source.write_bytes(b"not yet")
+    arguments = [str(source), "--out", str(out), *FAST]
+    assert curate.main(arguments) == 1
+    shutil.copyfile(made(videos.bframes), source)
+    assert curate.main(arguments) == 0
+    assert [r["status"] for r in rows(out, "videos")] == ["ok"]
 
 
 def test_moving_the_folder_keeps_ids_scores_and_bytes(run, raw, tmp_path):

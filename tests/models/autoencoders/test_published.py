@@ -152,5 +152,5 @@ def test_a_folder_without_an_autoencoder_is_said_so(tmp_path):
 
 def test_without_diffusers_the_fix_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(MissingModel, match=r"pip install 'clipmill\[diffusers\]'"):
+    with pytest.raises(MissingModel, match=r"pip install -e '\.\[diffusers\]'"):
         autoencoders.load("anything")

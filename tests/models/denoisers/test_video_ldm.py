@@ -341,7 +341,7 @@ def test_a_folder_without_such_a_model_is_refused(tmp_path: Path, monkeypatch: p
     with pytest.raises(ValueError, match="width and spatial"):
         build(4, TEXT, width=64, spatial=str(tmp_path))
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ValueError, match=r"pip install 'clipmill\[diffusers\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[diffusers\]'"):
         build(4, TEXT, spatial=str(tmp_path))
 
 
