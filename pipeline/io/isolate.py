@@ -148,7 +148,7 @@ class Child:
                 process.wait(timeout=10)  # the socket closes a moment before the exit status is there
             self.close()
             end = Killed if process.returncode == -signal.SIGKILL else Crashed
-            raise end(_cause_of_death(process.returncode)) from e
+            raise end(cause_of_death(process.returncode)) from e
         except answer.Refused as e:
             self.close()
             raise Forged(str(e)) from e
@@ -193,7 +193,7 @@ def _kill(process: subprocess.Popen[bytes], pipe: socket.socket) -> None:
     process.wait()
 
 
-def _cause_of_death(status: int | None) -> str:
+def cause_of_death(status: int | None) -> str:
     if status is None or status >= 0:
         return f"its process ended with exit code {status}"
     try:
@@ -227,7 +227,7 @@ def _told(told: Any) -> tuple[str, str, int]:
 def serve(fd: int, parent: int, max_bytes: int) -> None:
     """Answer calls until the parent goes away."""
     pipe = socket.socket(fileno=fd)
-    _die_with(parent)
+    die_with(parent)
     for stop in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: they are the parent's to handle
         signal.signal(stop, signal.SIG_IGN)
     sys.dont_write_bytecode = True
@@ -236,7 +236,7 @@ def serve(fd: int, parent: int, max_bytes: int) -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
     sandbox.confine()
-    threading.Thread(target=_watch, args=(fd,), daemon=True).start()
+    threading.Thread(target=watch_for_hang_up, args=(fd,), daemon=True).start()
     while True:
         try:
             call, function, args, kwargs, interval = _request(pipe)
@@ -281,7 +281,7 @@ def _heartbeat(pipe: socket.socket, call: int, interval: float) -> Callable[[], 
     return beat
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Be killed when the parent is gone, even while C code is hanging."""
     if sys.platform == "linux":
         import ctypes
@@ -292,7 +292,7 @@ def _die_with(parent: int) -> None:
         os._exit(0)
 
 
-def _watch(fd: int) -> None:
+def watch_for_hang_up(fd: int) -> None:
     """End this process where there is no prctl, and when a parent that lives has dropped its end."""
     poll = select.poll()
     poll.register(fd, 0)  # no events but hang-up

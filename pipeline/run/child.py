@@ -298,13 +298,13 @@ def serve(fd: int, parent: int) -> None:
     kind, text) for a warning, ('units', sources that are no errors, names) and the pickled videos of each unit that
     comes back, and where it cannot go on, ('fault', kind, sentence).
     """
-    from pipeline.io.isolate import _die_with, _watch
+    from pipeline.io.isolate import die_with, watch_for_hang_up
 
     pipe = Connection(fd)
-    _die_with(parent)
+    die_with(parent)
     for stop in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: they are the parent's to handle
         signal.signal(stop, signal.SIG_IGN)
-    threading.Thread(target=_watch, args=(fd,), daemon=True).start()
+    threading.Thread(target=watch_for_hang_up, args=(fd,), daemon=True).start()
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
         f.write("1000")  # when memory runs out, this process goes first, not the one that knows about it
     attach()

@@ -204,12 +204,12 @@ class StageProcess:
             raise self._died() from e
 
     def _died(self) -> Died:
-        from pipeline.io.isolate import _cause_of_death
+        from pipeline.io.isolate import cause_of_death
 
         assert self._process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)  # the socket closes a moment before the exit status is there
-        return Died(self.stage, self.source, _cause_of_death(self._process.returncode), hung=False)
+        return Died(self.stage, self.source, cause_of_death(self._process.returncode), hung=False)
 
 
 def _kill(process: subprocess.Popen[bytes], pipe: Connection) -> None:
