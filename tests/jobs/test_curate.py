@@ -428,17 +428,19 @@ def test_sigterm_stops_like_ctrl_c_and_the_same_command_goes_on(tmp_path, runner
 
 def caught(pid: int, number: signal.Signals) -> bool:
     """Whether a process handles a signal by now."""
-    status = Path(f"/proc/{pid}/status").read_text()
+    status = Path(f"/proc/{pid}/status").read_text()  # a child of ours stays there until waited for
     return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
 
 
 def has_child(pid: int, name: str) -> bool:
-    return any(
-        name in Path(f"/proc/{child}/cmdline").read_text()
-        for task in Path(f"/proc/{pid}/task").iterdir()
-        for child in (task / "children").read_text().split()
-        if Path(f"/proc/{child}").exists()
-    )
+    try:
+        return any(
+            name in Path(f"/proc/{child}/cmdline").read_text()
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        )
+    except (FileNotFoundError, ProcessLookupError):  # one ended while we read; the next look tells
+        return False
 
 
 MOMENTS = {
