@@ -218,10 +218,10 @@ def real_videos(against: str, protocol: Protocol, notes: list[str]) -> Iterator[
     import pyarrow.compute as pc
     import torch
 
-    from pipeline.io.store import Store
+    from pipeline.io.store import Store, below
     from pipeline.shards.reader import BrokenSample, ShardReader, read_index
 
-    inside = f"{against.rstrip('/')}/shards"
+    inside = below(against, "shards")
     shards = inside if Store(inside).exists("index.parquet") else against
     index, where = read_index(shards), None
     if protocol.fps and "duration_s" in index.column_names:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.training.loop import Outcome, train
 from jobs.training.recipe import TrainRecipe
-from pipeline.faults import StoreError
+from pipeline.faults import StoreError, one_line
 
 RESTARTS = 3  # of the workers, after a death that is no fault of recipe or data
 
@@ -68,4 +68,4 @@ def _work(work: dict[str, Any]) -> None:
     except (StoreError, ValueError) as e:
         said = Path(work["out"]) / "ray" / "refused.txt"
         said.parent.mkdir(parents=True, exist_ok=True)
-        said.write_text(" ".join(str(e).split()))
+        said.write_text(one_line(e))

@@ -109,13 +109,18 @@ def how_to_go_on(why: str) -> str:
     return f"{why}; {kept}" if command in why else f"{why}; {command}, {kept}"
 
 
+def one_line(said: object) -> str:
+    """Its text, with every run of white space and line ends made one space."""
+    return " ".join(str(said).split())
+
+
 def sentence(e: BaseException) -> str:
     """One line: a fault's own words; of a bug its type, words, file and line."""
     if isinstance(e, Fault):
-        return " ".join(str(e).split())
+        return one_line(e)
     at, frame = "", e.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     if frame is not None:
         at = f" at {frame.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.tb_lineno}"
-    return " ".join(f"{type(e).__name__}: {e}{at}".split())
+    return one_line(f"{type(e).__name__}: {e}{at}")

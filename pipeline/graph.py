@@ -9,7 +9,6 @@ from pipeline.io.store import Store
 from pipeline.own_stage import placed
 from pipeline.recipe import Recipe, RecipeError, nearest
 from pipeline.recipe_file import dotted
-from pipeline.record import clip_schema
 from pipeline.score.aesthetic import AestheticStage
 from pipeline.score.signature import SignatureStage
 from pipeline.score.stage import ScoreStage
@@ -19,6 +18,7 @@ from pipeline.split.decode import DecodeStage
 from pipeline.split.events import EventStage
 from pipeline.split.shots import ShotStage
 from pipeline.stages import Stage, divide_after, let_go_of_samples, produced
+from pipeline.tables import clip_schema
 
 
 def build(recipe: Recipe, out: Store | str) -> list[Stage]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.faults import Fault, WorkerFault
+from pipeline.faults import Fault, WorkerFault, one_line
 from pipeline.recipe_schema import RecipeError, nearest
 from pipeline.stages import Resources
 
@@ -175,13 +175,13 @@ def file_of(thing: Any) -> str:
 def reason(e: BaseException, file: str) -> str:
     """One line: a fault's own words; else type and words, with the line of `file` that it came from."""
     if isinstance(e, Fault):
-        return " ".join(str(e).split())
+        return one_line(e)
     if isinstance(e, SyntaxError) and e.filename:
         return f"SyntaxError: {e.msg} at {Path(e.filename).name}:{e.lineno}"
     frames = traceback.extract_tb(e.__traceback__)
     theirs = [f for f in frames if _same(f.filename, file)] or frames[-1:]
     at = f" at {Path(theirs[-1].filename).name}:{theirs[-1].lineno}" if theirs and _shown(e) else ""
-    return " ".join(f"{type(e).__name__}: {e}{at}".split())
+    return one_line(f"{type(e).__name__}: {e}{at}")
 
 
 def trace(e: BaseException, file: str) -> str:

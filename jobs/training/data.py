@@ -36,6 +36,7 @@ from jobs.training.recipe import TrainRecipe
 from jobs.training.task import Batch
 from models.autoencoders.latents import Autoencoder, latent_shape
 from pipeline.faults import StoreError
+from pipeline.io.store import below
 from pipeline.shards.buckets import Shape, deal, whole_batches
 from pipeline.shards.latents import LatentReader, made_of
 from pipeline.shards.reader import PATIENCE, BrokenSample, Sample, ShardReader
@@ -313,7 +314,7 @@ def reader_of(recipe: TrainRecipe, data: str) -> ShardReader:
     shapes = shapes_of(recipe)
     if not recipe.data.cache:
         return ShardReader(
-            f"{data.rstrip('/')}/shards",
+            below(data, "shards"),
             fps=recipe.data.fps,
             shapes=shapes,
             captions=recipe.data.captions,

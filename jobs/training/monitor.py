@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.training import page
 from jobs.training.recipe import TrainRecipe
+from pipeline.faults import one_line
 from pipeline.recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def open_wandb(out: Path, recipe: TrainRecipe) -> Any:
             config=recipe.model_dump(mode="json"),
         )
     except wandb.errors.Error as e:
-        said = " ".join(str(e).split()).rstrip(".")
+        said = one_line(e).rstrip(".")
         raise RecipeError(f"run.wandb: {said}; run 'wandb login', or set WANDB_MODE=offline") from e
     run.define_metric("*", step_metric="step")  # not W&B's own counter, which cannot go back
     return run

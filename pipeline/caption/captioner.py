@@ -37,8 +37,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipeline import own_code, recipe
+from pipeline import own_code, recipe_captions
 from pipeline.faults import ClipFault, OutOfTime, StoreError, TooLong, WorkerFault, kind_of
+from pipeline.recipe_schema import RecipeError
 from pipeline.record import Caption, Clip, Video
 from pipeline.stages import Produces, Resources, each, patiently
 from pipeline.watch import time_limit
@@ -83,7 +84,7 @@ class CaptionStage:
         limit_s: the captioner may take so long for a clip, or a batch of them; none: as long as it likes.
     """
 
-    def __init__(self, section: recipe.Captioner, limit_s: float | None = None):
+    def __init__(self, section: recipe_captions.Captioner, limit_s: float | None = None):
         captioner = build(section)
         self.section = section
         self.limit_s = limit_s
@@ -95,7 +96,7 @@ class CaptionStage:
     def setup(self) -> None:
         self.captioner = build(self.section)  # not in __init__: a class from a file cannot go to a worker
         self.captioner.resources = self.resources
-        if isinstance(self.section, recipe.PythonCaptioner):
+        if isinstance(self.section, recipe_captions.PythonCaptioner):
             own_code.set_up(self.captioner, f"captioner {self.section.captioner!r}")
         else:
             self.captioner.setup()
@@ -131,7 +132,7 @@ class CaptionStage:
         return time_limit(self.limit_s, f"no caption after {self.limit_s or 0:g} s (limits.caption_s)")
 
     def _heard(self, clips: list[Clip]) -> contextlib.AbstractContextManager[None]:
-        if not isinstance(self.section, recipe.PythonCaptioner):
+        if not isinstance(self.section, recipe_captions.PythonCaptioner):
             return contextlib.nullcontext()
         return own_code.heard(f"{self.name} clip {' '.join(c.clip_id for c in clips)}")
 
@@ -185,14 +186,14 @@ def _assign(clip: Clip, caption: Caption) -> None:
 
 
 def caption_stages(
-    captioners: Sequence[recipe.Captioner], limit_s: float | None = None
+    captioners: Sequence[recipe_captions.Captioner], limit_s: float | None = None
 ) -> list[CaptionStage]:
     """A stage a captioner, in the recipe's order. Raises RecipeError when two have one name."""
     stages = [CaptionStage(section, limit_s) for section in captioners]
     names = [stage.model for stage in stages]
     for i, name in enumerate(names):
         if name in names[:i]:
-            raise recipe.RecipeError(
+            raise RecipeError(
                 f"captions.{i}: {name!r} is there already; a transformers captioner takes a name: of its own"
             )
     return stages
@@ -207,25 +208,23 @@ BUILT_IN = {
 }
 
 
-def build(section: recipe.Captioner) -> Captioner:
+def build(section: recipe_captions.Captioner) -> Captioner:
     """The captioner of a recipe's section, not yet set up. Raises RecipeError when there is no such class."""
-    if not isinstance(section, recipe.PythonCaptioner):
+    if not isinstance(section, recipe_captions.PythonCaptioner):
         made: Captioner = own_code.load_class(BUILT_IN[section.kind], "captioner")(section)
         return made
     where = f"captioner {section.captioner!r}"
     cls = own_code.load_class(section.captioner, "captioner")
     if not issubclass(cls, Captioner):
-        raise recipe.RecipeError(
+        raise RecipeError(
             f"{where}: {cls.__name__} is not made from Captioner: write class {cls.__name__}(Captioner), "
             "from pipeline.captions"
         )
     captioner: Captioner = own_code.make(cls, section.captioner, "captioner", section.options)
     if not (isinstance(getattr(captioner, "name", None), str) and captioner.name):
-        raise recipe.RecipeError(f"{where} has no name: give its class one")
+        raise RecipeError(f"{where} has no name: give its class one")
     if not (isinstance(captioner.batch, int) and captioner.batch >= 1):
-        raise recipe.RecipeError(
-            f"{where}: its batch is to be a whole number from 1 on, not {captioner.batch!r}"
-        )
+        raise RecipeError(f"{where}: its batch is to be a whole number from 1 on, not {captioner.batch!r}")
     own_code.check_resources(captioner, where)
     return captioner
 

@@ -21,7 +21,8 @@ from itertools import pairwise
 from typing import Any
 
 from pipeline.caption.captioner import sentences
-from pipeline.recipe import Choose, RecipeError, nearest
+from pipeline.recipe_captions import Choose
+from pipeline.recipe_schema import RecipeError, nearest
 from pipeline.record import Caption, Video
 from pipeline.samples import gathered
 from pipeline.stages import Produces, Resources, each

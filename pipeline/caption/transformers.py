@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.caption.captioner import Captioner, sentences
-from pipeline.recipe import RecipeError, TransformersCaptioner
+from pipeline.recipe_captions import TransformersCaptioner
+from pipeline.recipe_schema import RecipeError
 from pipeline.record import Caption, Clip, Sample, Video
 from pipeline.samples import picture, samples, spread
 

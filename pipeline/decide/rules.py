@@ -28,8 +28,9 @@ import pyarrow.compute as pc
 from pipeline.caption.choose import SCORE, best, check_order
 from pipeline.decide.duplicates import near_duplicates
 from pipeline.io.store import Store
-from pipeline.recipe import Choose, Decide, Duplicates, Recipe, RecipeError, Rule, nearest
-from pipeline.record import DECISION_SCHEMA
+from pipeline.recipe import Decide, Duplicates, Recipe, RecipeError, Rule, nearest
+from pipeline.recipe_captions import Choose
+from pipeline.tables import DECISION_SCHEMA
 
 log = logging.getLogger("clipmill")
 

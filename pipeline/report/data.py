@@ -21,7 +21,7 @@ from pipeline.decide.rules import CHOSEN, DUPLICATE, clip_files, funnel
 from pipeline.faults import StoreError
 from pipeline.io.store import Ranges, Store
 from pipeline.recipe import Rule
-from pipeline.record import CLIP_SCHEMA, DECISION_SCHEMA, VIDEO_SCHEMA
+from pipeline.tables import CLIP_SCHEMA, DECISION_SCHEMA, VIDEO_SCHEMA
 
 KEPT_SHOWN = 24  # clips
 DROPPED_SHOWN = 8  # clips a rule

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from pipeline.io.store import Store
+from pipeline.io.store import Store, below
 from pipeline.report.data import DROPPED_SHOWN, Limit, Run, all_pictures, choose
 from pipeline.report.histograms import column_label, condition, histograms, shard_command
 from pipeline.report.html import (
@@ -427,4 +427,4 @@ def write(store: Store) -> str:
     """
     # A run's command line may hold a file name that is no Unicode; the page shows what it can of it.
     store.write_bytes("report.html", page(Run(store)).encode("utf-8", "replace"))
-    return f"{store.uri.rstrip('/')}/report.html"
+    return below(store.uri, "report.html")

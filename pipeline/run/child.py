@@ -21,7 +21,16 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from pipeline import watch
-from pipeline.faults import Fault, OutOfTime, SourceFault, StoreError, TooLong, WorkerFault, sentence
+from pipeline.faults import (
+    Fault,
+    OutOfTime,
+    SourceFault,
+    StoreError,
+    TooLong,
+    WorkerFault,
+    one_line,
+    sentence,
+)
 from pipeline.recipe import Limits, RecipeError
 from pipeline.record import Video
 from pipeline.run.chunks import UNIT_S, divided
@@ -254,7 +263,7 @@ class Alarm(Watch):
         ends: list[tuple[float, Fault]] = [(end, TooLong(why)) for end, why in self.inner]
         if not self.inner:
             ends.append((self.moved + limits.stall_s, OutOfTime(stalled, who)))
-        if who:
+        if who and self.stage != "commit":  # what is written by now counts
             late = f"more than {limits.source_s:g} s of work in all its stages (limits.source_s)"
             left = limits.source_s - self.spent.get(who, 0.0)
             ends.append((self.began + left, OutOfTime(late, who)))
@@ -325,7 +334,7 @@ def _serve(pipe: Connection) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except (Exception, SystemExit) as e:
-        pipe.send(("broken", " ".join(str(e).split()) if isinstance(e, RecipeError) else sentence(e)))
+        pipe.send(("broken", one_line(e) if isinstance(e, RecipeError) else sentence(e)))
         return
     pipe.send(("ready",))
     while True:

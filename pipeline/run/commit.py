@@ -29,9 +29,10 @@ import pyarrow.compute as pc
 
 from pipeline.faults import StoreError
 from pipeline.io.store import Store
-from pipeline.record import VIDEO_SCHEMA, Source, Video, clip_row, clip_schema, video_row
+from pipeline.record import Source, Video
 from pipeline.run.chunks import chunk_unit, of_chunk
 from pipeline.stages import Produces, Resources
+from pipeline.tables import VIDEO_SCHEMA, clip_row, clip_schema, video_row
 
 
 class CommitStage:

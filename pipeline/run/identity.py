@@ -7,7 +7,6 @@ only a size can tell.
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +18,9 @@ from pipeline.io.store import Store
 from pipeline.record import Source
 from pipeline.run.commit import Known, Revision, drop, revise
 from pipeline.run.outcome import counted
-from pipeline.sources.names import path_of, tar_of
+from pipeline.sources.fetch import local_path, sha256_of
 
 HASHERS = 4  # files hashed at a time
-CHUNK = 1 << 20
 NAMED = 3  # sources named in a line for a person
 
 
@@ -54,31 +52,6 @@ def dated(sources: Iterable[Source]) -> list[Source]:
             s = replace(s, size=s.size if s.member else now[0], mtime_ns=now[1])
         found.append(s)
     return found
-
-
-def local_path(source: Source) -> str | None:
-    """The local file that holds a source's bytes: its own or its tar; None where they are elsewhere."""
-    if source.problem:
-        return None
-    return path_of(source.uri if source.member is None else tar_of(source.uri))
-
-
-def sha256_of(source: Source) -> str | None:
-    """Of a local source's bytes; None where it cannot be read."""
-    path = local_path(source)
-    if path is None:
-        return None
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as f:
-            offset, left = source.member or (0, Path(path).stat().st_size)
-            f.seek(offset)
-            while left and (data := f.read(min(CHUNK, left))):
-                digest.update(data)
-                left -= len(data)
-    except (OSError, ValueError):
-        return None
-    return None if left else digest.hexdigest()
 
 
 def compare(listed: Sequence[Source], known: Known) -> Compared:

@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.graph import check
-from pipeline.io.store import Store
+from pipeline.io.store import Store, below
 from pipeline.recipe import Recipe
 from pipeline.record import Source, Video
 from pipeline.run import commit, identity, relabel, resume
@@ -99,9 +99,10 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
             report.write(store)
             found = outcome(store, {s.uri for s in listed})
             _write_run(store, pack.read_run(store) | {"outcome": found.plain()})
-            folder = out.rstrip("/") or out
-            where = {"shards": f"{folder}/shards ({counted(found.tars, 'tar')})"} if found.kept else {}
-            where |= {"report": f"{folder}/report.html", "log": f"{folder}/{log_name}"}
+            folder = out if store.local else store.uri
+            where = {"report": below(folder, "report.html"), "log": below(folder, log_name)}
+            if found.kept:
+                where = {"shards": f"{below(folder, 'shards')} ({counted(found.tars, 'tar')})"} | where
             for line in found.lines(job.command, where):
                 print(line)
                 log.info("%s", line, extra=TOLD)

@@ -29,12 +29,13 @@ from pipeline.io.answer import Refused, checked
 from pipeline.io.isolate import Child, ChildError
 from pipeline.io.store import Ranges, Store
 from pipeline.recipe import Decode, Recipe
-from pipeline.record import CAPTION, CLIP_SCHEMA, Caption, Clip, Frames, Media, Sample, Source, Video
+from pipeline.record import Caption, Clip, Frames, Media, Sample, Source, Video
 from pipeline.run.commit import tables
 from pipeline.run.log import log
 from pipeline.split.events import evenly
 from pipeline.split.resample import Resampled
 from pipeline.stages import Produces, Resources, Stage, each, fail
+from pipeline.tables import CAPTION, CLIP_SCHEMA
 
 Wanted = Mapping[str, set[str]]  # captioner → ids of the clips that want its caption
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.faults import one_line
 from pipeline.recipe import Aesthetic, RecipeError
 from pipeline.record import Video
 from pipeline.samples import gathered
@@ -47,7 +48,9 @@ class AestheticStage:
                 state = torch.load(weights, map_location="cpu", weights_only=True)
             self._head = AestheticHead.from_state_dict(state).float()
         except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError) as e:
-            raise RecipeError(f"scores.aesthetic.weights: {weights} is no aesthetic head: {_line(e)}") from e
+            raise RecipeError(
+                f"scores.aesthetic.weights: {weights} is no aesthetic head: {one_line(e)[:200]}"
+            ) from e
         self._embedder = OpenClip(self.recipe.model, self.recipe.pretrained, device, self.resources.batch)
         if self._head.width != self._embedder.size:
             raise RecipeError(
@@ -67,7 +70,3 @@ class AestheticStage:
         for clip, n in looks:
             clip.scores["aesthetic"] = round(sum(next(ratings) for _ in range(n)) / n, 4)
         return videos
-
-
-def _line(e: Exception) -> str:
-    return " ".join(str(e).split())[:200]

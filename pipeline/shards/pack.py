@@ -16,16 +16,13 @@ keeps the finished tars and ends as an undisturbed one does.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import io
 import json
-import math
 import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,26 +33,14 @@ import pyarrow.compute as pc
 from pipeline.decide.rules import Decided, decide, schema
 from pipeline.faults import StoreError
 from pipeline.io.store import Ranges, Store
-from pipeline.recipe import Recipe, Shards
-from pipeline.record import CLIP_SCHEMA, DECISION_SCHEMA
+from pipeline.recipe import Recipe
 from pipeline.shards.media import check_tars
+from pipeline.shards.plan import BLOCK, END, bucket, header, member, padded, plan, runs
 from pipeline.shards.provenance import INDEXED, NOT_INDEXED, VIDEO_COLUMNS, made_by, provenance
 from pipeline.stages import patiently
+from pipeline.tables import CLIP_SCHEMA, DECISION_SCHEMA
 
-BLOCK = 512  # tar: a member is a header block and its bytes, padded to whole blocks
-END = 2 * BLOCK  # of a tar: two blocks of zeros
 WRITERS = 4  # tars written at a time: one waits for the disk or the network while another copies
-
-ASPECTS = {
-    "21x9": 21 / 9,
-    "16x9": 16 / 9,
-    "4x3": 4 / 3,
-    "1x1": 1.0,
-    "3x4": 3 / 4,
-    "9x16": 9 / 16,
-    "9x21": 9 / 21,
-}
-SIDES = [144, 240, 360, 480, 720, 1080, 1440, 2160, 4320]  # pixels, the shorter side
 
 
 def shard(store: Store, recipe: Recipe, beside: Store | None = None) -> pa.Table:
@@ -106,11 +91,8 @@ def _check_beside(store: Store, beside: Store) -> dict[str, Any]:
         raise StoreError(
             f"{beside.uri} is not empty and holds no shards: give a new or empty folder as --out"
         )
-    own = [
-        f"{store.uri.rstrip('/')}/{name}/"
-        for name in ("clips", "media", "shards", "shards.partial", "videos")
-    ]
-    if f"{beside.uri.rstrip('/')}/".startswith(tuple(own)):
+    own = [f"{store.root}/{name}/" for name in ("clips", "media", "shards", "shards.partial", "videos")]
+    if f"{beside.root}/".startswith(tuple(own)):
         raise StoreError(
             f"{beside.uri} is inside what the run keeps for itself: give another folder as --out"
         )
@@ -124,126 +106,6 @@ def read_run(store: Store) -> dict[str, Any]:
             f"{store.uri} holds no clipmill run; make one with: clipmill curate SOURCE --out {store.uri}"
         )
     return json.loads(store.read_bytes("run.json"))
-
-
-def bucket(width: int, height: int, sar: float, duration_s: float, lengths_s: tuple[float, ...]) -> str:
-    """Folder of clips that train well together, e.g. '16x9_360p_4-8s'.
-
-    Classes, because real footage has hundreds of exact sizes: the nearest aspect ratio as displayed,
-    the largest standard shorter side that it reaches within 2 % (rounding to even sizes loses a row or
-    two), and the length between two edges.
-
-    Args:
-        width, height: stored pixels.
-        sar: shape of one pixel, width ÷ height.
-        lengths_s: increasing edges, seconds; a clip as long as an edge lies above it.
-    """
-    above = [e for e in lengths_s if e > duration_s]
-    below = [e for e in lengths_s if e <= duration_s]
-    length = f"{below[-1] if below else 0:g}-{above[0]:g}s" if above else f"{below[-1] if below else 0:g}s-up"
-    return f"{_shape(width, height, sar)}_{length}"
-
-
-@functools.cache
-def _shape(width: int, height: int, sar: float) -> str:
-    ratio = math.log(width * sar / height)
-    aspect = min(ASPECTS, key=lambda name: abs(math.log(ASPECTS[name]) - ratio))
-    reached = [s for s in SIDES if min(width, height) * 1.02 >= s]
-    return f"{aspect}_{reached[-1]}p" if reached else f"{aspect}_under{SIDES[0]}p"
-
-
-def split(sizes: np.ndarray, max_items: int, max_bytes: int) -> list[int]:
-    """Cut a list into the fewest consecutive runs within both limits, as even as they can be.
-
-    Args:
-        sizes: int64 [n], bytes an item takes. An item above `max_bytes` becomes a run of its own.
-
-    Returns the edges, [0, …, n]; [0] for an empty list.
-    """
-    total = np.concatenate([[0], np.cumsum(sizes)])
-
-    def cut(share: float) -> list[int]:
-        items, size = max(1, int(max_items * share)), max_bytes * share
-        edges = [0]
-        while edges[-1] < len(sizes):
-            start = edges[-1]
-            end = int(np.searchsorted(total, total[start] + size, "right")) - 1
-            edges.append(min(max(end, start + 1), start + items, len(sizes)))
-        return edges
-
-    fewest = best = cut(1.0)
-    low, high = 0.0, 1.0
-    for _ in range(24 if len(fewest) > 2 else 0):  # the smallest share of the limits that needs no more runs
-        middle = (low + high) / 2
-        if middle * max_items >= 1 and len(edges := cut(middle)) == len(fewest):
-            high, best = middle, edges
-        else:
-            low = middle
-    return best
-
-
-def plan(samples: pa.Table, recipe: Shards) -> pa.Table:
-    """The index: samples in the order they are stored, with bucket, tar and offsets.
-
-    Args:
-        samples: a row a kept clip, in any order, as `_samples` makes it.
-
-    Adds `tar` (relative to the folder of the shards), `shard` (the same, relative to the run), `offset` and `size` of
-    the mp4, `json_offset` and `json_size`; its metadata holds `plan`, a hash of all that determines the shards' bytes.
-    """
-    order = pa.array(
-        hashlib.blake2b(f"{recipe.seed}\0{c}".encode(), digest_size=8).digest()
-        for c in samples["clip_id"].to_pylist()
-    ).cast(pa.binary())
-    keys = [(name, "ascending") for name in ("bucket", "order", "clip_id")]
-    samples = samples.take(pc.sort_indices(samples.append_column("order", order), keys))
-    media, tail = samples["media_size"].to_numpy(), samples["tail_size"].to_numpy()
-    size = BLOCK + _padded(media) + tail
-    start = np.zeros(len(samples), np.int64)
-    tars: list[str] = []
-    names, counts = _runs(samples["bucket"].to_pylist())
-    first = 0
-    for name, count in zip(names, counts, strict=True):
-        edges = split(size[first : first + count], recipe.max_clips, recipe.max_bytes - END)
-        for number, (a, b) in enumerate(pairwise(edges)):
-            inside = slice(first + a, first + b)
-            start[inside] = np.concatenate([[0], np.cumsum(size[inside])[:-1]])
-            tars += [f"{name}/{name}-{number:06d}.tar"] * (b - a)  # wids caches by the last part alone
-        first += count
-    where = {
-        "tar": pa.array(tars, pa.string()),
-        "shard": pa.array((f"shards/{t}" for t in tars), pa.string()),
-        "offset": pa.array(start + BLOCK),
-        "size": pa.array(media),
-        "json_offset": pa.array(start + BLOCK + _padded(media) + BLOCK),
-        "json_size": samples["json_size"].combine_chunks(),
-    }
-    index = samples.drop_columns(["json_size"])
-    for i, (name, column) in enumerate(where.items()):
-        index = index.add_column(2 + i, name, column)
-    return index.replace_schema_metadata({"plan": _plan_hash(index)})
-
-
-def _plan_hash(index: pa.Table) -> str:
-    """What the bytes of the shards follow from: names, order, media and tails."""
-    what = zip(*(index[c].to_pylist() for c in ("tar", "clip_id", "media_sha256", "tail_hash")), strict=True)
-    text = hashlib.sha256()
-    for row in what:
-        text.update("\0".join(row).encode() + b"\n")
-    text.update(",".join(index.schema.names).encode())
-    return text.hexdigest()
-
-
-def _runs(values: list[str]) -> tuple[list[str], list[int]]:
-    """The distinct values of a sorted list and how often each occurs."""
-    counts: dict[str, int] = defaultdict(int)
-    for v in values:
-        counts[v] += 1
-    return list(counts), list(counts.values())
-
-
-def _padded(size: Any) -> Any:
-    return -(-size // BLOCK) * BLOCK
 
 
 # ---------------------------------------------------------------- what is written beside the mp4
@@ -288,7 +150,7 @@ def _samples(
             text = json.dumps(about, ensure_ascii=False).encode()  # on one line: C does it
             members = {"json": text, "txt": (verdict["caption"] or "").encode()}
             members |= {f"{n}.npy": _npy(v[r]) for n, v in vectors.items() if v[r].is_valid}
-            tail = b"".join(_member(f"{clip['clip_id']}.{kind}", data) for kind, data in members.items())
+            tail = b"".join(member(f"{clip['clip_id']}.{kind}", data) for kind, data in members.items())
             sar = video["sample_aspect_ratio"] or 1.0
             facts.append(
                 {
@@ -337,23 +199,6 @@ def _npy(vector: pa.FixedSizeListScalar) -> bytes:
     return file.getvalue()
 
 
-def _header(name: str, size: int) -> bytes:
-    """The header block (ustar) of a member; the same bytes for the same name and size, whoever writes it.
-
-    What `tarfile` writes for a file of mode 644, user and time 0, in a tenth of the time.
-    """
-    assert len(name) <= 100, f"{name} is too long for a tar header"
-    head = name.encode("ascii").ljust(100, b"\0") + b"0000644\0" + 2 * b"0000000\0"
-    head += b"%011o\0" % size + b"00000000000\0"
-    tail = b"0" + bytes(100) + b"ustar\x0000" + bytes(247)
-    checksum = sum(head) + sum(tail) + 8 * ord(" ")
-    return head + b"%06o\0 " % checksum + tail
-
-
-def _member(name: str, data: bytes) -> bytes:
-    return _header(name, len(data)) + data + bytes(_padded(len(data)) - len(data))
-
-
 # ---------------------------------------------------------------- writing
 
 
@@ -362,7 +207,7 @@ def _build(run: Store, store: Store, index: pa.Table, tails: IO[bytes]) -> None:
     plan_hash = index.schema.metadata[b"plan"].decode()
     sizes: dict[str, int] = {}
     ends = index["offset"].to_numpy() - BLOCK  # each sample's start; its end follows
-    ends = ends + BLOCK + _padded(index["size"].to_numpy()) + index["tail_size"].to_numpy() + END
+    ends = ends + BLOCK + padded(index["size"].to_numpy()) + index["tail_size"].to_numpy() + END
     names = index["tar"].to_pylist()
     for name, end in zip(names, ends.tolist(), strict=True):
         sizes[name] = end
@@ -377,7 +222,7 @@ def _build(run: Store, store: Store, index: pa.Table, tails: IO[bytes]) -> None:
             store.delete_folder("shards.partial")
             store.write_bytes("shards.partial/.plan", plan_hash.encode())
         _write_tars(run, store, index, tails, sizes)
-        _, counts = _runs(names)
+        _, counts = runs(names)
         tars = [
             {"url": name, "nsamples": count, "filesize": sizes[name]}
             for name, count in zip(sizes, counts, strict=True)
@@ -424,20 +269,20 @@ def _write_tars(run: Store, store: Store, index: pa.Table, tails: IO[bytes], siz
         with contextlib.closing(ranges), store.writer(f"shards.partial/{name}") as tar:
             for row in samples.to_pylist():
                 size = row["media_size"]
-                tar.write(_header(f"{row['clip_id']}.mp4", size))
+                tar.write(header(f"{row['clip_id']}.mp4", size))
                 try:
                     ranges.copy(row["media_tar"], row["media_offset"], size, tar, row["media_sha256"])
                 except StoreError as e:
                     raise StoreError(f"shards/{name} cannot be written, clip {row['clip_id']}: {e}") from e
                 tail = os.pread(tails.fileno(), row["tail_size"], row["tail_at"])
-                tar.write(bytes(_padded(size) - size) + tail)
+                tar.write(bytes(padded(size) - size) + tail)
             tar.write(bytes(END))
             assert tar.tell() == sizes[name], "the plan and the tar disagree"
 
     first = 0
     with ThreadPoolExecutor(WRITERS) as pool:
         jobs = []
-        for name, count in zip(*_runs(index["tar"].to_pylist()), strict=True):
+        for name, count in zip(*runs(index["tar"].to_pylist()), strict=True):
             if not store.exists(f"shards.partial/{name}"):
                 work = partial(write, name, index.select(columns).slice(first, count))
                 jobs.append(pool.submit(patiently, work))

@@ -15,7 +15,7 @@ import json
 from typing import Any
 
 from pipeline.recipe import Recipe
-from pipeline.record import CLIP_SCHEMA
+from pipeline.tables import CLIP_SCHEMA
 
 # Columns of clips/ that stay out of the index: long, or about the staging tars.
 NOT_INDEXED = {"captions", "text", "sample_frames", "media_tar", "media_offset", "media_size", "media_sha256"}

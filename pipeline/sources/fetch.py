@@ -18,7 +18,7 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -32,6 +32,7 @@ from pipeline.faults import (
     TransientFault,
     WorkerFault,
     kind_of,
+    one_line,
     sentence,
 )
 from pipeline.record import Source
@@ -44,9 +45,9 @@ from pipeline.sources.names import (
     YOUTUBE,
     Limits,
     object_store,
-    one_line,
     path_of,
     place_of,
+    tar_of,
 )
 from pipeline.sources.signed import redacted
 from pipeline.sources.youtube import download
@@ -90,6 +91,29 @@ def _localised(source: Source, hash: bool, limits: Limits) -> Iterator[Localised
         return
     with scratch.cached(_key(source), lambda to: _fetch(source, to, limits), source.uri) as f:
         yield Localised(f.name, _digest(f) if hash else "")
+
+
+def local_path(source: Source) -> str | None:
+    """The local file that holds a source's bytes: its own or its tar; None where they are elsewhere."""
+    if source.problem:
+        return None
+    return path_of(source.uri if source.member is None else tar_of(source.uri))
+
+
+def sha256_of(source: Source) -> str | None:
+    """Of a local source's bytes; None where they are elsewhere or cannot be read."""
+    path = local_path(source)
+    if path is None:
+        return None
+    try:
+        with _open_regular(path, source.uri) as f:
+            if source.member is None:
+                return _digest(f)
+            digest = hashlib.sha256()
+            _copy_range(f, digest.update, *source.member, source.uri)
+            return digest.hexdigest()
+    except (OSError, SourceFault):
+        return None
 
 
 @contextlib.contextmanager
@@ -208,7 +232,7 @@ def _fetch(source: Source, to: Path, limits: Limits) -> None:
         if path is not None:
             assert source.member is not None
             with _open_regular(path, source.uri) as f:
-                _copy_range(f, out, *source.member, source.uri)
+                _copy_range(f, out.write, *source.member, source.uri)
         elif address.startswith(("http://", "https://")):
             get(source, out, source.member, limits)
             if source.member and out.tell() < source.member[1]:
@@ -223,14 +247,14 @@ def _fetch(source: Source, to: Path, limits: Limits) -> None:
         os.fsync(out.fileno())  # or a power cut might leave the name without the bytes
 
 
-def _copy_range(src: Any, out: BinaryIO, offset: int, size: int, uri: str) -> None:
+def _copy_range(src: Any, write: Callable[[bytes], Any], offset: int, size: int, uri: str) -> None:
     src.seek(offset)
     left = size
     while left:
         data = src.read(min(CHUNK, left))
         if not data:
             raise SourceFault(f"{uri}: the file ends {left} bytes early; it has changed since it was listed")
-        out.write(data)
+        write(data)
         left -= len(data)
         progress()
 
@@ -242,7 +266,7 @@ def _object(source: Source, address: str, out: BinaryIO, limits: Limits) -> None
         offset, size = source.member or (0, f.size())
         if size > limits.max_bytes:
             raise SourceFault(f"{source.uri}: {size} bytes are more than the limit of {limits.max_bytes}")
-        _copy_range(f, out, offset, size, source.uri)
+        _copy_range(f, out.write, offset, size, source.uri)
 
 
 # pyarrow gives no code: what its sentences say. 'AWS Error SLOW_DOWN during HeadObject operation: … (HTTP status 503)'

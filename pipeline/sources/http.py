@@ -17,10 +17,10 @@ import urllib.request
 from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
-from pipeline.faults import Fault, SourceFault, TransientFault
+from pipeline.faults import Fault, SourceFault, TransientFault, one_line
 from pipeline.record import Source
 from pipeline.sources import network
-from pipeline.sources.names import CHUNK, Limits, one_line, place_of
+from pipeline.sources.names import CHUNK, Limits, place_of
 from pipeline.sources.signed import clean, redacted
 from pipeline.watch import progress
 

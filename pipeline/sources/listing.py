@@ -25,7 +25,7 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.faults import SourceFault, TransientFault, WorkerFault
+from pipeline.faults import SourceFault, TransientFault, WorkerFault, one_line
 from pipeline.record import Source
 from pipeline.sources import network
 from pipeline.sources.folders import at_path, fixed, glob_files, matcher, walk, why_none
@@ -242,7 +242,7 @@ def _objects(arg: str, recursive: bool, reach: str) -> list[Source]:
             found = below(key, lambda _: True, recursive)
             problem = why_none(clean(arg), left)
     except (pa.ArrowException, OSError) as e:
-        said = redacted(" ".join(str(e).split()), arg)
+        said = redacted(one_line(e), arg)
         raise SourceError(f"{clean(arg)}: cannot be listed: {said}") from None
     if not found:
         raise SourceError(problem)

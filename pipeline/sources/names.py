@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.faults import SourceFault
+from pipeline.faults import SourceFault, one_line
 from pipeline.record import Source
 from pipeline.sources import network
 from pipeline.sources.signed import clean, clean_text, redacted, split_options
@@ -203,7 +203,3 @@ def object_store(address: str, reach: str = network.ANY) -> tuple[pafs.FileSyste
 def number_of(n: int, what: str) -> str:
     """'1 row', '2,000 rows'."""
     return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
-def one_line(e: object) -> str:
-    return " ".join(str(e).split())

@@ -12,10 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pipeline.faults import Fault, SourceFault, TransientFault, WorkerFault
+from pipeline.faults import Fault, SourceFault, TransientFault, WorkerFault, one_line
 from pipeline.record import Source
 from pipeline.sources import network
-from pipeline.sources.names import YOUTUBE, Limits, SourceError, number_of, one_line, place_of
+from pipeline.sources.names import YOUTUBE, Limits, SourceError, number_of, place_of
 from pipeline.sources.signed import redacted
 
 INSTALL = "pip install -e '.[youtube]' in the clone of clipmill"

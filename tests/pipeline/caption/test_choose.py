@@ -13,7 +13,8 @@ import pytest
 from pipeline import recipe
 from pipeline.caption import choose
 from pipeline.caption.choose import ChooseStage, best, consensus, similarity
-from pipeline.record import CAPTION, Caption
+from pipeline.record import Caption
+from pipeline.tables import CAPTION
 from tests.fixtures.clips import noise, video
 
 TEXTS = [

@@ -14,7 +14,7 @@ import pytest
 from pipeline.decide.rules import clip_files, decide, funnel
 from pipeline.io.store import Store
 from pipeline.recipe import Recipe, RecipeError, parse
-from pipeline.record import DECISION_SCHEMA, clip_schema
+from pipeline.tables import DECISION_SCHEMA, clip_schema
 from tests.fixtures.run_folder import (
     CAPTIONERS,
     EMBEDDING,

@@ -1,5 +1,6 @@
 """Identity follows content: moved sources are known again, changes are told and acted on only when asked for."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from jobs import curate
 from pipeline.record import Source
 from pipeline.run import identity
+from pipeline.sources.fetch import sha256_of
 from tests.fixtures import videos
 from tests.fixtures.videos import made
 
@@ -326,13 +328,16 @@ def test_content_that_comes_back_under_a_name_that_it_left_gets_ids_of_its_own(w
 
 def test_a_member_of_a_tar_is_hashed_in_place(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"....hello....")
-    import hashlib
-
     source = Source(f"{tmp_path}/x.tar#m.mp4", "m", member=(4, 5))
-    assert identity.sha256_of(source) == hashlib.sha256(b"hello").hexdigest()
-    assert identity.sha256_of(Source(f"{tmp_path}/x.tar#m.mp4", "m", member=(10, 5))) is None
-    assert identity.sha256_of(Source("http://example.com/a.mp4", "a")) is None
+    assert sha256_of(source) == hashlib.sha256(b"hello").hexdigest()
+    assert sha256_of(Source(f"{tmp_path}/x.tar#m.mp4", "m", member=(10, 5))) is None
+    assert sha256_of(Source("http://example.com/a.mp4", "a")) is None
     assert identity.dated([source])[0].bytes == 5
+
+
+def test_hashing_never_waits_for_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "a.mp4")
+    assert sha256_of(Source(f"{tmp_path}/a.mp4", "a")) is None
 
 
 def test_a_failed_source_of_other_bytes_is_measured_again_by_itself(tmp_path, capsys):

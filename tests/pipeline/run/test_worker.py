@@ -156,6 +156,24 @@ def test_the_time_of_all_stages_counts_against_a_source():
     assert said == {"/a": "ok"}
 
 
+class LateCommit(commit.CommitStage):
+    """A commit that takes longer than what is left of its source's time."""
+
+    def __call__(self, videos):
+        time.sleep(0.8)
+        return super().__call__(videos)
+
+
+def test_a_source_whose_time_ends_while_it_is_committed_is_committed(tmp_path):
+    toy, store = Toy(), Store(str(tmp_path / "out"))
+    run_local(
+        [toy, LateCommit(store.uri, produced([toy]))],
+        [unit("a"), unit("b", "c")],
+        limits=Limits(source_s=0.5),
+    )
+    assert statuses(rows(store)) == {"/a": "ok", "/b": "ok", "/c": "ok"}
+
+
 class Limited(Toy):
     """Works within a limit of its own, as a captioner does."""
 

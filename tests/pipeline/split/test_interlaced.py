@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.record import video_row
 from pipeline.split import pictures
+from pipeline.tables import video_row
 from tests.pipeline.split.test_cut import FFMPEGS, assert_exact, clips_of, ready
 from tests.pipeline.split.test_geometry import analysed, cut, encode, psnr, seen
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pipeline.geometry import MATRICES
-from pipeline.record import video_row
 from pipeline.split import tone
+from pipeline.tables import video_row
 from tests.pipeline.split.test_cut import FFMPEGS
 from tests.pipeline.split.test_geometry import H, W, analysed, cut, encode, psnr, scene, seen
 

@@ -1,0 +1,120 @@
+"""The part of a recipe that says who captions the clips, and which caption is chosen."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.recipe_schema import CODE, MAYBE_PATH, Section
+
+
+class TagsCaptioner(Section):
+    """Baseline `tags-baseline`: ImageNet tags as a sentence (EfficientNet-Lite0, embedded)."""
+
+    kind: Literal["tags"] = Field(description="which captioner")
+    frames: int = Field(4, ge=1, description="frames a clip to look at")
+    sure: float = Field(0.4, gt=0, lt=1, description="mean probability from which a tag is stated")
+    unsure: float = Field(0.15, gt=0, lt=1, description="… and from which it is offered as a guess")
+
+
+class MotionColourCaptioner(Section):
+    """Baseline `colour-motion-baseline`: dominant colours, light and camera motion as a sentence."""
+
+    kind: Literal["colour_motion"] = Field(description="which captioner")
+    frames: int = Field(4, ge=1, description="frames a clip to look at")
+
+
+class TextCaptioner(Section):
+    """Baseline `on-screen-text-baseline`: the text read on screen as a sentence (needs scores.text)."""
+
+    kind: Literal["on_screen_text"] = Field(description="which captioner")
+    lines: int = Field(4, ge=1, description="most prominent lines to quote")
+
+
+class GivenCaptioner(Section):
+    """`given`: the caption that the list, or a .txt beside the video in its tar, came with."""
+
+    kind: Literal["given"] = Field(description="which captioner")
+    column: str = Field("caption", description="of the list")
+    pieces: bool = Field(False, description="also of clips that are a piece of what it was written for")
+
+
+class TransformersCaptioner(Section):
+    """Any transformers image- or video-text-to-text model."""
+
+    kind: Literal["transformers"] = Field(description="which captioner")
+    model: str = Field(description="hub id or folder", json_schema_extra=MAYBE_PATH)
+    name: str | None = Field(None, description="who wrote it, in the output; none: the model")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    prompt: str = Field(
+        "Describe the main subject and what happens in this video in one faithful sentence.",
+        description="what it is asked",
+    )
+    input: Literal["video", "images", "image"] = Field(
+        "video", description="images: the frames one by one; image: one random frame of the middle 40 %"
+    )
+    frames: int = Field(8, ge=1, description="frames a clip to look at (input video or images)")
+    context: bool = Field(
+        False, description="add the source's title, description and subtitles to the prompt"
+    )
+    first_sentence: bool = Field(False, description="keep no more than the first sentence")
+    max_new_tokens: int = Field(96, ge=1, description="of an answer; a longer one is cut off")
+    beams: int = Field(1, ge=1, description="1: greedy")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="numbers that the model computes with; auto: those it is stored in"
+    )
+    batch: int = Field(8, ge=1, description="clips of one source a forward pass")
+
+
+class PythonCaptioner(Section):
+    """A captioner of your own, see pipeline/caption/captioner.py."""
+
+    kind: Literal["python"] = Field(description="which captioner")
+    captioner: str = Field(description="'file.py:Class' or 'package.module:Class'", json_schema_extra=CODE)
+    options: dict[str, Any] = Field({}, description="what its class is made with")
+
+
+Captioner = Annotated[
+    TagsCaptioner
+    | MotionColourCaptioner
+    | TextCaptioner
+    | GivenCaptioner
+    | TransformersCaptioner
+    | PythonCaptioner,
+    Field(discriminator="kind"),
+]
+
+
+class Choose(Section):
+    """Which caption stands for the clip; `method` and `order` are changed freely on a finished run."""
+
+    method: Literal["consensus", "open_clip", "order"] = Field(
+        "consensus",
+        description="what most say; what fits the pictures best (CLIPScore, measured by curate where this is its "
+        "method); or the first of `order` that says something",
+    )
+    order: tuple[str, ...] = Field(
+        (), description="captioners by name, the preferred first, for method order; the others follow"
+    )
+    clip_score: bool = Field(
+        False,
+        description="have curate measure what method open_clip goes by; so it does where that is the method",
+    )
+    model: str = Field("ViT-B-32", description="open_clip architecture, for method open_clip")
+    pretrained: str = Field(
+        "", description="open_clip tag or weights file, for method open_clip", json_schema_extra=MAYBE_PATH
+    )
+    frames: int = Field(8, ge=1, description="frames a clip to compare with, for method open_clip")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _needed(cls, data: Any) -> Any:
+        chosen = isinstance(data, dict) and data.get("method") == "open_clip"
+        return data | {"clip_score": True} if chosen else data
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Choose:
+        if self.method == "order" and not self.order:
+            raise ValueError("method order needs choose.order, a list of captioners, the preferred first")
+        return self
