@@ -25,6 +25,7 @@ LONGEST = 40  # frames a wipe, and half a fade, may last
 ONCE = 0.6  # share of a pixel's movement that one step makes where it is wiped over
 NOISE = 5.0  # grey levels that a pixel may move from frame to frame and be still
 WIPED = 0.45  # share of the picture that is
+BLOCK = 1024  # frames looked at at a time, to bound memory
 
 
 def find(thumbs: np.ndarray, cuts: list[int], many: np.ndarray | None = None) -> list[Span]:
@@ -67,7 +68,9 @@ def gradual(many: np.ndarray, cuts: list[int], thumbs: np.ndarray) -> list[Span]
 
 def fades(thumbs: np.ndarray) -> list[Span]:
     """Fades out and in: to a picture of one colour and from it, the contrast falling and rising step by step."""
-    contrast = thumbs.mean(3).std((1, 2))  # [n], grey levels
+    contrast = np.concatenate(
+        [_sums(thumbs[i : i + BLOCK]).std((1, 2)) / 3 for i in range(0, len(thumbs), BLOCK)]
+    )
     found: list[Span] = []
     for flat_start, flat_end in _runs(contrast < FLAT):
         start, end = flat_start, flat_end
@@ -92,16 +95,21 @@ def fades(thumbs: np.ndarray) -> list[Span]:
 
 def wipes(thumbs: np.ndarray) -> list[Span]:
     """Wipes: stretches of up to LONGEST frames in which most pixels change for good, each in one step of its own."""
+    import cv2
+
     n = len(thumbs)
     found: list[Span] = []
     for at in range(0, max(1, n - 8), 8):
-        window = thumbs[at : at + LONGEST + 9].astype(np.int16)
+        if at % BLOCK == 0:
+            block = thumbs[at : at + BLOCK + LONGEST + 9]
+            changes = _sums(cv2.absdiff(block[1:], block[:-1])) if len(block) > 1 else block[:0, ..., 0]
+        window = thumbs[at : at + LONGEST + 9]
         if len(window) < 8 or _change(window[0], window[-1]) < 2 * OTHER:
             continue
-        steps = np.abs(np.diff(window, axis=0)).mean(3)  # [m, 27, 48]
-        total = np.abs(window[-1] - window[0]).mean(2)
-        path = np.where(steps > NOISE, steps, 0).sum(0)
-        once = (total > 20) & (steps.max(0) > ONCE * path) & (steps.max(0) > 0.5 * total)
+        # [m, 27, 48] and [27, 48], thrice the grey levels
+        steps, total = changes[at % BLOCK :][: len(window) - 1], _sums(cv2.absdiff(window[-1], window[0]))
+        path = np.where(steps > 3 * NOISE, steps, 0).sum(0)
+        once = (total > 60) & (steps.max(0) > ONCE * path) & (steps.max(0) > 0.5 * total)
         when = np.sort(steps.argmax(0)[once])
         if once.mean() < WIPED or np.bincount(when).max() > len(when) / 3:
             continue
@@ -126,6 +134,12 @@ def without(edges: list[int], transitions: list[Span]) -> list[Span]:
             shots.append((start, a))
         start = max(start, b)
     return shots
+
+
+def _sums(pictures: np.ndarray) -> np.ndarray:
+    """uint8 [..., 3] → int16 [...], the three channels' sum."""
+    red, green, blue = (pictures[..., i].astype(np.int16) for i in range(3))
+    return red + green + blue
 
 
 def _change(a: np.ndarray, b: np.ndarray) -> np.ndarray:
