@@ -13,6 +13,7 @@ from typing import NoReturn
 
 JOBS = {
     "curate": "raw videos in, captioned WebDataset shards out",
+    "caption": "add captioners and judges to a finished run, from its own clips",
     "shard": "decide again on a finished run and re-pack, without any model",
     "report": "one HTML page of a run: funnel, histograms, contact sheets, errors",
     "train": "a video diffusion model, an autoencoder or a VLM, from a run's shards",

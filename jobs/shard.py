@@ -12,10 +12,12 @@ if TYPE_CHECKING:
 
     from pipeline.io.store import Store
 
+CHOICE = ("method", "order", "weights", "avoid")  # keys of choose that need nothing measured
+
 EPILOG = """
 DIR is the output of 'clipmill curate'. What it measured stays; thresholds are applied anew and the kept
 clips are copied into new shards. Only the recipe's 'decide' and 'shards' sections are used, and which
-caption is chosen ('choose.method', 'choose.order').
+caption is chosen ('choose.method', 'choose.order', 'choose.weights', 'choose.avoid').
 
 examples
   clipmill shard run/ --set decide.rules.too_short.min=3
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
             recipe = recipe.model_copy(
                 update={name: getattr(other, name) for name in ("decide", "shards", "choose")}
             )
-        ours = {"method": recipe.choose.method, "order": recipe.choose.order}
+        ours = {name: getattr(recipe.choose, name) for name in CHOICE}
         recipe = recipe.model_copy(update={"choose": measured.choose.model_copy(update=ours)})
         media.check(store)
         if args.dry_run:
@@ -108,15 +110,15 @@ def check_later(item: str) -> None:
     from pipeline.recipe_file import dotted, split_setting
 
     keys, value = split_setting(item)
-    if keys[0] in ("decide", "shards") or keys[:2] in (["choose", "method"], ["choose", "order"]):
+    if keys[0] in ("decide", "shards") or (keys[0] == "choose" and keys[1:2] in ([k] for k in CHOICE)):
         return
     if keys == ["choose"] and not any(
-        word in value for word in ("model:", "pretrained:", "frames:", "clip_score:")
+        word in value for word in ("judges:", "model:", "pretrained:", "frames:", "clip_score:")
     ):
         return
     raise RecipeError(
-        f"--set {dotted(keys)}: only decide.*, shards.*, choose.method and choose.order can be changed on a "
-        "finished run; for the rest run clipmill curate into a new folder"
+        f"--set {dotted(keys)}: only decide.*, shards.* and choose.{'|'.join(CHOICE)} can be changed on a "
+        "finished run; captioners and judges are added by clipmill caption, for the rest curate into a new folder"
     )
 
 

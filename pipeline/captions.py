@@ -1,5 +1,6 @@
-"""The name under which captioners of your own import their base class; it lives in `pipeline.caption.captioner`."""
+"""Where captioners and judges of your own import their base classes from; they live in `pipeline.caption`."""
 
 from pipeline.caption.captioner import Captioner
+from pipeline.caption.judge import Judge, Judged
 
-__all__ = ["Captioner"]
+__all__ = ["Captioner", "Judge", "Judged"]

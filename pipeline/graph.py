@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.caption.captioner import caption_stages
 from pipeline.caption.choose import ChooseStage, check_order
+from pipeline.caption.judge import judge_stages
 from pipeline.decide.rules import check_rules
 from pipeline.io.store import Store
 from pipeline.own_stage import placed
@@ -40,7 +41,7 @@ def build(recipe: Recipe, out: Store | str) -> list[Stage]:
     captioners = caption_stages(recipe.captions, recipe.limits.caption_s)
     if captioners:
         check_order(recipe.choose, [stage.model for stage in captioners])
-        stages += [*captioners, ChooseStage(recipe.choose)]
+        stages += [*captioners, ChooseStage(), *judge_stages(recipe.choose.judges)]
     stages = placed(stages, recipe.stages)
     let_go_of_samples(stages)
     divide_after(stages, recipe.limits.chunk_s)

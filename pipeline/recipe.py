@@ -127,6 +127,11 @@ class Cut(Section):
     )
     keyframe_s: float = Field(2.0, gt=0, description="longest distance between keyframes")
     audio: bool = Field(False, description="keep the first sound track (AAC)")
+    stills: bool = Field(
+        True,
+        description="keep the frames that models are shown beside each clip, so that captioners and measures added "
+        "later see the very same and nothing is decoded again",
+    )
     stall_s: float = Field(120.0, gt=0, description="give up when ffmpeg makes no progress for so long")
 
 
@@ -352,11 +357,7 @@ class Recipe(Section):
     def measured(self) -> dict[str, Any]:
         """Everything that changes what `curate` measures, as plain data."""
         found = self.model_dump(mode="json", exclude=NOT_MEASURED)
-        judge = (
-            self.choose if self.choose.clip_score else Choose()
-        )  # which caption is chosen is decided later
-        found["choose"] = judge.model_dump(mode="json", include={"model", "pretrained", "frames"})
-        found["choose"]["method"] = "open_clip" if self.choose.clip_score else "consensus"
+        found["choose"] = self.choose.model_dump(mode="json", include={"judges"})  # the choice is made later
         if not self.stages:  # so that runs from before there were any go on
             del found["stages"]
         return found
@@ -374,6 +375,7 @@ BEFORE: dict[str, Any] = {
     "decode.deinterlace": False,
     "decode.hdr": None,  # HDR was shown to models as it is stored and cut to 8 bits
     "shots.transitions": "keep",
+    "cut.stills": False,
 }
 
 

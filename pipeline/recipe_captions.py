@@ -86,35 +86,64 @@ Captioner = Annotated[
 ]
 
 
-class Choose(Section):
-    """Which caption stands for the clip; `method` and `order` are changed freely on a finished run."""
+class ClipScoreJudge(Section):
+    """`clip_score`: how well a text fits the pictures, by an open_clip model (CLIPScore, a sentence at a time)."""
 
-    method: Literal["consensus", "open_clip", "order"] = Field(
+    kind: Literal["clip_score"] = Field(description="which judge")
+    model: str = Field("ViT-B-32", description="open_clip architecture")
+    pretrained: str = Field("", description="open_clip tag or weights file", json_schema_extra=MAYBE_PATH)
+    frames: int = Field(8, ge=1, description="frames a clip to compare with")
+
+
+class PythonJudge(Section):
+    """A judge of your own, see pipeline/caption/judge.py."""
+
+    kind: Literal["python"] = Field(description="which judge")
+    judge: str = Field(description="'file.py:Class' or 'package.module:Class'", json_schema_extra=CODE)
+    options: dict[str, Any] = Field({}, description="what its class is made with")
+
+
+Judge = Annotated[ClipScoreJudge | PythonJudge, Field(discriminator="kind")]
+
+
+class Choose(Section):
+    """Which caption stands for the clip; all but `judges` is changed freely on a finished run."""
+
+    judges: tuple[Judge, ...] = Field(
+        (), description="who else scores the captions; `consensus` is always there"
+    )
+    method: str = Field(
         "consensus",
-        description="what most say; what fits the pictures best (CLIPScore, measured by curate where this is its "
-        "method); or the first of `order` that says something",
+        description="a score, the highest stands: consensus is what most say, others are the judges'; weights: several "
+        "of them; order: the first of `order` that says something",
+    )
+    weights: dict[str, float] = Field(
+        {}, description="of scores by name, for method weights; a score that is missing counts 0"
     )
     order: tuple[str, ...] = Field(
         (), description="captioners by name, the preferred first, for method order; the others follow"
     )
-    clip_score: bool = Field(
-        False,
-        description="have curate measure what method open_clip goes by; so it does where that is the method",
+    avoid: tuple[str, ...] = Field(
+        ("refusal", "loop", "leak", "broken_json", "wrong_language"),
+        description="flags with which a caption stands only where none without them does",
     )
-    model: str = Field("ViT-B-32", description="open_clip architecture, for method open_clip")
-    pretrained: str = Field(
-        "", description="open_clip tag or weights file, for method open_clip", json_schema_extra=MAYBE_PATH
-    )
-    frames: int = Field(8, ge=1, description="frames a clip to compare with, for method open_clip")
 
     @model_validator(mode="before")
     @classmethod
-    def _needed(cls, data: Any) -> Any:
-        chosen = isinstance(data, dict) and data.get("method") == "open_clip"
-        return data | {"clip_score": True} if chosen else data
+    def _older(cls, data: Any) -> Any:
+        """Recipes and runs of when there was one judge, whose options stood here."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        options = {k: data.pop(k) for k in ("model", "pretrained", "frames") if k in data}
+        if data.pop("clip_score", False) or (data.get("method") == "open_clip" and options):
+            data["judges"] = [*data.get("judges", ()), {"kind": "clip_score", **options}]
+        return data | {"method": "clip_score"} if data.get("method") == "open_clip" else data
 
     @model_validator(mode="after")
-    def _ordered(self) -> Choose:
+    def _complete(self) -> Choose:
         if self.method == "order" and not self.order:
             raise ValueError("method order needs choose.order, a list of captioners, the preferred first")
+        if self.method == "weights" and not self.weights:
+            raise ValueError("method weights needs choose.weights, e.g. {clip_score: 1, consensus: 0.5}")
         return self

@@ -127,6 +127,22 @@ class Caption:
     prompt: str = ""
     scores: dict[str, float] = field(default_factory=dict)  # 'consensus', 'clip_score', …
     reason: str = ""  # of outcome 'error': one sentence, with file and line of a captioner of the user's own
+    raw: str = ""  # what the captioner said, word for word, where that is not the text
+    flags: list[str] = field(default_factory=list)  # what is odd about it (pipeline.caption.hygiene)
+    support: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # by score: one number a sentence of the text
+    cost: dict[str, float] = field(default_factory=dict)  # 'prompt_tokens', 'completion_tokens', 'usd'
+    made_from: list[str] = field(default_factory=list)  # models of the captions that it puts together
+
+
+@dataclass(frozen=True)
+class Stills:
+    """Where the frames that models were shown of a clip lie: JPEGs one after another in the tar of its mp4."""
+
+    offset: int
+    sizes: tuple[int, ...]  # bytes of each, in the order of `Clip.sample_frames`
+    sha256: str  # of all of them
 
 
 @dataclass(frozen=True)
@@ -139,6 +155,7 @@ class Media:
     sha256: str
     width: int  # of the encoded clip, upright, in stored pixels
     height: int
+    stills: Stills | None = None
 
 
 @dataclass
@@ -157,6 +174,7 @@ class Clip:
     media: Media | None = None
     meta: dict[str, str] = field(default_factory=dict)  # its own (Source.interval_meta), over the source's
     sample_frames: list[int] = field(default_factory=list)  # frames kept for models, as in Frames.samples
+    sample_pts: list[int] = field(default_factory=list)  # their PTS, ticks of the source's time base
 
     @property
     def duration_s(self) -> float:

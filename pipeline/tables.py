@@ -6,12 +6,13 @@ decisions.parquet one a clip again (DECISION_SCHEMA), so that decisions can chan
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.geometry import MATRICES, PRIMARIES, TRANSFERS
-from pipeline.record import Clip, Video
+from pipeline.record import Caption, Clip, Video
 
 
 def _described(fields: list[tuple[str, pa.DataType, str]]) -> pa.Schema:
@@ -26,6 +27,11 @@ CAPTION = pa.struct(
         ("prompt", pa.string()),
         ("scores", pa.map_(pa.string(), pa.float32())),
         ("reason", pa.string()),  # of outcome 'error', one sentence; '' otherwise
+        ("raw", pa.string()),  # what was said, word for word, where that is not the text
+        ("flags", pa.list_(pa.string())),  # see pipeline.caption.hygiene
+        ("support", pa.map_(pa.string(), pa.list_(pa.float32()))),  # by score: a number a sentence
+        ("cost", pa.map_(pa.string(), pa.float64())),  # tokens, usd
+        ("made_from", pa.list_(pa.string())),  # models of the captions that it puts together
     ]
 )
 
@@ -77,6 +83,7 @@ VIDEO_SCHEMA = _described(
             pa.string(),
             "name that is in its clip ids: the one it was measured under, with a number where that is taken",
         ),
+        ("time_base", pa.string(), "seconds a tick of the stream, as a fraction"),
     ]
 )
 
@@ -102,11 +109,15 @@ CLIP_SCHEMA = _described(
         ("media_offset", pa.int64(), "first byte of the mp4 in that tar"),
         ("media_size", pa.int64(), "bytes of the mp4"),
         ("media_sha256", pa.string(), "of the mp4's bytes"),
+        ("stills_offset", pa.int64(), "first byte of the JPEGs of sample_frames in that tar; null without"),
+        ("stills_sizes", pa.list_(pa.int32()), "bytes of each of these JPEGs"),
+        ("stills_sha256", pa.string(), "of their bytes, one after another"),
         (
             "sample_frames",
             pa.list_(pa.int64()),
             "frames that captioners, scores and choosers were shown a choice of, numbered as start_frame",
         ),
+        ("sample_pts", pa.list_(pa.int64()), "PTS of each, ticks of its source's time_base"),
     ]
 )
 
@@ -180,12 +191,26 @@ def video_row(v: Video) -> dict[str, Any]:
         "color_transfer": TRANSFERS[c.transfer] if seen else None,
         "full_range": c.full_range if seen else None,
         "salt": v.salt,
+        "time_base": str(v.time_base) if seen else None,
     }
+
+
+def caption_row(caption: Caption) -> dict[str, Any]:
+    """A CAPTION."""
+    maps = {name: list(getattr(caption, name).items()) for name in ("scores", "support", "cost")}
+    return {f.name: maps.get(f.name, getattr(caption, f.name)) for f in CAPTION}
+
+
+def caption_of(row: Mapping[str, Any]) -> Caption:
+    """A CAPTION as a record again; an older run's lacks what came later."""
+    found = {f.name: row[f.name] for f in CAPTION if row.get(f.name) is not None}
+    return Caption(**(found | {name: dict(row.get(name) or []) for name in ("scores", "support", "cost")}))
 
 
 def clip_row(v: Video, c: Clip, scores: list[str], embeddings: dict[str, int]) -> dict[str, Any]:
     """A row of `clip_schema(scores, embeddings)`; what was not measured is null."""
     assert c.media is not None
+    stills = c.media.stills
     row: dict[str, Any] = {
         "clip_id": c.clip_id,
         "source": v.source.uri,
@@ -199,24 +224,18 @@ def clip_row(v: Video, c: Clip, scores: list[str], embeddings: dict[str, int]) -
         "width": c.media.width,
         "height": c.media.height,
         "fps": v.fps,
-        "captions": [
-            {
-                "model": k.model,
-                "text": k.text,
-                "outcome": k.outcome,
-                "prompt": k.prompt,
-                "scores": list(k.scores.items()),
-                "reason": k.reason,
-            }
-            for k in c.captions
-        ],
+        "captions": [caption_row(k) for k in c.captions],
         "text": c.text,
         "meta": list((v.source.meta | c.meta).items()),
         "media_tar": c.media.tar,
         "media_offset": c.media.offset,
         "media_size": c.media.size,
         "media_sha256": c.media.sha256,
+        "stills_offset": stills.offset if stills else None,
+        "stills_sizes": stills.sizes if stills else None,
+        "stills_sha256": stills.sha256 if stills else None,
         "sample_frames": c.sample_frames,
+        "sample_pts": c.sample_pts,
     }
     row |= {f"score_{name}": c.scores.get(name) for name in scores}
     row |= {f"emb_{name}": c.embeddings.get(name) for name in embeddings}

@@ -32,12 +32,12 @@ Captioners that come with clipmill: `caption/baselines.py` (embedded, no downloa
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from pipeline import own_code, recipe_captions
+from pipeline.caption import hygiene
 from pipeline.faults import ClipFault, OutOfTime, StoreError, TooLong, WorkerFault, kind_of
 from pipeline.recipe_schema import RecipeError
 from pipeline.record import Caption, Clip, Video
@@ -55,7 +55,7 @@ class Captioner:
     """
 
     name: str  # who wrote the caption, in the output
-    batch = 1  # clips given to `caption_batch` at once, all of one video
+    batch = 1  # clips given to `caption_batch` at once, of any videos
     resources = Resources()
 
     def __init__(self, options: Any = None):
@@ -72,9 +72,13 @@ class Captioner:
         """One clip's sentence; '' or None where there is nothing to say; a Caption to say more (outcome, prompt)."""
         raise NotImplementedError
 
-    def caption_batch(self, video: Video, clips: list[Clip]) -> Sequence[str | Caption | None]:
+    def caption_batch(self, clips: list[tuple[Video, Clip]]) -> Sequence[str | Caption | None]:
         """A sentence a clip, in their order; for models that like batches."""
-        return [self.caption(video, clip) for clip in clips]
+        return [self.caption(video, clip) for video, clip in clips]
+
+    def shape(self, video: Video, clip: Clip) -> Any:
+        """What clips of one forward pass have in common; those of equal shape come to `caption_batch` together."""
+        return 0
 
 
 class CaptionStage:
@@ -102,48 +106,63 @@ class CaptionStage:
             self.captioner.setup()
 
     def __call__(self, videos: list[Video]) -> list[Video]:
-        alone = type(self.captioner).caption_batch is Captioner.caption_batch
-        size = 1 if alone else self.captioner.batch
-        for video in each(videos):
+        for video in videos:
             video.warnings = [w for w in video.warnings if not w.startswith(f"{self.name}: ")]
-            # batches of one video's clips only: the size of a batch can change the last bits of a score
-            for i in range(0, len(video.clips), size):
-                clips = video.clips[i : i + size]
-                for clip, caption in zip(clips, self._captions(video, clips), strict=True):
-                    _assign(clip, caption)
+        alone = type(self.captioner).caption_batch is Captioner.caption_batch
+        if alone or self.captioner.batch == 1:
+            for video in each(videos):
+                for clip in video.clips:
+                    self._do([(video, clip)])
+            return videos
+        # clips of all videos together, or a model would wait for a source of three clips
+        by_shape: dict[Any, list[tuple[Video, Clip]]] = {}
+        for video in videos:
+            for clip in video.clips:
+                by_shape.setdefault(self.captioner.shape(video, clip), []).append((video, clip))
+        for clips in by_shape.values():
+            for i in range(0, len(clips), self.captioner.batch):
+                self._do(clips[i : i + self.captioner.batch])
         return videos
 
-    def _captions(self, video: Video, clips: list[Clip]) -> list[Caption]:
+    def _do(self, clips: list[tuple[Video, Clip]]) -> None:
+        for (_, clip), caption in zip(clips, self._captions(clips), strict=True):
+            _assign(clip, caption)
+
+    def _captions(self, clips: list[tuple[Video, Clip]]) -> list[Caption]:
         """Their captions; what is the fault of a clip or of the captioner becomes outcome 'error'."""
         try:
             with self._heard(clips), self._limited():
-                return patiently(lambda: self._asked(video, clips))
+                return patiently(lambda: self._asked(clips))
         except (Exception, SystemExit) as e:
             if issubclass(kind_of(e), StoreError | WorkerFault) or isinstance(e, OutOfTime):
                 raise
             if len(clips) == 1 or isinstance(e, TooLong):
-                return [self._failed(video, clip, e) for clip in clips]
+                return [self._failed(video, clip, e) for video, clip in clips]
             if isinstance(e, WrongNumber):
-                video.warnings.append(f"{self.name}: {e}; they were captioned one by one")
+                for video in {id(v): v for v, _ in clips}.values():
+                    video.warnings.append(f"{self.name}: {e}; they were captioned one by one")
             # find the culprit, and what a smaller batch can still do
-            return [c for clip in clips for c in self._captions(video, [clip])]
+            return [c for clip in clips for c in self._captions([clip])]
 
     def _limited(self) -> contextlib.AbstractContextManager[None]:
         return time_limit(self.limit_s, f"no caption after {self.limit_s or 0:g} s (limits.caption_s)")
 
-    def _heard(self, clips: list[Clip]) -> contextlib.AbstractContextManager[None]:
+    def _heard(self, clips: list[tuple[Video, Clip]]) -> contextlib.AbstractContextManager[None]:
         if not isinstance(self.section, recipe_captions.PythonCaptioner):
             return contextlib.nullcontext()
-        return own_code.heard(f"{self.name} clip {' '.join(c.clip_id for c in clips)}")
+        return own_code.heard(f"{self.name} clip {' '.join(c.clip_id for _, c in clips)}")
 
-    def _asked(self, video: Video, clips: list[Clip]) -> list[Caption]:
-        said = self.captioner.caption_batch(video, clips)
+    def _asked(self, clips: list[tuple[Video, Clip]]) -> list[Caption]:
+        said = self.captioner.caption_batch(clips)
         if isinstance(said, str | Caption) or not hasattr(said, "__iter__"):
             raise ClipFault(f"caption_batch gave {_a(said)}, not a list with a text for each clip")
         said = list(said)
         if len(said) != len(clips):
             raise WrongNumber(f"caption_batch gave {len(said)} captions for {len(clips)} clips")
-        return [self._caption(s) for s in said]
+        captions = [self._caption(s) for s in said]
+        for (video, clip), caption in zip(clips, captions, strict=True):
+            hygiene.tidy(caption, video, clip)
+        return captions
 
     def _failed(self, video: Video, clip: Clip, e: BaseException) -> Caption:
         file = own_code.file_of(self.captioner)
@@ -227,19 +246,3 @@ def build(section: recipe_captions.Captioner) -> Captioner:
         raise RecipeError(f"{where}: its batch is to be a whole number from 1 on, not {captioner.batch!r}")
     own_code.check_resources(captioner, where)
     return captioner
-
-
-# ---------------------------------------------------------------- what captioners say
-
-# A full stop after these, or after a single capital, ends no sentence.
-_ABBREVIATION = re.compile(r"(?:^|[\s(])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Mt|No|vs|etc|e\.g|i\.e|approx)\.$")
-
-
-def sentences(text: str) -> list[str]:
-    """A text's sentences, without the white space between them."""
-    found, start = [], 0
-    for end in re.finditer(r"[.!?…]+[\"')\]”’]*\s+|[。！？]+[」』”]*\s*", text):
-        if not _ABBREVIATION.search(text[start : end.end()].rstrip()):
-            found.append(text[start : end.end()].strip())
-            start = end.end()
-    return [*found, *([text[start:].strip()] if text[start:].strip() else [])]

@@ -1,11 +1,9 @@
 """Which of the candidate captions stands for the clip.
 
-Two ways to judge, both written into each caption's `scores`, and one that needs none:
-
-- `consensus`: mean similarity to what the other captioners said. A statement that several models make on
-  their own is rarely made up; but shared mistakes win too, so look at it beside a visual score.
-- `clip_score`: how well the text fits the pictures (`models.measures.clip_score`), where the recipe asks for it.
-- `order`: the first of a list of captioners that says something.
+It goes by one of the captions' scores, by several with weights, or by a list of captioners. `consensus` is always
+there: mean similarity to what the other captioners said. A statement that several models make on their own is rarely
+made up; but shared mistakes win too, so look at it beside a score of a judge (`pipeline.caption.judge`), who sees the
+pictures.
 
 `best` is the choice itself. It needs nothing but the captions' rows, so that `clipmill shard` makes it again
 without a model.
@@ -14,45 +12,43 @@ without a model.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from pipeline.caption.captioner import sentences
+from pipeline.caption.text import words
 from pipeline.recipe_captions import Choose
 from pipeline.recipe_schema import RecipeError, nearest
 from pipeline.record import Caption, Video
-from pipeline.samples import gathered
 from pipeline.stages import Produces, Resources, each
 
-SCORE = {"consensus": "consensus", "open_clip": "clip_score"}  # what a method goes by
 DIGITS = 6  # kept of a score: what is left of float noise must not decide between equals
 
 
-def best(captions: Sequence[Mapping[str, Any]], method: str, order: Sequence[str] = ()) -> int | None:
-    """Index of the caption that the method prefers; none when all are empty.
+def best(captions: Sequence[Mapping[str, Any]], choose: Choose) -> int | None:
+    """Index of the caption that stands for the clip; none when all are empty.
 
     Args:
-        captions: rows of clips/*.parquet `captions`, in the recipe's order: `model`, `text`, `outcome` and
+        captions: rows of clips/*.parquet `captions`, in the recipe's order: `model`, `text`, `outcome`, `flags` and
             `scores` (a mapping or pairs).
-        method: 'consensus' or 'open_clip', the highest score; 'order', the first of `order`.
-        order: names of captioners, the preferred first; those it does not name come after them.
 
-    A caption that breaks off ('truncated') stands only where no complete one does. Equal scores go to the
-    earlier captioner; captions without that score come last.
+    A caption that breaks off ('truncated'), or has a flag of `choose.avoid`, stands only where no other does. Equal
+    scores go to the earlier captioner; captions without that score come last.
     """
 
-    def rank(i: int) -> tuple[bool, float, int]:
-        if method == "order":
+    def rank(i: int) -> tuple[bool, bool, float, int]:
+        scores = dict(captions[i]["scores"] or {})
+        score: float | None = scores.get(choose.method)
+        if choose.method == "order":
             model = captions[i]["model"]
-            score: float | None = -order.index(model) if model in order else -math.inf
-        else:
-            score = dict(captions[i]["scores"] or {}).get(SCORE[method])
+            score = -choose.order.index(model) if model in choose.order else -math.inf
+        elif choose.method == "weights":
+            score = math.fsum(w * scores.get(name, 0.0) for name, w in choose.weights.items())
         if score is None or math.isnan(score):
             score = -math.inf
-        return captions[i]["outcome"] != "truncated", score, -i
+        sound = not set(choose.avoid) & set(captions[i].get("flags") or ())
+        return sound, captions[i]["outcome"] != "truncated", score, -i
 
     usable = [i for i, c in enumerate(captions) if c["text"] and c["outcome"] in ("ok", "truncated")]
     return max(usable, key=rank, default=None)
@@ -68,22 +64,6 @@ def check_order(section: Choose, captioners: Sequence[str]) -> None:
 
 
 # ---------------------------------------------------------------- agreement
-
-# Words that carry the sentence rather than say what is seen.
-_STOP_WORDS = """
-    a an the this that these those it its is are was were be been being has have had do does did can could may
-    might will would and or but nor so as if then than there here who which what when where while with without
-    within of in on at to from by for into onto through between about he she they them his her their him we you
-    i our your my some any no not very more most other another each also just only both such same one
-    video clip picture image scene footage frame shot show shows showing shown see seen appears
-"""
-STOP_WORDS = frozenset(_STOP_WORDS.split())
-
-
-def words(text: str) -> list[str]:
-    """The words that say something, in lower case; an English plural counts as its singular."""
-    found = (w for w in re.findall(r"\w+(?:['’]\w+)?", text.lower()) if w not in STOP_WORDS)
-    return [w[:-1] if len(w) > 3 and w[-1] == "s" and w[-2] not in "sui" else w for w in found]
 
 
 def weights(text: str) -> dict[tuple[str, ...], float]:
@@ -122,60 +102,28 @@ def consensus(texts: Sequence[str]) -> list[float | None]:
 
 
 class ChooseStage:
-    """Writes every candidate's scores; after all captioners, and before the frames go."""
+    """Writes how far every candidate agrees with the others; after all captioners."""
 
     name = "choose"
     resources = Resources()
+    sees_samples = False
 
-    def __init__(self, section: Choose):
-        self.section = section
-        self.sees_samples = section.clip_score
+    def __init__(self) -> None:
         self.produces = Produces()
 
     def setup(self) -> None:
-        if self.section.clip_score:
-            from models.measures.clip_score import ClipScorer
-
-            section, device = self.section, self.resources.device()
-            self.scorer = ClipScorer(section.model, section.pretrained, device, self.resources.batch)
+        pass
 
     def __call__(self, videos: list[Video]) -> list[Video]:
         for video in each(videos):
             for clip in video.clips:
-                _put(clip.captions, SCORE["consensus"], consensus([c.text for c in clip.captions]))
-        if self.section.clip_score:
-            self._clip_scores(videos)
+                put(clip.captions, "consensus", consensus([c.text for c in clip.captions]))
         return videos
 
-    def _clip_scores(self, videos: list[Video]) -> None:
-        """CLIPScore of every caption; pictures and sentences of the whole unit share the forward passes."""
-        for clip in (clip for video in videos for clip in video.clips):
-            _put(clip.captions, SCORE["open_clip"], [None] * len(clip.captions))
-        looks, frames = gathered(videos, self.section.frames)
-        told = [[c for c in clip.captions if c.text] for clip, _ in looks]
-        texts = [[sentences(c.text) for c in captions] for captions in told]
-        found = self.scorer(frames, [(n, of) for (_, n), of in zip(looks, texts, strict=True)])
-        for captions, scores in zip(told, found, strict=True):
-            _put(captions, SCORE["open_clip"], scores)
 
-
-def _put(captions: list[Caption], name: str, scores: Sequence[float | None]) -> None:
+def put(captions: Sequence[Caption], name: str, scores: Sequence[float | None]) -> None:
+    """Give captions a score of that name; those that get none lose it."""
     for caption, score in zip(captions, scores, strict=True):
         caption.scores.pop(name, None)
         if score is not None:
             caption.scores[name] = round(score, DIGITS)
-
-
-def check(section: Choose) -> str:
-    """Where the judge's weights come from, made sure of before any work and without loading them.
-
-    Raises RecipeError: one sentence with the fix.
-    """
-    if not section.clip_score:
-        return "needs no model"
-    from models.hub import MissingModel, open_clip_weights
-
-    try:
-        return open_clip_weights(section.model, section.pretrained)
-    except MissingModel as e:
-        raise RecipeError(f"choose: {e}") from e

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.caption.captioner import Captioner, sentences
+from pipeline.caption.captioner import Captioner
+from pipeline.caption.text import sentences
 from pipeline.recipe_captions import TransformersCaptioner
 from pipeline.recipe_schema import RecipeError
 from pipeline.record import Caption, Clip, Sample, Video
@@ -54,8 +55,8 @@ class Transformers(Captioner):
             beams=o.beams,
         )
 
-    def caption_batch(self, video: Video, clips: list[Clip]) -> list[str | Caption]:
-        looks = [self._look(video, clip) for clip in clips]
+    def caption_batch(self, clips: list[tuple[Video, Clip]]) -> list[str | Caption]:
+        looks = [self._look(video, clip) for video, clip in clips]
         answers = iter(self.model([look for look in looks if look]))
         return [self._caption(next(answers)) if look else "" for look in looks]
 

@@ -25,9 +25,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.caption.choose import SCORE, best, check_order
+from pipeline.caption.choose import best, check_order
 from pipeline.decide.duplicates import near_duplicates
 from pipeline.io.store import Store
+from pipeline.layers import Layered
 from pipeline.recipe import Decide, Duplicates, Recipe, RecipeError, Rule, nearest
 from pipeline.recipe_captions import Choose
 from pipeline.tables import DECISION_SCHEMA
@@ -47,11 +48,11 @@ class Decided:
     """Decisions and where the clips they are about were measured.
 
     `decisions` has DECISION_SCHEMA, sorted by source and time, with null shard, offset and size; row i
-    was measured in row `row[i]` of `files[file[i]]`.
+    was measured in row `row[i]` of `clips.files[file[i]]`.
     """
 
     decisions: pa.Table
-    files: list[str]
+    clips: Layered
     file: np.ndarray  # int32 [n]
     row: np.ndarray  # int32 [n]
 
@@ -72,39 +73,28 @@ def decide(store: Store, recipe: Recipe) -> Decided:
     Two rows of one clip id (the same file given under two SOURCE arguments) are one clip, that of the
     source first by name; a warning says so. Raises RecipeError for a rule on a column that was not measured.
     """
-    files = clip_files(store)
-    columns = schema(store, files[0]) if files else pa.schema([])
+    clips = Layered(store)
     rules = recipe.decide.rules
-    if files:
-        check_rules(rules, columns)
-    measured = _measured(store, files, columns, recipe)
+    if clips.files:
+        check_rules(rules, clips.schema())
+    measured = _measured(clips, recipe)
 
     fails = np.array([_fails(name, rule, measured) for name, rule in rules.items()], bool)
     fails = fails.reshape(len(rules), len(measured))
     names = list(rules)
-    if recipe.captions and recipe.decide.need_caption:
+    captioned = recipe.captions or any(layer.captions for layer in clips.layers)
+    if captioned and recipe.decide.need_caption:
         fails = np.vstack([fails, measured["caption"].is_null().to_numpy()])
         names.append(NO_CAPTION)
     passing = np.logical_not(fails.any(axis=0))
     repeats = np.full(len(measured), -1, np.int64)
     if recipe.decide.duplicates.enabled and len(measured):
-        repeats = _duplicates(store, files, measured, passing, recipe.decide.duplicates)
+        repeats = _duplicates(clips, measured, passing, recipe.decide.duplicates)
         fails = np.vstack([fails, repeats >= 0])
         names.append(DUPLICATE)
     decisions = _decisions(measured, names, fails, repeats, recipe.decide)
     file, row = (measured[name].to_numpy().astype(np.int32) for name in ("file", "row"))
-    return Decided(decisions, files, file, row)
-
-
-def clip_files(store: Store) -> list[str]:
-    """The clips/*.parquet of committed units, sorted: a unit counts once its videos/*.parquet is there."""
-    committed = {name.removeprefix("videos/") for name in store.list("videos", ".parquet")}
-    return [n for n in store.list("clips", ".parquet") if n.removeprefix("clips/") in committed]
-
-
-def schema(store: Store, name: str) -> pa.Schema:
-    """Columns of a parquet file."""
-    return store.read_schema(name)
+    return Decided(decisions, clips, file, row)
 
 
 def funnel(decisions: pa.Table) -> list[Drop]:
@@ -152,7 +142,7 @@ def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
-def _measured(store: Store, files: list[str], there: pa.Schema, recipe: Recipe) -> pa.Table:
+def _measured(clips: Layered, recipe: Recipe) -> pa.Table:
     """The columns that the rules name of every clip, its chosen caption, and where it was measured, sorted.
 
     Numbers are float64; texts are strings, and so is what a list says (meta.KEY). Raises RecipeError for a
@@ -162,13 +152,13 @@ def _measured(store: Store, files: list[str], there: pa.Schema, recipe: Recipe) 
     scores = sorted(c for c in asked if c.startswith(CHOSEN))
     keys = sorted(c for c in asked if c.startswith(META))
     plain = sorted((asked | set(RANKED)) - {*scores, *keys, *CHOICE})
-    plain = [c for c in plain if c in there.names] if files else plain
+    plain = [c for c in plain if c in clips.schema().names] if clips.files else plain
     fixed = ["clip_id", "source", "start_frame"]
     seen = _Seen()
     parts = []
-    for i, name in enumerate(files):
+    for i, name in enumerate(clips.files):
         wanted = dict.fromkeys([*fixed, *plain, "captions", *(["meta"] if keys else [])])
-        table = store.read_table(name, list(wanted))
+        table = clips.read(name, list(wanted))
         candidates = [captions or [] for captions in table["captions"].to_pylist()]
         chosen = [_chosen(captions, recipe.choose) for captions in candidates]
         seen.captions(candidates, chosen)
@@ -230,11 +220,21 @@ class _Seen:
         choose = recipe.choose
         if self.models:
             check_order(choose, list(self.models))
-        if choose.method == "open_clip" and self.models and SCORE["open_clip"] not in self.scored:
-            raise RecipeError(
-                f"choose.method open_clip: this run did not measure {SCORE['open_clip']}; choose by consensus or "
-                "order, or curate with choose.clip_score=true into a new folder"
-            )
+        asked = (
+            choose.weights
+            if choose.method == "weights"
+            else ()
+            if choose.method == "order"
+            else (choose.method,)
+        )
+        for name in asked if self.models else ():
+            if name not in self.scored | {"consensus"}:
+                key = "weights" if choose.method == "weights" else "method"
+                raise RecipeError(
+                    f"choose.{key}: no caption has the score {name!r}{nearest(name, self.scored)}; they have "
+                    f"{', '.join(sorted(self.scored)) or 'none'}. Add a judge with clipmill caption, or choose by "
+                    "consensus or order"
+                )
         told = [CHOSEN + name for name in sorted(self.chosen)]
         for s in scores:
             if told and s not in told:
@@ -269,7 +269,7 @@ def _empty(numbers: list[str], texts: list[str]) -> pa.Table:
 
 
 def _chosen(captions: list[dict], choose: Choose) -> dict | None:
-    i = best(captions, choose.method, choose.order)
+    i = best(captions, choose)
     return None if i is None else captions[i]
 
 
@@ -327,9 +327,7 @@ def _text_test(rule: Rule) -> Callable[[str], bool]:
     return test
 
 
-def _duplicates(
-    store: Store, files: list[str], measured: pa.Table, passing: np.ndarray, limits: Duplicates
-) -> np.ndarray:
+def _duplicates(clips: Layered, measured: pa.Table, passing: np.ndarray, limits: Duplicates) -> np.ndarray:
     """int64 [n]: the row of the kept clip that a clip repeats, −1 for the others.
 
     Within one source a clip that looks like a better one is redundant (Panda-70M drops events within a
@@ -344,11 +342,11 @@ def _duplicates(
         pixels = -best_first["width"] * best_first["height"]
         ids = np.asarray(measured["clip_id"].to_pylist())[order]
         order = order[np.lexsort((ids, best_first["score_sharpness"], best_first["duration_s"], pixels))]
-    kinds, within, across = _kinds(store, files, limits)
+    kinds, within, across = _kinds(clips, limits)
     repeats = np.full(len(measured), -1, np.int64)
     if not kinds:
         return repeats
-    vectors, has = _vectors(store, files, kinds, measured, order)
+    vectors, has = _vectors(clips, kinds, measured, order)
     order = order[has]
     source = measured["source"].combine_chunks().dictionary_encode().indices.to_numpy()[order]
     found = near_duplicates(vectors, source, within, across)
@@ -363,9 +361,9 @@ def _numbers(measured: pa.Table, column: str) -> np.ndarray:
     return np.nan_to_num(measured[column].to_numpy().astype(np.float64))
 
 
-def _kinds(store: Store, files: list[str], limits: Duplicates) -> tuple[list[str], list[float], list[float]]:
+def _kinds(clips: Layered, limits: Duplicates) -> tuple[list[str], list[float], list[float]]:
     """The embedding columns that near-duplicates must agree in, and the least cosines of each."""
-    names = [n for n in schema(store, files[0]).names if n.startswith("emb_")]
+    names = [n for n in clips.schema().names if n.startswith("emb_")]
     semantic = [n for n in names if n != SIGNATURE][:1]  # in the order of the stages: the events' embedder
     kinds, within, across = semantic, [limits.within] * len(semantic), [limits.across] * len(semantic)
     if SIGNATURE in names:  # within a source it decides only where it is the sole witness
@@ -375,7 +373,7 @@ def _kinds(store: Store, files: list[str], limits: Duplicates) -> tuple[list[str
 
 
 def _vectors(
-    store: Store, files: list[str], kinds: list[str], measured: pa.Table, rows: np.ndarray
+    clips: Layered, kinds: list[str], measured: pa.Table, rows: np.ndarray
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Embeddings of some clips.
 
@@ -385,11 +383,11 @@ def _vectors(
     file, row = measured["file"].to_numpy()[rows], measured["row"].to_numpy()[rows]
     has = np.ones(len(rows), bool)
     found: dict[str, np.ndarray] = {}
-    for i, path in enumerate(files):
+    for i, path in enumerate(clips.files):
         wanted = np.flatnonzero(file == i)
         if not len(wanted):
             continue
-        table = store.read_table(path, kinds).take(pa.array(row[wanted]))
+        table = clips.read(path, kinds).take(pa.array(row[wanted]))
         for kind in kinds:
             column = table[kind].combine_chunks()
             size = column.type.list_size

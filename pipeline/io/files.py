@@ -106,7 +106,7 @@ class Files:
         """Every file below a folder, at any depth. Raises StoreError where the bucket is missing."""
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=True)
         found = self.patiently("list", folder, lambda: self.fs.get_file_info(selector))
-        if not found and not self.local:
+        if not found and self.fs.type_name in ("s3", "gcs"):
             self.check_bucket()
         return [i for i in found if i.is_file]
 

@@ -17,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.decide.rules import CHOSEN, DUPLICATE, clip_files, funnel
+from pipeline.decide.rules import CHOSEN, DUPLICATE, funnel
 from pipeline.faults import StoreError
 from pipeline.io.store import Ranges, Store
+from pipeline.layers import Layered
 from pipeline.recipe import Rule
-from pipeline.tables import CLIP_SCHEMA, DECISION_SCHEMA, VIDEO_SCHEMA
+from pipeline.tables import DECISION_SCHEMA, VIDEO_SCHEMA
 
 KEPT_SHOWN = 24  # clips
 DROPPED_SHOWN = 8  # clips a rule
@@ -46,7 +47,9 @@ class Limit:
     words: str = ""  # what it asks of a text
 
 
-HEAVY = {"captions", "text", "meta", "sample_frames"}  # columns read for the shown clips only
+HEAVY = {  # columns read for the shown clips only
+    *("captions", "text", "meta", "sample_frames", "sample_pts", "stills_sizes"),
+}
 
 
 class Run:
@@ -67,11 +70,15 @@ class Run:
                 self.media = Store(self.info["of"])
             units = self.media.list("videos", ".parquet")
             self.videos: list[dict[str, Any]] = self.media.tables(units, VIDEO_SCHEMA).to_table().to_pylist()
-            measured = clip_files(self.media)
-            self._measured = self.media.tables(measured, None if measured else CLIP_SCHEMA)
-            names = self._measured.schema.names
-            light = [n for n in names if n not in HEAVY and not n.startswith("emb_")]
-            self.clips = _once(self._measured.to_table(columns=light))
+            self._layered = Layered(self.media)
+            schema = self._layered.schema()
+            light = [n for n in schema.names if n not in HEAVY and not n.startswith("emb_")]
+            parts = [schema.empty_table().select(light).append_column("file", pa.array([], pa.int32()))]
+            for i, (_, table) in enumerate(self._layered.tables(light)):
+                parts.append(table.append_column("file", pa.array([i] * len(table), pa.int32())))
+            clips = _once(pa.concat_tables(parts, promote_options="permissive"))
+            self._file = clips["file"].to_numpy()  # of `_layered.files`, where each clip was measured
+            self.clips = clips.drop_columns(["file"])
             decided = DECISION_SCHEMA.empty_table()
             if store.exists("decisions.parquet"):
                 decided = store.read_table("decisions.parquet")
@@ -102,12 +109,18 @@ class Run:
 
     def details(self, rows: Iterable[int]) -> dict[int, dict[str, Any]]:
         """Every column but the embeddings of a few clips."""
-        ids = {self.clips["clip_id"][i].as_py(): i for i in rows}
-        names = [n for n in self._measured.schema.names if not n.startswith("emb_")]
-        wanted = pc.field("clip_id").isin(pa.array(list(ids), pa.string()))
-        found = self._measured.to_table(columns=names, filter=wanted).to_pylist()
+        names = [n for n in self._layered.schema().names if not n.startswith("emb_")]
+        by_file: dict[int, dict[str, int]] = defaultdict(dict)
+        for i in rows:
+            by_file[int(self._file[i])][self.clips["clip_id"][i].as_py()] = i
+        found = {}
         sources = self.clips["source"]
-        return {i: r for r in found if r["source"] == sources[i := ids[r["clip_id"]]].as_py()}
+        for file, ids in by_file.items():
+            table = self._layered.read(self._layered.files[file], names)
+            for row in table.filter(pc.is_in(table["clip_id"], value_set=pa.array(list(ids)))).to_pylist():
+                if row["source"] == sources[i := ids[row["clip_id"]]].as_py():
+                    found[i] = row
+        return found
 
     def has(self, column: str | None) -> bool:
         """It is a number of every clip."""
@@ -133,10 +146,11 @@ class Run:
             zip(*(self.decisions[c].to_pylist() for c in ("clip_id", "caption_model")), strict=True)
         )
         found = {}
-        for row in self._measured.to_table(columns=["clip_id", "captions"]).to_pylist():
-            for caption in row["captions"] or []:
-                if caption["model"] == chosen.get(row["clip_id"]):
-                    found[row["clip_id"]] = dict(caption["scores"] or []).get(score)
+        for _, table in self._layered.tables(["clip_id", "captions"]):
+            for row in table.to_pylist():
+                for caption in row["captions"] or []:
+                    if caption["model"] == chosen.get(row["clip_id"]):
+                        found[row["clip_id"]] = dict(caption["scores"] or []).get(score)
         ids = self.clips["clip_id"].to_pylist()
         return np.array([math.nan if found.get(i) is None else found[i] for i in ids], np.float64)
 

@@ -20,7 +20,6 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +28,7 @@ import pyarrow.compute as pc
 
 from pipeline.faults import StoreError
 from pipeline.io.store import Store
+from pipeline.layers import read_ahead, unit_of
 from pipeline.record import Source, Video
 from pipeline.run.chunks import chunk_unit, of_chunk
 from pipeline.stages import Produces, Resources
@@ -154,21 +154,14 @@ FINGERPRINT = ["size", "mtime_ns", "intervals_key", "interval_meta_key", "salt"]
 Known = Mapping[str, Mapping[str, Any]]  # rows by uri, see known_sources
 
 
-READERS = 16  # parquet files read at a time: on an object store each waits for the network
-AHEAD = 256
-
-
 def tables(store: Store, names: Sequence[str], columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
-    """Some columns of many parquet files, file by file in their order, read ahead of use."""
-    with ThreadPoolExecutor(READERS) as pool:
-        for at in range(0, len(names), AHEAD):
-            some = names[at : at + AHEAD]
-            yield from zip(some, pool.map(lambda name: store.read_table(name, columns), some), strict=True)
+    """Some columns of many parquet files, file by file in their order."""
+    return read_ahead(lambda name: store.read_table(name, columns), names)
 
 
 def units(store: Store) -> set[str]:
     """Names of the committed units."""
-    return {_unit_of(name) for name in store.list("videos", ".parquet")}
+    return {unit_of(name) for name in store.list("videos", ".parquet")}
 
 
 def done_sources(store: Store) -> set[str]:
@@ -181,14 +174,10 @@ def known_sources(store: Store) -> dict[str, dict[str, Any]]:
     """What is committed of every source, by uri: IDENTITY, FINGERPRINT where it was stored, and `unit`."""
     found = {}
     for name, table in tables(store, store.list("videos", ".parquet"), IDENTITY + FINGERPRINT):
-        unit = _unit_of(name)
+        unit = unit_of(name)
         for row in table.to_pylist():
             found[row["source"]] = row | {"unit": unit, "meta": dict(row["meta"] or [])}
     return found
-
-
-def _unit_of(name: str) -> str:
-    return name.removeprefix("videos/").removesuffix(".parquet")
 
 
 # Changing it ---------------------------------------------------------------------------------------
@@ -357,6 +346,9 @@ def sweep_uncommitted(store: Store) -> None:
     clips = set(store.list("clips", ".parquet"))
     for name in clips:
         if name.removeprefix("clips/").removesuffix(".parquet") not in committed:
+            store.delete(name)
+    for name in store.list("layers", ".parquet"):
+        if unit_of(name) not in committed:
             store.delete(name)
     rows: dict[str, list[str]] = defaultdict(list)  # unit → files that speak of its tars
     kept = store.list("chunks", ".parquet")

@@ -20,9 +20,10 @@ from typing import Any
 
 from pipeline.graph import check
 from pipeline.io.store import Store, below
+from pipeline.layers import Layered
 from pipeline.recipe import Recipe
 from pipeline.record import Source, Video
-from pipeline.run import commit, identity, relabel, resume
+from pipeline.run import commit, identity, layering, relabel, resume
 from pipeline.run.log import TOLD, log, logging_to, without_secrets
 from pipeline.run.outcome import Outcome, counted, outcome
 from pipeline.run.progress import Display
@@ -106,6 +107,47 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
             for line in found.lines(job.command, where):
                 print(line)
                 log.info("%s", line, extra=TOLD)
+    return found
+
+
+def caption(out: str, recipe: Recipe, job: Job = Job()) -> Outcome:
+    """Add what `recipe` names and the finished run in `out` lacks, as layers over it; its shards and report follow.
+
+    Thresholds and the choice in force stay, but for what `job.asked` sets. Raises as `curate`, and RecipeError.
+    """
+    from pipeline.decide.rules import check_rules
+    from pipeline.report import page as report
+    from pipeline.shards import media, pack
+
+    store = Store(out)
+    run = pack.read_run(store)
+    with store.lock(), logging_to(store, job.verbose):
+        log.info("%s", job.command or "caption")
+        media.check(store)
+        commit.sweep_uncommitted(store)
+        clips = Layered(store)
+        layering.check(recipe, clips)
+        added = layering.additional(recipe, store)
+        wanted = layering.missing(clips, added, job.retry_errors)
+        if not wanted:
+            _say("nothing to add: the run has all that this recipe names")
+        else:
+            todo = [f"{name} on {counted(len(ids), 'clip')}" for name, ids in wanted.items()]
+            _say(f"to add: {', '.join(todo)}")
+            over = layering.noted(store, clips, added, wanted, run["versions"] | _versions())
+            units = layering.units(clips, wanted, {})
+            _run(layering.stages(store, recipe, wanted, over), units, recipe, job)
+            store.sweep()
+        in_force = resume.decided(run, job.asked, out)
+        check_rules(in_force.decide.rules, Layered(store).schema())
+        pack.shard(store, in_force)
+        report.write(store)
+        found = outcome(store, set())
+        _write_run(store, pack.read_run(store) | {"outcome": found.plain()})
+        for line in found.lines(
+            job.command, {"report": below(out if store.local else store.uri, "report.html")}
+        ):
+            print(line)
     return found
 
 

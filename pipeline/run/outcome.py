@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.decide.rules import clip_files, funnel
+from pipeline.decide.rules import funnel
 from pipeline.io.store import Store
+from pipeline.layers import Layered
 from pipeline.run.commit import tables
 
 REASONS = 5  # shown of each kind of trouble
@@ -195,14 +196,11 @@ def _warnings(found: Outcome, row: dict[str, Any]) -> list[tuple[str, str]]:
     return others
 
 
-SAID = [f"captions.list.element.{name}" for name in ("model", "outcome", "reason")]
-
-
 def _clips(store: Store, found: Outcome) -> None:
     """Clips, decisions and captions of the outcome."""
     parts = []
     wrong: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for _, table in tables(store, clip_files(store), ["clip_id", "name", "duration_s", *SAID]):
+    for _, table in Layered(store).tables(["clip_id", "name", "duration_s", "captions"]):
         parts.append(table.select(["clip_id", "duration_s"]))
         said = table["captions"].combine_chunks().flatten()
         if len(said) and pc.any(pc.equal(said.field("outcome"), "error")).as_py():

@@ -60,6 +60,12 @@ def in_force(run: dict[str, Any], recipe: Recipe, asked: Sequence[str], where: s
     return recipe
 
 
+def decided(run: dict[str, Any], asked: Sequence[str], where: str) -> Recipe:
+    """The recipe that a finished run was last decided by, with those of the `--set` items that decide."""
+    later = [item for item in asked if split_setting(item)[0][0] in LATER]
+    return parse(run["recipe"], later, f"{where}/run.json")
+
+
 def refuse(stored: dict[str, Any], recipe: Recipe, where: str) -> None:
     """Raise RunError where a folder's recipe and another measure differently.
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import pyarrow.compute as pc
 
-from pipeline.decide.rules import clip_files
 from pipeline.faults import StoreError
 from pipeline.io.store import Store
+from pipeline.layers import clip_files
 
 
 class MediaGone(StoreError):

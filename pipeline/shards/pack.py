@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.decide.rules import Decided, decide, schema
+from pipeline.decide.rules import Decided, decide
 from pipeline.faults import StoreError
 from pipeline.io.store import Ranges, Store
 from pipeline.recipe import Recipe
@@ -130,14 +130,14 @@ def _samples(
 
     keep = decided.decisions["keep"].to_numpy()
     parts = []
-    for i, name in enumerate(decided.files):
+    there = decided.clips.schema().names
+    for i, name in enumerate(decided.clips.files):
         chosen = np.flatnonzero(keep & (decided.file == i))
         if not len(chosen):
             continue
-        there = schema(store, name).names
         embedded = [c for c in there if c.startswith("emb_") and recipe.shards.embeddings]
         columns = [c for c in there if not c.startswith("emb_")]
-        clips = store.read_table(name, columns + embedded).take(pa.array(decided.row[chosen]))
+        clips = decided.clips.read(name, columns + embedded).take(pa.array(decided.row[chosen]))
         vectors = {c.removeprefix("emb_"): clips[c].combine_chunks() for c in embedded}
         clips = clips.select(columns)
         verdicts = decided.decisions.take(pa.array(chosen)).select(["caption", "caption_model"])

@@ -5,7 +5,8 @@ the first samples (HF `datasets`) must not meet an empty list, a null or another
 
 - `meta` (the list's columns), the `scores` of a caption and `kept.rules`, whose keys differ or which may be empty, are
   strings of JSON: `json.loads(sample["meta"])`;
-- `text` (what was read in the picture) has a line a string, `kept.over_duplicates` the clip ids with a space between;
+- `text` (what was read in the picture) has a line a string, `kept.over_duplicates` the clip ids with a space between,
+  and so have `flags` and `made_from` of a caption;
 - what nobody said is the empty string. A score that could not be measured is null, the others are numbers.
 """
 
@@ -18,7 +19,10 @@ from pipeline.recipe import Recipe
 from pipeline.tables import CLIP_SCHEMA
 
 # Columns of clips/ that stay out of the index: long, or about the staging tars.
-NOT_INDEXED = {"captions", "text", "sample_frames", "media_tar", "media_offset", "media_size", "media_sha256"}
+NOT_INDEXED = {
+    *("captions", "text", "sample_frames", "sample_pts", "stills_offset", "stills_sizes", "stills_sha256"),
+    *("media_tar", "media_offset", "media_size", "media_sha256"),
+}
 INDEXED = [f.name for f in CLIP_SCHEMA if f.name not in NOT_INDEXED]
 VIDEO_COLUMNS = ["source", "width", "height", "fps", "duration_s", "codec", "rotation", "sample_aspect_ratio"]
 
@@ -65,15 +69,19 @@ def provenance(
         {name: clip[name] for name in INDEXED if name != "meta"}
         | {"media_sha256": clip["media_sha256"], "video": video, "meta": _text(meta)}
         | {"caption": verdict["caption"] or "", "caption_model": verdict["caption_model"] or ""}
-        | {"captions": [_plain(c) | {"scores": _text(c["scores"])} for c in captions]}
+        | {"captions": [_plain(c) for c in captions]}
         | {"text": "\n".join(" ".join(t.split()) for t in clip["text"] or []), "scores": scores}
         | {"kept": {"rules": _text(asked), "over_duplicates": " ".join(copies)}}
     )
 
 
 def _plain(caption: dict[str, Any]) -> dict[str, Any]:
-    """Without nulls: columns that older runs lack, and words that nobody said."""
-    return {name: "" if value is None else value for name, value in caption.items()}
+    """A candidate without nulls (columns that older runs lack, words that nobody said), in one kind of value each."""
+    texts = {
+        name: caption.get(name) or "" for name in ("model", "text", "outcome", "prompt", "reason", "raw")
+    }
+    lists = {name: " ".join(caption.get(name) or []) for name in ("flags", "made_from")}
+    return texts | lists | {"scores": _text(caption["scores"])}
 
 
 def _text(value: dict[str, Any]) -> str:

@@ -36,7 +36,8 @@ from pipeline.io.answer import Refused, checked
 from pipeline.io.isolate import Child, ChildError
 from pipeline.io.store import Store
 from pipeline.recipe import Cut, RecipeError
-from pipeline.record import Media, Video
+from pipeline.record import Media, Stills, Video
+from pipeline.samples import samples
 from pipeline.split import tone
 from pipeline.split.cropping import forget_turn
 from pipeline.split.encode import as_stored, colour_options, encoder, picture_filters, picture_size
@@ -343,15 +344,19 @@ class CutStage:
         pieces = [p for p in pieces if p.video.error is None]
         pieces.sort(key=lambda p: (p.video.source.uri, p.clip.start_frame, p.clip.end_frame))
         sha256 = [_sha256(p.path) for p in pieces]
-        inside = "".join(f"{p.clip.clip_id} {h}\n" for p, h in zip(pieces, sha256, strict=True))
+        stills = [[s.jpeg for s in samples(p.video, p.clip)] if self.recipe.stills else [] for p in pieces]
+        hashes = [hashlib.sha256(b"".join(jpegs)).hexdigest() if jpegs else "" for jpegs in stills]
+        inside = "".join(
+            f"{p.clip.clip_id} {h}{s and f' {s}'}\n" for p, h, s in zip(pieces, sha256, hashes, strict=True)
+        )
         name = f"media/{unit}.{hashlib.sha256(inside.encode()).hexdigest()[:12]}.tar"
         with (
             self.store.writer(name) as out,
             tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar,
         ):
-            for piece, wanted in zip(pieces, sha256, strict=True):
+            for piece, wanted, jpegs, hashed in zip(pieces, sha256, stills, hashes, strict=True):
                 header = tarfile.TarInfo(f"{piece.clip.clip_id}.mp4")  # uid, gid and mtime are 0
-                header.size = piece.path.stat().st_size
+                header.size = size = piece.path.stat().st_size
                 offset = tar.offset + tarfile.BLOCKSIZE
                 with open(piece.path, "rb") as f:
                     copied = _Hashed(f)
@@ -360,7 +365,13 @@ class CutStage:
                     raise TransientFault(
                         f"{piece.path} changed from sha256 {wanted} to {found} while it was copied to {name}"
                     )
-                piece.clip.media = Media(name, offset, header.size, wanted, piece.width, piece.height)
+                still = None
+                if jpegs:
+                    still = Stills(tar.offset + tarfile.BLOCKSIZE, tuple(map(len, jpegs)), hashed)
+                    header = tarfile.TarInfo(f"{piece.clip.clip_id}.jpgs")
+                    header.size = sum(still.sizes)
+                    tar.addfile(header, io.BytesIO(b"".join(jpegs)))
+                piece.clip.media = Media(name, offset, size, wanted, piece.width, piece.height, still)
 
 
 def _sha256(path: Path) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 
 from pipeline.recipe import Events, RecipeError
 from pipeline.record import Clip, Frames, Sample, Video
-from pipeline.samples import picture
+from pipeline.samples import picture, samples
 from pipeline.split.damage import measure
 from pipeline.split.shots import frames_within
 from pipeline.stages import Produces, Resources, each
@@ -136,14 +136,14 @@ class EventStage:
 
         def shown() -> Iterator[np.ndarray]:
             # not announced one by one: pictures of several videos are embedded at once
-            for f, samples in zip(features, wanted, strict=True):
+            for f, chosen in zip(features, wanted, strict=True):
                 assert f is not None
-                yield from (picture(f.frames.samples[i]) for i in telling(samples))
+                yield from (picture(f.frames.samples[i]) for i in telling(chosen))
 
         rows = iter(self.embedder.embed(shown()))
-        for f, samples in zip(features, wanted, strict=True):
+        for f, chosen in zip(features, wanted, strict=True):
             assert f is not None
-            f.known |= {i: next(rows) for i in samples}
+            f.known |= {i: next(rows) for i in chosen}
 
     def finish(self, video: Video, features: _Features | None, spans: list[Span]) -> None:
         """Make clips of the spans."""
@@ -162,9 +162,8 @@ class EventStage:
                 clip.embeddings[self.embedding] = mean / np.linalg.norm(mean)
         frames.samples = thinned(frames.samples, clips, self.options.clip_samples)
         for clip in clips:
-            clip.sample_frames = [
-                s.frame for s in frames.samples if clip.start_frame <= s.frame < clip.end_frame
-            ]
+            clip.sample_frames = [s.frame for s in samples(video, clip)]
+            clip.sample_pts = frames.pts[clip.sample_frames].tolist()
         frames.thumbs = None
         video.clips = clips
 

@@ -113,9 +113,9 @@ def test_a_rule_is_switched_off_and_who_is_preferred_changed_without_a_model(run
     ("item", "says"),
     [
         ("cut.crf=1", "--set cut.crf: only decide.*"),
-        ("choose.frames=3", "--set choose.frames: only decide.*"),
-        ("choose={method: order, order: [a], frames: 3}", "only decide.*"),
-        ("choose.method=open_clip", "did not measure clip_score"),
+        ("choose.judges=[]", "--set choose.judges: only decide.*"),
+        ("choose={method: order, order: [a], judges: []}", "only decide.*"),
+        ("choose.method=clip_score", "no caption has the score 'clip_score'"),
         ("choose={method: order, order: [tags-basline]}", "did you mean 'tags-baseline'"),
         ("decide.rules.stil=null", "(did you mean 'still'?)"),
         ("decide.rules.x={column: caption, matches: '['}", "not a regular expression"),

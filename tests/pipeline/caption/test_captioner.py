@@ -16,7 +16,8 @@ from pipeline import own_code, recipe
 from pipeline.caption import baselines as baseline
 from pipeline.caption import captioner as captions
 from pipeline.caption import transformers as transformer
-from pipeline.caption.captioner import Captioner, CaptionStage, sentences
+from pipeline.caption.captioner import Captioner, CaptionStage
+from pipeline.caption.text import sentences
 from pipeline.faults import TooLong, WorkerFault
 from pipeline.record import Caption
 from pipeline.samples import pictures, samples, spread
@@ -42,8 +43,8 @@ class Loud(Captioner):
     name = "loud"
     batch = 3
 
-    def caption_batch(self, video, clips):
-        seen = [pictures(video, clip, 1)[0] for clip in clips]
+    def caption_batch(self, clips):
+        seen = [pictures(video, clip, 1)[0] for video, clip in clips]
         if any(s[..., 2].mean() > 200 for s in seen):
             raise RuntimeError("blue\nis too much")
         return [f"{s[..., 0].mean():.0f}" for s in seen]
@@ -182,7 +183,7 @@ class Own(Captioner):
 class Batch(Captioner):
     name, batch = "batch", 2
 
-    def caption_batch(self, video, clips):
+    def caption_batch(self, clips):
         {body}
 """
 
@@ -236,7 +237,7 @@ def test_a_batch_of_the_wrong_size_is_said_so(tmp_path, body, why):
 
 
 def test_a_batch_that_gives_too_few_is_done_one_by_one_and_said_so(tmp_path):
-    said, v = own(tmp_path, "return (str(c.start_frame) for c in clips[:1])", "Batch", clips=2)
+    said, v = own(tmp_path, "return (str(c.start_frame) for _, c in clips[:1])", "Batch", clips=2)
     assert [c.text for c in said] == ["0", "1"]
     assert len(v.warnings) == 1
 

@@ -13,6 +13,8 @@ import pytest
 from pipeline import recipe
 from pipeline.caption import choose
 from pipeline.caption.choose import ChooseStage, best, consensus, similarity
+from pipeline.caption.judge import JudgeStage, build
+from pipeline.recipe_captions import ClipScoreJudge
 from pipeline.record import Caption
 from pipeline.tables import CAPTION
 from tests.fixtures.clips import noise, video
@@ -53,7 +55,7 @@ def row(text, outcome="ok", **scores):
     ],
 )
 def test_the_best_is_the_highest_then_the_earliest_never_an_empty_one(rows, index):
-    assert best(rows, "consensus") == index
+    assert best(rows, recipe.Choose()) == index
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_the_best_is_the_highest_then_the_earliest_never_an_empty_one(rows, inde
 )
 def test_an_order_takes_the_first_that_says_something_whole_ones_first(order, rows, index):
     rows = [row(text, *outcome) | {"model": model} for model, text, *outcome in rows]
-    assert best(rows, "order", order) == index
+    assert best(rows, recipe.Choose(method="order", order=order)) == index
 
 
 def test_an_order_of_captioners_that_are_not_there_names_the_nearest():
@@ -87,13 +89,40 @@ def test_an_order_of_captioners_that_are_not_there_names_the_nearest():
 def test_what_chooses_is_no_part_of_what_is_measured_but_the_scores_that_open_clip_needs_are():
     key = recipe.load("embedded").measure_key()
     assert recipe.load("embedded", ["choose={method: order, order: [tags-baseline]}"]).measure_key() == key
-    measured = [recipe.load("embedded", ["choose.method=open_clip", f"choose.frames={n}"]) for n in (4, 8)]
+    judges = "choose.judges=[{kind: clip_score, frames: %d}]"
+    measured = [recipe.load("embedded", ["choose.method=clip_score", judges % n]) for n in (4, 8)]
     assert len({key, *(r.measure_key() for r in measured)}) == 3
+
+
+def test_options_of_when_there_was_one_judge_still_mean_it():
+    new = recipe.Choose(method="clip_score", judges=[{"kind": "clip_score", "model": "x", "frames": 12}])
+    assert recipe.Choose(method="open_clip", model="x", frames=12) == new
+    assert recipe.Choose(method="consensus", clip_score=False, model="x", frames=12) == recipe.Choose()
 
 
 def test_each_method_reads_its_own_score():
     rows = [row("a", consensus=0.9, clip_score=0.1), row("b", consensus=0.1, clip_score=0.9)]
-    assert [best(rows, m) for m in ("consensus", "open_clip")] == [0, 1]
+    assert [best(rows, recipe.Choose(method=m)) for m in ("consensus", "clip_score")] == [0, 1]
+
+
+def test_weights_add_scores_up_and_a_missing_one_counts_nothing():
+    rows = [row("a", x=0.9, y=0.1), row("b", x=0.5, y=0.6), row("c", x=1.2)]
+    for weights, index in (
+        ({"x": 1.0}, 2),
+        ({"y": 1.0}, 1),
+        ({"x": 1.0, "y": 0.9}, 2),
+        ({"x": 1.0, "y": 2.0}, 1),
+    ):
+        assert best(rows, recipe.Choose(method="weights", weights=weights)) == index
+    with pytest.raises(recipe.RecipeError, match=r"method weights needs choose\.weights"):
+        recipe.load("smoke", ["choose.method=weights"])
+
+
+def test_a_caption_with_a_flag_to_avoid_stands_only_where_no_other_does():
+    rows = [row("a", x=0.9) | {"flags": ["refusal"]}, row("b", "truncated", x=0.1), row("c", x=0.1)]
+    choose_x = recipe.Choose(method="x")
+    assert [best(rows[:n], choose_x) for n in (1, 2, 3)] == [0, 1, 2]
+    assert best(rows, recipe.Choose(method="x", avoid=())) == 0
 
 
 def test_the_choice_is_the_same_on_rows_read_back_from_parquet(tmp_path):
@@ -104,7 +133,7 @@ def test_the_choice_is_the_same_on_rows_read_back_from_parquet(tmp_path):
     stored = [r | {"scores": list(r["scores"].items())} for r in rows]
     pq.write_table(pa.table({"captions": pa.array([stored], pa.list_(CAPTION))}), tmp_path / "x.parquet")
     read = pq.read_table(tmp_path / "x.parquet")["captions"][0].as_py()
-    assert best(read, "consensus") == best(rows, "consensus") == 1
+    assert best(read, recipe.Choose()) == best(rows, recipe.Choose()) == 1
 
 
 def test_choosing_imports_nothing_heavy():
@@ -167,7 +196,10 @@ def test_consensus_does_not_depend_on_the_order_of_captioners():
 
 def test_what_most_say_wins():
     texts = ["A cat sits on a sofa.", "A dog runs over grass.", "A dog is running.", "The dog runs on grass"]
-    assert best([row(t, consensus=s) for t, s in zip(texts, consensus(texts), strict=True)], "consensus") != 0
+    assert (
+        best([row(t, consensus=s) for t, s in zip(texts, consensus(texts), strict=True)], recipe.Choose())
+        != 0
+    )
 
 
 # ---------------------------------------------------------------- the stage
@@ -180,7 +212,7 @@ def said(v, *texts):
 
 
 def test_the_stage_scores_every_caption_and_again_the_same():
-    stage = ChooseStage(recipe.Choose())
+    stage = ChooseStage()
     stage.setup()
     v = said(video([noise(0)] * 2, [(0, 1), (1, 2)]), "red dog", "a red cat", "")
     v.clips[0].captions[2].scores = {"consensus": 0.5, "other": 1.0}  # from when it was not empty
@@ -202,20 +234,19 @@ def test_clip_scores_are_put_beside_the_consensus_and_come_from_the_clips_own_fr
                 found.append([own[0][0, 0, 0] / 100 + len(t) for t in texts])
             return found
 
-    stage = ChooseStage(recipe.Choose(method="open_clip", pretrained="x", frames=1))
-    stage.scorer = Scorer()
+    stage = JudgeStage(ClipScoreJudge(kind="clip_score", pretrained="x", frames=1))
+    stage.judge = build(stage.section)
+    stage.judge.scorer = Scorer()
     grey = np.full((16, 16, 3), 100, np.uint8)
     v = said(video([grey, grey // 2], [(0, 1), (1, 2)]), "One. Two.", "", "One")
     stage([v])
     scores = [[c.scores.get("clip_score") for c in clip.captions] for clip in v.clips]
     assert scores == [[3.0, None, 2.0], [2.5, None, 1.5]]
-    assert all("consensus" in c.scores for c in v.clips[0].captions if c.text)
 
 
 def test_missing_weights_are_a_recipe_error_before_any_work():
-    assert choose.check(recipe.Choose()) == "needs no model"
     for pretrained in ("", "no_such_tag", "/no/such/file.pt"):
         with pytest.raises(
-            recipe.RecipeError, match=r"choose: open_clip ViT-B-32.*neither a weights file nor"
+            recipe.RecipeError, match=r"choose.judges: open_clip ViT-B-32.*neither a weights file nor"
         ):
-            choose.check(recipe.Choose(method="open_clip", pretrained=pretrained))
+            build(ClipScoreJudge(kind="clip_score", pretrained=pretrained)).check()

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from pipeline.decide.rules import clip_files, decide, funnel
+from pipeline.decide.rules import decide, funnel
 from pipeline.io.store import Store
+from pipeline.layers import clip_files
 from pipeline.recipe import Recipe, RecipeError, parse
 from pipeline.tables import DECISION_SCHEMA, clip_schema
 from tests.fixtures.run_folder import (
@@ -271,7 +272,7 @@ def test_a_rule_on_what_no_clip_has_names_the_nearest(told, rule, says):
 def test_a_choice_by_what_was_not_measured_is_one_sentence(run, told):
     store, recipe = run
     for choose, says in (
-        ({"method": "open_clip"}, "this run did not measure clip_score"),
+        ({"method": "open_clip"}, "no caption has the score 'clip_score'"),
         (
             {"method": "order", "order": ["tag-baseline"]},
             r"no captioner 'tag-baseline' \(did you mean 'tags-baseline'",

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.shard import main
-from pipeline.decide.rules import clip_files
 from pipeline.faults import StoreError
 from pipeline.io.store import Ranges, Store
+from pipeline.layers import clip_files
 from pipeline.recipe import parse
 from pipeline.shards import pack
 from pipeline.shards.pack import shard

@@ -1,0 +1,116 @@
+"""clipmill caption: add captioners and judges to a finished run, from its own clips."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+
+EPILOG = """
+DIR is the output of 'clipmill curate'. Captioners and judges that the recipe names and the run lacks see the frames
+that the first ones saw, kept beside each clip; no source is read, and what is there is not touched. What they say
+lies in DIR/layers, one folder each, and counts wherever clips are looked at: shards, report, inspector. Interrupted,
+the same command goes on.
+
+examples
+  clipmill caption run/ --set 'captions=[{kind: transformers, model: Qwen/Qwen2.5-VL-7B-Instruct}]'
+  clipmill caption run/ --recipe teachers.yaml --set choose.method=clip_score
+  clipmill caption run/ --recipe teachers.yaml --retry-errors
+  clipmill caption run/ --list
+  clipmill caption run/ --remove caption:Qwen/Qwen2.5-VL-7B-Instruct
+
+--set choose.*, decide.* and shards.* take effect as with 'clipmill shard'.
+
+exit status: as of clipmill curate
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="clipmill caption",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("dir", metavar="DIR", help="a finished run: a folder, s3:// or gs://")
+    parser.add_argument(
+        "--recipe", metavar="NAME|FILE", help="what to add (default: the run's own recipe, with --set)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one recipe key"
+    )
+    parser.add_argument(
+        "--retry-errors", action="store_true", help="also the clips on which a captioner failed"
+    )
+    parser.add_argument("--list", action="store_true", help="say which layers there are")
+    parser.add_argument("--remove", metavar="LAYER", help="delete a layer")
+    parser.add_argument("--address", metavar="ADDR", help="Ray cluster to run on, as for curate")
+    parser.add_argument(
+        "--runner", choices=["ray", "local"], default="ray", help="local: one process, no Ray"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="at most N worker processes a pool")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show what goes into the log file")
+    typed = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(typed)
+
+    from pipeline import layers, recipe
+    from pipeline.faults import StoreError, WorkerFault
+    from pipeline.io.store import Store
+    from pipeline.run import job as run
+    from pipeline.run import needs
+    from pipeline.run.outcome import Exit
+    from pipeline.run.worker import RunError
+    from pipeline.shards.pack import read_run
+    from pipeline.sources.signed import clean
+
+    def sorry(e: object, status: Exit) -> int:
+        print(f"clipmill caption: {e}", file=sys.stderr)
+        return status
+
+    try:
+        store = Store(args.dir)
+        stored = read_run(store)["recipe"]
+        if args.list:
+            for layer in layers.layers(store):
+                print(f"{layer.name:40} {layer.made}")
+            return Exit.OK
+        if args.remove:
+            with store.lock():
+                layers.remove(store, args.remove)
+            print(f"removed {args.remove}; new shards without it: clipmill shard {shlex.quote(args.dir)}")
+            return Exit.OK
+        chosen = recipe.parse(stored, [] if args.recipe else args.set, f"{args.dir}/run.json")
+        if args.recipe:
+            chosen = recipe.load(args.recipe, args.set)
+        needs.check(chosen, args.dir)
+        found = run.caption(
+            args.dir,
+            chosen,
+            run.Job(
+                runner=args.runner,
+                address=args.address,
+                workers=args.workers,
+                retry_errors=args.retry_errors,
+                asked=args.set,
+                command="clipmill caption " + shlex.join(map(clean, typed)),
+                verbose=args.verbose,
+            ),
+        )
+        return found.exit(False)
+    except recipe.RecipeError as e:
+        return sorry(e, Exit.BAD_INPUT)
+    except StoreError as e:
+        return sorry(e, Exit.OUTPUT)
+    except (run.RunEnded, WorkerFault) as e:
+        return sorry(e, Exit.ENDED)
+    except RunError as e:
+        return sorry(e, Exit.BAD_INPUT)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return sorry("stopped; run the same command again to go on", Exit.INTERRUPTED)
+
+
+if __name__ == "__main__":
+    from jobs.cli import leave
+
+    leave(main)

@@ -1,0 +1,177 @@
+"""Judges: how well each caption of a clip fits what is seen, as a score of that caption.
+
+A judge of your own is a class in a file of yours and a line in the recipe; nothing else changes:
+
+    # brief.py
+    from pipeline.captions import Judge
+
+    class Brief(Judge):
+        name = "brevity"
+
+        def score(self, video, clip, texts):
+            return [1 / len(text.split()) for text in texts]
+
+    # recipe.yaml
+    choose: {judges: [{kind: python, judge: brief.py:Brief}], method: brevity}
+
+`score` gives a number a text, in their order, higher for better; None where it cannot tell; a `Judged` to say it of
+each sentence too. `setup` loads a model once a worker (on `self.resources.device()`), `options` holds what the recipe
+gives; `scores` serves models that like batches. A clip that it fails on keeps its captions without that score, and
+its source a warning. Judges that come with clipmill: `caption/judges.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline import own_code, recipe_captions
+from pipeline.caption.choose import put
+from pipeline.faults import ClipFault, OutOfTime, StoreError, WorkerFault, kind_of
+from pipeline.recipe_schema import RecipeError
+from pipeline.record import Clip, Video
+from pipeline.stages import Produces, Resources, patiently
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a judge thinks of a text."""
+
+    score: float
+    support: list[float] = field(default_factory=list)  # of each sentence (pipeline.caption.text.sentences)
+
+
+Verdict = float | Judged | None
+
+
+@dataclass(frozen=True)
+class Told:
+    """What was said of one clip."""
+
+    video: Video
+    clip: Clip
+    texts: list[str]  # none empty
+
+
+class Judge:
+    """What a judge does; a subclass has a `name` and `score` (or `scores`).
+
+    Args:
+        options: the judge's section of the recipe; for `kind: python` its `options` mapping.
+    """
+
+    name: str  # of the score
+    resources = Resources()
+
+    def __init__(self, options: Any = None):
+        self.options = options
+
+    def check(self) -> str:
+        """Where its model comes from. Raises RecipeError with the fix when it cannot be had."""
+        return "needs no model"
+
+    def setup(self) -> None:
+        """Once a worker: load the model."""
+
+    def score(self, video: Video, clip: Clip, texts: list[str]) -> Sequence[Verdict]:
+        """A verdict on each of the texts of one clip."""
+        raise NotImplementedError
+
+    def scores(self, told: list[Told]) -> Sequence[Sequence[Verdict]]:
+        """Verdicts on the texts of each clip; for models that like batches."""
+        return [self.score(t.video, t.clip, t.texts) for t in told]
+
+
+class JudgeStage:
+    """Has one judge score every caption; called again, it replaces what it wrote."""
+
+    def __init__(self, section: recipe_captions.Judge):
+        judge = build(section)
+        self.section, self.score = section, judge.name
+        self.name = f"judge:{judge.name}"
+        self.resources = judge.resources
+        self.produces = Produces()
+
+    def setup(self) -> None:
+        self.judge = build(self.section)  # not in __init__: a class from a file cannot go to a worker
+        self.judge.resources = self.resources
+        if isinstance(self.section, recipe_captions.PythonJudge):
+            own_code.set_up(self.judge, f"judge {self.section.judge!r}")
+        else:
+            self.judge.setup()
+
+    def __call__(self, videos: list[Video]) -> list[Video]:
+        told = []
+        for video in videos:
+            video.warnings = [w for w in video.warnings if not w.startswith(f"{self.name}: ")]
+            for clip in video.clips:
+                put(clip.captions, self.score, [None] * len(clip.captions))
+                for caption in clip.captions:
+                    caption.support.pop(self.score, None)
+                if texts := [c.text for c in clip.captions if c.text]:
+                    told.append(Told(video, clip, texts))
+        for t, verdicts in zip(told, self._verdicts(told), strict=True):
+            captions = [c for c in t.clip.captions if c.text]
+            put(captions, self.score, [v.score if isinstance(v, Judged) else v for v in verdicts])
+            for caption, v in zip(captions, verdicts, strict=True):
+                if isinstance(v, Judged) and v.support:
+                    caption.support[self.score] = v.support
+        return videos
+
+    def _verdicts(self, told: list[Told]) -> list[Sequence[Verdict]]:
+        """Of every clip; those of one that the judge fails on are None."""
+        if not told:
+            return []
+        try:
+            with own_code.heard(self.name):
+                return patiently(lambda: self._asked(told))
+        except (Exception, SystemExit) as e:
+            if issubclass(kind_of(e), StoreError | WorkerFault) or isinstance(e, OutOfTime):
+                raise
+            if len(told) > 1:  # find the culprit
+                return [v for t in told for v in self._verdicts([t])]
+            why = own_code.reason(e, own_code.file_of(self.judge))
+            told[0].video.warnings.append(f"{self.name}: clip {told[0].clip.clip_id}: {why}")
+            own_code.log_failed(f"{self.name} clip {told[0].clip.clip_id}", e, own_code.file_of(self.judge))
+            return [[None] * len(told[0].texts)]
+
+    def _asked(self, told: list[Told]) -> list[Sequence[Verdict]]:
+        found: list[Sequence[Verdict]] = [list(verdicts) for verdicts in self.judge.scores(told)]
+        if [len(v) for v in found] != [len(t.texts) for t in told]:
+            raise ClipFault("a judge gives one verdict for each text")
+        for v in (v for verdicts in found for v in verdicts):
+            if not isinstance(v, float | int | Judged | None):
+                raise ClipFault(f"a verdict is a number, None or a Judged, not {v!r:.60}")
+        return found
+
+
+BUILT_IN = {"clip_score": "pipeline.caption.judges:ClipScore"}
+
+
+def judge_stages(judges: Sequence[recipe_captions.Judge]) -> list[JudgeStage]:
+    """A stage a judge, in the recipe's order. Raises RecipeError when two have one name."""
+    stages = [JudgeStage(section) for section in judges]
+    names = [stage.score for stage in stages]
+    for i, name in enumerate(names):
+        if name in ("consensus", "order", "weights", *names[:i]):
+            raise RecipeError(f"choose.judges.{i}: the name {name!r} is taken")
+    return stages
+
+
+def build(section: recipe_captions.Judge) -> Judge:
+    """The judge of a recipe's section, not yet set up. Raises RecipeError when there is no such class."""
+    if not isinstance(section, recipe_captions.PythonJudge):
+        made: Judge = own_code.load_class(BUILT_IN[section.kind], "judge")(section)
+        return made
+    where = f"judge {section.judge!r}"
+    cls = own_code.load_class(section.judge, "judge")
+    if not issubclass(cls, Judge):
+        raise RecipeError(
+            f"{where}: {cls.__name__} is not made from Judge: write class {cls.__name__}(Judge), from pipeline.captions"
+        )
+    judge: Judge = own_code.make(cls, section.judge, "judge", section.options)
+    if not (isinstance(getattr(judge, "name", None), str) and judge.name):
+        raise RecipeError(f"{where} has no name: give its class one")
+    own_code.check_resources(judge, where)
+    return judge

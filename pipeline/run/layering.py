@@ -1,0 +1,187 @@
+"""What `clipmill caption` does: captioners, judges and measures that a recipe names and a run lacks, as layers over it.
+
+`missing` says which clips lack what, `units` gathers them, and `stages` are those of `curate` between a `ReopenStage`
+and a `LayerStage`, which writes each layer's rows a unit at a time. So a clip gets the caption it would have got in
+the first run, nothing that is there is touched, and what was interrupted goes on. No source is read: a measure that
+needs more of a clip than the frames models are shown is refused with a sentence.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline.graph import build
+from pipeline.io.store import Store
+from pipeline.layers import Layer, Layered, create, unit_of, write
+from pipeline.recipe import Recipe, RecipeError
+from pipeline.record import Clip, Source, Video
+from pipeline.run.relabel import Only
+from pipeline.run.reopen import ReopenStage
+from pipeline.stages import Produces, Resources, Stage
+from pipeline.tables import caption_row
+
+TOGETHER = 64  # clips that go through the stages together at least, of as many units as it takes
+Wanted = dict[str, set[str]]  # stage → ids of the clips that it is to do
+
+
+def additional(recipe: Recipe, store: Store) -> list[Stage]:
+    """The stages of a recipe that can be run from the frames models are shown, in the order the data flows."""
+    return [s for s in build(recipe, store) if _adds(s) or s.name == "choose"]
+
+
+def _adds(stage: Stage) -> bool:
+    """It has something of its own to say of a clip, and looks at no more than its samples and its rows."""
+    return stage.name.startswith(("caption:", "judge:")) or stage.name in ("text", "aesthetic")
+
+
+def missing(clips: Layered, stages: Sequence[Stage], errors: bool) -> Wanted:
+    """The clips that each stage has not done yet.
+
+    Args:
+        errors: clips on which a captioner failed count as not done.
+    """
+    wanted: Wanted = {s.name: set() for s in stages if s.name != "choose"}
+    here = set(clips.schema().names)
+    columns = {s.name: [f"score_{n}" for n in s.produces.scores if f"score_{n}" in here] for s in stages}
+    asked = ["clip_id", "captions", *{c for some in columns.values() for c in some}]
+    for _, table in clips.tables(asked):
+        for row in table.to_pylist():
+            captions = row["captions"] or []
+            done = {f"caption:{c['model']}" for c in captions if not errors or c["outcome"] != "error"}
+            done |= {f"judge:{name}" for name in _judged(captions)}
+            done |= {name for name, some in columns.items() if some and all(row[c] is not None for c in some)}
+            for name in wanted.keys() - done:
+                wanted[name].add(row["clip_id"])
+    return {name: ids for name, ids in wanted.items() if ids}
+
+
+def _judged(captions: list[dict[str, Any]]) -> set[str]:
+    """Scores that every caption of a clip has that says something."""
+    scores = [{name for name, _ in c["scores"] or []} for c in captions if c["text"]]
+    return set.intersection(*scores) if scores else set()
+
+
+def units(clips: Layered, wanted: Wanted, listed: Mapping[str, Source]) -> list[list[Video]]:
+    """The wanted clips by unit of work, their ids alone: `ReopenStage` reads the rest.
+
+    Small committed units go through the stages together, so that models get full batches.
+    """
+    ids = set().union(*wanted.values())
+    found: list[list[Video]] = [[]]
+    for name, table in clips.tables(["clip_id", "source"]):
+        mine: dict[str, list[Clip]] = defaultdict(list)
+        for row in table.to_pylist():
+            if row["clip_id"] in ids:
+                mine[row["source"]].append(Clip(row["clip_id"], 0, 0, 0.0, 0.0))
+        if sum(len(v.clips) for v in found[-1]) >= TOGETHER:
+            found.append([])
+        found[-1] += [
+            Video(listed.get(u, Source(u, u)), unit_of(name), clips=some) for u, some in mine.items()
+        ]
+    return [unit for unit in found if unit]
+
+
+def noted(
+    store: Store, clips: Layered, stages: Sequence[Stage], wanted: Wanted, versions: dict[str, str]
+) -> list[Layer]:
+    """The layers that the wanted stages write, each noted in the run; those that are there go on."""
+    there = {layer.name: layer for layer in clips.layers}
+    number = max((layer.number for layer in clips.layers), default=0)
+    found = []
+    for stage in stages:
+        if stage.name not in wanted and stage.name != "choose":
+            continue
+        layer = there.get(stage.name)
+        if layer is None:
+            number += 1
+            section = getattr(stage, "section", getattr(stage, "options", None))
+            layer = Layer(
+                stage.name,
+                number,
+                section.model_dump(mode="json") if section is not None else {},
+                tuple(stage.produces.scores),
+                stage.produces.embeddings,
+                datetime.now(UTC).isoformat(timespec="seconds"),
+                versions,
+            )
+            create(store, layer)
+        found.append(layer)
+    return found
+
+
+def stages(store: Store, recipe: Recipe, wanted: Wanted, layers: Sequence[Layer]) -> list[Stage]:
+    """Reopen, what has something to do, the choice, and the layers that take it all."""
+    again: list[Stage] = [ReopenStage(store, recipe.decode, recipe.events.clip_samples)]
+    for stage in additional(recipe, store):
+        if stage.name in wanted:
+            again.append(Only(stage, wanted[stage.name]))
+        elif stage.name == "choose":
+            again.append(stage)
+    return [*again, LayerStage(store, layers, wanted)]
+
+
+def check(recipe: Recipe, clips: Layered) -> None:
+    """Raise RecipeError where the recipe measures what clips alone cannot tell, and the run has not measured it."""
+    have = set(clips.schema().names)
+    for stage in build(recipe, clips.store):
+        lacks = [n for n in stage.produces.scores if f"score_{n}" not in have]
+        lacks += [n for n in stage.produces.embeddings if f"emb_{n}" not in have]
+        if lacks and not _adds(stage):
+            raise RecipeError(
+                f"{', '.join(lacks)} of stage {stage.name!r} cannot be measured on finished clips, as it looks at the "
+                "source: curate into a new folder, or leave it out of the recipe"
+            )
+
+
+class LayerStage:
+    """Writes what the stages before it have added, a unit's rows of one layer in one step."""
+
+    name = "layer"
+    whole_unit = True
+    sees_samples = False
+
+    def __init__(self, out: Store | str, layers: Sequence[Layer], wanted: Wanted):
+        self.out, self.layers, self.wanted = out, list(layers), wanted
+        self.resources, self.produces = Resources(cpus=1.0), Produces()
+
+    def setup(self) -> None:
+        self.store = Store.of(self.out)
+
+    def __call__(self, videos: list[Video]) -> list[Video]:
+        for unit in dict.fromkeys(v.unit for v in videos):
+            its = [v for v in videos if v.unit == unit and v.error is None]
+            for layer in self.layers:
+                rows = []
+                for v in its:
+                    seconds = v.seconds.get(layer.name, 0.0) / len(v.clips)
+                    rows += [row | {"seconds": seconds} for c in v.clips if (row := self._row(layer, c))]
+                if rows:
+                    write(self.store, layer, unit, rows)
+        for v in videos:
+            v.frames = None
+        return videos
+
+    def _row(self, layer: Layer, clip: Clip) -> dict[str, Any] | None:
+        """What a layer says of a clip; None where that is nothing."""
+        row: dict[str, Any] = {"clip_id": clip.clip_id}
+        if layer.name == "choose" or layer.name.startswith("judge:"):
+            mine = (
+                {layer.name.removeprefix("judge:")} if layer.name != "choose" else {"consensus", "clip_score"}
+            )
+            judged = []
+            for c in clip.captions:
+                scores, support = ([(k, v) for k, v in m.items() if k in mine] for m in (c.scores, c.support))
+                judged.append({"model": c.model, "scores": scores, "support": support})
+            return row | {"judged": judged} if any(j["scores"] for j in judged) else None
+        if clip.clip_id not in self.wanted.get(layer.name, ()):
+            return None
+        if layer.captions:
+            model = layer.name.removeprefix("caption:")
+            said = next((c for c in clip.captions if c.model == model), None)
+            return None if said is None else row | {"caption": caption_row(said)}
+        row |= {f"score_{name}": clip.scores.get(name) for name in layer.scores}
+        row |= {f"emb_{name}": clip.embeddings.get(name) for name in layer.embeddings}
+        return row | ({"text": clip.text} if layer.name == "text" else {})

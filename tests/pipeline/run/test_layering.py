@@ -1,0 +1,196 @@
+"""`clipmill caption`: what is added to a finished run is what a first run would have given, and touches nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import caption, curate, shard
+from pipeline.io.store import Store
+from pipeline.layers import Layered, layers
+from tests.fixtures import videos
+from tests.fixtures.videos import made
+
+BRIEF = """
+from pipeline.captions import Judge
+
+class Brief(Judge):
+    name = "brevity"
+
+    def score(self, video, clip, texts):
+        return [1 / len(text) for text in texts]
+"""
+
+
+class World:
+    """A folder of raw videos, two captioners that log what they are asked, and a judge."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.log = folder, folder / "log"
+        (folder / "raw").mkdir()
+        shutil.copyfile(made(videos.multi_shot), folder / "raw/a.mp4")
+        shutil.copyfile(made(videos.delayed_start, frames=60), folder / "raw/b.mp4")
+        shutil.copyfile(made(videos.rotated, frames=30), folder / "raw/c.mp4")
+        (folder / "brief.py").write_text(BRIEF)
+
+    def captioners(self, *names: str) -> str:
+        options = "{{log: {log}, broken: {folder}/broken, keep: {folder}/keep, name: {name}}}"
+        made_of = (options.format(log=self.log, folder=self.folder, name=n) for n in names)
+        where = "captioner: 'tests.fixtures.seeing:Sees'"
+        return f"captions=[{', '.join(f'{{kind: python, {where}, options: {o}}}' for o in made_of)}]"
+
+    def sets(self, *names: str, judge: bool = False) -> list[str]:
+        judges = f"choose.judges=[{{kind: python, judge: {self.folder}/brief.py:Brief}}]"
+        sets = [self.captioners(*names), "events.min_s=0.1", "events.embedder.kind=none", "decide.rules={}"]
+        sets += ["decide.duplicates.enabled=false", "cut.height=null", *([judges] if judge else [])]
+        return [a for s in sets for a in ("--set", s)]
+
+    def curate(self, out: str, *names: str, judge: bool = False) -> int:
+        local = ["--recipe", "smoke", "--runner", "local"]
+        return curate.main(
+            [
+                str(self.folder / "raw"),
+                "--out",
+                str(self.folder / out),
+                *local,
+                *self.sets(*names, judge=judge),
+            ]
+        )
+
+    def caption(self, out: str, *names: str, judge: bool = False, more: tuple[str, ...] = ()) -> list[str]:
+        command = [str(self.folder / out), "--runner", "local", "--recipe", "smoke"]
+        return [*command, *self.sets(*names, judge=judge), *more]
+
+    def calls(self) -> Counter[str]:
+        text = self.log.read_text() if self.log.exists() else ""
+        self.log.unlink(missing_ok=True)
+        return Counter(text.splitlines())
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A run by one captioner and one by two and a judge."""
+    world = World(tmp_path_factory.mktemp("layers"))
+    assert world.curate("one", "old") == 0
+    assert world.curate("both", "old", "new", judge=True) == 0
+    world.calls()
+    return world
+
+
+@pytest.fixture
+def world(first, tmp_path):
+    shutil.copytree(first.folder, tmp_path / "w", dirs_exist_ok=True)
+    first.log.unlink(missing_ok=True)
+    world = World.__new__(World)
+    world.folder, world.log = tmp_path / "w", tmp_path / "w" / "log"
+    return world
+
+
+def measured(out: Path) -> dict[str, dict]:
+    """Rows of all clips with their layers, by id."""
+    clips = Layered(Store(str(out)))
+    return {r["clip_id"]: r for name in clips.files for r in clips.read(name).to_pylist()}
+
+
+def files(out: Path, *folders: str) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(out)): p.read_bytes() for f in folders for p in (out / f).rglob("*") if p.is_file()
+    }
+
+
+def decisions(out: Path) -> list[dict]:
+    return pq.read_table(out / "decisions.parquet").to_pylist()
+
+
+def test_what_is_added_later_is_what_a_first_run_gives_and_nothing_there_is_touched_or_decoded(world):
+    out = world.folder / "one"
+    before = files(out, "clips", "videos", "media")
+    shutil.rmtree(world.folder / "raw")
+    assert caption.main(world.caption("one", "old", "new", judge=True)) == 0
+    assert files(out, "clips", "videos", "media") == before
+    assert measured(out) == measured(world.folder / "both")
+    assert decisions(out) == decisions(world.folder / "both")
+    assert {k.split()[0] for k in world.calls()} == {"new"}
+    assert [layer.name for layer in layers(Store(str(out)))] == ["caption:new", "choose", "judge:brevity"]
+
+
+def test_the_added_caption_can_be_chosen_and_a_removed_layer_is_gone_from_all(world):
+    out = world.folder / "one"
+    assert (
+        caption.main(world.caption("one", "new", more=("--set", "choose={method: order, order: [new]}"))) == 0
+    )
+    assert {d["caption_model"] for d in decisions(out)} == {"new"}
+    assert caption.main([str(out), "--remove", "caption:new"]) == 0
+    assert {c["model"] for r in measured(out).values() for c in r["captions"]} == {"old"}
+    assert shard.main([str(out), "--set", "choose.method=consensus"]) == 0
+    assert {d["caption_model"] for d in decisions(out)} == {"old"}
+
+
+def test_where_all_is_there_nothing_is_asked_again(world, capsys):
+    assert caption.main(world.caption("one", "new")) == 0
+    world.calls()
+    assert caption.main(world.caption("one", "new")) == 0
+    assert not world.calls()
+    assert "nothing to add" in capsys.readouterr().err
+
+
+def test_a_removal_of_what_is_not_there_names_what_is(world, capsys):
+    assert caption.main([str(world.folder / "one"), "--remove", "caption:x"]) != 0
+    assert "has no layer 'caption:x'; its layers: none" in capsys.readouterr().err
+
+
+def test_what_needs_the_source_is_refused_with_a_sentence(world, capsys):
+    out = world.folder / "one"
+    more = ("--set", "scores.picture=true", "--set", "scores.motion=true")
+    before = files(out, "clips", "videos")
+    status = caption.main(world.caption("one", "new", more=more))
+    if "score_motion" not in next(iter(measured(out).values())):
+        assert status == 2
+        assert "cannot be measured on finished clips" in capsys.readouterr().err
+    assert files(out, "clips", "videos") == before
+
+
+def test_captions_that_failed_are_done_again_when_asked(world):
+    out = world.folder / "one"
+    (world.folder / "broken").touch()
+    assert caption.main(world.caption("one", "new")) in (0, 4)
+    failed = [r for r in measured(out).values() if any(c["outcome"] == "error" for c in r["captions"])]
+    assert failed
+    (world.folder / "broken").unlink()
+    world.calls()
+    assert caption.main(world.caption("one", "new")) == 0
+    assert not world.calls()
+    assert caption.main(world.caption("one", "new", more=("--retry-errors",))) == 0
+    assert set(world.calls()) == {f"new {r['clip_id']}" for r in failed}
+    assert all(c["outcome"] == "ok" for r in measured(out).values() for c in r["captions"])
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_killed_and_resumed_it_ends_like_one_that_was_left_alone(world, after):
+    out = world.folder / "one"
+    command = [sys.executable, "-m", "jobs.caption", *world.caption("one", "old", "new", judge=True)]
+    process = subprocess.Popen(command, stdout=-1, stderr=-1, start_new_session=True)
+    end = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end:
+        if world.log.exists() and len(world.log.read_text().splitlines()) >= after:
+            os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(0.002)
+    process.communicate()
+    assert caption.main(world.caption("one", "old", "new", judge=True)) == 0
+    assert measured(out) == measured(world.folder / "both")
+    assert decisions(out) == decisions(world.folder / "both")
+
+
+def test_a_layer_says_what_made_it(world):
+    assert caption.main(world.caption("one", "new")) == 0
+    said = json.loads((world.folder / "one/layers/caption%3Anew/layer.json").read_text())
+    assert said["section"]["captioner"] == "tests.fixtures.seeing:Sees"
+    assert "clipmill" in said["versions"]
