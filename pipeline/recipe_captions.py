@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.recipe_schema import CODE, MAYBE_PATH, Section
+from pipeline.recipe_prompts import Prompt
+from pipeline.recipe_schema import CODE, MAYBE_PATH, WORDS, Section
 
 
 class TagsCaptioner(Section):
@@ -58,9 +59,10 @@ class TransformersCaptioner(Section):
     model: str = Field(description="hub id or folder", json_schema_extra=MAYBE_PATH)
     name: str | None = Field(None, description="who wrote it, in the output; none: the model")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    prompt: str = Field(
+    prompt: Prompt = Field(
         "Describe the main subject and what happens in this video in one faithful sentence.",
-        description="what it is asked",
+        description="what it is asked: words, a bundled prompt's name, or a .txt file (recipes/prompts)",
+        json_schema_extra=WORDS,
     )
     input: Literal["video", "images", "image"] = Field(
         "video", description="images: the frames one by one; image: one random frame of the middle 40 %"
