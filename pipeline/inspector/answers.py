@@ -22,7 +22,7 @@ from pipeline.faults import StoreError
 from pipeline.inspector import choices
 from pipeline.inspector.blind import Blind, NoPair
 from pipeline.inspector.compare import Comparison
-from pipeline.inspector.index import Index, finite
+from pipeline.inspector.index import HUMAN, Index, finite
 from pipeline.inspector.media import Media
 from pipeline.inspector.near import Near, NotReady
 from pipeline.inspector.query import FIXED, Filters, Query, Wrong, summary
@@ -209,15 +209,15 @@ class Inspector:
         clip_id = index.ids[row].as_py()
         before, after = index.source_neighbours(row)
         original = int(index.original[row])
-        fps, start = all_["fps"] or 0.0, all_["start_frame"]
+        start = all_["start_frame"]
         frames = [f - start for f in all_.get("sample_frames") or []]
         captions = [self._caption(c, row) for c in all_["captions"] or []]
         scores = {n.removeprefix("score_"): v for n, v in all_.items() if n.startswith("score_")}
         return summary(index, row) | {
-            "fps": fps,
+            "fps": all_["fps"],
             "frames": all_["end_frame"] - start,
             "sample_frames": frames,
-            "sample_times": [round(f / fps, 6) if fps else 0.0 for f in frames],
+            "sample_times": self._times(all_, frames),
             "scores": {n: None if v is None else finite(v) for n, v in scores.items()},
             "text": all_["text"] or [],
             "meta": all_["meta"],
@@ -234,6 +234,13 @@ class Inspector:
             "tally": self.votes.tally(clip_id),
             "media": {"tar": all_["media_tar"], "offset": all_["media_offset"], "size": all_["media_size"]},
         }
+
+    def _times(self, all_: dict[str, Any], frames: list[int]) -> list[float]:
+        """When the frames that models were shown are shown, seconds from the clip's start."""
+        pts, base = all_.get("sample_pts"), self.index.time_base(all_)
+        if pts and base:
+            return [round(float(p * base) - all_["start_s"], 6) for p in pts]
+        return [round(f / all_["fps"], 6) if all_["fps"] else 0.0 for f in frames]
 
     def _caption(self, caption: dict[str, Any], row: int) -> dict[str, Any]:
         support = {n: [finite(x) for x in v or []] for n, v in caption["support"].items()}
@@ -348,7 +355,7 @@ class Inspector:
         written = choices.write_layers(self.index, self.votes)
         threading.Thread(target=self._read_again, daemon=True).start()
         uri = self.index.media.uri
-        weights = f"{{{choices.HUMAN}: 10, consensus: 1}}"
+        weights = f"{{{HUMAN}: 10, consensus: 1}}"
         return {
             "ok": True,
             "layers": written,

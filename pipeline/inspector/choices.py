@@ -18,13 +18,13 @@ from typing import Any
 
 from pipeline import layers
 from pipeline.faults import StoreError
-from pipeline.inspector.index import Index
+from pipeline.inspector.index import HUMAN, Index
 from pipeline.inspector.votes import Votes
 from pipeline.layers import Layer
 from pipeline.record import Caption
 from pipeline.tables import caption_row
 
-EDITED, HUMAN = "edited", "human"
+EDITED = "edited"
 LAYERS = (f"caption:{EDITED}", f"judge:{HUMAN}")
 
 

@@ -11,7 +11,8 @@ import json
 import math
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ LIGHT = (
     "fps",
 )
 CONSENSUS, FIT = "consensus", "visual_fit"
+HUMAN = "human"  # a score: the share of people who would have this caption (pipeline.inspector.choices)
 KEPT_DETAILS = 256  # clips
 
 
@@ -74,6 +76,7 @@ class Index:
         self.ready, self.generation = False, 0
         self._begin_captions()
         self._details: OrderedDict[int, dict[str, Any]] = OrderedDict()
+        self._time_bases: dict[tuple[str, str], str | None] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -219,6 +222,16 @@ class Index:
                     caption |= {key: dict(caption[key] or []) for key in ("scores", "support", "cost")}
                 yield row, found | {"unit": unit_of(name)}
 
+    def time_base(self, clip: Mapping[str, Any]) -> Fraction | None:
+        """Seconds a tick of the source of a clip; none where an older run did not note it. Raises StoreError."""
+        key = clip["unit"], clip["source"]
+        if key not in self._time_bases:
+            table = self.media.read_table(f"videos/{key[0]}.parquet")
+            found = {r["source"]: r.get("time_base") for r in table.to_pylist()}
+            self._time_bases |= {(key[0], source): base for source, base in found.items()}
+        said = self._time_bases.get(key)
+        return Fraction(said) if said else None
+
     def still(self, row: int, k: int) -> tuple[str, int, int] | None:
         """Tar, offset and size of a clip's k-th still; none where none was kept."""
         sizes = self.stills[row].as_py() or []
@@ -310,7 +323,7 @@ class _Captions:
 
     def finish(self) -> None:
         index = self.index
-        judges = [name for name in self.gaps if name != CONSENSUS]  # not shown the pictures
+        judges = [name for name in self.gaps if name not in (CONSENSUS, HUMAN)]  # who saw the pictures
         index.fit_score = next((name for name in (FIT, self.choose.method, *judges) if name in judges), None)
         none = np.full(len(index), np.nan, np.float32)
         index.numbers |= {
