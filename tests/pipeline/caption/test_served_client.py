@@ -126,10 +126,14 @@ def test_a_server_that_is_away_is_no_clips_fault_and_comes_back(server):
         url = gone.url
     options = ServedModel(url=url, model="m", tries=3)
     clock = Clock()
-    with pytest.raises(WorkerFault, match=r"nobody answers at 127\.0\.0\.1:\d+ \(.*refused\), 3 times in a row; start"):
+    with pytest.raises(
+        WorkerFault, match=r"nobody answers at 127\.0\.0\.1:\d+ \(.*refused\), 3 times in a row; start"
+    ):
         Client(options, clock, clock.sleep).ask(body())
     assert len(clock.waits) == 2
-    with pytest.raises(RecipeError, match=r"nobody answers at http.*start the server of 'm' first, or correct the url"):
+    with pytest.raises(
+        RecipeError, match=r"nobody answers at http.*start the server of 'm' first, or correct the url"
+    ):
         Client(options, clock, clock.sleep).hello()
 
 
@@ -261,7 +265,9 @@ def test_the_key_is_sent_and_nowhere_else(server, monkeypatch):
     monkeypatch.setenv("MY_KEY", "wrong-key-987654321")
     asks, _ = client(server, key_env="MY_KEY")
     for call in (asks.hello, lambda: asks.ask(body())):
-        with pytest.raises((WorkerFault, RecipeError), match=r"does not take the key in \$MY_KEY .*Bad key Bearer …"):
+        with pytest.raises(
+            (WorkerFault, RecipeError), match=r"does not take the key in \$MY_KEY .*Bad key Bearer …"
+        ):
             call()
     assert not any(KEY in str(b) for b in server.bodies)
 
