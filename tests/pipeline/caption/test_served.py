@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from pipeline import recipe
@@ -96,7 +97,7 @@ def test_no_field_is_sent_that_the_recipe_does_not_list(server):
 def test_jpegs_go_as_a_video_whose_exact_times_are_told_in_a_field(server):
     server.fields.add("media_io_kwargs")
     v = clips(1)
-    v.frames.pts = v.frames.pts + [0, 7, 3, 31]  # variable frame rate: 100 ticks are half a second
+    v.frames.pts += np.array([0, 7, 3, 31])  # variable frame rate: 100 ticks are half a second
     stage(server, input="jpegs", frames=3)([v])
     (part,) = shown(server.bodies[0])
     jpegs = part["video_url"]["url"].removeprefix("data:video/jpeg;base64,").split(",")
@@ -214,7 +215,7 @@ def test_an_unknown_field_is_refused_once_and_for_all(server):
 
 def test_a_server_without_the_model_ends_the_work(server):
     server.troubles = [Trouble(404, {"error": {"message": "The model does not exist"}})]
-    with pytest.raises(WorkerFault, match="has no 'org/m' for us .*The model does not exist"):
+    with pytest.raises(WorkerFault, match=r"has no 'org/m' for us .*The model does not exist"):
         stage(server, concurrency=1)([clips(2)])
 
 
