@@ -146,7 +146,10 @@ class JudgeStage:
         return found
 
 
-BUILT_IN = {"clip_score": "pipeline.caption.judges:ClipScore"}
+BUILT_IN = {
+    "clip_score": "pipeline.caption.judges:ClipScore",
+    "yes": "pipeline.caption.judges_vlm:Yes",
+}
 
 
 def judge_stages(judges: Sequence[recipe_captions.Judge]) -> list[JudgeStage]:
