@@ -143,7 +143,7 @@ def caption(out: str, recipe: Recipe, job: Job = Job()) -> Outcome:
         check_rules(in_force.decide.rules, Layered(store).schema())
         pack.shard(store, in_force)
         report.write(store)
-        found = outcome(store, set())
+        found = outcome(store)
         _write_run(store, pack.read_run(store) | {"outcome": found.plain()})
         for line in found.lines(
             job.command, {"report": below(out if store.local else store.uri, "report.html")}
