@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -53,32 +53,77 @@ class GivenCaptioner(Section):
     pieces: bool = Field(False, description="also of clips that are a piece of what it was written for")
 
 
-class TransformersCaptioner(Section):
-    """Any transformers image- or video-text-to-text model."""
+class Looking(Section):
+    """What a model of transformers is, and what it is shown."""
 
-    kind: Literal["transformers"] = Field(description="which captioner")
     model: str = Field(description="hub id or folder", json_schema_extra=MAYBE_PATH)
     name: str | None = Field(None, description="who wrote it, in the output; none: the model")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    prompt: Prompt = Field(
-        "Describe the main subject and what happens in this video in one faithful sentence.",
-        description="what it is asked: words, a bundled prompt's name, or a .txt file (recipes/prompts)",
-        json_schema_extra=WORDS,
+    input: Literal["auto", "video", "images", "image"] = Field(
+        "auto",
+        description="images: the frames one by one; image: one random frame of the middle 40 %; auto: video where the "
+        "model takes that",
     )
-    input: Literal["video", "images", "image"] = Field(
-        "video", description="images: the frames one by one; image: one random frame of the middle 40 %"
+    times: Literal["auto", "prompt", "none"] = Field(
+        "auto",
+        description="whether the prompt tells when each frame is; auto: of images, where nothing else tells it",
     )
     frames: int = Field(8, ge=1, description="frames a clip to look at (input video or images)")
-    context: bool = Field(
-        False, description="add the source's title, description and subtitles to the prompt"
+    max_pixels: int | None = Field(
+        None,
+        ge=1,
+        description="of each frame, in families that look at sizes; none: the family's own preprocessing",
+    )
+    tokens: int | None = Field(None, ge=1, description="max_pixels, said in visual tokens a frame")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="numbers that the model computes with; auto: those it is stored in"
+    )
+    device_map: str | None = Field(
+        None, description="accelerate's, e.g. auto: a model larger than one GPU over all that its worker has"
+    )
+    batch: int = Field(
+        8, ge=1, description="clips a forward pass, of any sources; frames of one number and size"
+    )
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.max_pixels and self.tokens:
+            raise ValueError("max_pixels and tokens say the same; keep one")
+        return self
+
+
+class TransformersCaptioner(Looking):
+    """Any transformers image- or video-text-to-text model."""
+
+    kind: Literal["transformers"] = Field(description="which captioner")
+    prompt: Prompt | None = Field(
+        None,
+        description="what it is asked: words, a bundled prompt's name, or a .txt file (recipes/prompts); none: what "
+        "suits the model's family, mostly one sentence on the main subject and what happens",
+        json_schema_extra=WORDS,
+    )
+    context: bool | tuple[Literal["title", "description", "subtitles"], ...] = Field(
+        False,
+        description="which of the source's title, description and subtitles it is told; true: all three",
     )
     first_sentence: bool = Field(False, description="keep no more than the first sentence")
     max_new_tokens: int = Field(96, ge=1, description="of an answer; a longer one is cut off")
     beams: int = Field(1, ge=1, description="1: greedy")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="numbers that the model computes with; auto: those it is stored in"
+    temperature: float = Field(0.0, ge=0, description="of sampling; 0: the likeliest words")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="of sampling: share of the probability that is drawn from"
     )
-    batch: int = Field(8, ge=1, description="clips of one source a forward pass")
+    seed: int = Field(0, description="of sampling: a caption depends on it and on the clip's id")
+    thinking: bool = Field(
+        False,
+        description="let a model that can think do so first, within max_new_tokens; never in the caption",
+    )
+
+    @model_validator(mode="after")
+    def _one_search(self) -> Self:
+        if self.beams > 1 and self.temperature:
+            raise ValueError("beams search for the likeliest words and temperature draws by chance; keep one")
+        return self
 
 
 class ServedModel(Section):
@@ -169,8 +214,9 @@ class ServedCaptioner(ServedModel):
     detail: Literal["low", "high", "auto"] | None = Field(
         None, description="of each image, for servers that know it; none: not sent"
     )
-    context: bool = Field(
-        False, description="add the source's title, description and subtitles to the prompt"
+    context: bool | tuple[Literal["title", "description", "subtitles"], ...] = Field(
+        False,
+        description="which of the source's title, description and subtitles it is told; true: all three",
     )
     structured: bool = Field(
         False,
@@ -266,22 +312,44 @@ class ClipScoreJudge(Section):
     frames: int = Field(8, ge=1, description="frames a clip to compare with")
 
 
-class ServedYesJudge(ServedModel):
-    """`served_yes`: P(Yes) of a served model shown the frames and asked 'does this show …?', by its logprobs."""
+class YesJudge(Looking):
+    """`yes`: P(yes | frames, 'Does this show "…"?') by a transformers model, one forward pass a text (VQAScore)."""
 
-    kind: Literal["served_yes"] = Field(description="which judge")
-    name: str | None = Field(None, description="of the score; none: served_yes")
-    question: str = Field(
-        "Does this video show what this text says? “{text}” Answer with Yes or No alone.",
-        description="what it is asked, with {text} where the caption comes",
+    kind: Literal["yes"] = Field(description="which judge")
+    name: str = Field("yes", description="of the score")
+    question: Prompt = Field(
+        'Does this show "{caption}"? Please answer yes or no.',
+        description="what it is asked of a caption: words, a bundled prompt's name, or a .txt file",
+        json_schema_extra=WORDS,
     )
-    frames: int = Field(4, ge=1, description="frames a clip to send")
-    sentences: bool = Field(False, description="ask about each sentence too, a request each")
+    sentences: bool = Field(True, description="ask of each sentence too, of captions that have several")
 
     @model_validator(mode="after")
-    def _placed(self) -> ServedYesJudge:
-        if "{text}" not in self.question:
-            raise ValueError("question: has no {text}, where the caption comes")
+    def _of_a_caption(self) -> Self:
+        if "{caption}" not in self.question:
+            raise ValueError("question has no {caption}, the place of what is asked about")
+        return self
+
+
+class ServedYesJudge(ServedModel):
+    """`served_yes`: P(yes) of a served model shown the frames and asked 'does this show …?', by its logprobs."""
+
+    kind: Literal["served_yes"] = Field(description="which judge")
+    name: str = Field("served_yes", description="of the score")
+    question: Prompt = Field(
+        'Does this show "{caption}"? Please answer yes or no.',
+        description="what it is asked of a caption: words, a bundled prompt's name, or a .txt file",
+        json_schema_extra=WORDS,
+    )
+    frames: int = Field(4, ge=1, description="frames a clip to send")
+    sentences: bool = Field(
+        False, description="ask of each sentence too, of captions that have several: a request each"
+    )
+
+    @model_validator(mode="after")
+    def _of_a_caption(self) -> Self:
+        if "{caption}" not in self.question:
+            raise ValueError("question has no {caption}, the place of what is asked about")
         return self
 
 
@@ -293,7 +361,7 @@ class PythonJudge(Section):
     options: dict[str, Any] = Field({}, description="what its class is made with")
 
 
-Judge = Annotated[ClipScoreJudge | ServedYesJudge | PythonJudge, Field(discriminator="kind")]
+Judge = Annotated[ClipScoreJudge | YesJudge | ServedYesJudge | PythonJudge, Field(discriminator="kind")]
 
 
 class Choose(Section):

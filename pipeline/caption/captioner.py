@@ -201,7 +201,7 @@ class CaptionStage:
                 f"str, the outcome one of {', '.join(OUTCOMES)}"
             )
         caption.text = " ".join(caption.text.split())
-        if not caption.text and caption.outcome != "error":
+        if not caption.text and caption.outcome == "ok":
             caption.outcome = "empty"
         return caption
 

@@ -152,6 +152,7 @@ class JudgeStage:
 BUILT_IN = {
     "clip_score": "pipeline.caption.judges:ClipScore",
     "served_yes": "pipeline.caption.served:ServedYes",
+    "yes": "pipeline.caption.judges_vlm:Yes",
 }
 
 

@@ -18,7 +18,7 @@ from pipeline.caption import client, prompts, structured
 from pipeline.caption.answers import Answer, Server, total
 from pipeline.caption.captioner import Captioner, Said
 from pipeline.caption.judge import Judge, Judged, Told, Verdict
-from pipeline.caption.text import sentences, without_thoughts
+from pipeline.caption.text import sentences
 from pipeline.faults import ClipFault, Fault, StoreError, WorkerFault
 from pipeline.io.store import Ranges
 from pipeline.recipe_captions import ServedCaptioner, ServedModel, ServedYesJudge
@@ -89,6 +89,13 @@ def _as_video(jpegs: Sequence[bytes], times_s: Sequence[float], duration_s: floa
 # ---------------------------------------------------------------- the captioners
 
 
+def without_thoughts(text: str) -> str:
+    """What a thinking model says, where its server leaves the thoughts in the answer."""
+    from models.curation.vlm import reasoning
+
+    return reasoning.said(text).strip()
+
+
 class Asking(Captioner):
     """A captioner that asks a server about each clip: `said` does, in a thread; see `Server` for what is kept."""
 
@@ -121,7 +128,8 @@ class Asking(Captioner):
         """The last of the answers to a clip as its caption; all of them cost."""
         answer = answers[-1]
         text = without_thoughts(answer.text)
-        caption = Caption(self.name, text, prompt=prompt, cost=total(a.cost for a in answers))
+        raw = answer.text if text != answer.text else ""
+        caption = Caption(self.name, text, prompt=prompt, raw=raw, cost=total(a.cost for a in answers))
         if answer.finish == "length":
             caption.outcome = "truncated"
         if answer.refusal or answer.finish == "content_filter":
@@ -166,7 +174,8 @@ class Served(Asking):
         return self._structured(clip, body, answers, prompt, stop)
 
     def _prompt(self, video: Video, clip: Clip) -> str:
-        context = tuple(prompts.SAID) if self.options.context else ()
+        given = self.options.context
+        context = tuple(prompts.SAID) if given is True else given or ()
         more = {"schema": structured.schema_text()} if self.options.structured else None
         return prompts.ask(self.options.prompt, video, clip, context, more=more)
 
@@ -220,7 +229,7 @@ class ServedYes(Judge):
 
     def __init__(self, options: ServedYesJudge):
         super().__init__(options)
-        self.name = options.name or "served_yes"
+        self.name = options.name
 
     def check(self) -> str:
         return check(self.options, "choose.judges")
@@ -229,7 +238,7 @@ class ServedYes(Judge):
         self.asks = Server(self.options, self.store)
         self.asks.client.hello()
         try:
-            answer = self.asks.ask("", self._body([], "Is water wet? Answer with Yes or No alone."))
+            answer = self.asks.ask("", self._body([], "Is water wet? Please answer yes or no."))
         except (StoreError, WorkerFault):
             raise
         except Fault as e:
@@ -257,7 +266,7 @@ class ServedYes(Judge):
         times = told_times(when, told.clip.duration_s)
 
         def p(text: str) -> float | None:
-            words = f"{times}\n{self.options.question.replace('{text}', text)}"
+            words = f"{times}\n{self.options.question.replace('{caption}', text)}"
             return p_yes(self.asks.ask(told.clip.clip_id, self._body(images(jpegs), words), stop))
 
         found: list[Verdict] = []

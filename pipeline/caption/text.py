@@ -18,12 +18,6 @@ def sentences(text: str) -> list[str]:
     return [*found, *([text[start:].strip()] if text[start:].strip() else [])]
 
 
-def without_thoughts(text: str) -> str:
-    """An answer without what a thinking model thought before it; '' where it did not come to an end."""
-    text = re.sub(r"<think>.*?(?:</think>|$)", "", text, flags=re.DOTALL)
-    return text.rpartition("</think>")[2].strip()
-
-
 # Words that carry the sentence rather than say what is seen.
 _STOP_WORDS = """
     a an the this that these those it its is are was were be been being has have had do does did can could may

@@ -502,7 +502,7 @@ def test_p_yes_is_the_share_of_yes_however_it_is_spelt(server, tmp_path):
         for clip in v.clips:
             assert [c.scores.get("served_yes") for c in clip.captions] == [0.75, None, 0.75]
     asked = Counter(words(b).partition("\n")[2] for b in server.bodies)
-    question = "Does this video show what this text says? “{}” Answer with Yes or No alone."
+    question = 'Does this show "{}"? Please answer yes or no.'
     assert asked == {"": 1, question.format("A tram."): 2, question.format("A car."): 2}
     assert {(b["max_tokens"], b["temperature"], b["logprobs"]) for b in server.bodies} == {(1, 0.0, True)}
 
@@ -510,7 +510,7 @@ def test_p_yes_is_the_share_of_yes_however_it_is_spelt(server, tmp_path):
 def test_each_sentence_is_judged_where_that_is_asked_for(server):
     server.fields |= {"logprobs", "top_logprobs"}
     yes, no = logprobs(Yes=0.9, No=0.1), logprobs(No=0.8, Yes=0.2)
-    server.says = lambda body: no(body) if "“It flies.”" in words(body) else yes(body)
+    server.says = lambda body: no(body) if '"It flies."' in words(body) else yes(body)
     v = told(clips(1), ("a", "A tram leaves. It flies."))
     judge(server, sentences=True)([v])
     assert v.clips[0].captions[0].support["served_yes"] == pytest.approx([0.9, 0.2])
