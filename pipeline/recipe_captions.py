@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.recipe_schema import CODE, MAYBE_PATH, Section
+from pipeline.recipe_prompts import Prompt
+from pipeline.recipe_schema import CODE, MAYBE_PATH, WORDS, Section
 
 
 class TagsCaptioner(Section):
@@ -32,6 +33,17 @@ class TextCaptioner(Section):
     lines: int = Field(4, ge=1, description="most prominent lines to quote")
 
 
+class PlainCaptioner(Section):
+    """Baseline `plain-baseline`: what is really known of a clip without a download, as one sentence (embedded)."""
+
+    kind: Literal["plain"] = Field(description="which captioner")
+    frames: int = Field(8, ge=1, description="frames a clip to look at")
+    sure: float = Field(
+        0.5, gt=0, lt=1, description="mean probability of a subject from which it leads the sentence"
+    )
+    unsure: float = Field(0.25, gt=0, lt=1, description="… and from which it is offered as a guess")
+
+
 class GivenCaptioner(Section):
     """`given`: the caption that the list, or a .txt beside the video in its tar, came with."""
 
@@ -47,9 +59,10 @@ class TransformersCaptioner(Section):
     model: str = Field(description="hub id or folder", json_schema_extra=MAYBE_PATH)
     name: str | None = Field(None, description="who wrote it, in the output; none: the model")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    prompt: str = Field(
+    prompt: Prompt = Field(
         "Describe the main subject and what happens in this video in one faithful sentence.",
-        description="what it is asked",
+        description="what it is asked: words, a bundled prompt's name, or a .txt file (recipes/prompts)",
+        json_schema_extra=WORDS,
     )
     input: Literal["video", "images", "image"] = Field(
         "video", description="images: the frames one by one; image: one random frame of the middle 40 %"
@@ -79,6 +92,7 @@ Captioner = Annotated[
     TagsCaptioner
     | MotionColourCaptioner
     | TextCaptioner
+    | PlainCaptioner
     | GivenCaptioner
     | TransformersCaptioner
     | PythonCaptioner,

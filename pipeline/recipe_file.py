@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline import recipe_prompts
 from pipeline.recipe_schema import (
     Place,
     RecipeError,
@@ -189,10 +190,13 @@ def _located(place: Place, data: Any, folder: Path) -> Any:
         return [_located(below(place.annotation, data, i), v, folder) for i, v in enumerate(data)]
     if not (isinstance(data, str) and data and place.path) or "://" in data:
         return data
+    if place.path == "words" and not recipe_prompts.is_file(data):
+        return data
     name, colon, rest = data.rpartition(":") if place.path == "code" else (data, "", "")
     path = _absolute(folder / Path(name).expanduser())
     a_path = {
         "always": True,
+        "words": True,
         "code": name.endswith(".py"),
         "maybe": name.startswith(("./", "../", "~", "/")) or path.exists(),
     }[place.path]

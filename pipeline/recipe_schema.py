@@ -1,6 +1,6 @@
 """What may stand where in a recipe, read from the pydantic classes of its sections: types, limits, paths, meanings.
 
-Knows no option of any recipe. A field that names a file says so (`PATH`, `MAYBE_PATH`, `CODE` as its
+Knows no option of any recipe. A field that names a file says so (`PATH`, `MAYBE_PATH`, `WORDS`, `CODE` as its
 `json_schema_extra`); everything else follows from types and descriptions.
 """
 
@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 PATH: dict[str, Any] = {"path": "always"}  # a file or folder
 MAYBE_PATH: dict[str, Any] = {"path": "maybe"}  # a file or folder, or a name that somebody else knows
+WORDS: dict[str, Any] = {"path": "words"}  # a .txt file, or a text itself
 CODE: dict[str, Any] = {"path": "code"}  # 'file.py:Class', or 'package.module:Class'
 
 
@@ -52,7 +53,7 @@ class Place:
 
     annotation: Any = Any
     role: Literal["field", "entry", "item", "extra", "unknown", "free"] = "free"
-    path: str = ""  # 'always', 'maybe' or 'code'
+    path: str = ""  # 'always', 'maybe', 'words' or 'code'
 
     @property
     def nullable(self) -> bool:

@@ -126,6 +126,7 @@ def caption(out: str, recipe: Recipe, job: Job = Job()) -> Outcome:
         media.check(store)
         commit.sweep_uncommitted(store)
         clips = Layered(store)
+        recipe = layering.with_judges(recipe, resume.decided(run, [], out), clips)
         layering.check(recipe, clips)
         added = layering.additional(recipe, store)
         wanted = layering.missing(clips, added, job.retry_errors)

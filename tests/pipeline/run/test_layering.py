@@ -194,3 +194,11 @@ def test_a_layer_says_what_made_it(world):
     said = json.loads((world.folder / "one/layers/caption%3Anew/layer.json").read_text())
     assert said["section"]["captioner"] == "tests.fixtures.seeing:Sees"
     assert "clipmill" in said["versions"]
+
+
+def test_what_is_added_is_judged_as_the_others_were_though_the_recipe_names_no_judge(world):
+    out = world.folder / "both"
+    assert caption.main(world.caption("both", "third")) == 0
+    scored = [{n for n, _ in c["scores"]} for r in measured(out).values() for c in r["captions"] if c["text"]]
+    assert scored
+    assert all(names == {"consensus", "brevity"} for names in scored)

@@ -1,0 +1,60 @@
+"""What `prompt:` of a recipe may say: the words themselves, a bundled prompt by its name, or a .txt file.
+
+    prompt: Describe the main subject in one sentence.    # the words
+    prompt: one-sentence                                  # recipes/prompts/one-sentence.txt
+    prompt: mine.txt                                      # a file, beside the recipe that names it
+
+A recipe holds the words from then on: a run writes down what was asked, and no worker needs the file.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from pipeline.recipe_schema import RecipeError, nearest
+
+FOLDER = Path(__file__).parent.parent / "recipes" / "prompts"
+_NAME = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*")
+
+
+def bundled() -> list[str]:
+    """Names of the prompts that come with clipmill."""
+    return sorted(p.stem for p in FOLDER.glob("*.txt"))
+
+
+def text(prompt: str) -> str:
+    """The words of a prompt. Raises RecipeError where a file cannot be read, or a name is nearly one that is known."""
+    prompt = prompt.strip()
+    if _NAME.fullmatch(prompt):
+        if prompt in bundled():
+            return _read(FOLDER / f"{prompt}.txt")
+        if meant := nearest(prompt, bundled()):
+            raise RecipeError(f"there is no prompt {prompt!r}{meant}; there are {', '.join(bundled())}")
+    if is_file(prompt):
+        return _read(Path(prompt).expanduser())
+    if not prompt:
+        raise RecipeError("a prompt cannot be empty")
+    return prompt
+
+
+def is_file(prompt: str) -> bool:
+    """Whether a prompt names a file rather than saying something."""
+    return prompt.endswith(".txt") and "\n" not in prompt
+
+
+def _read(path: Path) -> str:
+    try:
+        words = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as e:
+        why = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
+        raise RecipeError(f"prompt file {path} cannot be read ({why})") from e
+    if not words:
+        raise RecipeError(f"prompt file {path} is empty")
+    return words
+
+
+Prompt = Annotated[str, AfterValidator(text)]
