@@ -7,6 +7,8 @@ import { Player } from "./player.js";
 import { address, changed, go, recall, remember } from "./state.js";
 import { Who } from "./voting.js";
 
+const SIDES = { chosen: "the captions chosen", "other:chosen": "those of the other run" };
+
 function Result({ a, b, again }) {
   const { data, error } = useAnswer(`api/ab/result?a=${encodeURIComponent(a)}&b=${encodeURIComponent(b)}`, again);
   if (error) return html`<p class="soft">${error}</p>`;
@@ -45,10 +47,10 @@ function Pair({ a, b, who, onAnswered }) {
       setPair(given);
       setError("");
       if (given.clip) {
-        const id = given.clip.id ?? given.clip;
-        setClip(await get(`api/clip/${encodeURIComponent(id)}`));
+        setClip(await get(`api/clip/${encodeURIComponent(given.clip)}`));
       }
     } catch (failed) {
+      setPair(null);
       setError(failed.message);
     }
   }
@@ -58,7 +60,7 @@ function Pair({ a, b, who, onAnswered }) {
     if (busy || !pair?.pair) return;
     setBusy(true);
     try {
-      await post("api/ab", { pair: pair.pair, answer: said, who, a, b });
+      await post("api/ab", { pair: pair.pair, answer: said, who });
       await next();
       onAnswered();
     } catch (failed) {
@@ -71,10 +73,9 @@ function Pair({ a, b, who, onAnswered }) {
     { keys: ["ArrowRight"], show: "→", does: "the right one is better", run: () => answer("right") },
     { keys: ["ArrowDown"], show: "↓", does: "a tie", run: () => answer("tie") },
   ]);
-  if (error && !pair) return html`<p class="message" role="alert">${error}</p>`;
+  if (error && !pair) return html`<p class="message" role="status">${error}</p>`;
   if (!pair) return html`<p class="soft">…</p>`;
   const done = html`<p class="soft">${count(pair.done)} judged${pair.enough ? ": the intervals tell them apart, more pairs make them narrower." : "."}</p>`;
-  if (!pair.pair) return html`<p class="message">Every clip that both described has been judged.</p>`;
   return html`<div class="pair" aria-busy=${busy}>
     ${clip && html`<${Player} key=${clip.id} clip=${{ ...clip, stills: 0, sample_times: [] }} />`}
     <div class="sides">
@@ -88,7 +89,7 @@ function Pair({ a, b, who, onAnswered }) {
 }
 
 export function Blind({ run, state }) {
-  const names = run.models.map((m) => m.name);
+  const names = [...run.models.map((m) => m.name), "chosen", ...(run.other ? ["other:chosen"] : [])];
   const [who, setWho] = useState(() => recall("who", ""));
   const [again, setAgain] = useState(0);
   const [seen, setSeen] = useState(false);
@@ -98,9 +99,9 @@ export function Blind({ run, state }) {
     value=${value}
     onChange=${(event) => go(changed(state, { a, b, [name]: event.target.value }))}
   >
-    ${names.map((model) => html`<option value=${model} disabled=${model === (name === "a" ? b : a)}>${model}</option>`)}
+    ${names.map((model) => html`<option value=${model} disabled=${model === (name === "a" ? b : a)}>${SIDES[model] ?? model}</option>`)}
   </select>`;
-  if (names.length < 2) return html`<main class="sheet"><p class="message">A blind comparison takes two captioners; this run has ${names.length === 1 ? "one" : "none"}.</p></main>`;
+  if (run.models.length + (run.other ? 1 : 0) < 2) return html`<main class="sheet"><p class="message">A blind comparison takes two captioners; this run has ${run.models.length === 1 ? "one" : "none"}.</p></main>`;
   return html`<main class="sheet">
     <div class="row">
       <h1>Blind comparison</h1>

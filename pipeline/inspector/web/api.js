@@ -5,6 +5,14 @@ import { answer } from "./static.js";
 const embedded = document.getElementById("static-data");
 export const carried = embedded && JSON.parse(embedded.textContent); // null where there is a server
 
+// An error with the status of the answer; without one there was no answer.
+class Refused extends Error {
+  constructor(sentence, status) {
+    super(sentence);
+    this.status = status;
+  }
+}
+
 async function read(response) {
   let body = null;
   try {
@@ -13,7 +21,7 @@ async function read(response) {
     // What is not JSON is no answer of the inspector: say so below.
   }
   if (response.ok && body !== null) return body;
-  throw new Error(body?.error ?? `The server answered ${response.status} ${response.statusText}.`);
+  throw new Refused(body?.error ?? `The server answered ${response.status} ${response.statusText}.`, response.status);
 }
 
 export async function get(path, signal) {
@@ -31,7 +39,7 @@ export async function post(path, body) {
   try {
     return await read(await fetch(path, { method: "POST", headers, body: JSON.stringify(body) }));
   } catch (error) {
-    if (error instanceof TypeError) throw new Error("the inspector does not answer");
+    if (error instanceof TypeError) throw new Refused("the inspector does not answer", null);
     throw error;
   }
 }
@@ -53,12 +61,13 @@ export function useAnswer(path, again = 0) {
   return { data: got.data, error: got.error, loading: got.path !== path, of: got.path };
 }
 
-export function mediaOf(id, run = 1) {
-  if (carried) return carried.clips.find((clip) => clip.id === id)?.video_data ?? null;
-  return `media/${encodeURIComponent(id)}.mp4${run === 2 ? "?run=2" : ""}`;
+// run: "" is the run that is looked at, "other" the one it is compared with.
+export function mediaOf(id, run = "") {
+  if (carried) return null;
+  return `media/${encodeURIComponent(id)}.mp4${run && `?run=${run}`}`;
 }
 
-export function stillOf(id, k, run = 1) {
-  if (carried) return carried.clips.find((clip) => clip.id === id)?.stills_data?.[k] ?? null;
-  return `still/${encodeURIComponent(id)}/${k}.jpg${run === 2 ? "?run=2" : ""}`;
+export function stillOf(id, k, run = "") {
+  if (carried) return carried.clips.find((clip) => clip.id === id)?.images[k] ?? null;
+  return `still/${encodeURIComponent(id)}/${k}.jpg${run && `?run=${run}`}`;
 }

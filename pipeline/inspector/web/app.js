@@ -5,7 +5,7 @@ import { carried, useAnswer } from "./api.js";
 import { Clip } from "./clip.js";
 import { Compare } from "./compare.js";
 import { Chips, Filters } from "./filters.js";
-import { columnLabel, count } from "./format.js";
+import { columnLabel, count, percent } from "./format.js";
 import { Funnel } from "./funnel.js";
 import { Grid } from "./grid.js";
 import { Help, useKeys } from "./keys.js";
@@ -66,6 +66,7 @@ function Search({ run, state }) {
       ref=${input}
       type="search"
       dir="auto"
+      maxlength="500"
       aria-label=${meaning ? "Clips like these words" : "Words in captions, names and on the screen"}
       placeholder=${meaning ? "clips like these words …" : "words in captions …"}
       onInput=${() => seek()}
@@ -73,8 +74,8 @@ function Search({ run, state }) {
       onKeyDown=${(event) => event.key === "Escape" && input.current.blur()}
     />
     ${
-      run.text_search !== false &&
       !carried &&
+      run.can?.text !== false &&
       html`<button
         type="button"
         aria-pressed=${meaning}
@@ -92,7 +93,15 @@ function nextTheme(theme) {
 
 function App() {
   const state = parse(useAddress());
-  const { data: run, error } = useAnswer("api/run");
+  const [asked, askAgain] = useState(0);
+  const { data: run, error } = useAnswer("api/run", asked);
+  // While the captions are being read, what is made of them is missing: look again until it is there.
+  const reading = run?.reading && !run.reading.done && !run.reading.failed ? run.reading : null;
+  useEffect(() => {
+    if (!reading) return;
+    const timer = setTimeout(() => askAgain(asked + 1), 500);
+    return () => clearTimeout(timer);
+  }, [run]);
   const [theme, setTheme] = useState(() => recall("theme", ""));
   const [size, setSize] = useState(() => recall("size", 1));
   const [help, setHelp] = useState(false);
@@ -117,9 +126,10 @@ function App() {
     ...(state.clip || inGrid ? [] : [{ keys: ["Escape"], show: "Esc", does: "back to the clips", run: () => go(changed(state, { view: "", clip: "" })) }]),
   ]);
 
-  if (error) return html`<p class="message" role="alert">${error}</p>`;
+  if (error && !run) return html`<p class="message" role="alert">${error}</p>`;
   if (!run) return html`<p class="boot">Opening the run …</p>`;
   const canVote = !carried && run.voting !== false;
+  const grown = `${run.columns.length} ${Boolean(reading)}`; // what may be asked for: asked anew when it grows
   const link = (view, label) => html`<a href=${address(changed(state, { view, clip: "", at: state.at }))} aria-current=${(state.view ?? "") === view && !state.clip ? "page" : undefined}>${label}</a>`;
   const main = state.clip
     ? html`<${Clip} run=${run} state=${state} canVote=${canVote} />`
@@ -128,20 +138,22 @@ function App() {
     : state.view === "votes" && canVote ? html`<${People} state=${state} />`
     : state.view === "compare" && run.other ? html`<${Compare} run=${run} state=${state} />`
     : html`<div class=${drawer ? "browse open" : "browse"}>
-        <${Filters} run=${run} state=${state} canVote=${canVote} />
+        <${Filters} key=${grown} run=${run} state=${state} canVote=${canVote} />
         <button class="veil" aria-label="Close the filters" onClick=${() => setDrawer(false)} tabindex="-1" />
         <main class="found">
           <div class="bar row">
             <button class="narrow" aria-expanded=${drawer} onClick=${() => setDrawer(!drawer)}>Filters</button>
             <span class="total" role="status"><b>${count(found.total)}</b> of ${count(run.counts.clips)} clips</span>
             ${found.ms != null && html`<span class="soft small hide-narrow">${Math.max(1, Math.round(found.ms))} ms</span>`}
+            ${reading && html`<span class="soft small">reading captions: ${percent(Math.min(reading.captions, reading.words) / (reading.of || 1))}</span>`}
+            ${run.reading?.failed && html`<span class="small failed" role="alert">${run.reading.failed}</span>`}
             <${Chips} run=${run} state=${state} />
             <span class="push row tight">
               <${Sort} run=${run} state=${state} />
               <span class="row tight hide-narrow"><button onClick=${() => resize(-1)} disabled=${size === 0} aria-label="Smaller cards">−</button><button onClick=${() => resize(1)} disabled=${size === WIDTHS.length - 1} aria-label="Larger cards">+</button></span>
             </span>
           </div>
-          <${Grid} state=${state} cardWidth=${WIDTHS[size]} onFound=${setFound} />
+          <${Grid} key=${grown} state=${state} cardWidth=${WIDTHS[size]} onFound=${setFound} />
         </main>
       </div>`;
   return html`<div class="app">

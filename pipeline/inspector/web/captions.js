@@ -4,24 +4,29 @@ import { difference, unsupported } from "./diff.js";
 import { number, plural, words } from "./format.js";
 
 // A caption's text with the differences from another (or none) and the marks of sentences that nothing supports.
-export function Text({ text, from = null, marks = [], gone = true }) {
+export function Text({ text, from = null, marks = [] }) {
   if (!text) return html`<p class="text soft">no text</p>`;
-  const pieces = from === null ? [{ kind: "same", text, start: 0 }] : difference(from, text);
-  const cut = from === null ? atMarks(text, marks) : pieces;
+  const pieces = from === null ? null : difference(from, text);
+  const cut = pieces ?? atMarks(text, marks);
   const groups = []; // runs of pieces under the same mark
   let mark = null;
   for (const piece of cut) {
     if (piece.start >= 0) mark = marks.find(([start, end]) => piece.start >= start && piece.start < end) ?? null;
     if (groups.at(-1)?.mark !== mark) groups.push({ mark, pieces: [] });
-    groups.at(-1).pieces.push(piece);
+    const run = groups.at(-1).pieces;
+    if (run.at(-1)?.kind === piece.kind) run.at(-1).text += piece.text;
+    else run.push({ ...piece });
   }
-  const show = (piece) => {
-    if (piece.kind === "new") return html`<ins>${piece.text}</ins>`;
-    if (piece.kind === "gone") return gone ? html`<del>${piece.text}</del>` : null;
-    return piece.text;
+  const show = (piece, k, run) => {
+    if (piece.kind === "same") return piece.text;
+    const body = piece.text.trimEnd();
+    // What is gone stands apart from a word that ended the text; the space after a word is not marked.
+    const before = piece.kind === "gone" && k > 0 && !/\s$/.test(run[k - 1].text) ? " " : "";
+    const after = piece.text.slice(body.length);
+    return piece.kind === "new" ? html`<ins>${body}</ins>${after}` : html`${before}<del>${body}</del>${after}`;
   };
   const long = text.length > 1200;
-  return html`<p class=${long ? "text long" : "text"} dir="auto" tabindex=${long ? 0 : undefined}>
+  return html`${from !== null && pieces === null && html`<p class="soft small">other words throughout</p>`}<p class=${long ? "text long" : "text"} dir="auto" tabindex=${long ? 0 : undefined}>
     ${groups.map(({ mark, pieces }) =>
       mark
         ? html`<span class="unsupported" title=${`Nothing supports this sentence: ${mark[2]}`}><span class="sr">unsupported: </span>${pieces.map(show)}</span>`
@@ -57,7 +62,7 @@ function Cost({ cost }) {
   return entries.length ? html`<p class="soft small">${entries.map(([name, n]) => `${words(name)} ${number(n)}`).join(" · ")}</p>` : null;
 }
 
-function One({ caption, captions, number: key, from, gone, marks, mine, onBest }) {
+function One({ caption, captions, number: key, from, marks, mine, onBest }) {
   const kind = ["caption"];
   if (caption.chosen) kind.push("chosen");
   if (mine) kind.push("voted");
@@ -74,7 +79,7 @@ function One({ caption, captions, number: key, from, gone, marks, mine, onBest }
       ${caption.outcome && caption.outcome !== "ok" && html`<span class="badge drop">${caption.outcome}</span>`}
       ${(caption.flags ?? []).map((flag) => html`<span class="badge flag">⚑ ${words(flag)}</span>`)}
     </header>
-    ${caption.outcome === "error" ? html`<p class="text soft">${caption.reason || "It gave no caption."}</p>` : html`<${Text} text=${caption.text} from=${from} marks=${marks} gone=${gone} />`}
+    ${caption.outcome === "error" ? html`<p class="text soft">${caption.reason || "It gave no caption."}</p>` : html`<${Text} text=${caption.text} from=${from} marks=${marks} />`}
     <${Scores} caption=${caption} captions=${captions} />
     ${
       (caption.prompt || caption.raw || caption.made_from?.length > 0 || caption.support) &&
@@ -125,7 +130,6 @@ export function Captions({ captions, vs, onVs, mine, onBest }) {
           captions=${captions}
           number=${k + 1}
           from=${against(caption, k)}
-          gone=${true}
           marks=${marks.get(caption.model)}
           mine=${mine === caption.model}
           onBest=${onBest && (() => onBest(caption.model))}

@@ -1,9 +1,9 @@
 // One clip in the grid: its first still, and the clip itself while the mouse or the focus is on it.
 import { html, useEffect, useRef, useState } from "./preact-htm.js";
 import { mediaOf, stillOf } from "./api.js";
-import { number, time, words } from "./format.js";
+import { short, time, words } from "./format.js";
 
-export const CARD_BODY = 122; // pixels under the picture: three lines of caption, two of facts
+export const CARD_BODY = 118; // pixels under the picture: three lines of caption, two of facts
 
 // A muted clip that plays; taken away, it stops loading at once.
 export function Playing({ src }) {
@@ -20,7 +20,7 @@ export function Playing({ src }) {
   return html`<video ref=${video} src=${src} muted loop playsinline tabindex="-1" aria-hidden="true" />`;
 }
 
-export function Still({ id, k = 0, run = 1, alt = "" }) {
+export function Still({ id, k = 0, run = "", alt = "" }) {
   const [broken, setBroken] = useState(false);
   const src = stillOf(id, k, run);
   if (!src || broken) return html`<span class="nostill" aria-hidden="true">no picture</span>`;
@@ -42,7 +42,7 @@ export function Votes({ votes }) {
 
 export function Badges({ row }) {
   return html`
-    ${!row.kept && row.dropped_by.length === 0 && html`<span class="badge drop">dropped</span>`}
+    ${row.kept === false && row.dropped_by.length === 0 && html`<span class="badge drop">dropped</span>`}
     ${row.dropped_by.map((rule) => html`<span class="badge drop" title=${`dropped by ${rule}`}>${words(rule)}</span>`)}
     ${row.flags.map((flag) => html`<span class="badge flag" title=${`flag: ${flag}`}>⚑ ${words(flag)}</span>`)}
   `;
@@ -56,7 +56,7 @@ export function Card({ row, index, href, onFocus, focusable }) {
   useEffect(() => stop, []);
   if (!row) return html`<div class="card waiting" role="listitem" aria-hidden="true"><div class="picture" /></div>`;
   const media = mediaOf(row.id);
-  return html`<div class=${row.kept ? "card" : "card dropped"} role="listitem">
+  return html`<div class=${row.kept === false ? "card dropped" : "card"} role="listitem">
     <a
       href=${href}
       data-index=${index}
@@ -73,12 +73,12 @@ export function Card({ row, index, href, onFocus, focusable }) {
       </span>
       <span class="says" dir="auto">${row.caption || html`<i class="soft">no caption</i>`}</span>
       <span class="facts">
-        <bdi class="who" title=${row.model ?? ""}>${row.model ?? "–"}</bdi>
-        ${row.agreement != null && html`<span title="agreement of its captions">≈ ${number(row.agreement)}</span>`}
-        ${row.fit != null && html`<span title="visual fit of the chosen caption">◎ ${number(row.fit)}</span>`}
-        ${row.gap != null && html`<span title="largest gap between two models">↕ ${number(row.gap)}</span>`}
+        ${row.similarity != null && html`<span>like <b>${short(row.similarity)}</b></span>`}
+        ${row.agreement != null && html`<span title="agreement of its captions">agree <b>${short(row.agreement)}</b></span>`}
+        ${row.fit != null && html`<span title="fit of the chosen caption">fit <b>${short(row.fit)}</b></span>`}
+        ${row.gap != null && html`<span title="largest gap between two models">gap <b>${short(row.gap)}</b></span>`}
       </span>
-      <span class="badges"><${Badges} row=${row} /><${Votes} votes=${row.votes} /></span>
+      <span class="badges"><bdi class="who" title=${row.model ?? ""}>${row.model ?? ""}</bdi><${Votes} votes=${row.votes} /><${Badges} row=${row} /></span>
     </a>
   </div>`;
 }

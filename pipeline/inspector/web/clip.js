@@ -1,5 +1,5 @@
 // One clip: its pictures, its captions, what was measured, why it was kept, what is like it; and the votes on it.
-import { html, useState } from "./preact-htm.js";
+import { html, useEffect, useState } from "./preact-htm.js";
 import { get, useAnswer } from "./api.js";
 import { Captions } from "./captions.js";
 import { Badges, Still } from "./card.js";
@@ -20,7 +20,7 @@ function Rules({ clip }) {
   const limit = ({ min, max, words: said }) =>
     said ? String(said) : [min != null && `≥ ${number(min)}`, max != null && `≤ ${number(max)}`].filter(Boolean).join(", ");
   return html`<section>
-    <h2>${clip.kept ? "Kept by every rule" : "Why it was dropped"}</h2>
+    <h2>${clip.kept === false ? "Why it was dropped" : clip.kept ? "Kept by every rule" : "Rules"}</h2>
     <table class="rules">
       <thead><tr><th>rule</th><th class="right">value</th><th>keeps</th></tr></thead>
       <tbody>
@@ -100,7 +100,14 @@ function VoteBar({ voting, captions, onNext, ahead, setAhead, onEdit }) {
 }
 
 export function Clip({ run, state, canVote }) {
-  const { data: clip, error, of } = useAnswer(`api/clip/${encodeURIComponent(state.clip)}`);
+  const [again, setAgain] = useState(0);
+  const { data: clip, error, of } = useAnswer(`api/clip/${encodeURIComponent(state.clip)}`, again);
+  // Neighbours of the first clip that is asked for take a moment.
+  useEffect(() => {
+    if (!clip?.neighbours_pending || again > 20) return;
+    const timer = setTimeout(() => setAgain(again + 1), 700);
+    return () => clearTimeout(timer);
+  }, [clip]);
   if (error) return html`<main class="sheet"><p class="message" role="alert">${error}</p><p class="message"><a href=${address({ ...state, clip: "" })}>Back to the clips</a></p></main>`;
   if (!clip) return html`<main class="sheet waiting" aria-busy="true" />`;
   return html`<${Shown} key=${of} run=${run} state=${state} clip=${clip} canVote=${canVote} />`;
@@ -173,14 +180,13 @@ function Shown({ run, state, clip, canVote }) {
       }
     </header>
     <div class="halves">
-      <div class="left"><${Player} clip=${clip} /></div>
+      <div class="left"><${Player} clip=${clip} /><${Rules} clip=${clip} /></div>
       <div class="rightside">
         <${Captions} captions=${clip.captions} vs=${vs} onVs=${setVs} mine=${voting.mine.caption?.kind === "best" ? voting.mine.caption.model : null} onBest=${canVote ? best : null} />
         ${voting.mine.caption?.kind === "edit" && html`<article class="caption voted edited"><header class="row"><h3>edited by <bdi>${voting.who}</bdi></h3></header><p class="text" dir="auto">${voting.mine.caption.text}</p></article>`}
       </div>
     </div>
     <div class="details">
-      <${Rules} clip=${clip} />
       <${Measures} run=${run} clip=${clip} />
       <section>
         <h2>Where it is from</h2>

@@ -4,32 +4,32 @@ import { useAnswer } from "./api.js";
 import { Text } from "./captions.js";
 import { Still } from "./card.js";
 import { count, number, plural, words } from "./format.js";
-import { address, changed, filters, go } from "./state.js";
+import { address, changed, go } from "./state.js";
 
 const PAGE = 30;
 const CHANGES = { caption: "other caption", kept: "now kept", dropped: "now dropped", scores: "other scores", new: "new", gone: "gone" };
 
-function Scores({ a, b }) {
-  const names = Object.keys(b ?? {}).filter((name) => a?.[name] !== undefined && a[name] !== b[name]);
-  if (!names.length) return null;
-  const by = (name) => Math.abs(b[name] - a[name]) / (Math.abs(a[name]) + Math.abs(b[name]) || 1);
-  return html`<p class="small">${names
-    .sort((x, y) => by(y) - by(x))
-    .slice(0, 6)
-    .map((name) => html`<span class="moved"><span class="soft">${words(name)}</span> ${number(a[name])} → <b>${number(b[name])}</b></span> `)}</p>`;
+// The scores that moved most, of their size.
+function Scores({ scores }) {
+  const by = ([, [a, b]]) => Math.abs(b - a) / (Math.abs(a) + Math.abs(b) || 1);
+  const moved = Object.entries(scores ?? {}).sort((x, y) => by(y) - by(x)).slice(0, 6);
+  if (!moved.length) return null;
+  return html`<p class="small">${moved.map(
+    ([name, [a, b]]) => html`<span class="moved"><span class="soft">${words(name)}</span> ${number(a)} → <b>${number(b)}</b></span> `,
+  )}</p>`;
 }
 
 function Side({ side, from, title }) {
   if (!side) return html`<div class="soft">not in ${title}</div>`;
   return html`<div>
-    <p class="row small"><bdi class="soft">${side.model ?? "–"}</bdi> ${side.kept ? html`<span class="badge kept">kept</span>` : html`<span class="badge drop">${(side.dropped_by ?? []).map(words).join(", ") || "dropped"}</span>`}</p>
+    <p class="row small"><bdi class="soft">${side.model ?? "–"}</bdi> ${side.kept !== false ? html`<span class="badge kept">kept</span>` : html`<span class="badge drop">${(side.dropped_by ?? []).map(words).join(", ") || "dropped"}</span>`}</p>
     <${Text} text=${side.caption} from=${from} />
   </div>`;
 }
 
 export function Compare({ run, state }) {
   const page = Number(state.page ?? 0);
-  const query = `api/compare?${filters(state)}&change=${state.change ?? ""}&offset=${page * PAGE}&limit=${PAGE}`;
+  const query = `api/compare?change=${state.change ?? ""}&offset=${page * PAGE}&limit=${PAGE}`;
   const { data, error, loading } = useAnswer(query);
   if (error) return html`<main class="sheet"><p class="message" role="alert">${error}</p></main>`;
   if (!data) return html`<main class="sheet" aria-busy="true" />`;
@@ -48,15 +48,14 @@ export function Compare({ run, state }) {
     ${data.rows.length === 0 && html`<p class="message">Nothing changed.</p>`}
     <ol class="changes">
       ${data.rows.map(
-        ({ id, change, a, b }) => html`<li key=${id}>
-          <a class="picture" href=${change === "new" ? undefined : address({ range: {}, clip: id })} aria-label=${`clip ${id}`}><${Still} id=${id} run=${change === "new" ? 2 : 1} /></a>
+        ({ id, change, a, b, scores }) => html`<li key=${id}>
+          <a class="picture" href=${change === "new" ? undefined : address({ range: {}, clip: id })} aria-label=${`clip ${id}`}><${Still} id=${id} run=${change === "new" ? "other" : ""} /><span class="length">${CHANGES[change] ?? change}</span></a>
           <div>
-            <p class="row small"><span class="badge">${CHANGES[change] ?? change}</span></p>
             <div class="sides">
               <${Side} side=${a} title=${names.a} />
               <${Side} side=${b} title=${names.b} from=${a?.caption && b?.caption ? a.caption : null} />
             </div>
-            <${Scores} a=${a?.scores} b=${b?.scores} />
+            <${Scores} scores=${scores} />
           </div>
         </li>`,
       )}

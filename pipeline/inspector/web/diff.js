@@ -40,10 +40,14 @@ function common(a, b) {
   return [inA, inB];
 }
 
-// From one text to another: [{kind: "same" | "new" | "gone", text, start}]; `start` is the place in `to`, -1 of what is gone.
+const ALIKE = 0.4; // texts that share fewer of their words are not versions of one another
+
+// From one text to another: [{kind: "same" | "new" | "gone", text, start}]; `start` is the place in `to`, -1 of what is
+// gone. null where the two have so little in common that every mark would be noise.
 export function difference(from, to) {
   const [a, b] = [tokens(from), tokens(to)];
   const [inA, inB] = common(a.map((t) => t.word), b.map((t) => t.word));
+  if (inB.filter(Boolean).length < ALIKE * Math.min(a.length, b.length)) return null;
   const pieces = [];
   let i = 0;
   for (let j = 0; j <= b.length; j++) {

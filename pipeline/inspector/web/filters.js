@@ -10,7 +10,7 @@ const NAMES = {
   q: "words", text: "like the words", like: "looks like", kept: "decision", rule: "dropped by", model: "chosen",
   has: "captioned by", flag: "flag", bucket: "bucket", source: "source", voted: "votes",
 };
-const VOTED = { none: "not voted on", any: "voted on", best: "best chosen", bad: "all bad", edit: "edited" };
+const VOTED = { none: "not voted on", any: "voted on", best: "best chosen", bad: "all bad", edit: "edited", keep: "keep", drop: "drop" };
 
 export function Chips({ run, state }) {
   if (!hasFilters(state)) return null;
@@ -39,8 +39,8 @@ function Facet({ state, name, counts, most = 8, search = false }) {
   const [all, setAll] = useState(false);
   const [sought, setSought] = useState("");
   const chosen = state[name];
-  let entries = Object.entries(counts).sort((a, b) => b[1] - a[1]);
-  if (chosen && !(chosen in counts)) entries.unshift([chosen, 0]);
+  let entries = Object.entries(counts).filter(([, n]) => n !== 0).sort((a, b) => b[1] - a[1]);
+  if (chosen && !counts[chosen] && name !== "voted") entries.unshift([chosen, 0]);
   if (entries.length === 0) return null;
   const many = entries.length > most;
   if (sought) entries = entries.filter(([value]) => value.toLowerCase().includes(sought.toLowerCase()));
@@ -59,7 +59,7 @@ function Facet({ state, name, counts, most = 8, search = false }) {
             onClick=${() => go(changed(state, { [name]: value === chosen ? "" : value, at: "" }))}
           >
             <span class="share" style=${{ width: `${(100 * n) / top}%` }} />
-            <bdi>${name === "voted" ? VOTED[value] : value}</bdi><span class="n">${n === null ? "" : count(n)}</span>
+            <bdi>${name === "voted" ? VOTED[value] : name === "source" ? value.split("/").at(-1) : value}</bdi><span class="n">${n === null ? "" : count(n)}</span>
           </button>
         </li>`,
       )}
@@ -83,8 +83,8 @@ function Decision({ state, kept }) {
 export function Filters({ run, state, canVote }) {
   const { data, error } = useAnswer(`api/facets?${filters(state, { sort: false })}`);
   const columns = run.columns.filter((c) => c.kind === "number" && c.min !== c.max).map((c) => c.name);
-  const start = FIRST.filter((name) => columns.includes(name));
-  const [open, setOpen] = useState(() => recall("histograms", null) ?? (start.length ? start : columns.slice(0, 3)));
+  const first = [...FIRST.filter((name) => columns.includes(name)), ...columns.filter((name) => name.startsWith("score_"))];
+  const [open, setOpen] = useState(() => recall("histograms", null) ?? [...new Set(first)].slice(0, 4));
   const shown = columns.filter((name) => open.includes(name) || state.range[name]);
   const keep = (names) => (setOpen(names), remember("histograms", names));
   const rest = columns.filter((name) => !shown.includes(name));
@@ -116,10 +116,10 @@ export function Filters({ run, state, canVote }) {
         <${Facet} state=${state} name="rule" counts=${data.rules} />
         <${Facet} state=${state} name="flag" counts=${data.flags} />
         <${Facet} state=${state} name="model" counts=${data.models} />
-        <${Facet} state=${state} name="has" counts=${Object.fromEntries(run.models.map((m) => [m.name, m.clips]))} />
+        <${Facet} state=${state} name="has" counts=${data.has ?? Object.fromEntries(run.models.map((m) => [m.name, m.clips]))} />
         <${Facet} state=${state} name="bucket" counts=${data.buckets} />
         <${Facet} state=${state} name="source" counts=${data.sources} search=${true} />
-        ${canVote && html`<${Facet} state=${state} name="voted" counts=${{ none: null, any: null, best: null, bad: null, edit: null }} />`}
+        ${canVote && html`<${Facet} state=${state} name="voted" counts=${Object.fromEntries(Object.keys(VOTED).map((kind) => [kind, null]))} />`}
       `
     }
   </aside>`;

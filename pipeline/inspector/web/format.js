@@ -13,6 +13,11 @@ export function number(x) {
   return size >= 0.001 ? String(Number(x.toPrecision(3))) : x.toExponential(1);
 }
 
+// Two decimals of what lies around one: enough to scan a grid by.
+export function short(x) {
+  return Math.abs(x) < 100 && !Number.isInteger(x) ? x.toFixed(2) : number(x);
+}
+
 // 3.2 s, 1:03.2, 1:02:03
 export function time(seconds) {
   if (seconds == null) return "–";

@@ -7,7 +7,11 @@ import { recall, remember } from "./state.js";
 
 const SPEEDS = [0.25, 0.5, 1, 2];
 
-export function Player({ clip, run = 1, keys = true }) {
+function Speaker({ on }) {
+  return html`<svg class="icon" viewBox="0 0 16 16" aria-hidden="true"><path d="M2 6h2.5L8 3v10L4.5 10H2z" fill="currentColor" /><path d=${on ? "M10 5.5a3.5 3.5 0 0 1 0 5M12 3.5a6.4 6.4 0 0 1 0 9" : "M10.5 6l4 4m0-4l-4 4"} fill="none" stroke="currentColor" stroke-width="1.4" /></svg>`;
+}
+
+export function Player({ clip, run = "" }) {
   const video = useRef(null);
   const [now, setNow] = useState(0);
   const [playing, setPlaying] = useState(false);
@@ -52,7 +56,7 @@ export function Player({ clip, run = 1, keys = true }) {
     const times = by > 0 ? sampled.filter((t) => t > now + 0.5 / fps) : sampled.filter((t) => t < now - 0.75 / fps).reverse();
     if (times.length) seek(times[0] + 0.25 / fps);
   };
-  useKeys("Player", keys && src ? [
+  useKeys("Player", src ? [
     { keys: [" "], show: "Space", does: "play or pause", run: toggle },
     { keys: [","], show: ",", does: "a frame back", run: () => step(-1) },
     { keys: ["."], show: ".", does: "a frame on", run: () => step(1) },
@@ -61,7 +65,8 @@ export function Player({ clip, run = 1, keys = true }) {
     { keys: ["m"], show: "m", does: "sound on or off", run: mute },
   ] : []);
 
-  const nearest = sampled.reduce((best, t, k) => (Math.abs(t - now) < Math.abs((sampled[best] ?? 1e9) - now) ? k : best), 0);
+  const [picked, pick] = useState(0); // of the stills, where there is nothing to seek in
+  const nearest = !sampled.length || !src || broken ? picked : sampled.reduce((best, t, k) => (Math.abs(t - now) < Math.abs((sampled[best] ?? 1e9) - now) ? k : best), 0);
   const shape = clip.width && clip.height ? { aspectRatio: `${clip.width} / ${clip.height}` } : {};
   return html`<section class="player" aria-label="Player">
     <div class="stage" style=${shape}>
@@ -82,7 +87,7 @@ export function Player({ clip, run = 1, keys = true }) {
               onLoadedMetadata=${() => Number.isFinite(video.current.duration) && setLength(video.current.duration)}
               onError=${() => setBroken(true)}
             />`
-          : html`<${Still} id=${clip.id} run=${run} k=${nearest} alt="a frame of the clip" />`
+          : html`<${Still} key=${nearest} id=${clip.id} run=${run} k=${nearest} alt="a frame of the clip" />`
       }
     </div>
     ${
@@ -115,7 +120,7 @@ export function Player({ clip, run = 1, keys = true }) {
           <select class="push" aria-label="Speed" value=${String(speed)} onChange=${(event) => setSpeed(Number(event.target.value))}>
             ${SPEEDS.map((s) => html`<option value=${String(s)}>${s}×</option>`)}
           </select>
-          <button onClick=${mute} aria-pressed=${!muted} aria-label="Sound" title="Sound  m">${muted ? "🔇" : "🔊"}</button>
+          <button onClick=${mute} aria-pressed=${!muted} aria-label="Sound" title="Sound  m"><${Speaker} on=${!muted} /></button>
         </div>`
     }
     ${broken && html`<p class="soft small">This browser cannot play the clip: its stills are shown.</p>`}
@@ -126,7 +131,7 @@ export function Player({ clip, run = 1, keys = true }) {
           { length: clip.stills },
           (_, k) => html`<button
             aria-current=${k === nearest}
-            onClick=${() => sampled[k] != null && seek(sampled[k] + 0.25 / fps)}
+            onClick=${() => (pick(k), sampled[k] != null && seek(sampled[k] + 0.25 / fps))}
             aria-label=${`Frame ${k + 1} shown to the models${sampled[k] != null ? `, at ${sampled[k].toFixed(2)} seconds` : ""}`}
           >
             <${Still} id=${clip.id} run=${run} k=${k} /><span>${sampled[k] != null ? `${sampled[k].toFixed(2)} s` : k + 1}</span>

@@ -89,7 +89,7 @@ function row(clip) {
     if (kind === "best") votes.best[model] = (votes.best[model] ?? 0) + 1;
     else votes[kind] += 1;
   }
-  return { ...clip, votes, stills: clip.stills_data?.length ?? 0 };
+  return { ...clip, votes, stills: clip.images.length };
 }
 
 function histogram(clips, query) {
@@ -128,7 +128,7 @@ export function answer(data, path) {
   const query = new URLSearchParams(search);
   const route = where.replace(/^\/?api\//, "");
   if (route === "run") return { ...data.run, voting: false, text_search: false };
-  if (route === "funnel") return { rules: data.run.rules };
+  if (route === "funnel") return { rules: data.rules };
   if (route === "histogram") return histogram(data.clips, query);
   if (route === "facets") return facets(chosen(data.clips, query));
   if (route === "clips") {
@@ -138,5 +138,5 @@ export function answer(data, path) {
   }
   const clip = data.clips.find((clip) => clip.id === decodeURIComponent(route.replace("clip/", "")));
   if (!clip) throw new Error("This clip is not among those that the page carries.");
-  return { ...clip, stills: clip.stills_data?.length ?? 0 };
+  return { ...clip, stills: clip.images.length, sample_times: [] };
 }

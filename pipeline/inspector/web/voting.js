@@ -34,7 +34,7 @@ export async function send() {
       tell({ clip: vote.clip, votes });
     } catch (error) {
       Object.assign(queue, { state: "failed", why: error.message });
-      if (!/does not answer|answered 5/.test(error.message)) {
+      if (error.status && error.status < 500) {
         // Refused: sending it again would be refused again.
         queue.list.shift();
         remember("pending", queue.list);
@@ -57,13 +57,24 @@ export function usePending() {
   return queue;
 }
 
+// Votes of a clip: those of the server, and over them those that it has not confirmed yet.
+function listed(clip) {
+  const votes = Array.isArray(clip?.votes) ? clip.votes : [];
+  return queue.list.filter((v) => v.clip === clip?.id && v.kind !== "undo").reduce(over, votes);
+}
+
+function over(votes, vote) {
+  const others = votes.filter((v) => v.who !== vote.who || QUESTION[v.kind] !== QUESTION[vote.kind]);
+  return [...others, { at: new Date().toISOString(), ...vote }];
+}
+
 // {votes, mine, cast(kind, {model, text}), who, asking, name(who)} of one clip. The first vote asks who votes, once.
 export function useVotes(clip) {
-  const [votes, setVotes] = useState(clip?.votes ?? []);
+  const [votes, setVotes] = useState(() => listed(clip));
   const [who, setWho] = useState(() => recall("who", ""));
   const [asking, setAsking] = useState(null); // the vote that waits for a name, or {} to change the name
   const id = clip?.id;
-  useEffect(() => setVotes(clip?.votes ?? []), [clip]);
+  useEffect(() => setVotes(listed(clip)), [clip]);
   useEffect(() => {
     const listener = (saved) => saved && saved.clip === id && Array.isArray(saved.votes) && setVotes(saved.votes);
     listeners.add(listener);
@@ -72,10 +83,7 @@ export function useVotes(clip) {
 
   function put(vote, name) {
     const full = { clip: id, ...vote, who: name };
-    setVotes((before) => {
-      const others = before.filter((v) => v.who !== name || QUESTION[v.kind] !== QUESTION[vote.kind]);
-      return vote.kind === "undo" ? before : [...others, { ...full, at: new Date().toISOString() }];
-    });
+    if (vote.kind !== "undo") setVotes((before) => over(before, full));
     enqueue(full);
   }
   const mineOf = (question) => votes.findLast?.((v) => v.who === who && QUESTION[v.kind] === question);
@@ -109,10 +117,10 @@ export function Who({ who, onName }) {
     input.current.select();
   }, []);
   return html`<${Dialog} label="Who votes" onClose=${() => onName("")}>
-    <form onSubmit=${(event) => (event.preventDefault(), onName(input.current.value.trim()))}>
+    <form onSubmit=${(event) => (event.preventDefault(), onName(input.current.value.split(/\s+/).filter(Boolean).join(" ")))}>
       <h2>Who votes?</h2>
       <p class="soft">Your name stands beside your votes, so that several people can judge the same clips. Asked once in this browser.</p>
-      <label>Name <input ref=${input} maxlength="80" autocomplete="name" required autofocus /></label>
+      <label>Name <input ref=${input} maxlength="64" autocomplete="name" required autofocus /></label>
       <p class="row end"><button type="button" class="plain" onClick=${() => onName("")}>Cancel</button><button class="main">Vote</button></p>
     </form>
   <//>`;
@@ -138,6 +146,7 @@ export function Edit({ text, model, onSave, onClose }) {
         aria-label="Caption"
         dir="auto"
         rows="7"
+        maxlength="10000"
           onKeyDown=${(event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && (event.preventDefault(), save())}
       />
       <p class="row end"><span class="soft small push-right">Ctrl Enter saves</span><button type="button" class="plain" onClick=${onClose}>Cancel</button><button class="main">Save</button></p>
