@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from pipeline.decide.rules import CHOSEN, DUPLICATE, funnel
 from pipeline.faults import StoreError
 from pipeline.inspector.nested import Marks, Names, by_key, flat, lengths, whole
 from pipeline.io.store import Store
-from pipeline.layers import Layered
+from pipeline.layers import Layered, unit_of
 from pipeline.recipe import Rule
 from pipeline.recipe_captions import Choose
 from pipeline.tables import DECISION_SCHEMA
@@ -41,6 +43,7 @@ LIGHT = (
     "fps",
 )
 CONSENSUS, FIT = "consensus", "visual_fit"
+HUMAN = "human"  # a score: the share of people who would have this caption (pipeline.inspector.choices)
 KEPT_DETAILS = 256  # clips
 
 
@@ -50,7 +53,7 @@ class Index:
     numbers: float32 [n] by column, NaN where it was not measured.
     kept: int8 [n], −1 where it was not decided yet.
     dropped: by rule, those it drops; flags and models: those with such a caption.
-    ready: the captions were read.
+    ready: the captions were read; generation: how often they were.
     """
 
     def __init__(self, store: Store):
@@ -70,9 +73,10 @@ class Index:
             self._read_decisions()
         except (pa.ArrowException, OSError, ValueError, KeyError) as e:
             raise StoreError(f"{store.uri} cannot be read: {e}") from e
-        self.ready = False
+        self.ready, self.generation = False, 0
         self._begin_captions()
         self._details: OrderedDict[int, dict[str, Any]] = OrderedDict()
+        self._time_bases: dict[tuple[str, str], str | None] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -154,23 +158,31 @@ class Index:
         code = np.array([*(known.index(f) for f in folders), -1], np.int32)
         self.buckets = Names(code[self.shard.codes], known)
 
+    def reload(self) -> None:
+        """Take in layers that were added or removed since: `read_captions` goes over them again. Raises StoreError."""
+        self.layered = Layered(self.media)
+        with self._lock:
+            self._details.clear()
+        self.layer_models = _layer_models(self.layered)
+
     def _begin_captions(self) -> None:
         n = len(self)
         self.flags, self.models = Marks(n), Marks(n)
-        self.layer_models = {layer.name.partition(":")[2] for layer in self.layered.layers if layer.captions}
+        self.layer_models = _layer_models(self.layered)
         self.captions_read = 0
         self.fit_score: str | None = None
-        self._gaps: dict[str, np.ndarray] = {}
 
     def read_captions(self) -> None:
         """Numbers of every clip from its captions; may run in the background. Raises StoreError."""
         choose = Choose.model_validate(self.recipe.get("choose") or {})
         new = _Captions(self, choose)
+        self.captions_read = 0
         for i, (_, table) in enumerate(self.layered.tables(["captions"])):
             rows = self.position[self.first[i] : self.first[i] + self.sizes[i]]
             new.add(rows, whole(table["captions"]))
             self.captions_read += len(table)
         new.finish()
+        self.generation += 1
         self.ready = True
 
     # ------------------------------------------------------------ asking
@@ -186,22 +198,39 @@ class Index:
             if row in self._details:
                 self._details.move_to_end(row)
                 return self._details[row]
-        measured = int(self.measured[row])
-        file = int(np.searchsorted(self.first, measured, "right")) - 1
-        while not self.sizes[file]:
-            file -= 1
-        names = [n for n in self.layered.schema().names if not n.startswith("emb_")]
-        table = self.layered.read(self.layered.files[file], names)
-        found = table.slice(measured - int(self.first[file]), 1).to_pylist()[0]
-        found["meta"] = dict(found.get("meta") or [])
-        for caption in found["captions"] or []:
-            caption |= {name: dict(caption[name] or []) for name in ("scores", "support", "cost")}
-        found["unit"] = self.layered.files[file].rpartition("/")[2].removesuffix(".parquet")
+        ((_, found),) = self.many([row])
         with self._lock:
             self._details[row] = found
             while len(self._details) > KEPT_DETAILS:
                 self._details.popitem(last=False)
         return found
+
+    def many(self, rows: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Rows and their details, a file at a time. Raises StoreError."""
+        names = [n for n in self.layered.schema().names if not n.startswith("emb_")]
+        by_file: dict[int, list[int]] = defaultdict(list)
+        for row in rows:
+            # of files that begin at one place all but the last are empty
+            by_file[int(np.searchsorted(self.first, self.measured[row], "right")) - 1].append(row)
+        for file, its in by_file.items():
+            name = self.layered.files[file]
+            at = self.measured[its] - self.first[file]
+            table = self.layered.read(name, names).take(pa.array(at))
+            for row, found in zip(its, table.to_pylist(), strict=True):
+                found["meta"] = dict(found.get("meta") or [])
+                for caption in found["captions"] or []:
+                    caption |= {key: dict(caption[key] or []) for key in ("scores", "support", "cost")}
+                yield row, found | {"unit": unit_of(name)}
+
+    def time_base(self, clip: Mapping[str, Any]) -> Fraction | None:
+        """Seconds a tick of the source of a clip; none where an older run did not note it. Raises StoreError."""
+        key = clip["unit"], clip["source"]
+        if key not in self._time_bases:
+            table = self.media.read_table(f"videos/{key[0]}.parquet")
+            found = {r["source"]: r.get("time_base") for r in table.to_pylist()}
+            self._time_bases |= {(key[0], source): base for source, base in found.items()}
+        said = self._time_bases.get(key)
+        return Fraction(said) if said else None
 
     def still(self, row: int, k: int) -> tuple[str, int, int] | None:
         """Tar, offset and size of a clip's k-th still; none where none was kept."""
@@ -294,7 +323,7 @@ class _Captions:
 
     def finish(self) -> None:
         index = self.index
-        judges = [name for name in self.gaps if name != CONSENSUS]  # not shown the pictures
+        judges = [name for name in self.gaps if name not in (CONSENSUS, HUMAN)]  # who saw the pictures
         index.fit_score = next((name for name in (FIT, self.choose.method, *judges) if name in judges), None)
         none = np.full(len(index), np.nan, np.float32)
         index.numbers |= {
@@ -321,6 +350,10 @@ def _with_undecided(
             names.append(who)
         codes[row] = names.index(who)
     return pa.array(texts, pa.large_string()), Names(codes, names)
+
+
+def _layer_models(layered: Layered) -> set[str]:
+    return {layer.name.partition(":")[2] for layer in layered.layers if layer.captions}
 
 
 def _rules(decided: pa.Table, recipe: dict[str, Any]) -> list[dict[str, Any]]:

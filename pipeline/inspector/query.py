@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,8 +87,8 @@ class Query:
     Args:
         search: rows, bool [n], that have the words of a full-text search.
         alike: similarity, float32 [n], of every clip to one (a row) or to a text; NaN where it has none.
-        voted: rows with votes of a kind of VOTED but 'none'.
-        version: changes when votes or captions do.
+        voted: bool [n], clips with votes of a kind of VOTED but 'none'.
+        version: changes when the answer does, besides by `index.generation`.
     """
 
     def __init__(
@@ -96,8 +96,8 @@ class Query:
         index: Index,
         search: Callable[[str], np.ndarray],
         alike: Callable[[int | str], np.ndarray],
-        voted: Callable[[str], Sequence[int]],
-        version: Callable[[], Any],
+        voted: Callable[[str], np.ndarray],
+        version: Callable[[Filters], Any],
     ):
         self.index, self.search, self.alike, self.voted, self.version = index, search, alike, voted, version
         self._answers: OrderedDict[Any, Found] = OrderedDict()
@@ -115,7 +115,7 @@ class Query:
 
     def found(self, filters: Filters) -> Found:
         """The clips that pass, in the order asked for. Raises Wrong."""
-        key = filters, self.index.ready, self.version()
+        key = filters, self.index.generation, self.version(filters)
         with self._lock:
             if key in self._answers:
                 self._answers.move_to_end(key)
@@ -163,8 +163,7 @@ class Query:
         if filters.voted:
             if filters.voted not in VOTED:
                 raise Wrong(f"voted={filters.voted}: write one of {', '.join(VOTED)}")
-            some = np.zeros(len(index), bool)
-            some[list(self.voted("any" if filters.voted == "none" else filters.voted))] = True
+            some = self.voted("any" if filters.voted == "none" else filters.voted)
             mask &= ~some if filters.voted == "none" else some
         if filters.q.strip():
             mask &= self.search(filters.q)
@@ -203,7 +202,7 @@ class Query:
             values = None
         else:
             values = self.column(sort.removeprefix("-"))
-        key = sort, id(values)  # a column that was read again is another one
+        key = sort, self.index.generation
         with self._lock:
             if key in self._orders:
                 self._orders.move_to_end(key)
@@ -227,7 +226,7 @@ class Query:
             raise Wrong(f"bins={bins}: from 1 to {MOST_BINS}")
         values = self.column(column)
         mask = self.mask(filters, but=column)
-        key = column, bins, id(values)
+        key = column, bins, self.index.generation
         with self._lock:
             kept = self._bins.get(key)
         if kept is None:

@@ -1,7 +1,7 @@
-"""The web application of `clipmill inspect`: what the page asks for, and the page itself.
+"""The web application of `clipmill inspect`: the addresses that the page asks, and the page itself.
 
-Everything a client names is looked up (a clip's id, a model, a rule, a file of the page): no path of a client ever
-reaches a file system. Answers are JSON; an error is {"error": sentence}.
+No path of a client ever reaches a file system: clips, models, rules and the page's own files are looked up by name.
+Answers are JSON; an error is {"error": sentence}.
 """
 
 from __future__ import annotations
@@ -9,227 +9,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import logging
 import mimetypes
-import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-import numpy as np
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from pipeline.caption.text import sentences
-from pipeline.decide.rules import CHOSEN, META
 from pipeline.faults import StoreError
+from pipeline.inspector.answers import WEB, Inspector, NotThere
 from pipeline.inspector.guard import Guard
-from pipeline.inspector.index import Index, finite
-from pipeline.inspector.media import Gone, Media, asked_range
-from pipeline.inspector.query import FIXED, MOST_ROWS, Filters, Query, Wrong, summary
-from pipeline.inspector.search import Search
-
-WEB = Path(__file__).parent / "web"
-log = logging.getLogger("clipmill")
-
-LABELS = {
-    "agreement": "agreement of the captions",
-    "fit": "fit of the chosen caption",
-    "gap": "gap between models",
-    "flag_count": "flags",
-    "captions": "captions",
-    "words": "words of the chosen caption",
-    "duration_s": "seconds",
-}
-
-
-class NotThere(Exception):
-    """What was asked for does not exist; the message is a sentence."""
-
-
-class Inspector:
-    """A run, and what is known of it besides its columns."""
-
-    def __init__(self, index: Index):
-        self.index = index
-        self.media = Media(index)
-        self.search = Search(index)
-        self.query = Query(index, self.search.rows, self._alike, lambda kind: [], lambda: 0)
-        self.failed = ""  # why the captions could not be read
-
-    def start(self) -> None:
-        """Read captions and words in the background."""
-        threading.Thread(target=self.read, daemon=True).start()
-
-    def read(self) -> None:
-        try:
-            self.index.read_captions()
-            self.search.fill()
-        except StoreError as e:
-            self.failed = str(e)
-            log.error("%s", e)
-
-    def close(self) -> None:
-        self.search.close()
-        self.media.close()
-
-    def _alike(self, asked: int | str) -> np.ndarray:
-        raise Wrong("this run has no embeddings to find similar clips by")
-
-    def row(self, clip_id: str) -> int:
-        row = self.index.row(clip_id)
-        if row is None:
-            raise NotThere(f"there is no clip {clip_id[:40]!r} in this run")
-        return row
-
-    # ------------------------------------------------------------ answers
-
-    def run(self) -> dict[str, Any]:
-        index = self.index
-        models = index.models.counts()
-        names = dict.fromkeys([*models, *index.model.names])
-        return {
-            "name": index.store.uri.rstrip("/").rpartition("/")[2],
-            "uri": index.store.uri,
-            "recipe": index.recipe.get("name"),
-            "command": index.info.get("command"),
-            "finished": index.info.get("finished"),
-            "counts": {
-                "clips": len(index),
-                "kept": int(np.count_nonzero(index.kept == 1)),
-                "undecided": int(np.count_nonzero(index.kept < 0)),
-                "sources": len(index.sources.counts()),
-                "seconds": round(float(np.nansum(index.numbers["duration_s"], dtype=np.float64)), 3),
-            },
-            "models": [
-                {"name": n, "layer": n in index.layer_models, "clips": models.get(n, 0)} for n in names
-            ],
-            "columns": self._columns(),
-            "flags": [{"name": n, "clips": c} for n, c in index.flags.counts().items()],
-            "rules": index.rules,
-            "buckets": list(index.buckets.counts()),
-            "layers": [{"name": layer.name, "made": layer.made} for layer in index.layered.layers],
-            "chooser": index.recipe.get("choose") or {},
-            "fit_score": index.fit_score,
-            "other": None,
-            "reading": {
-                "captions": index.captions_read,
-                "words": self.search.done,
-                "of": len(index),
-                "done": index.ready and self.search.done >= len(index),
-                "failed": self.failed,
-            },
-        }
-
-    def _columns(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
-        for name, values in self.index.numbers.items():
-            some = values[np.isfinite(values)]
-            ends = (finite(float(some.min())), finite(float(some.max()))) if len(some) else (None, None)
-            label = LABELS.get(name, name.removeprefix("score_").replace("_", " "))
-            if name.startswith(CHOSEN):
-                label = f"{name.removeprefix(CHOSEN)} of the chosen caption"
-            found.append(
-                {"name": name, "kind": "number", "min": ends[0], "max": ends[1], "label": label}
-                | {"made_of_captions": name in FIXED or name.startswith(CHOSEN)}
-            )
-        return found
-
-    def clips(self, filters: Filters, offset: int, limit: int) -> dict[str, Any]:
-        found = self.query.found(filters)
-        rows = []
-        for row in found.rows[offset : offset + limit].tolist():
-            rows.append(summary(self.index, row) | {"votes": {}})
-            if row in found.similarity:
-                rows[-1]["similarity"] = finite(found.similarity[row])
-        return {"total": len(found.rows), "rows": rows}
-
-    def clip(self, row: int) -> dict[str, Any]:
-        index = self.index
-        all_ = index.details(row)
-        before, after = index.source_neighbours(row)
-        original = int(index.original[row])
-        fps, start = all_["fps"] or 0.0, all_["start_frame"]
-        frames = [f - start for f in all_.get("sample_frames") or []]
-        captions = [self._caption(c, row) for c in all_["captions"] or []]
-        scores = {n.removeprefix("score_"): v for n, v in all_.items() if n.startswith("score_")}
-        return summary(index, row) | {
-            "fps": fps,
-            "frames": all_["end_frame"] - start,
-            "sample_frames": frames,
-            "sample_times": [round(f / fps, 6) if fps else 0.0 for f in frames],
-            "scores": {n: None if v is None else finite(v) for n, v in scores.items()},
-            "text": all_["text"] or [],
-            "meta": all_["meta"],
-            "captions": captions,
-            "rules": self._rules(row, all_, captions),
-            "provenance": self._provenance(all_),
-            "duplicate_of": None if original < 0 else index.ids[original].as_py(),
-            "duplicates": [index.ids[r].as_py() for r in index.copies(row)],
-            "neighbours": [],
-            "before": None if before is None else index.ids[before].as_py(),
-            "after": None if after is None else index.ids[after].as_py(),
-            "votes": {},
-            "media": {"tar": all_["media_tar"], "offset": all_["media_offset"], "size": all_["media_size"]},
-        }
-
-    def _caption(self, caption: dict[str, Any], row: int) -> dict[str, Any]:
-        support = {n: [finite(x) for x in v or []] for n, v in caption["support"].items()}
-        return {
-            "model": caption["model"],
-            "layer": caption["model"] in self.index.layer_models,
-            "text": caption["text"] or "",
-            "raw": caption.get("raw") or "",
-            "outcome": caption["outcome"],
-            "reason": caption.get("reason") or "",
-            "prompt": caption.get("prompt") or "",
-            "flags": caption.get("flags") or [],
-            "made_from": caption.get("made_from") or [],
-            "cost": caption["cost"],
-            "scores": {n: None if v is None else finite(v) for n, v in caption["scores"].items()},
-            "support": support,
-            "sentences": sentences(caption["text"] or ""),
-            "chosen": bool(caption["text"]) and caption["model"] == self.index.model[row],
-        }
-
-    def _rules(self, row: int, all_: dict[str, Any], captions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What every rule asked of a clip, and what it found."""
-        chosen = next((c for c in captions if c["chosen"]), None)
-        dropped = set(self.index.dropped.of(row))
-        found = []
-        for rule in self.index.rules:
-            column = rule["column"] or ""
-            value = all_.get(column)
-            if column.startswith(META):
-                value = all_["meta"].get(column.removeprefix(META))
-            elif column.startswith(CHOSEN):
-                value = chosen["scores"].get(column.removeprefix(CHOSEN)) if chosen else None
-            elif column in ("caption", "caption_model"):
-                value = chosen["text" if column == "caption" else "model"] if chosen else None
-            if isinstance(value, float):
-                value = finite(value)
-            asked = {k: rule[k] for k in ("name", "column", "min", "max", "words")}
-            found.append(asked | {"value": value, "ok": rule["name"] not in dropped})
-        return found
-
-    def _provenance(self, all_: dict[str, Any]) -> dict[str, Any]:
-        info = self.index.info
-        return {
-            "source_sha256": all_["source_sha256"],
-            "media_sha256": all_["media_sha256"],
-            "unit": all_["unit"],
-            "start_frame": all_["start_frame"],
-            "end_frame": all_["end_frame"],
-            "recipe": self.index.recipe.get("name"),
-            "measure_key": info.get("measure_key"),
-            "versions": info.get("versions") or {},
-            "layers": {layer.name: layer.made for layer in self.index.layered.layers},
-        }
-
+from pipeline.inspector.media import Gone, asked_range
+from pipeline.inspector.query import MOST_ROWS, Filters, Wrong
 
 # ---------------------------------------------------------------- the application
 
@@ -260,15 +55,37 @@ def application(inspector: Inspector, token: str | None = None) -> ASGIApp:
         column = request.query_params.get("column", "")
         return inspector.query.histogram(column, _whole(request, "bins", 40, 1 << 40), filters(request))
 
+    @api
+    def clip(request: Request) -> dict[str, Any]:
+        its = inspector.of(request.query_params.get("run", ""))
+        return its.clip(its.row(request.path_params["id"]))
+
+    @api
+    def ab(request: Request) -> dict[str, Any]:
+        a, b = _asked(request, "a", "b")
+        who = request.query_params.get("who", "")
+        return inspector.pair(a, b, who, _whole(request, "seed", 0, 1 << 40))
+
+    @api
+    def compare(request: Request) -> dict[str, Any]:
+        offset, limit = _whole(request, "offset", 0, 1 << 40), _whole(request, "limit", 60, MOST_ROWS)
+        return inspector.compared(request.query_params.get("change", ""), offset, limit)
+
     routes = [
         Route("/api/run", api(lambda request: inspector.run())),
         Route("/api/clips", clips),
         Route("/api/histogram", histogram),
         Route("/api/facets", api(lambda request: inspector.query.facets(filters(request)))),
         Route("/api/funnel", api(lambda request: {"rules": inspector.index.rules})),
-        Route(
-            "/api/clip/{id}", api(lambda request: inspector.clip(inspector.row(request.path_params["id"])))
-        ),
+        Route("/api/clip/{id}", clip),
+        Route("/api/vote", api(lambda request: inspector.vote(request.state.json)), methods=["POST"]),
+        Route("/api/votes", api(lambda request: inspector.voters())),
+        Route("/api/export", functools.partial(_export, inspector)),
+        Route("/api/edits", api(lambda request: inspector.edits()), methods=["POST"]),
+        Route("/api/ab", ab),
+        Route("/api/ab", api(lambda request: inspector.answer(request.state.json)), methods=["POST"]),
+        Route("/api/ab/result", api(lambda request: inspector.result(*_asked(request, "a", "b")))),
+        Route("/api/compare", compare),
         Route("/media/{id}.mp4", functools.partial(_media, inspector)),
         Route("/still/{id}/{k:int}.jpg", functools.partial(_still, inspector)),
         Route("/", _page),
@@ -310,6 +127,29 @@ def _whole(request: Request, name: str, default: int, most: int) -> int:
     return int(said)
 
 
+def _asked(request: Request, *names: str) -> list[str]:
+    """Parameters that there must be. Raises Wrong."""
+    found = [request.query_params.get(name, "") for name in names]
+    if not all(found):
+        raise Wrong(f"{' and '.join(names)} must be given")
+    return found
+
+
+def _export(inspector: Inspector, request: Request) -> Response:
+    """Lines of JSON as a file."""
+    kind = request.query_params.get("kind", "choices")
+    status, said = _tried(lambda: {"lines": inspector.export(kind)})
+    if status != 200:
+        return Plain(said, status)
+
+    def lines() -> Iterator[bytes]:
+        for line in said["lines"]:
+            yield json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+    headers = {"Content-Disposition": f'attachment; filename="{kind}.jsonl"'}
+    return StreamingResponse(lines(), 200, headers, "application/x-ndjson")
+
+
 def _media(inspector: Inspector, request: Request) -> Response:
     """A clip's mp4, or the range of it that is asked for."""
     status, said = _tried(lambda: {"place": inspector.media.place(inspector.row(request.path_params["id"]))})
@@ -328,13 +168,16 @@ def _media(inspector: Inspector, request: Request) -> Response:
     status = 200 if asked is None else 206
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type="video/mp4")
-    return StreamingResponse(inspector.media.blocks(place, start, end), status, headers, "video/mp4")
+    return StreamingResponse(said["media"].blocks(place, start, end), status, headers, "video/mp4")
 
 
 def _still(inspector: Inspector, request: Request) -> Response:
-    row_of = inspector.row
-    params = request.path_params
-    status, said = _tried(lambda: {"jpeg": inspector.media.still(row_of(params["id"]), params["k"])})
+
+    def found() -> dict[str, Any]:
+        its = inspector.of(request.query_params.get("run", ""))
+        return {"jpeg": its.media.still(its.row(request.path_params["id"]), request.path_params["k"])}
+
+    status, said = _tried(found)
     if status != 200:
         return Plain(said, status)
     return Response(said["jpeg"], headers={"Cache-Control": "private, max-age=300"}, media_type="image/jpeg")
