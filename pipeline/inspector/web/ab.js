@@ -44,15 +44,15 @@ function Pair({ a, b, who, onAnswered }) {
     try {
       const query = new URLSearchParams({ a, b, who });
       const given = await get(`api/ab?${query}`);
-      setPair(given);
+      const shown = await get(`api/clip/${encodeURIComponent(given.clip)}`);
+      setPair(given); // the texts never stand beside the clip before
+      setClip(shown);
       setError("");
-      if (given.clip) {
-        setClip(await get(`api/clip/${encodeURIComponent(given.clip)}`));
-      }
     } catch (failed) {
       setPair(null);
       setError(failed.message);
     }
+    setBusy(false);
   }
   useEffect(() => void next(), [a, b, who]);
 
@@ -61,12 +61,12 @@ function Pair({ a, b, who, onAnswered }) {
     setBusy(true);
     try {
       await post("api/ab", { pair: pair.pair, answer: said, who });
-      await next();
-      onAnswered();
     } catch (failed) {
-      setError(`Not saved: ${failed.message}`);
+      setBusy(false);
+      return setError(`Not saved: ${failed.message}`);
     }
-    setBusy(false);
+    onAnswered();
+    await next();
   }
   useKeys("Blind comparison", [
     { keys: ["ArrowLeft"], show: "←", does: "the left one is better", run: () => answer("left") },

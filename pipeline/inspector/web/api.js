@@ -54,7 +54,11 @@ export function useAnswer(path, again = 0) {
     const stop = new AbortController();
     get(path, stop.signal).then(
       (data) => newest.current === path && set({ path, data, error: null }),
-      (error) => error.name !== "AbortError" && newest.current === path && set({ path, data: null, error: error.message }),
+      (error) => {
+        if (error.name === "AbortError" || newest.current !== path) return;
+        // Asked again in vain, what was there stays.
+        set((before) => ({ path, data: before.path === path ? before.data : null, error: error.message }));
+      },
     );
     return () => stop.abort();
   }, [path, again]);

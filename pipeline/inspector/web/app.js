@@ -99,9 +99,9 @@ function App() {
   const reading = run?.reading && !run.reading.done && !run.reading.failed ? run.reading : null;
   useEffect(() => {
     if (!reading) return;
-    const timer = setTimeout(() => askAgain(asked + 1), 500);
+    const timer = setTimeout(() => askAgain(asked + 1), error ? 3000 : 500);
     return () => clearTimeout(timer);
-  }, [run]);
+  }, [run, error, asked]);
   const [theme, setTheme] = useState(() => recall("theme", ""));
   const [size, setSize] = useState(() => recall("size", 1));
   const [help, setHelp] = useState(false);

@@ -7,7 +7,7 @@ import { columnLabel, count, number, plural, time, words } from "./format.js";
 import { useKeys } from "./keys.js";
 import { Player } from "./player.js";
 import { address, changed, filters, go, noFilters, recall, remember } from "./state.js";
-import { Edit, Saved, useVotes, Who } from "./voting.js";
+import { Edit, Saved, settled, useVotes, Who } from "./voting.js";
 
 const ORDER = ["chosen", "before", "none"];
 
@@ -108,7 +108,7 @@ export function Clip({ run, state, canVote }) {
     const timer = setTimeout(() => setAgain(again + 1), 700);
     return () => clearTimeout(timer);
   }, [clip]);
-  if (error) return html`<main class="sheet"><p class="message" role="alert">${error}</p><p class="message"><a href=${address({ ...state, clip: "" })}>Back to the clips</a></p></main>`;
+  if (error && !clip) return html`<main class="sheet"><p class="message" role="alert">${error}</p><p class="message"><a href=${address({ ...state, clip: "" })}>Back to the clips</a></p></main>`;
   if (!clip) return html`<main class="sheet waiting" aria-busy="true" />`;
   return html`<${Shown} key=${of} run=${run} state=${state} clip=${clip} canVote=${canVote} />`;
 }
@@ -133,7 +133,7 @@ function Shown({ run, state, clip, canVote }) {
     const next = still ? rows[1] : rows[0];
     if (next && next.id !== clip.id) show(next.id, by < 0 ? at - 1 : still ? at + 1 : at);
   }
-  const then = (voted) => voted && ahead && setTimeout(() => along(1), 250);
+  const then = (voted) => voted && ahead && settled().then(() => setTimeout(() => along(1), 200)); // long enough to see it
   const back = () => go(changed(state, { clip: "" }));
   const base = voting.mine.caption?.kind === "edit" ? voting.mine.caption : null;
   const start = clip.captions.find((c) => c.model === (voting.mine.caption?.model ?? "")) ?? clip.captions.find((c) => c.chosen) ?? clip.captions[0];
@@ -218,6 +218,6 @@ function Shown({ run, state, clip, canVote }) {
         onSave=${(text) => (setEditing(false), then(voting.cast("edit", { model: start?.model, text })))}
       />`
     }
-    ${voting.asking && html`<${Who} who=${voting.who} onName=${voting.name} />`}
+    ${voting.asking && html`<${Who} who=${voting.who} onName=${(name) => then(voting.name(name))} />`}
   </main>`;
 }

@@ -83,8 +83,8 @@ export function Player({ clip, run = "" }) {
               onClick=${toggle}
               onPlay=${() => setPlaying(true)}
               onPause=${() => setPlaying(false)}
-              onSeeked=${() => setNow(video.current.currentTime)}
-              onLoadedMetadata=${() => Number.isFinite(video.current.duration) && setLength(video.current.duration)}
+              onSeeked=${({ currentTarget }) => setNow(currentTarget.currentTime)}
+              onLoadedMetadata=${({ currentTarget }) => Number.isFinite(currentTarget.duration) && setLength(currentTarget.duration)}
               onError=${() => setBroken(true)}
             />`
           : html`<${Still} key=${nearest} id=${clip.id} run=${run} k=${nearest} alt="a frame of the clip" />`

@@ -46,6 +46,11 @@ export async function send() {
   tell();
 }
 
+// When the server has every vote, or has not answered for a while.
+export async function settled() {
+  for (let waited = 0; queue.list.length && waited < 1500; waited += 50) await new Promise((done) => setTimeout(done, 50));
+}
+
 export function usePending() {
   const [, redraw] = useState(0);
   useEffect(() => {
@@ -98,6 +103,7 @@ export function useVotes(clip) {
       return Boolean(who);
     },
     rename: () => setAsking({}),
+    // Whether the vote that waited for the name is cast.
     name(text) {
       if (text) {
         remember("who", text);
@@ -105,6 +111,7 @@ export function useVotes(clip) {
         if (asking.kind) put(asking, text);
       }
       setAsking(null);
+      return Boolean(text && asking.kind);
     },
   };
 }
