@@ -14,7 +14,7 @@ from urllib.parse import parse_qs
 import pytest
 
 from pipeline.record import Clip
-from tests.fixtures import inspected
+from tests.fixtures import inspected_page as inspected
 
 CHROMIUM = Path("/usr/bin/chromium")
 ROOT = Path(__file__).parents[3]
