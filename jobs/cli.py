@@ -16,6 +16,7 @@ JOBS = {
     "caption": "add captioners and judges to a finished run, from its own clips",
     "shard": "decide again on a finished run and re-pack, without any model",
     "report": "one HTML page of a run: funnel, histograms, contact sheets, errors",
+    "inspect": "look at a run in the browser, clip by clip: captions compared, votes, edits",
     "train": "a video diffusion model, an autoencoder or a VLM, from a run's shards",
     "encode": "latents and text of a run, once, so that training decodes nothing",
     "sample": "videos from a trained diffusion model",

@@ -60,13 +60,17 @@ class Layer:
         """It adds candidates."""
         return self.name.startswith("caption:")
 
+    @property
+    def judges(self) -> bool:
+        """It scores candidates."""
+        return self.name == "choose" or self.name.startswith("judge:")
+
     def schema(self) -> pa.Schema:
         """The columns that its rows may have."""
-        kind = self.name.partition(":")[0]
         fields = [pa.field("clip_id", pa.string()), pa.field("seconds", pa.float32())]
         fields += [pa.field("caption", CAPTION)] if self.captions else []
-        fields += [pa.field("judged", JUDGED)] if kind in ("judge", "choose") else []
-        fields += [CLIP_SCHEMA.field("text")] if kind == "text" else []
+        fields += [pa.field("judged", JUDGED)] if self.judges else []
+        fields += [CLIP_SCHEMA.field("text")] if self.name == "text" else []
         fields += [pa.field(f"score_{s}", pa.float64()) for s in self.scores]
         return pa.schema(
             [*fields, *(pa.field(f"emb_{n}", pa.list_(pa.float32(), d)) for n, d in self.embeddings.items())]

@@ -33,6 +33,17 @@ class TextCaptioner(Section):
     lines: int = Field(4, ge=1, description="most prominent lines to quote")
 
 
+class PlainCaptioner(Section):
+    """Baseline `plain-baseline`: what is really known of a clip without a download, as one sentence (embedded)."""
+
+    kind: Literal["plain"] = Field(description="which captioner")
+    frames: int = Field(8, ge=1, description="frames a clip to look at")
+    sure: float = Field(
+        0.5, gt=0, lt=1, description="mean probability of a subject from which it leads the sentence"
+    )
+    unsure: float = Field(0.25, gt=0, lt=1, description="… and from which it is offered as a guess")
+
+
 class GivenCaptioner(Section):
     """`given`: the caption that the list, or a .txt beside the video in its tar, came with."""
 
@@ -81,6 +92,7 @@ Captioner = Annotated[
     TagsCaptioner
     | MotionColourCaptioner
     | TextCaptioner
+    | PlainCaptioner
     | GivenCaptioner
     | TransformersCaptioner
     | PythonCaptioner,

@@ -222,6 +222,7 @@ BUILT_IN = {
     "tags": "pipeline.caption.baselines:Tags",
     "colour_motion": "pipeline.caption.baselines:ColourMotion",
     "on_screen_text": "pipeline.caption.baselines:OnScreenText",
+    "plain": "pipeline.caption.plain:Plain",
     "given": "pipeline.caption.baselines:Given",
     "transformers": "pipeline.caption.transformers:Transformers",
 }

@@ -39,7 +39,9 @@ NO_CAPTION, DUPLICATE = "no_caption", "duplicate"  # names of rules that no reci
 SIGNATURE = "emb_signature"  # column of pipeline.score.signature
 CHOSEN = "caption."  # prefix of a rule's column: a score of the chosen caption
 META = "meta."  # prefix of a rule's column: a column of the list that a source came from
-CHOICE = ("caption", "caption_model")  # what is chosen, and who wrote it: columns of a rule, too
+# Of what is chosen: its text, who wrote it, its flags with spaces between; columns of a rule, too
+CHOICE = ("caption", "caption_model", "caption_flags")
+REPEATS = "caption_repeats"  # how many clips of the run have the chosen caption, word for word; so is this
 RANKED = ["width", "height", "duration_s", "score_sharpness"]  # the better of two near-duplicates
 
 
@@ -116,7 +118,7 @@ def check_rules(rules: dict[str, Rule], columns: pa.Schema) -> None:
 
     What the list's own columns (meta.KEY) and the captions' scores are is known only once clips are read.
     """
-    numbers = [f.name for f in columns if _is_number(f.type)]
+    numbers = [REPEATS, *(f.name for f in columns if _is_number(f.type))]
     texts = [*CHOICE, "text", *(f.name for f in columns if pa.types.is_string(f.type))]
     for name, rule in rules.items():
         if rule.column.startswith(META) or (rule.column.startswith(CHOSEN) and not rule.textual):
@@ -151,7 +153,7 @@ def _measured(clips: Layered, recipe: Recipe) -> pa.Table:
     asked = {r.column for r in recipe.decide.rules.values()}
     scores = sorted(c for c in asked if c.startswith(CHOSEN))
     keys = sorted(c for c in asked if c.startswith(META))
-    plain = sorted((asked | set(RANKED)) - {*scores, *keys, *CHOICE})
+    plain = sorted((asked | set(RANKED)) - {*scores, *keys, *CHOICE, REPEATS})
     plain = [c for c in plain if c in clips.schema().names] if clips.files else plain
     fixed = ["clip_id", "source", "start_frame"]
     seen = _Seen()
@@ -165,6 +167,9 @@ def _measured(clips: Layered, recipe: Recipe) -> pa.Table:
         part = {c: table[c] for c in fixed} | {c: _column(table[c]) for c in plain if c not in fixed}
         part["caption"] = pa.array([c["text"] if c else None for c in chosen], pa.string())
         part["caption_model"] = pa.array([c["model"] if c else None for c in chosen], pa.string())
+        part["caption_flags"] = pa.array(
+            [" ".join(c.get("flags") or []) if c else None for c in chosen], pa.string()
+        )
         for s in scores:
             values = [dict(c["scores"] or {}).get(s.removeprefix(CHOSEN)) if c else None for c in chosen]
             part[s] = pa.array(values, pa.float64())
@@ -185,7 +190,13 @@ def _measured(clips: Layered, recipe: Recipe) -> pa.Table:
     first = np.unique(code, return_index=True)[1]
     if len(first) < len(all_):
         _tell_repeated(all_, first)
-    return all_.take(np.sort(first)).combine_chunks() if len(first) < len(all_) else all_.combine_chunks()
+    all_ = all_.take(np.sort(first)) if len(first) < len(all_) else all_
+    said = all_["caption"].combine_chunks()
+    code = said.dictionary_encode().indices.fill_null(0).to_numpy()
+    repeats = np.bincount(code, minlength=1)[code] if len(code) else code
+    return all_.append_column(
+        REPEATS, pa.array(np.where(said.is_null(), 0, repeats).astype(float))
+    ).combine_chunks()
 
 
 def _tell_repeated(measured: pa.Table, first: np.ndarray) -> None:
@@ -263,7 +274,7 @@ def _column(values: pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
 
 
 def _empty(numbers: list[str], texts: list[str]) -> pa.Table:
-    text = dict.fromkeys(["clip_id", "source", "caption", "caption_model", *texts], pa.string())
+    text = dict.fromkeys(["clip_id", "source", *CHOICE, *texts], pa.string())
     rest = dict.fromkeys(numbers, pa.float64()) | dict.fromkeys(["start_frame", "file", "row"], pa.int64())
     return pa.schema(list((text | rest).items())).empty_table()
 

@@ -126,6 +126,7 @@ def caption(out: str, recipe: Recipe, job: Job = Job()) -> Outcome:
         media.check(store)
         commit.sweep_uncommitted(store)
         clips = Layered(store)
+        recipe = layering.with_judges(recipe, resume.decided(run, [], out), clips)
         layering.check(recipe, clips)
         added = layering.additional(recipe, store)
         wanted = layering.missing(clips, added, job.retry_errors)
@@ -142,7 +143,7 @@ def caption(out: str, recipe: Recipe, job: Job = Job()) -> Outcome:
         check_rules(in_force.decide.rules, Layered(store).schema())
         pack.shard(store, in_force)
         report.write(store)
-        found = outcome(store, set())
+        found = outcome(store)
         _write_run(store, pack.read_run(store) | {"outcome": found.plain()})
         for line in found.lines(
             job.command, {"report": below(out if store.local else store.uri, "report.html")}

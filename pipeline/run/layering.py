@@ -13,10 +13,14 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from pipeline.caption.judge import JudgeStage, judge_stages
 from pipeline.graph import build
 from pipeline.io.store import Store
 from pipeline.layers import Layer, Layered, create, unit_of, write
 from pipeline.recipe import Recipe, RecipeError
+from pipeline.recipe_captions import Judge
 from pipeline.record import Clip, Source, Video
 from pipeline.run.relabel import Only
 from pipeline.run.reopen import ReopenStage
@@ -25,6 +29,9 @@ from pipeline.tables import caption_row
 
 TOGETHER = 64  # clips that go through the stages together at least, of as many units as it takes
 Wanted = dict[str, set[str]]  # stage → ids of the clips that it is to do
+
+
+section_of = TypeAdapter(Judge).validate_python  # of a judge's section as plain data
 
 
 def additional(recipe: Recipe, store: Store) -> list[Stage]:
@@ -55,7 +62,12 @@ def missing(clips: Layered, stages: Sequence[Stage], errors: bool) -> Wanted:
             done |= {name for name, some in columns.items() if some and all(row[c] is not None for c in some)}
             for name in wanted.keys() - done:
                 wanted[name].add(row["clip_id"])
-    return {name: ids for name, ids in wanted.items() if ids}
+    new = set().union(*(ids for name, ids in wanted.items() if name.startswith("caption:")))
+    return {
+        name: ids
+        for name, some in wanted.items()
+        if (ids := some | new if name.startswith("judge:") else some)
+    }
 
 
 def _judged(captions: list[dict[str, Any]]) -> set[str]:
@@ -123,6 +135,18 @@ def stages(store: Store, recipe: Recipe, wanted: Wanted, layers: Sequence[Layer]
     return [*again, LayerStage(store, layers, wanted)]
 
 
+def with_judges(recipe: Recipe, run: Recipe, clips: Layered) -> Recipe:
+    """A recipe with the judges of the run too, and of its layers: what is added is judged as the others were."""
+    mine = {j.name: j for j in judge_stages(recipe.choose.judges)}
+    there = list(judge_stages(run.choose.judges))
+    there += [
+        JudgeStage(section_of(layer.section)) for layer in clips.layers if layer.name.startswith("judge:")
+    ]
+    judges = mine | {j.name: j for j in there if j.name not in mine}
+    sections = tuple(j.section for j in judges.values())
+    return recipe.model_copy(update={"choose": recipe.choose.model_copy(update={"judges": sections})})
+
+
 def check(recipe: Recipe, clips: Layered) -> None:
     """Raise RecipeError where the recipe measures what clips alone cannot tell, and the run has not measured it."""
     have = set(clips.schema().names)
@@ -167,16 +191,16 @@ class LayerStage:
     def _row(self, layer: Layer, clip: Clip) -> dict[str, Any] | None:
         """What a layer says of a clip; None where that is nothing."""
         row: dict[str, Any] = {"clip_id": clip.clip_id}
-        if layer.name == "choose" or layer.name.startswith("judge:"):
-            mine = (
-                {layer.name.removeprefix("judge:")} if layer.name != "choose" else {"consensus", "clip_score"}
-            )
+        judge = "consensus" if layer.name == "choose" else layer.name.removeprefix("judge:")
+        if layer.judges:
             judged = []
             for c in clip.captions:
-                scores, support = ([(k, v) for k, v in m.items() if k in mine] for m in (c.scores, c.support))
+                scores, support = (
+                    [(k, v) for k, v in m.items() if k == judge] for m in (c.scores, c.support)
+                )
                 judged.append({"model": c.model, "scores": scores, "support": support})
-            return row | {"judged": judged} if any(j["scores"] for j in judged) else None
-        if clip.clip_id not in self.wanted.get(layer.name, ()):
+            row["judged"] = judged
+        elif clip.clip_id not in self.wanted.get(layer.name, ()):
             return None
         if layer.captions:
             model = layer.name.removeprefix("caption:")

@@ -59,10 +59,10 @@ def provenance(
     scores = {k.removeprefix("score_"): v for k, v in clip.items() if k.startswith("score_")}
     captions = [c | {"scores": dict(c["scores"] or [])} for c in clip["captions"] or []]
     meta = dict(clip["meta"] or [])
-    told: dict[str, float] = next(
-        (c["scores"] for c in captions if c["model"] == verdict["caption_model"]), {}
-    )
+    chosen: dict[str, Any] = next((c for c in captions if c["model"] == verdict["caption_model"]), {})
+    told: dict[str, float] = chosen.get("scores") or {}
     values = clip | {f"caption.{name}": value for name, value in told.items()} | verdict
+    values["caption_flags"] = " ".join(chosen.get("flags") or [])
     values |= {f"meta.{name}": value for name, value in meta.items()}
     asked = {name: rule | {"value": values.get(rule["column"])} for name, rule in rules.items()}
     return (

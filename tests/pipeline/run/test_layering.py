@@ -110,7 +110,7 @@ def decisions(out: Path) -> list[dict]:
     return pq.read_table(out / "decisions.parquet").to_pylist()
 
 
-def test_what_is_added_later_is_what_a_first_run_gives_and_nothing_there_is_touched_or_decoded(world):
+def test_what_is_added_later_is_what_a_first_run_gives_and_nothing_there_is_touched_or_decoded(world, capsys):
     out = world.folder / "one"
     before = files(out, "clips", "videos", "media")
     shutil.rmtree(world.folder / "raw")
@@ -119,6 +119,7 @@ def test_what_is_added_later_is_what_a_first_run_gives_and_nothing_there_is_touc
     assert measured(out) == measured(world.folder / "both")
     assert decisions(out) == decisions(world.folder / "both")
     assert {k.split()[0] for k in world.calls()} == {"new"}
+    assert "no longer in the list" not in capsys.readouterr().out
     assert [layer.name for layer in layers(Store(str(out)))] == ["caption:new", "choose", "judge:brevity"]
 
 
@@ -194,3 +195,11 @@ def test_a_layer_says_what_made_it(world):
     said = json.loads((world.folder / "one/layers/caption%3Anew/layer.json").read_text())
     assert said["section"]["captioner"] == "tests.fixtures.seeing:Sees"
     assert "clipmill" in said["versions"]
+
+
+def test_what_is_added_is_judged_as_the_others_were_though_the_recipe_names_no_judge(world):
+    out = world.folder / "both"
+    assert caption.main(world.caption("both", "third")) == 0
+    scored = [{n for n, _ in c["scores"]} for r in measured(out).values() for c in r["captions"] if c["text"]]
+    assert scored
+    assert all(names == {"consensus", "brevity"} for names in scored)

@@ -1,0 +1,139 @@
+"""Full text over captions, on-screen text, names and metadata: SQLite's FTS5 in a temporary file.
+
+The table keeps words and where they stand, no text ('contentless'), so it takes about as much room as the texts. It
+is filled in the background; a search before that answers from the clips that are in it already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sqlite3
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.inspector.index import Index
+from pipeline.inspector.nested import whole
+
+FIELDS = ("caption", "text", "name", "meta")
+SCHEMA = (
+    f"CREATE VIRTUAL TABLE words USING fts5({', '.join(FIELDS)}, content='', "
+    'tokenize="unicode61 remove_diacritics 2")'
+)
+_TERM = re.compile(r'(-?)(?:(caption|text|name|meta):)?(?:"([^"]*)"?|([^\s"]+))')
+
+
+def expression(asked: str) -> str | None:
+    """The FTS5 expression of what a person types: all words; "a phrase"; begin*; -without; caption:word.
+
+    Every word is quoted, so nothing typed is ever an operator. None where no word is asked for; words that are only
+    excluded are excluded of everything ('' AND NOT cannot be said in FTS5: the caller turns the answer around).
+    """
+    wanted, unwanted = _terms(asked)
+    if not wanted:
+        return None
+    text = " AND ".join(wanted)
+    return f"({text}) NOT ({' OR '.join(unwanted)})" if unwanted else text
+
+
+def _terms(asked: str) -> tuple[list[str], list[str]]:
+    wanted: list[str] = []
+    unwanted: list[str] = []
+    for minus, field, phrase, word in _TERM.findall(asked.replace("\0", " ")):
+        said = phrase or word
+        begins = bool(word) and word.endswith("*")
+        said = said.rstrip("*") if begins else said
+        if not any(c.isalnum() for c in said):
+            continue
+        term = (
+            (f"{field} : " if field else "") + '"' + said.replace('"', '""') + '"' + ("*" if begins else "")
+        )
+        (unwanted if minus else wanted).append(term)
+    return wanted, unwanted
+
+
+class Search:
+    """The words of a run's clips.
+
+    done: rows that are in it, of `len(index)`.
+    """
+
+    def __init__(self, index: Index):
+        self.index, self.done = index, 0
+        self.folder = tempfile.TemporaryDirectory(prefix="clipmill-inspect-")
+        self.file = Path(self.folder.name) / "words.sqlite"
+        self._local = threading.local()
+        self._closed = threading.Event()
+        with contextlib.closing(self._connect()) as db:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute(SCHEMA)
+            db.commit()
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.file, check_same_thread=False, timeout=30)
+        db.execute("PRAGMA synchronous = OFF")  # a temporary file
+        return db
+
+    def close(self) -> None:
+        self._closed.set()
+        with contextlib.suppress(OSError):
+            self.folder.cleanup()
+
+    def fill(self) -> None:
+        """Read all texts; may run in the background. Raises StoreError."""
+        index = self.index
+        insert = f"INSERT INTO words(rowid, {', '.join(FIELDS)}) VALUES (?, ?, ?, ?, ?)"
+        with contextlib.closing(self._connect()) as db:
+            for i, (_, table) in enumerate(index.layered.tables(["captions", "text", "name", "meta"])):
+                if self._closed.is_set():
+                    return
+                rows = index.position[index.first[i] : index.first[i] + index.sizes[i]]
+                there = np.flatnonzero(rows >= 0)
+                table = table.take(pa.array(there))
+                texts = [column.to_pylist() for column in _texts(table)]
+                db.executemany(insert, zip(rows[there].tolist(), *texts, strict=True))
+                db.commit()
+                self.done += len(there)
+            db.execute("INSERT INTO words(words) VALUES ('optimize')")
+            db.commit()
+
+    def rows(self, asked: str) -> np.ndarray:
+        """bool [n]: the clips that have what is asked for, see `expression`."""
+        mask = np.zeros(len(self.index), bool)
+        text = expression(asked)
+        if text is not None:
+            mask[self._match(text)] = True
+            return mask
+        _, unwanted = _terms(asked)
+        if unwanted:
+            mask[self._match(" OR ".join(unwanted))] = True
+        return ~mask
+
+    def _match(self, text: str) -> np.ndarray:
+        if not hasattr(self._local, "db"):
+            self._local.db = self._connect()
+        # One string of all numbers: making a Python object of each takes longer than the search
+        (found,) = self._local.db.execute(
+            "SELECT group_concat(rowid) FROM words WHERE words MATCH ?", (text,)
+        ).fetchone()
+        return np.fromstring(found, np.int64, sep=",") if found else np.zeros(0, np.int64)
+
+
+def _texts(table: pa.Table) -> Sequence[pa.Array]:
+    """A string a clip for each of FIELDS."""
+    captions, text, meta = (whole(table[c]) for c in ("captions", "text", "meta"))
+    said = _joined(captions, captions.values.field("text"))
+    return said, _joined(text, text.values), table["name"], _joined(meta, meta.items)
+
+
+def _joined(lists: pa.Array, values: pa.Array) -> pa.Array:
+    """The texts of each list (or map), one after another; '' where there are none."""
+    offsets = lists.offsets
+    found = pc.binary_join(pa.ListArray.from_arrays(offsets, values.fill_null("")), "\n")
+    return pc.if_else(lists.is_valid(), found, "")
