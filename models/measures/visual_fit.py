@@ -16,14 +16,12 @@ bench/results/captions.md.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from models.curation.embed import EfficientNetLite0
-from models.encoders.sentence import SIZE, MiniLM
-
-NAME = "visual_words"  # of the column emb_visual_words
-FRAMES = 8  # looked at of a clip
+from models.encoders.sentence import MiniLM
 
 
 class Words:
@@ -66,10 +64,7 @@ class VisualFit:
         """
         p = self.net.probabilities(frames).astype(np.float64)  # [n, 1000]
         ends = np.cumsum((0, *counts))
-        return [
-            self.words.of_classes(p[a:b].mean(0)) if b > a else None
-            for a, b in zip(ends[:-1], ends[1:], strict=True)
-        ]
+        return [self.words.of_classes(p[a:b].mean(0)) if b > a else None for a, b in pairwise(ends)]
 
 
 def fits(clips: np.ndarray, texts: np.ndarray) -> np.ndarray:
@@ -80,6 +75,3 @@ def fits(clips: np.ndarray, texts: np.ndarray) -> np.ndarray:
 def unit(x: np.ndarray) -> np.ndarray:
     """Rows of length 1."""
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-__all__ = ["FRAMES", "NAME", "SIZE", "VisualFit", "Words", "fits"]

@@ -1,6 +1,6 @@
-"""EMScore: a text against a clip as a whole, and its words against the frames (Shi et al., CVPR 2022, arXiv:2111.08919).
+"""EMScore: a text against a clip as a whole, and its words against the frames.
 
-With unit CLIP embeddings of frames f_i, of word pieces w_j and of the whole text s:
+Shi et al., CVPR 2022 (arXiv:2111.08919). With unit CLIP embeddings of frames f_i, word pieces w_j and the whole text s:
 
     coarse  = cos(unit(mean f_i), s)
     P = Σ_j a_j max_i w_j · f_i    R = mean_i max_j w_j · f_i    F = 2PR / (P + R)      a_j: weights that add up to 1
@@ -79,17 +79,19 @@ class EMScorer:
         self.tokenizer = open_clip.get_tokenizer(model)
         self.tower = getattr(self.clip.net, "text", self.clip.net)
         if not all(hasattr(self.tower, part) for part in ("ln_final", "attn_mask", "text_projection")):
-            raise ValueError(f"open_clip {model}: EMScore needs a text tower as of CLIP, this one is of another kind")
+            raise ValueError(
+                f"open_clip {model}: EMScore needs a text tower as of CLIP, this one is of another kind"
+            )
 
     def __call__(
         self, frames: Iterable[np.ndarray], clips: Sequence[tuple[int, list[list[str]]]]
-    ) -> list[list[EMScore]]:
-        """As of `models.measures.clip_score.ClipScorer`; a text of several sentences is scored by their mean."""
+    ) -> list[list[list[float]]]:
+        """As of `models.measures.clip_score.ClipScorer`: EMScore of every sentence."""
         images = self.clip.embed(frames)
         found, at = [], 0
         for n, texts in clips:
             seen, at = images[at : at + n], at + n
-            found.append([mean_of([self.sentence(seen, s) for s in text]) for text in texts])
+            found.append([[self.sentence(seen, s).full for s in text] for text in texts])
         return found
 
     def sentence(self, frames: np.ndarray, text: str) -> EMScore:
@@ -109,8 +111,3 @@ class EMScorer:
         x = projection(x) if isinstance(projection, torch.nn.Module) else x @ projection
         unit = F.normalize(x.float(), dim=-1).cpu().numpy()
         return unit, unit[-1]
-
-
-def mean_of(scores: Sequence[EMScore]) -> EMScore:
-    """Field by field."""
-    return EMScore(*(float(np.mean([getattr(s, name) for s in scores])) for name in EMScore.__annotations__))
