@@ -31,6 +31,7 @@ from typing import Any
 from pipeline import own_code, recipe_captions
 from pipeline.caption.choose import put
 from pipeline.faults import ClipFault, OutOfTime, StoreError, WorkerFault, kind_of
+from pipeline.io.store import Store
 from pipeline.recipe_schema import RecipeError
 from pipeline.record import Clip, Video
 from pipeline.stages import Produces, Resources, patiently
@@ -66,6 +67,7 @@ class Judge:
     name: str  # of the score
     resources = Resources()
     embeddings: Mapping[str, int] = MappingProxyType({})  # of clips: name → length
+    store: Store | None = None  # the run's output, from before `setup` on; none: it is run without one
 
     def __init__(self, options: Any = None):
         self.options = options
@@ -89,16 +91,17 @@ class Judge:
 class JudgeStage:
     """Has one judge score every caption; called again, it replaces what it wrote."""
 
-    def __init__(self, section: recipe_captions.Judge):
+    def __init__(self, section: recipe_captions.Judge, out: Store | str | None = None):
         judge = build(section)
         self.section, self.score = section, judge.name
+        self.store = Store.of(out) if out else None
         self.name = f"judge:{judge.name}"
         self.resources = judge.resources
         self.produces = Produces(embeddings=dict(judge.embeddings))
 
     def setup(self) -> None:
         self.judge = build(self.section)  # not in __init__: a class from a file cannot go to a worker
-        self.judge.resources = self.resources
+        self.judge.resources, self.judge.store = self.resources, self.store
         if isinstance(self.section, recipe_captions.PythonJudge):
             own_code.set_up(self.judge, f"judge {self.section.judge!r}")
         else:
@@ -156,12 +159,14 @@ BUILT_IN = {
     "pac_s": "pipeline.caption.judges:PacS",
     "emscore": "pipeline.caption.judges:EMScore",
     "consensus_by": "pipeline.caption.judges:ConsensusBy",
+    "served_yes": "pipeline.caption.served:ServedYes",
+    "yes": "pipeline.caption.judges_vlm:Yes",
 }
 
 
-def judge_stages(judges: Sequence[recipe_captions.Judge]) -> list[JudgeStage]:
+def judge_stages(judges: Sequence[recipe_captions.Judge], out: Store | str | None = None) -> list[JudgeStage]:
     """A stage a judge, in the recipe's order. Raises RecipeError when two have one name."""
-    stages = [JudgeStage(section) for section in judges]
+    stages = [JudgeStage(section, out) for section in judges]
     names = [stage.score for stage in stages]
     for i, name in enumerate(names):
         if name in ("consensus", "order", "weights", *names[:i]):

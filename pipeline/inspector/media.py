@@ -9,9 +9,9 @@ from __future__ import annotations
 import io
 import queue
 import re
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,8 @@ class Media:
         self._tars = set(index.media.list("media", ".tar"))
         self._idle: dict[int, queue.LifoQueue[Ranges]] = {}
         self._child: Any = None
-        self._child_lock = threading.Lock()
+        # A child lives as long as the thread that started it
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decoder")
         self._stills: OrderedDict[tuple[int, int], bytes] = OrderedDict()
 
     def place(self, row: int) -> Place:
@@ -85,16 +86,19 @@ class Media:
             return self.read(Place(index.media, *found))
         if not 0 <= k < max(SHOWN, int(index.still_count[row])):
             raise Gone(f"the clip has no still {k}")
-        key = row, k
-        with self._child_lock:
-            if key not in self._stills:
-                self._stills[key] = self._decoded(row, k)
-            self._stills.move_to_end(key)
-            while sum(map(len, self._stills.values())) > KEPT_STILLS:
-                self._stills.popitem(last=False)
-            return self._stills[key]
+        return self._decoder.submit(self._decoded, row, k).result()
 
     def _decoded(self, row: int, k: int) -> bytes:
+        """Of those decoded before, or else decoded now; in the one thread that does this."""
+        key = row, k
+        if key not in self._stills:
+            self._stills[key] = self._decode(row, k)
+        self._stills.move_to_end(key)
+        while sum(map(len, self._stills.values())) > KEPT_STILLS:
+            self._stills.popitem(last=False)
+        return self._stills[key]
+
+    def _decode(self, row: int, k: int) -> bytes:
         from pipeline.io.isolate import Child, ChildError
 
         place = self.place(row)
@@ -109,6 +113,7 @@ class Media:
             raise Gone(f"the clip has no stills, and none can be decoded: {e}") from e
 
     def close(self) -> None:
+        self._decoder.shutdown(cancel_futures=True)
         if self._child is not None:
             self._child.close()
 

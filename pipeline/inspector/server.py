@@ -152,7 +152,12 @@ def _export(inspector: Inspector, request: Request) -> Response:
 
 def _media(inspector: Inspector, request: Request) -> Response:
     """A clip's mp4, or the range of it that is asked for."""
-    status, said = _tried(lambda: {"place": inspector.media.place(inspector.row(request.path_params["id"]))})
+
+    def found() -> dict[str, Any]:
+        its = inspector.of(request.query_params.get("run", ""))
+        return {"media": its.media, "place": its.media.place(its.row(request.path_params["id"]))}
+
+    status, said = _tried(found)
     if status != 200:
         return Plain(said, status)
     place = said["place"]
@@ -172,6 +177,7 @@ def _media(inspector: Inspector, request: Request) -> Response:
 
 
 def _still(inspector: Inspector, request: Request) -> Response:
+    """A clip's k-th still."""
 
     def found() -> dict[str, Any]:
         its = inspector.of(request.query_params.get("run", ""))

@@ -49,7 +49,7 @@ def models(recipe: Recipe) -> Iterator[tuple[str, Callable[[], str]]]:
     for own in recipe.stages:
         yield f"stage: {Path(own.stage).name}", partial(stage, own)
     for section in recipe.captions:
-        name = section.model if section.kind == "transformers" else section.kind
+        name = getattr(section, "model", section.kind)
         name = Path(section.captioner).name if section.kind == "python" else name
         yield f"caption: {name}", partial(captioner, section)
     for judge in recipe.choose.judges if recipe.captions else ():
