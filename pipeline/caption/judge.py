@@ -148,7 +148,7 @@ class JudgeStage:
 
 BUILT_IN = {
     "clip_score": "pipeline.caption.judges:ClipScore",
-    "yes": "pipeline.caption.judges_vlm:Yes",
+    "p_yes": "pipeline.caption.judges_vlm:Yes",
 }
 
 
