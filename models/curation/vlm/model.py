@@ -101,7 +101,7 @@ class VLM:
             "max_new_tokens": max_new_tokens,
             "eos_token_id": sorted(self.eos),
             "pad_token_id": tokenizer.pad_token_id,
-        } | dict(self.family.generate)
+        }
         self.control = sorted(
             (
                 t.content
