@@ -12,7 +12,7 @@ const SIDES = { chosen: "the captions chosen", "other:chosen": "those of the oth
 function Result({ a, b, again }) {
   const { data, error } = useAnswer(`api/ab/result?a=${encodeURIComponent(a)}&b=${encodeURIComponent(b)}`, again);
   if (error) return html`<p class="soft">${error}</p>`;
-  if (!data) return null;
+  if (!data) return html`<p class="soft">Counting …</p>`;
   if (!data.models?.length || !data.pairs) return html`<p class="soft">No pair has been judged yet.</p>`;
   const lows = data.models.map((m) => m.low ?? m.score);
   const highs = data.models.map((m) => m.high ?? m.score);
@@ -77,7 +77,7 @@ function Pair({ a, b, who, onAnswered }) {
   if (!pair) return html`<p class="soft">…</p>`;
   const done = html`<p class="soft">${count(pair.done)} judged${pair.enough ? ": the intervals tell them apart, more pairs make them narrower." : "."}</p>`;
   return html`<div class="pair" aria-busy=${busy}>
-    ${clip && html`<${Player} key=${clip.id} clip=${{ ...clip, stills: 0, sample_times: [] }} />`}
+    ${clip && html`<${Player} key=${clip.id} clip=${{ ...clip, stills: 0, sample_times: [] }} autoplay=${!matchMedia("(prefers-reduced-motion: reduce)").matches} />`}
     <div class="sides">
       <button class="side" onClick=${() => answer("left")} disabled=${busy}><span class="text" dir="auto">${pair.left}</span><span class="soft"><kbd>←</kbd> left is better</span></button>
       <button class="side" onClick=${() => answer("right")} disabled=${busy}><span class="text" dir="auto">${pair.right}</span><span class="soft">right is better <kbd>→</kbd></span></button>

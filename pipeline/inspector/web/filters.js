@@ -91,7 +91,7 @@ export function Filters({ run, state, canVote }) {
   return html`<aside class="filters" aria-label="Filters">
     <${Decision} state=${state} kept=${data?.kept} />
     <section class="measures">
-      ${shown.map(
+      ${!error && shown.map(
         (name) => html`<div key=${name} class="measure">
           <h3>
             ${columnLabel(run, name)}

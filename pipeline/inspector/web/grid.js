@@ -156,7 +156,13 @@ export function Grid({ state, cardWidth, onFound }) {
 
   const indices = Array.from({ length: Math.max(0, to - from) }, (_, k) => from + k);
   return html`<div class="scroller" ref=${scroll.box} aria-busy=${rows.loading}>
-    ${rows.error && html`<p class="message" role="alert">${rows.error}</p>`}
+    ${
+      rows.error &&
+      html`<div class="message" role="alert">
+        <p>${rows.error}</p>
+        ${hasFilters(state) && html`<button onClick=${() => go(noFilters(state))}>Show all clips</button>`}
+      </div>`
+    }
     ${
       !rows.error && rows.total === 0 &&
       html`<div class="message">

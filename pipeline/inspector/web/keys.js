@@ -59,7 +59,7 @@ export function Help({ onClose }) {
           html`<section>
             <h3>${current.title}</h3>
             <dl class="keylist">
-              ${current.keys.filter((k) => k.does).map((k) => html`<dt>${k.show.split(" ").map((part) => html`<kbd>${part}</kbd>`)}</dt><dd>${k.does}</dd>`)}
+              ${current.keys.filter((k) => k.does).map((k) => html`<dt>${k.show.split(" ").map((part) => (part === "–" ? part : html`<kbd>${part}</kbd>`))}</dt><dd>${k.does}</dd>`)}
             </dl>
           </section>`,
       )}

@@ -11,7 +11,7 @@ function Speaker({ on }) {
   return html`<svg class="icon" viewBox="0 0 16 16" aria-hidden="true"><path d="M2 6h2.5L8 3v10L4.5 10H2z" fill="currentColor" /><path d=${on ? "M10 5.5a3.5 3.5 0 0 1 0 5M12 3.5a6.4 6.4 0 0 1 0 9" : "M10.5 6l4 4m0-4l-4 4"} fill="none" stroke="currentColor" stroke-width="1.4" /></svg>`;
 }
 
-export function Player({ clip, run = "" }) {
+export function Player({ clip, run = "", autoplay = false }) {
   const video = useRef(null);
   const [now, setNow] = useState(0);
   const [playing, setPlaying] = useState(false);
@@ -79,6 +79,7 @@ export function Player({ clip, run = "" }) {
               poster=${stillOf(clip.id, 0, run)}
               loop
               playsinline
+              autoplay=${autoplay}
               preload="auto"
               onClick=${toggle}
               onPlay=${() => setPlaying(true)}

@@ -38,6 +38,12 @@ class Server:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.kill()
+
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> list[Clip]:
@@ -65,9 +71,8 @@ def browser() -> Iterator:
 
 @pytest.fixture(scope="module")
 def server(clips) -> Iterator[Server]:
-    server = Server(str(RUN), str(OTHER))
-    yield server
-    server.kill()
+    with Server(str(RUN), str(OTHER)) as server:
+        yield server
 
 
 @pytest.fixture
@@ -486,21 +491,22 @@ def test_after_a_vote_the_next_clip_that_nobody_voted_on_is_shown(visit, clips):
 
 
 def test_a_server_that_is_killed_loses_no_vote(visit, clips):
-    server = Server(str(RUN), port=18801)
-    page = visit(f"{server.url}#{row(16, clips)}", expect_errors=True)
-    page.get_by_role("article", name="Caption of teacher/one").wait_for()
-    page.keyboard.press("1")
-    named(page, "Ed")
-    saved(page)
-    server.kill()
-    page.keyboard.press("2")
-    page.get_by_text("not saved yet").wait_for()
-    assert [v["model"] for v in standing(clips[16])] == ["teacher/one"]
-    again = Server(str(RUN), port=server.port)
-    assert again.port == server.port
-    saved(page)  # the page tries again by itself
-    again.kill()
-    assert [v["model"] for v in standing(clips[16])] == ["teacher/one", "teacher-two"]
+    with Server(str(RUN), port=18801) as server:
+        page = visit(f"{server.url}#{row(16, clips)}", expect_errors=True)
+        page.get_by_role("article", name="Caption of teacher/one").wait_for()
+        page.keyboard.press("1")
+        named(page, "Ed")
+        saved(page)
+        server.kill()
+        page.keyboard.press("2")
+        page.get_by_text("not saved yet").wait_for()
+        assert [v["model"] for v in standing(clips[16])] == ["teacher/one"]
+    page.goto("about:blank")  # closed before anything answers: the vote waits in the browser
+    with Server(str(RUN), port=server.port) as again:
+        assert again.port == server.port
+        page.goto(f"{again.url}#{row(17, clips)}")
+        saved(page)
+        assert [v["model"] for v in standing(clips[16])] == ["teacher/one", "teacher-two"]
 
 
 # ---------------------------------------------------------------- comparisons
