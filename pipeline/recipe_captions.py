@@ -303,6 +303,13 @@ Captioner = Annotated[
 ]
 
 
+class VisualFitJudge(Section):
+    """`visual_fit`: how well a text fits the pictures, by ImageNet's classes and sentence embeddings (embedded)."""
+
+    kind: Literal["visual_fit"] = Field(description="which judge")
+    frames: int = Field(8, ge=1, description="frames a clip to compare with")
+
+
 class ClipScoreJudge(Section):
     """`clip_score`: how well a text fits the pictures, by an open_clip model (CLIPScore, a sentence at a time)."""
 
@@ -310,6 +317,35 @@ class ClipScoreJudge(Section):
     model: str = Field("ViT-B-32", description="open_clip architecture")
     pretrained: str = Field("", description="open_clip tag or weights file", json_schema_extra=MAYBE_PATH)
     frames: int = Field(8, ge=1, description="frames a clip to compare with")
+
+
+class PacSJudge(Section):
+    """`pac_s`: CLIPScore with weights tuned on augmented captions, which its makers publish."""
+
+    kind: Literal["pac_s"] = Field(description="which judge")
+    model: str = Field("ViT-B-32-quickgelu", description="open_clip architecture that the weights are of")
+    pretrained: str = Field(description="weights file", json_schema_extra=MAYBE_PATH)
+    frames: int = Field(8, ge=1, description="frames a clip to compare with")
+
+
+class EMScoreJudge(Section):
+    """`emscore`: the words against the frames and the text against the clip, by an open_clip model."""
+
+    kind: Literal["emscore"] = Field(description="which judge")
+    model: str = Field("ViT-B-32-quickgelu", description="open_clip architecture")
+    pretrained: str = Field(
+        "openai", description="open_clip tag or weights file", json_schema_extra=MAYBE_PATH
+    )
+    frames: int = Field(8, ge=1, description="frames a clip to compare with")
+
+
+class ConsensusJudge(Section):
+    """`consensus_minilm`, `consensus_cider`: mean similarity to what the other captioners said (embedded)."""
+
+    kind: Literal["consensus_by"] = Field(description="which judge")
+    by: Literal["minilm", "cider"] = Field(
+        "minilm", description="minilm: cosine of sentence embeddings; cider: CIDEr-D of the words"
+    )
 
 
 class YesJudge(Looking):
@@ -361,7 +397,17 @@ class PythonJudge(Section):
     options: dict[str, Any] = Field({}, description="what its class is made with")
 
 
-Judge = Annotated[ClipScoreJudge | YesJudge | ServedYesJudge | PythonJudge, Field(discriminator="kind")]
+Judge = Annotated[
+    VisualFitJudge
+    | ClipScoreJudge
+    | PacSJudge
+    | EMScoreJudge
+    | YesJudge
+    | ServedYesJudge
+    | ConsensusJudge
+    | PythonJudge,
+    Field(discriminator="kind"),
+]
 
 
 class Choose(Section):
