@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import socket
 import sys
 from typing import TYPE_CHECKING
@@ -91,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     config = uvicorn.Config(
         application(inspector, token), log_level="warning", server_header=False, ws="none"
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])
     return 0
 
 
