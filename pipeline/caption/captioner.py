@@ -25,8 +25,9 @@ A `ClipFault` (pipeline.faults) is a clip it cannot do, a `TransientFault` is tr
 this process cannot go on. A caption must depend on its own clip and source alone, never on chance or on the
 other sources of a unit.
 
-Captioners that come with clipmill: `caption/baselines.py` (embedded, no download) and
-`caption/transformers.py` (any image- or video-text-to-text model of `transformers`).
+Captioners that come with clipmill: `caption/baselines.py` (embedded, no download), `caption/transformers.py` (any
+image- or video-text-to-text model of `transformers`), `caption/served.py` (any model behind an OpenAI-compatible
+server) and `caption/fuse.py` (one text of several captions).
 """
 
 from __future__ import annotations
@@ -39,12 +40,16 @@ from typing import Any
 from pipeline import own_code, recipe_captions
 from pipeline.caption import hygiene
 from pipeline.faults import ClipFault, OutOfTime, StoreError, TooLong, WorkerFault, kind_of
+from pipeline.io.store import Store
 from pipeline.recipe_schema import RecipeError
 from pipeline.record import Caption, Clip, Video
 from pipeline.stages import Produces, Resources, each, patiently
 from pipeline.watch import time_limit
 
 OUTCOMES = ("ok", "empty", "truncated", "error")
+
+
+Said = str | Caption | ClipFault | None
 
 
 class Captioner:
@@ -57,6 +62,8 @@ class Captioner:
     name: str  # who wrote the caption, in the output
     batch = 1  # clips given to `caption_batch` at once, of any videos
     resources = Resources()
+    store: Store | None = None  # the run's output, from before `setup` on; none: it is run without one
+    bounded = False  # it sees to it itself that no clip takes too long
 
     def __init__(self, options: Any = None):
         self.options = options
@@ -72,8 +79,8 @@ class Captioner:
         """One clip's sentence; '' or None where there is nothing to say; a Caption to say more (outcome, prompt)."""
         raise NotImplementedError
 
-    def caption_batch(self, clips: list[tuple[Video, Clip]]) -> Sequence[str | Caption | None]:
-        """A sentence a clip, in their order; for models that like batches."""
+    def caption_batch(self, clips: list[tuple[Video, Clip]]) -> Sequence[Said]:
+        """A sentence a clip, in their order, or the ClipFault of one; for models that like batches."""
         return [self.caption(video, clip) for video, clip in clips]
 
     def shape(self, video: Video, clip: Clip) -> Any:
@@ -86,12 +93,19 @@ class CaptionStage:
 
     Args:
         limit_s: the captioner may take so long for a clip, or a batch of them; none: as long as it likes.
+        out: the run's output, where there is one.
     """
 
-    def __init__(self, section: recipe_captions.Captioner, limit_s: float | None = None):
+    def __init__(
+        self,
+        section: recipe_captions.Captioner,
+        limit_s: float | None = None,
+        out: Store | str | None = None,
+    ):
         captioner = build(section)
         self.section = section
-        self.limit_s = limit_s
+        self.limit_s = None if captioner.bounded else limit_s
+        self.store = Store.of(out) if out else None
         self.model = captioner.name
         self.name = f"caption:{self.model}"
         self.resources = captioner.resources
@@ -99,7 +113,7 @@ class CaptionStage:
 
     def setup(self) -> None:
         self.captioner = build(self.section)  # not in __init__: a class from a file cannot go to a worker
-        self.captioner.resources = self.resources
+        self.captioner.resources, self.captioner.store = self.resources, self.store
         if isinstance(self.section, recipe_captions.PythonCaptioner):
             own_code.set_up(self.captioner, f"captioner {self.section.captioner!r}")
         else:
@@ -159,9 +173,13 @@ class CaptionStage:
         said = list(said)
         if len(said) != len(clips):
             raise WrongNumber(f"caption_batch gave {len(said)} captions for {len(clips)} clips")
-        captions = [self._caption(s) for s in said]
-        for (video, clip), caption in zip(clips, captions, strict=True):
-            hygiene.tidy(caption, video, clip)
+        captions = []
+        for (video, clip), one in zip(clips, said, strict=True):
+            if isinstance(one, ClipFault):
+                captions.append(self._failed(video, clip, one))
+            else:
+                captions.append(caption := self._caption(one))
+                hygiene.tidy(caption, video, clip)
         return captions
 
     def _failed(self, video: Video, clip: Clip, e: BaseException) -> Caption:
@@ -183,7 +201,7 @@ class CaptionStage:
                 f"str, the outcome one of {', '.join(OUTCOMES)}"
             )
         caption.text = " ".join(caption.text.split())
-        if not caption.text and caption.outcome != "error":
+        if not caption.text and caption.outcome == "ok":
             caption.outcome = "empty"
         return caption
 
@@ -205,15 +223,17 @@ def _assign(clip: Clip, caption: Caption) -> None:
 
 
 def caption_stages(
-    captioners: Sequence[recipe_captions.Captioner], limit_s: float | None = None
+    captioners: Sequence[recipe_captions.Captioner],
+    limit_s: float | None = None,
+    out: Store | str | None = None,
 ) -> list[CaptionStage]:
     """A stage a captioner, in the recipe's order. Raises RecipeError when two have one name."""
-    stages = [CaptionStage(section, limit_s) for section in captioners]
+    stages = [CaptionStage(section, limit_s, out) for section in captioners]
     names = [stage.model for stage in stages]
     for i, name in enumerate(names):
         if name in names[:i]:
             raise RecipeError(
-                f"captions.{i}: {name!r} is there already; a transformers captioner takes a name: of its own"
+                f"captions.{i}: {name!r} is there already; a captioner by a model takes a name: of its own"
             )
     return stages
 
@@ -225,6 +245,8 @@ BUILT_IN = {
     "plain": "pipeline.caption.plain:Plain",
     "given": "pipeline.caption.baselines:Given",
     "transformers": "pipeline.caption.transformers:Transformers",
+    "served": "pipeline.caption.served:Served",
+    "fuse": "pipeline.caption.fuse:Fuse",
 }
 
 

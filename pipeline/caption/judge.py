@@ -16,19 +16,22 @@ A judge of your own is a class in a file of yours and a line in the recipe; noth
 
 `score` gives a number a text, in their order, higher for better; None where it cannot tell; a `Judged` to say it of
 each sentence too. `setup` loads a model once a worker (on `self.resources.device()`), `options` holds what the recipe
-gives; `scores` serves models that like batches. A clip that it fails on keeps its captions without that score, and
-its source a warning. Judges that come with clipmill: `caption/judges.py`.
+gives; `scores` serves models that like batches; `embeddings` names vectors of each clip that it leaves in
+`clip.embeddings`, and their lengths: columns `emb_*`. A clip that it fails on keeps its captions without that score,
+and its source a warning. Judges that come with clipmill: `caption/judges.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from pipeline import own_code, recipe_captions
 from pipeline.caption.choose import put
 from pipeline.faults import ClipFault, OutOfTime, StoreError, WorkerFault, kind_of
+from pipeline.io.store import Store
 from pipeline.recipe_schema import RecipeError
 from pipeline.record import Clip, Video
 from pipeline.stages import Produces, Resources, patiently
@@ -51,7 +54,7 @@ class Told:
 
     video: Video
     clip: Clip
-    texts: list[str]  # none empty
+    texts: list[str]  # none empty; of a clip that nobody said anything of [], for a judge with embeddings
 
 
 class Judge:
@@ -63,6 +66,8 @@ class Judge:
 
     name: str  # of the score
     resources = Resources()
+    embeddings: Mapping[str, int] = MappingProxyType({})  # of clips: name → length
+    store: Store | None = None  # the run's output, from before `setup` on; none: it is run without one
 
     def __init__(self, options: Any = None):
         self.options = options
@@ -86,16 +91,17 @@ class Judge:
 class JudgeStage:
     """Has one judge score every caption; called again, it replaces what it wrote."""
 
-    def __init__(self, section: recipe_captions.Judge):
+    def __init__(self, section: recipe_captions.Judge, out: Store | str | None = None):
         judge = build(section)
         self.section, self.score = section, judge.name
+        self.store = Store.of(out) if out else None
         self.name = f"judge:{judge.name}"
         self.resources = judge.resources
-        self.produces = Produces()
+        self.produces = Produces(embeddings=dict(judge.embeddings))
 
     def setup(self) -> None:
         self.judge = build(self.section)  # not in __init__: a class from a file cannot go to a worker
-        self.judge.resources = self.resources
+        self.judge.resources, self.judge.store = self.resources, self.store
         if isinstance(self.section, recipe_captions.PythonJudge):
             own_code.set_up(self.judge, f"judge {self.section.judge!r}")
         else:
@@ -109,7 +115,8 @@ class JudgeStage:
                 put(clip.captions, self.score, [None] * len(clip.captions))
                 for caption in clip.captions:
                     caption.support.pop(self.score, None)
-                if texts := [c.text for c in clip.captions if c.text]:
+                texts = [c.text for c in clip.captions if c.text]
+                if texts or self.produces.embeddings:
                     told.append(Told(video, clip, texts))
         for t, verdicts in zip(told, self._verdicts(told), strict=True):
             captions = [c for c in t.clip.captions if c.text]
@@ -146,12 +153,20 @@ class JudgeStage:
         return found
 
 
-BUILT_IN = {"clip_score": "pipeline.caption.judges:ClipScore"}
+BUILT_IN = {
+    "visual_fit": "pipeline.caption.judges:VisualFit",
+    "clip_score": "pipeline.caption.judges:ClipScore",
+    "pac_s": "pipeline.caption.judges:PacS",
+    "emscore": "pipeline.caption.judges:EMScore",
+    "consensus_by": "pipeline.caption.judges:ConsensusBy",
+    "served_yes": "pipeline.caption.served:ServedYes",
+    "yes": "pipeline.caption.judges_vlm:Yes",
+}
 
 
-def judge_stages(judges: Sequence[recipe_captions.Judge]) -> list[JudgeStage]:
+def judge_stages(judges: Sequence[recipe_captions.Judge], out: Store | str | None = None) -> list[JudgeStage]:
     """A stage a judge, in the recipe's order. Raises RecipeError when two have one name."""
-    stages = [JudgeStage(section) for section in judges]
+    stages = [JudgeStage(section, out) for section in judges]
     names = [stage.score for stage in stages]
     for i, name in enumerate(names):
         if name in ("consensus", "order", "weights", *names[:i]):

@@ -37,6 +37,7 @@ log = logging.getLogger("clipmill")
 
 NO_CAPTION, DUPLICATE = "no_caption", "duplicate"  # names of rules that no recipe may use
 SIGNATURE = "emb_signature"  # column of pipeline.score.signature
+WORDS = "emb_visual_words"  # of the judge visual_fit: what a clip shows in words, too coarse to tell copies
 CHOSEN = "caption."  # prefix of a rule's column: a score of the chosen caption
 META = "meta."  # prefix of a rule's column: a column of the list that a source came from
 # Of what is chosen: its text, who wrote it, its flags with spaces between; columns of a rule, too
@@ -375,7 +376,9 @@ def _numbers(measured: pa.Table, column: str) -> np.ndarray:
 def _kinds(clips: Layered, limits: Duplicates) -> tuple[list[str], list[float], list[float]]:
     """The embedding columns that near-duplicates must agree in, and the least cosines of each."""
     names = [n for n in clips.schema().names if n.startswith("emb_")]
-    semantic = [n for n in names if n != SIGNATURE][:1]  # in the order of the stages: the events' embedder
+    semantic = [n for n in names if n not in (SIGNATURE, WORDS)][
+        :1
+    ]  # in the order of the stages: the events' embedder
     kinds, within, across = semantic, [limits.within] * len(semantic), [limits.across] * len(semantic)
     if SIGNATURE in names:  # within a source it decides only where it is the sole witness
         kinds, across = [*kinds, SIGNATURE], [*across, limits.signature]

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from pipeline.caption import answers
 from pipeline.graph import check
 from pipeline.io.store import Store, below
 from pipeline.layers import Layered
@@ -81,6 +82,7 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
             for line in resume.told(recipe, asked, store.uri):
                 _say(line)
             media.check(store)
+            answered = answers.stored(store)
             units = _left_to_do(store, listed, job)
             before = commit.units(store)
             try:
@@ -98,7 +100,7 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
                 _write_run(store, run)
             pack.shard(store, recipe)
             report.write(store)
-            found = outcome(store, {s.uri for s in listed})
+            found = outcome(store, {s.uri for s in listed}, answered)
             _write_run(store, pack.read_run(store) | {"outcome": found.plain()})
             folder = out if store.local else store.uri
             where = {"report": below(folder, "report.html"), "log": below(folder, log_name)}
@@ -126,6 +128,7 @@ def caption(out: str, recipe: Recipe, job: Job = Job()) -> Outcome:
         media.check(store)
         commit.sweep_uncommitted(store)
         clips = Layered(store)
+        answered = answers.stored(store)
         recipe = layering.with_judges(recipe, resume.decided(run, [], out), clips)
         layering.check(recipe, clips)
         added = layering.additional(recipe, store)
@@ -143,7 +146,7 @@ def caption(out: str, recipe: Recipe, job: Job = Job()) -> Outcome:
         check_rules(in_force.decide.rules, Layered(store).schema())
         pack.shard(store, in_force)
         report.write(store)
-        found = outcome(store)
+        found = outcome(store, None, answered)
         _write_run(store, pack.read_run(store) | {"outcome": found.plain()})
         for line in found.lines(
             job.command, {"report": below(out if store.local else store.uri, "report.html")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline import graph, own_stage
@@ -50,7 +49,7 @@ def models(recipe: Recipe) -> Iterator[tuple[str, Callable[[], str]]]:
     for own in recipe.stages:
         yield f"stage: {Path(own.stage).name}", partial(stage, own)
     for section in recipe.captions:
-        name = section.model if section.kind == "transformers" else section.kind
+        name = getattr(section, "model", section.kind)
         name = Path(section.captioner).name if section.kind == "python" else name
         yield f"caption: {name}", partial(captioner, section)
     for judge in recipe.choose.judges if recipe.captions else ():
@@ -74,16 +73,12 @@ def stage(section: OwnStage) -> str:
 
 def packaged(path: str) -> str:
     """A file inside an installed package, 'package/file', found without importing it."""
-    package, _, rest = path.partition("/")
-    spec = find_spec(package)
-    if spec is None or not spec.origin:
-        raise RecipeError(f"the package {package} is not installed; pip install {package.replace('_', '-')}")
-    file = Path(spec.origin).parent / rest
-    if not file.is_file():
-        raise RecipeError(
-            f"{rest} is not in the package {package}; pip install --force-reinstall {package.replace('_', '-')}"
-        )
-    return f"in the package {package.replace('_', '-')}, {file.stat().st_size / 1e6:.0f} MB"
+    from models.hub import MissingModel, in_package
+
+    try:
+        return in_package(path)
+    except MissingModel as e:
+        raise RecipeError(str(e)) from e
 
 
 def local(path: str) -> str:

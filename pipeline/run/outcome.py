@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.caption import answers
 from pipeline.decide.rules import funnel
 from pipeline.io.store import Store
 from pipeline.layers import Layered
@@ -73,6 +74,9 @@ class Outcome:
     )  # kind of fault → its reasons, most frequent first
     caption_errors: dict[str, list[Reason]] = field(default_factory=dict)  # captioner → its reasons
     tars: int = 0
+    served: dict[str, float] = field(
+        default_factory=dict
+    )  # what the last command asked of served models, see pipeline.caption.answers.account
 
     @property
     def failed(self) -> int:
@@ -105,6 +109,7 @@ class Outcome:
             "empty_intervals": len(self.empty),
             "caption_errors": {k: sum(r.count for r in v) for k, v in self.caption_errors.items()},
             "tars": self.tars,
+            "served": self.served,
         }
 
     def lines(self, command: str, where: dict[str, str]) -> list[str]:
@@ -143,6 +148,14 @@ class Outcome:
             said += _shown(
                 f"captions: {counted(_count(reasons), 'clip')} on which {captioner} failed", reasons
             )
+        if self.served:
+            tokens = self.served["prompt_tokens"] + self.served["completion_tokens"]
+            asked, before = (
+                counted(int(self.served[k]), n) for k, n in (("requests", "request"), ("before", "answer"))
+            )
+            said.append(
+                f"served: {asked}, {before} from the store, {tokens:,.0f} tokens, {self.served['usd']:,.2f} USD"
+            )
         if self.failed or self.captions_failed:
             again = command if "--retry-errors" in command.split() else f"{command} --retry-errors"
             said.append(f"try what failed again, and nothing else: {again}")
@@ -156,13 +169,16 @@ KINDS = {
 }
 
 
-def outcome(store: Store, listed: Collection[str] | None = None) -> Outcome:
-    """Read what a run's folder holds: videos/, clips/ and decisions.parquet.
+def outcome(
+    store: Store, listed: Collection[str] | None = None, answered: Collection[str] = frozenset()
+) -> Outcome:
+    """Read what a run's folder holds: videos/, clips/, decisions.parquet and answers/.
 
     Args:
         listed: uris of the list at hand, where there is one.
+        answered: files of answers/ that were there before the command.
     """
-    found = Outcome()
+    found = Outcome(served=answers.account(store, set(answered)))
     failed: list[dict[str, Any]] = []
     warnings: list[tuple[str, str]] = []
     columns = ["source", "name", "status", "error", "error_kind", "stage", "warnings"]

@@ -34,7 +34,9 @@ def made_by(recipe: Recipe, run: dict[str, Any]) -> dict[str, Any]:
         "recipe": recipe.name,
         "measure_key": run["measure_key"],
         "models": [
-            {"model": c.model, "revision": c.revision} for c in recipe.captions if c.kind == "transformers"
+            {"model": c.model, "revision": getattr(c, "revision", None)}
+            for c in recipe.captions
+            if hasattr(c, "model")
         ],
         "versions": run.get("versions", {}),
     }

@@ -216,8 +216,8 @@ def test_clip_scores_are_those_of_the_scorer_with_own_and_other_captions(made, r
     for i in range(4):
         frames = list(decode((made / f"{i}.mp4").read_bytes(), 6, 8.0, (32, 32), 0.5))
         ((mine, others),) = scorer(frames, [(len(frames), [[texts[i]], [texts[(i + 1) % 4]]])])
-        own.append(mine)
-        other.append(others)
+        own += mine
+        other += others
     assert row["name"] == "CLIPScore"
     assert row["value"] == pytest.approx(np.mean(own), abs=1e-6)
     assert row["other_caption"] == pytest.approx(np.mean(other), abs=1e-6)

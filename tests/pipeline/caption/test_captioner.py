@@ -15,13 +15,11 @@ import pytest
 from pipeline import own_code, recipe
 from pipeline.caption import baselines as baseline
 from pipeline.caption import captioner as captions
-from pipeline.caption import transformers as transformer
 from pipeline.caption.captioner import Captioner, CaptionStage
 from pipeline.caption.text import sentences
 from pipeline.faults import TooLong, WorkerFault
 from pipeline.record import Caption
 from pipeline.samples import pictures, samples, spread
-from tests.fixtures import tiny_vlm
 from tests.fixtures.clips import noise, plain, video
 
 
@@ -488,89 +486,7 @@ def test_a_given_caption_is_the_clips_own_or_that_of_a_source_that_was_not_split
     assert said(column="title") == ["Dogs", "", ""]
 
 
-# ---------------------------------------------------------------- transformers models
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory):
-    return str(tiny_vlm.llava_onevision(tmp_path_factory.mktemp("llava")))
-
-
-def vlm(model, **values):
-    return CaptionStage(
-        section(kind="transformers", model=model, name="tiny", max_new_tokens=6, frames=3, **values)
-    )
-
-
-def test_a_vlm_captions_each_clip_alike_whatever_else_is_in_the_unit(llava):
-    stage = vlm(llava, batch=2)
-    assert stage.name == "caption:tiny"
-    videos = [video([noise(10 * j + i) for i in range(9)], [(0, 4), (4, 6), (6, 9)]) for j in range(2)]
-    together = run(stage, copy.deepcopy(videos))
-    assert together == [c for v in videos for c in run(stage, [copy.deepcopy(v)])]
-    assert len({c[0].text for c in together}) == 6
-    assert {c[0].model for c in together} == {"tiny"}
-
-
-def test_a_clip_between_two_samples_is_empty_not_made_up(llava):
-    v = video([noise(i) for i in range(3)], [(0, 10), (11, 19)], every=10)
-    assert [c[0].outcome for c in run(vlm(llava), [v])] == ["truncated", "empty"]
-
-
-def test_an_image_model_sees_one_frame_of_the_middle_drawn_by_the_clips_id():
-    v = video([noise(0)] * 100, [(0, 100)])
-    clip, inside = v.clips[0], samples(v, v.clips[0])
-    seen = set()
-    for i in range(300):
-        clip.clip_id = f"{7919 * i:020x}"
-        frame = transformer.middle(clip, inside).frame
-        assert frame == transformer.middle(clip, inside).frame
-        seen.add(frame)
-    assert seen == set(range(30, 71))
-    assert transformer.middle(clip, inside[:2]).frame == 1  # none in the middle: the nearest
-
-
-def test_frames_are_told_their_own_time(llava):
-    v = video([noise(i) for i in range(8)], [(2, 8)], fps=4)
-    v.frames.pts, v.frames.end_pts = v.frames.pts + 1000, v.frames.end_pts + 1000  # a delayed start
-    v.clips = [v.clip(2, 8)]
-    stage = vlm(llava)
-    stage.captioner = captions.build(stage.section)
-    look = stage.captioner._look(v, v.clips[0])
-    assert look.times_s == pytest.approx([0.25, 0.75, 1.25])  # frames 3, 5, 7, four a second
-    assert look.duration_s == pytest.approx(1.5)
-
-
-def test_the_prompt_with_its_context_is_kept(llava):
-    meta = {"title": "A  cat", "subtitles": "so it  jumps", "url": "x", "description": " "}
-    plain_prompt = run(vlm(llava, prompt="Say."), [video([noise(0)], meta=meta)])[0][0].prompt
-    assert plain_prompt == "Say."
-    prompt = run(vlm(llava, prompt="Say.", context=True), [video([noise(0)], meta=meta)])[0][0].prompt
-    assert prompt.splitlines()[0] == "Say."
-    assert prompt.splitlines()[2:] == ["Title: A cat", "Subtitles: so it jumps"]
-    assert run(vlm(llava, prompt="Say.", context=True), [video([noise(0)])])[0][0].prompt == "Say."
-
-
-@pytest.mark.parametrize(
-    ("text", "complete", "expected"),
-    [
-        ("A dog runs. It ba", False, ("A dog runs.", "ok")),
-        ("A dog ru", False, ("A dog ru", "truncated")),
-        ("A dog runs. It barks.", True, ("A dog runs.", "ok")),
-        ("", True, ("", "ok")),
-    ],
-)
-def test_a_first_sentence_is_whole_although_the_answer_was_cut_off(text, complete, expected):
-    from models.curation.vlm_captioner import Answer
-
-    captioner = captions.build(section(kind="transformers", model="a/b", first_sentence=True))
-    caption = captioner._caption(Answer(text, complete, ""))
-    assert (caption.text, caption.outcome) == expected
-
-
-def test_a_missing_model_is_a_recipe_error_before_any_work():
-    with pytest.raises(recipe.RecipeError, match=r"captions: model '/.*/none': no such folder"):
-        captions.build(section(kind="transformers", model="./none")).check()
+# ---------------------------------------------------------------- sentences
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def test_clip_scores_are_put_beside_the_consensus_and_come_from_the_clips_own_fr
             frames, found = list(frames), []
             for n, texts in clips:
                 own, frames = frames[:n], frames[n:]
-                found.append([own[0][0, 0, 0] / 100 + len(t) for t in texts])
+                found.append([[own[0][0, 0, 0] / 100 + i for i in range(len(t))] for t in texts])
             return found
 
     stage = JudgeStage(ClipScoreJudge(kind="clip_score", pretrained="x", frames=1))
@@ -241,7 +241,9 @@ def test_clip_scores_are_put_beside_the_consensus_and_come_from_the_clips_own_fr
     v = said(video([grey, grey // 2], [(0, 1), (1, 2)]), "One. Two.", "", "One")
     stage([v])
     scores = [[c.scores.get("clip_score") for c in clip.captions] for clip in v.clips]
-    assert scores == [[3.0, None, 2.0], [2.5, None, 1.5]]
+    assert scores == [[1.5, None, 1.0], [1.0, None, 0.5]]
+    support = [[c.support.get("clip_score") for c in clip.captions] for clip in v.clips]
+    assert support == [[[1.0, 2.0], None, [1.0]], [[0.5, 1.5], None, [0.5]]]
 
 
 def test_missing_weights_are_a_recipe_error_before_any_work():

@@ -1,0 +1,53 @@
+"""The captioner that makes one text of what others said of a clip, by any served model."""
+
+from __future__ import annotations
+
+import threading
+
+from pipeline.caption import prompts
+from pipeline.caption.served import Asking
+from pipeline.faults import ClipFault
+from pipeline.recipe_captions import Choose, FuseCaptioner
+from pipeline.record import Caption, Clip, Video
+
+
+class Fuse(Asking):
+    """See FuseCaptioner for the options. `made_from` of its captions says whose they are."""
+
+    options: FuseCaptioner
+
+    def said(self, video: Video, clip: Clip, stop: threading.Event) -> Caption:
+        assert self.asks is not None
+        sources = self._sources(clip)
+        if not sources:
+            return Caption(self.name, "")
+        if self.options.fields:
+            told = "\n".join(c.raw for c in sources)
+        else:
+            told = "\n".join(f"{n}. {c.text}" for n, c in enumerate(sources, 1))
+        asked = prompts.ask(self.options.prompt, video, clip, more={"captions": told})
+        answer = self.asks.ask(clip.clip_id, self.asks.body(asked), stop)
+        # its prompt without the captions: they are beside it, and to repeat them is its task
+        prompt = prompts.ask(self.options.prompt, video, clip, more={"captions": "{captions}"})
+        caption = self.caption_of([answer], prompt)
+        caption.made_from = [c.model for c in sources]
+        return caption
+
+    def _sources(self, clip: Clip) -> list[Caption]:
+        """The captions to be put together: those that say something and have no flag with which none is chosen.
+
+        Raises ClipFault where the clip has none of a captioner that the recipe names.
+        """
+        before = {c.model: c for c in clip.captions if c.model != self.name}
+        for name in self.options.of:
+            if name not in before:
+                there = ", ".join(before) or "none"
+                raise ClipFault(
+                    f"fuse.of: the clip has no caption of {name!r}; its captioners so far: {there}"
+                )
+        chosen = [before[name] for name in self.options.of] or list(before.values())
+        avoid = set(Choose.model_fields["avoid"].default)
+        sound = [
+            c for c in chosen if c.text and c.outcome in ("ok", "truncated") and not avoid & set(c.flags)
+        ]
+        return [c for c in sound if c.raw.lstrip().startswith("{")] if self.options.fields else sound

