@@ -14,6 +14,7 @@ from typing import NoReturn
 JOBS = {
     "curate": "raw videos in, captioned WebDataset shards out",
     "caption": "add captioners and judges to a finished run, from its own clips",
+    "captions": "what a run's captioners did, what they cost, and which to keep",
     "shard": "decide again on a finished run and re-pack, without any model",
     "report": "one HTML page of a run: funnel, histograms, contact sheets, errors",
     "inspect": "look at a run in the browser, clip by clip: captions compared, votes, edits",

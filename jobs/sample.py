@@ -53,7 +53,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="folder that 'clipmill train diffusion' wrote"
     )
-    parser.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="a caption, or a structured one as JSON; may be given several times",
+    )
     parser.add_argument("--n", type=int, default=1, help="videos a prompt (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR", help="default: samples/")
     parser.add_argument("--task", choices=TASKS, default="text", help="default: text")
@@ -122,13 +127,14 @@ def sample(args: argparse.Namespace) -> tuple[dict[str, Tensor], float]:
     import torch
 
     from jobs.training.system import load_trained
+    from pipeline.caption.structured import told
 
     if args.task == "cascade":
         maker: Any = Cascade(args)
     else:
         maker = Maker(load_trained(args.model, args.ema, args.device), args)
     videos: dict[str, Tensor] = {}
-    for prompt in args.prompt or [""]:
+    for prompt in map(told, args.prompt or [""]):
         for _ in range(args.n):
             number = len(videos)
             with torch.no_grad():

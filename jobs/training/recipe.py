@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.caption.structured import told
 from pipeline.recipe import RECIPES, Recipe, load
 from pipeline.recipe_file import bundled, find, load_as, read
 from pipeline.recipe_schema import MAYBE_PATH, PATH, RecipeError, Section, nearest
@@ -38,8 +39,9 @@ class Data(Section):
     )
     batch: int | None = Field(None, ge=1, description="samples a micro-batch; null: as many as `tokens` hold")
     tokens: int = Field(8192, ge=1, description="latent positions a micro-batch may hold")
-    captions: Literal["chosen", "sample"] = Field(
-        "chosen", description="sample: any of the candidates, by chance"
+    captions: Literal["chosen", "sample", "fields"] = Field(
+        "chosen",
+        description="sample: any of the candidates, by chance; fields: some, in some order, of the structured one",
     )
     images: int = Field(0, ge=0, description="independent images beside each clip (Ho et al. 2022: 4 to 8)")
     stills: int = Field(0, ge=0, description="micro-batches of single frames before the first of clips")
@@ -230,7 +232,10 @@ class Run(Section):
     keep: int = Field(3, ge=1, description="checkpoints kept")
     log_every: int = Field(10, ge=1, description="steps between lines of the log")
     sample_every: int = Field(500, ge=0, description="0: never")
-    prompts: tuple[str, ...] = Field((), description="what to sample; (): captions of the data")
+    prompts: tuple[str, ...] = Field(
+        (),
+        description="what to sample, words or JSON records of structured captions; (): captions of the data",
+    )
     sampler: str = Field("auto", description="a name in models/diffusion/samplers.py; auto: dpmpp_2m")
     sample_steps: int = Field(32, ge=1, description="of the sampler")
     guidance: float = Field(3.0, ge=0, description="classifier-free guidance w of (1 + w) ε_c − w ε_∅")
@@ -241,6 +246,11 @@ class Run(Section):
         "efficientnet-lite0", description="the network of that distance (`models.measures.features`)"
     )
     wandb: bool = Field(False, description="log to Weights & Biases too")
+
+    @field_validator("prompts")
+    @classmethod
+    def _in_words(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(told, prompts))
 
 
 class TrainRecipe(Section):

@@ -100,6 +100,24 @@ def measured(record: Record, scores: dict[str, float]) -> Record:
     return record.model_copy(update={"camera": camera(scores)})
 
 
+def record_of(raw: str, scores: dict[str, float]) -> Record | None:
+    """The record of a clip's caption, from what the captioner said (`Caption.raw`); None where that is no record."""
+    try:
+        return measured(parse(raw), scores)
+    except Broken:
+        return None
+
+
+def told(prompt: str) -> str:
+    """A prompt for a video as a model is given it: a JSON record in words, any other text as it is. Raises Broken."""
+    if not prompt.lstrip().startswith("{"):
+        return prompt
+    try:
+        return text(parse(prompt))
+    except Broken as e:
+        raise Broken(f"the prompt begins as a JSON object and is no structured caption: {e}") from e
+
+
 def text(record: Record, fields: Sequence[str] = FIELDS) -> str:
     """A record in words: a sentence or more for each of the fields, in their order; '' for a record of nothing."""
     return " ".join(said for name in fields if (said := _said(record, name)))

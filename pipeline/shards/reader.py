@@ -46,7 +46,7 @@ except ImportError:  # reading needs no torch
     IterableDataset = object  # type: ignore[assignment, misc]
 
 Sample = dict[str, Any]
-CaptionRule = Literal["chosen", "sample"] | Callable[[dict[str, Any], np.random.Generator], str]
+CaptionRule = Literal["chosen", "sample", "fields"] | Callable[[dict[str, Any], np.random.Generator], str]
 
 
 UNREAD = {"meta"}  # columns of the index that no reader needs in memory
@@ -103,8 +103,9 @@ class ShardReader(IterableDataset):
         size: (height, width): the picture as displayed is scaled to cover it and cropped at the centre.
             None keeps the stored size, one frame shape a clip.
         window: where the frames lie in a longer clip: 'random' or 'center'.
-        captions: 'chosen', or 'sample' (any candidate, by its consensus or CLIP score, where it has one),
-            or a function (key.json, generator) → text.
+        captions: 'chosen', or 'sample' (any candidate, by its consensus or CLIP score, where it has one), or 'fields'
+            (some fields, in some order, of its first structured caption, see `pipeline.caption.structured`; the
+            chosen one where it has none), or a function (key.json, generator) → text.
         batch_size: samples a batch. Without a `ShardLoader`, use it for the DataLoader too.
         by_bucket: every batch from one bucket (one aspect class and length).
         shapes: (frames, height, width) of the buckets to sort clips into (`fit`), in place of `frames`,
@@ -310,6 +311,14 @@ class ShardReader(IterableDataset):
         if callable(self.captions):
             return self.captions(meta, rng)
         told = [c for c in meta.get("captions", []) if c["text"]]
+        if self.captions == "fields":
+            from pipeline.caption.structured import record_of, sampled
+
+            scores = {k: v for k, v in json_of(meta.get("scores") or {}).items() if v is not None}
+            found = (r for c in told if (r := record_of(c.get("raw") or "", scores)))
+            if (record := next(found, None)) is not None:
+                return sampled(record, str(rng.integers(1 << 62)))
+            return meta.get("caption") or ""
         if self.captions == "chosen" or not told:
             return meta.get("caption") or ""
         weights = np.array([max([0.0, *json_of(c["scores"]).values()]) for c in told])

@@ -8,10 +8,13 @@ import subprocess
 import sys
 
 import jsonschema
+import numpy as np
 import pytest
 
+from jobs.training.recipe import Run
 from pipeline.caption import structured
 from pipeline.caption.structured import FIELDS, Broken, Record, Subject, measured, parse, sampled, text
+from pipeline.shards.reader import ShardReader
 
 FULL = Record(
     subjects=[
@@ -100,6 +103,33 @@ def test_fields_are_dropped_and_ordered_by_the_seed_alone_and_the_subject_stays(
     assert sampled(FULL, "x", keep=1.0) != sampled(FULL, "y", keep=1.0)
     assert sorted(sampled(FULL, "x", keep=1.0)) == sorted(text(FULL))
     assert sampled(EMPTY, "x") == ""
+
+
+def test_a_prompt_written_as_a_record_is_what_a_caption_of_it_is():
+    assert structured.told(FULL.model_dump_json()) == text(FULL)
+    assert structured.told("a dog {runs}") == "a dog {runs}"
+    with pytest.raises(Broken, match="the prompt begins as a JSON object and is no structured caption: "):
+        structured.told('{"action": "a dog runs"}')
+    assert Run(prompts=(FULL.model_dump_json(), "a dog")).prompts == (text(FULL), "a dog")
+
+
+def test_a_reader_draws_fields_of_the_structured_caption_with_the_measured_camera():
+    meta = {
+        "caption": "chosen",
+        "scores": {"pan_x": -0.1, "pan_y": 0.0, "zoom": 0.0, "blur": None},
+        "captions": [
+            {"text": "A dog.", "raw": "", "scores": "{}"},
+            {"text": "A woman …", "raw": f"```json{FULL.model_dump_json()}```", "scores": "{}"},
+        ],
+    }
+    reader = ShardReader.__new__(ShardReader)
+    reader.captions = "fields"
+    drawn = {reader._caption(meta, np.random.default_rng(n)) for n in range(100)}
+    assert len(drawn) > 60
+    assert reader._caption(meta, np.random.default_rng(7)) == reader._caption(meta, np.random.default_rng(7))
+    assert any("The camera pans to the left." in d for d in drawn)
+    assert not any("holds still" in d for d in drawn)
+    assert reader._caption(meta | {"captions": meta["captions"][:1]}, np.random.default_rng(0)) == "chosen"
 
 
 def test_the_words_are_the_same_in_every_process():
