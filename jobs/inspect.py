@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import socket
 import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipeline.inspector.answers import Inspector
+
+MOST_SAMPLE = 500  # clips: some 30 MB
 
 EPILOG = """
 Opens a page on this machine that shows RUN as it lies, also on s3:// or gs://: nothing is unpacked or copied. Stop it
@@ -62,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.static:
         try:
+            if not 1 <= args.sample <= MOST_SAMPLE:
+                raise Wrong(f"--sample {args.sample}: from 1 to {MOST_SAMPLE} clips fit into one file")
             inspector = Inspector(Index(Store(args.dir)))
             print(write_static(inspector, args.static, args.view, args.sample))
         except (StoreError, OSError, Wrong) as e:
@@ -91,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     config = uvicorn.Config(
         application(inspector, token), log_level="warning", server_header=False, ws="none"
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])
     return 0
 
 

@@ -349,10 +349,10 @@ class ConsensusJudge(Section):
 
 
 class YesJudge(Looking):
-    """`yes`: P(yes | frames, 'Does this show "…"?') by a transformers model, one forward pass a text (VQAScore)."""
+    """`p_yes`: P(yes | frames, 'Does this show "…"?') by a transformers model, one forward pass a text (VQAScore)."""
 
-    kind: Literal["yes"] = Field(description="which judge")
-    name: str = Field("yes", description="of the score")
+    kind: Literal["p_yes"] = Field(description="which judge")
+    name: str = Field("p_yes", description="of the score")
     question: Prompt = Field(
         'Does this show "{caption}"? Please answer yes or no.',
         description="what it is asked of a caption: words, a bundled prompt's name, or a .txt file",

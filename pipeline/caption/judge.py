@@ -156,11 +156,11 @@ class JudgeStage:
 BUILT_IN = {
     "visual_fit": "pipeline.caption.judges:VisualFit",
     "clip_score": "pipeline.caption.judges:ClipScore",
+    "p_yes": "pipeline.caption.judges_vlm:Yes",
     "pac_s": "pipeline.caption.judges:PacS",
     "emscore": "pipeline.caption.judges:EMScore",
     "consensus_by": "pipeline.caption.judges:ConsensusBy",
     "served_yes": "pipeline.caption.served:ServedYes",
-    "yes": "pipeline.caption.judges_vlm:Yes",
 }
 
 

@@ -20,7 +20,7 @@ DIGITS = 4
 
 
 class Yes(Judge):
-    """`yes`: P(yes | frames, 'Does this show "…"?'), see `VLM.yes`; texts of all clips share forward passes.
+    """`p_yes`: P(yes | frames, 'Does this show "…"?'), see `VLM.yes`; texts of all clips share forward passes.
 
     With a captioner of the same model, revision and dtype in its process, the weights are there once.
     """

@@ -21,8 +21,9 @@ from pipeline.decide.rules import CHOSEN, META
 from pipeline.faults import StoreError
 from pipeline.inspector import choices
 from pipeline.inspector.blind import Blind, NoPair
+from pipeline.inspector.captions import HUMAN
 from pipeline.inspector.compare import Comparison
-from pipeline.inspector.index import HUMAN, Index, finite
+from pipeline.inspector.index import Index, finite
 from pipeline.inspector.media import Media
 from pipeline.inspector.near import Near, NotReady
 from pipeline.inspector.query import FIXED, Filters, Query, Wrong, summary

@@ -20,6 +20,7 @@ from pipeline.inspector.votes import Votes
 from pipeline.recipe_schema import nearest
 
 CHOSEN, OTHER = "chosen", "other:"
+EVERY = 5  # answers
 LOOKED_AT = 400  # clips, for one whose two captions differ
 
 
@@ -54,6 +55,9 @@ class Blind:
     ):
         self.index, self.votes, self.other, self._row = index, votes, other, row
         self._orders: dict[tuple[str, str], np.ndarray] = {}
+        self._verdicts: dict[
+            tuple[str, str], tuple[int, bool]
+        ] = {}  # at how many looks, and whether it was enough
         self._lock = threading.Lock()
 
     def sides(self) -> list[str]:
@@ -183,10 +187,15 @@ class Blind:
         }
 
     def enough(self, a: str, b: str) -> bool:
+        """Whether to go on asking; looked at after every EVERY answers, as it takes a while."""
         from models.measures.captions.bradley_terry import enough
 
         names = self.check(a, b)
-        return enough(self.answers(*names), list(names)).enough
+        answers = self.answers(*names)
+        looks = len(answers) // EVERY
+        if self._verdicts.get(names, (0, False))[0] != looks:
+            self._verdicts[names] = looks, enough(answers, list(names)).enough
+        return self._verdicts.get(names, (0, False))[1]
 
 
 def _hash(a: str, b: str) -> str:

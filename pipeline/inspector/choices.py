@@ -18,7 +18,8 @@ from typing import Any
 
 from pipeline import layers
 from pipeline.faults import StoreError
-from pipeline.inspector.index import HUMAN, Index
+from pipeline.inspector.captions import HUMAN
+from pipeline.inspector.index import Index
 from pipeline.inspector.votes import Votes
 from pipeline.layers import Layer
 from pipeline.record import Caption

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.inspector.index import Index, finite
+from pipeline.inspector.nested import whole
 from pipeline.inspector.query import Wrong, summary
 
 OVERLAP = 0.5  # intersection over union, seconds
@@ -73,7 +74,7 @@ class Comparison:
         if not len(b):
             none = np.zeros(len(a), bool)
             return {"gone": ~both} | dict.fromkeys(CHANGES[2:], none)
-        texts = a.caption.fill_null(""), b.caption.take(pa.array(at)).fill_null("")
+        ours, theirs = (whole(x.caption.cast(pa.large_string())).fill_null("") for x in (a, b))
         kept = a.kept, b.kept[at]
         scores = np.zeros(len(a), bool)
         for name in self._scores():
@@ -85,7 +86,7 @@ class Comparison:
             "gone": ~both,
             "dropped": both & (kept[0] == 1) & (kept[1] == 0),
             "kept": both & (kept[0] == 0) & (kept[1] == 1),
-            "caption": both & pc.not_equal(*texts).to_numpy(zero_copy_only=False),
+            "caption": both & pc.not_equal(ours, theirs.take(pa.array(at))).to_numpy(zero_copy_only=False),
             "scores": both & scores,
         }
 

@@ -12,19 +12,21 @@ import math
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from pipeline.caption.choose import best
-from pipeline.decide.rules import CHOSEN, DUPLICATE, funnel
+from pipeline.decide.rules import DUPLICATE
 from pipeline.faults import StoreError
-from pipeline.inspector.nested import Marks, Names, by_key, flat, lengths, whole
+from pipeline.inspector.captions import CONSENSUS, FIT, HUMAN, CaptionColumns
+from pipeline.inspector.nested import Marks, Names, flat, lengths, whole
 from pipeline.io.store import Store
-from pipeline.layers import Layered, unit_of
+from pipeline.layers import Layered, read_ahead, unit_of
 from pipeline.recipe import Rule
 from pipeline.recipe_captions import Choose
 from pipeline.tables import DECISION_SCHEMA
@@ -42,8 +44,7 @@ LIGHT = (
     "height",
     "fps",
 )
-CONSENSUS, FIT = "consensus", "visual_fit"
-HUMAN = "human"  # a score: the share of people who would have this caption (pipeline.inspector.choices)
+DECIDED = [f.name for f in DECISION_SCHEMA if f.name not in ("source", "size", "tar")]
 KEPT_DETAILS = 256  # clips
 
 
@@ -86,77 +87,111 @@ class Index:
 
     def _read_clips(self) -> None:
         self.layered = Layered(self.media)
-        schema = self.layered.schema()
-        scores = [f.name for f in schema if f.name.startswith("score_")]
-        columns = [*LIGHT, *PLACE, *scores]
-        tables = [t for _, t in self.layered.tables(columns)]
+        scores = [name for name in self.layered.schema().names if name.startswith("score_")]
+        pool = ThreadPoolExecutor(1)
+        decided = pool.submit(self._decided)  # meanwhile
+        tables = [
+            table for _, table in read_ahead(lambda name: self._light(name, scores), self.layered.files)
+        ]
         self.sizes = np.array([len(t) for t in tables], np.int64)
-        table = pa.concat_tables(tables, promote_options="permissive") if tables else _none(schema, columns)
-        source = Names.of(table["source"])
-        rank = np.argsort(np.argsort(np.array(source.names, object))) if source.names else np.zeros(0, int)
-        start = table["start_frame"].to_numpy()
-        order = np.lexsort((start, rank[source.codes])) if len(table) else np.zeros(0, np.int64)
-        ids = table["clip_id"].take(pa.array(order))
-        code = whole(ids.dictionary_encode()).indices.to_numpy()
-        if len(order) and code.max() + 1 < len(order):  # an id that two sources share is the first one's
-            first = np.sort(np.unique(code, return_index=True)[1])
-            order, ids = order[first], ids.take(pa.array(first))
-        self.position = np.full(
-            len(table), -1, np.int32
-        )  # row of what lies in the files, one after the other
-        self.position[order] = np.arange(len(order), dtype=np.int32)
-        self.measured = order.astype(np.int32)  # and the other way round
         self.first = np.cumsum(self.sizes) - self.sizes  # of each file
-        self.ids: pa.Array = whole(ids.cast(pa.large_string()))
-        self.sources = source.take(order)
-        self.names = Names.of(table["name"]).take(order)
-        take = pa.array(order)
-        self.start = table["start_s"].to_numpy()[order]
-        self.end = table["end_s"].to_numpy()[order]
-        self.numbers = {c: _number(table[c])[order] for c in (*LIGHT[6:], *scores)}
-        self.tars = Names.of(table["media_tar"]).take(order)
-        self.offset, self.size, self.stills_at = (
-            table[c].cast(pa.int64()).fill_null(-1).to_numpy()[order]
-            for c in ("media_offset", "media_size", "stills_offset")
+        columns = {c: [t[c] for t in tables] for c in (*LIGHT, *PLACE, *scores)}
+        source = Names.joined(columns["source"])
+        start = _joined(columns["start_frame"], np.int64)
+        by_name = np.argsort(np.array(source.names, object), kind="stable")
+        rank = np.empty(len(by_name), np.int64)
+        rank[by_name] = np.arange(len(by_name))
+        order = np.lexsort((start, rank[source.codes]))
+        measured_ids = pa.chunked_array([c for t in columns["clip_id"] for c in t.chunks], pa.string())
+        ids = measured_ids.cast(pa.large_string()).combine_chunks()
+        self.ids: pa.Array = ids.take(pa.array(order))
+        self._decisions: pa.Table = decided.result()
+        pool.shutdown()
+        same = self._decisions["clip_id"].cast(pa.large_string()).combine_chunks().equals(self.ids)
+        if not same and len(order):
+            code = self.ids.dictionary_encode().indices.to_numpy()
+            first = np.sort(np.unique(code, return_index=True)[1])
+            if len(first) < len(order):  # an id that two sources share is the first one's
+                order, self.ids = order[first], self.ids.take(pa.array(first))
+        # Row of what lies in the files, one after the other, and the other way round
+        self.position = np.full(len(ids), -1, np.int32)
+        self.position[order] = np.arange(len(order), dtype=np.int32)
+        self.measured = order.astype(np.int32)
+        self.sources, self.names, self.tars = (
+            names.take(order)
+            for names in (source, *(Names.joined(columns[c]) for c in ("name", "media_tar")))
         )
-        self.stills: pa.Array = whole(table["stills_sizes"].cast(pa.large_list(pa.int32())).take(take))
-        self.still_count = lengths(self.stills).astype(np.int16)
+        self.start, self.end = (_joined(columns[c], np.float64)[order] for c in ("start_s", "end_s"))
+        self.numbers = {c: _joined(columns[c], np.float32)[order] for c in (*LIGHT[6:], *scores)}
+        self.offset, self.size, self.stills_at = (
+            _joined(columns[c], np.int64)[order] for c in ("media_offset", "media_size", "stills_offset")
+        )
+        self._stills = pa.chunked_array(
+            [c for t in columns["stills_sizes"] for c in t.chunks], pa.list_(pa.int32())
+        )  # as they were measured
+        counts = [lengths(c) for c in self._stills.chunks]
+        self.still_count = np.concatenate([*counts, np.zeros(0, np.int64)]).astype(np.int16)[order]
+
+    def _light(self, name: str, scores: list[str]) -> pa.Table:
+        """The light columns of a file of clips/ with its layers; texts that repeat themselves as dictionaries."""
+
+        def read(file: Any) -> pa.Table:
+            parquet = pq.ParquetFile(file, read_dictionary=["source", "name", "media_tar"])
+            there = set(parquet.schema_arrow.names)
+            return parquet.read([c for c in (*LIGHT, *PLACE, *scores) if c in there], use_threads=False)
+
+        table: pa.Table = self.media.files.using(name, read)
+        over = {c for layer in self.layered.over.get(name, ()) for c in layer.schema().names} & set(scores)
+        missing = [c for c in (*LIGHT, *PLACE, *scores) if c not in table.column_names]
+        if again := list(dict.fromkeys([*over, *missing])):
+            for column, values in zip(again, self.layered.read(name, again).columns, strict=True):
+                at = table.schema.get_field_index(column)
+                table = (
+                    table.set_column(at, column, values) if at >= 0 else table.append_column(column, values)
+                )
+        return table
+
+    def _decided(self) -> pa.Table:
+        if not self.store.exists("decisions.parquet"):
+            return DECISION_SCHEMA.empty_table()
+        return self.store.read_table("decisions.parquet", DECIDED)
 
     def _read_decisions(self) -> None:
-        n, decided = len(self), DECISION_SCHEMA.empty_table()
-        if self.store.exists("decisions.parquet"):
-            decided = self.store.read_table("decisions.parquet")
-        self.rules = _rules(decided, self.recipe) if len(decided) else []
-        ids = whole(decided["clip_id"].cast(pa.large_string()))
-        same = len(ids) == n and ids.equals(self.ids)
-        row = np.arange(n) if same else whole(pc.index_in(self.ids, value_set=ids).fill_null(-1)).to_numpy()
+        n, decided = len(self), self._decisions
+        ids = decided["clip_id"].cast(pa.large_string()).combine_chunks()
+        same = ids.equals(self.ids)
+        row = np.arange(n) if same else pc.index_in(self.ids, value_set=ids).fill_null(-1).to_numpy()
         there = row >= 0
         keep = decided["keep"].cast(pa.int8()).fill_null(-1).to_numpy()
         self.kept = np.where(there, keep[row], -1).astype(np.int8) if len(keep) else np.full(n, -1, np.int8)
         back = np.full(len(ids), -1, np.int64)  # from rows of decisions to ours
         back[row[there]] = np.flatnonzero(there)
-        self.dropped = Marks(n)
         owner, names = flat(whole(decided["dropped_by"]))
-        coded = Names.of(names)
+        dropped_by = Names.of(names)
+        self.rules = _rules(decided, self.recipe, owner, dropped_by) if len(decided) else []
+        self.dropped = Marks(n)
         for rule in self.rules:
-            rows = back[owner[coded.codes == coded.code(rule["name"])]]
+            rows = back[owner[dropped_by.codes == dropped_by.code(rule["name"])]]
             self.dropped.put(rule["name"], rows[rows >= 0])
-        copies = whole(decided["duplicate_of"].cast(pa.large_string()))
-        original = pc.index_in(copies, value_set=self.ids).fill_null(-1).to_numpy()
         self.original = np.full(n, -1, np.int32)  # row of the clip that it repeats
-        if len(ids):
+        copies = decided["duplicate_of"].cast(pa.large_string()).combine_chunks()
+        if copies.null_count < len(copies):
+            original = pc.index_in(copies, value_set=self.ids).fill_null(-1).to_numpy()
             self.original[there] = original[row[there]]
-        text = decided["caption"].cast(pa.large_string())
-        self.caption: pa.Array = whole(text if same else text.take(pa.array(row, mask=~there)))
+        self.caption: pa.ChunkedArray = decided["caption"]
+        if not same:
+            at = pa.array(np.maximum(row, 0), mask=~there)
+            self.caption = pa.chunked_array([self.caption.cast(pa.large_string()).combine_chunks().take(at)])
         self.model = _at(Names.of(decided["caption_model"]), row)
         self.shard, self.shard_offset = _at(Names.of(decided["shard"]), row), np.full(n, -1, np.int64)
         if len(ids):
-            at = decided["offset"].cast(pa.int64()).fill_null(-1).to_numpy()
-            self.shard_offset = np.where(there, at[row], -1)
+            offset = decided["offset"].cast(pa.int64()).fill_null(-1).to_numpy()
+            self.shard_offset = np.where(there, offset[row], -1)
         folders = [name.split("/")[-2] for name in self.shard.names]
         known = list(dict.fromkeys(folders))
         code = np.array([*(known.index(f) for f in folders), -1], np.int32)
         self.buckets = Names(code[self.shard.codes], known)
+        del self._decisions
 
     def reload(self) -> None:
         """Take in layers that were added or removed since: `read_captions` goes over them again. Raises StoreError."""
@@ -175,13 +210,18 @@ class Index:
     def read_captions(self) -> None:
         """Numbers of every clip from its captions; may run in the background. Raises StoreError."""
         choose = Choose.model_validate(self.recipe.get("choose") or {})
-        new = _Captions(self, choose)
         self.captions_read = 0
+        new = CaptionColumns(self.model, self.kept, choose)
         for i, (_, table) in enumerate(self.layered.tables(["captions"])):
             rows = self.position[self.first[i] : self.first[i] + self.sizes[i]]
             new.add(rows, whole(table["captions"]))
             self.captions_read += len(table)
-        new.finish()
+        if new.undecided:
+            self.caption, self.model = new.decided(self.caption)
+        judges = [name for name in new.gaps if name not in (CONSENSUS, HUMAN)]  # who saw the pictures
+        self.fit_score = next((name for name in (FIT, choose.method, *judges) if name in judges), None)
+        self.numbers |= new.numbers(self.fit_score, self.caption)
+        self.flags, self.models = new.flags, new.models
         self.generation += 1
         self.ready = True
 
@@ -234,7 +274,7 @@ class Index:
 
     def still(self, row: int, k: int) -> tuple[str, int, int] | None:
         """Tar, offset and size of a clip's k-th still; none where none was kept."""
-        sizes = self.stills[row].as_py() or []
+        sizes = self._stills[int(self.measured[row])].as_py() or []
         if self.stills_at[row] < 0 or not 0 <= k < len(sizes):
             return None
         return self.tars[row] or "", int(self.stills_at[row]) + sum(sizes[:k]), sizes[k]
@@ -251,139 +291,54 @@ class Index:
         return np.flatnonzero(self.original == row).tolist()
 
 
-class _Captions:
-    """Makes numbers of every clip from its captions, a file at a time; `finish` puts them into the index."""
-
-    def __init__(self, index: Index, choose: Choose):
-        self.index, self.choose, n = index, choose, len(index)
-        self.count, self.flag_count = np.zeros(n, np.float32), np.zeros(n, np.float32)
-        self.words, self.agreement = np.full(n, np.nan, np.float32), np.full(n, np.nan, np.float32)
-        self.chosen: dict[str, np.ndarray] = {}  # by score, of the chosen caption
-        self.gaps: dict[str, np.ndarray] = {}  # by score, largest − smallest of a clip's captions
-        self.flags, self.models = Marks(n), Marks(n)
-        self.undecided: dict[
-            int, tuple[str, str]
-        ] = {}  # row → text and model of the caption that would stand
-
-    def add(self, rows: np.ndarray, captions: pa.Array) -> None:
-        """Args: rows: of each list of captions, −1 for one that is no clip of its own."""
-        there = np.flatnonzero(rows >= 0)
-        rows, captions = rows[there], captions.take(pa.array(there))
-        owner, flat_captions = flat(captions)
-        if len(there) and (self.index.kept[rows] < 0).any():
-            self._choose(rows, captions)
-        if not len(owner):
-            return
-        row = rows[owner]
-        model = Names.of(flat_captions.field("model"))
-        text = flat_captions.field("text").fill_null("")
-        said = pc.not_equal(text, "").to_numpy(zero_copy_only=False)
-        np.add.at(self.count, row[said], 1)
-        for code, name in enumerate(model.names):
-            self.models.put(name, row[said & (model.codes == code)])
-        stands = self._stands(row, model)
-        counted = pc.count_substring_regex(text, r"\S+").to_numpy(zero_copy_only=False)
-        self.words[row[stands]] = counted[stands]
-        of, flags = flat(flat_captions.field("flags"))
-        named = Names.of(flags)
-        np.add.at(self.flag_count, row[of], 1)
-        for code, name in enumerate(named.names):
-            self.flags.put(name, row[of[named.codes == code]])
-        for name, (of, values) in by_key(flat_captions.field("scores")).items():
-            self._score(name, row[of], values, stands[of])
-
-    def _stands(self, row: np.ndarray, model: Names) -> np.ndarray:
-        """bool [m]: it is its clip's chosen caption."""
-        chosen = self.index.model
-        ours = np.array([*(chosen.code(n) for n in model.names), -3], np.int32)
-        stands = ours[model.codes] == chosen.codes[row]
-        for r in set(row.tolist()) & self.undecided.keys() if self.undecided else ():
-            stands |= (row == r) & (model.codes == model.code(self.undecided[r][1]))
-        return stands
-
-    def _choose(self, rows: np.ndarray, captions: pa.Array) -> None:
-        for row, candidates in zip(rows.tolist(), captions.to_pylist(), strict=True):
-            if self.index.kept[row] < 0 and (i := best(candidates or [], self.choose)) is not None:
-                self.undecided[row] = candidates[i]["text"], candidates[i]["model"]
-
-    def _score(self, name: str, row: np.ndarray, values: np.ndarray, stands: np.ndarray) -> None:
-        there = np.isfinite(values)
-        row, values, stands = row[there], values[there], stands[there]
-        n = len(self.index)
-        of_chosen = self.chosen.setdefault(name, np.full(n, np.nan, np.float32))
-        of_chosen[row[stands]] = values[stands]
-        some, inverse, counts = np.unique(row, return_inverse=True, return_counts=True)
-        high, low = np.full(len(some), -np.inf), np.full(len(some), np.inf)
-        np.maximum.at(high, inverse, values)
-        np.minimum.at(low, inverse, values)
-        gap = self.gaps.setdefault(name, np.full(n, np.nan, np.float32))
-        gap[some] = np.where(counts > 1, high - low, np.nan)
-        if name == CONSENSUS:
-            self.agreement[some] = np.bincount(inverse, values) / counts
-
-    def finish(self) -> None:
-        index = self.index
-        judges = [name for name in self.gaps if name not in (CONSENSUS, HUMAN)]  # who saw the pictures
-        index.fit_score = next((name for name in (FIT, self.choose.method, *judges) if name in judges), None)
-        none = np.full(len(index), np.nan, np.float32)
-        index.numbers |= {
-            "agreement": self.agreement,
-            "fit": self.chosen.get(index.fit_score or "", none),
-            "gap": self.gaps.get(index.fit_score or "", none),
-            "flag_count": self.flag_count,
-            "captions": self.count,
-            "words": self.words,
-        } | {CHOSEN + name: values for name, values in self.chosen.items()}
-        index.flags, index.models = self.flags, self.models
-        if self.undecided:
-            index.caption, index.model = _with_undecided(index.caption, index.model, self.undecided)
-
-
-def _with_undecided(
-    caption: pa.Array, model: Names, undecided: dict[int, tuple[str, str]]
-) -> tuple[pa.Array, Names]:
-    texts = caption.to_pylist()
-    names, codes = list(model.names), model.codes.copy()
-    for row, (text, who) in undecided.items():
-        texts[row] = text
-        if who not in names:
-            names.append(who)
-        codes[row] = names.index(who)
-    return pa.array(texts, pa.large_string()), Names(codes, names)
-
-
 def _layer_models(layered: Layered) -> set[str]:
     return {layer.name.partition(":")[2] for layer in layered.layers if layer.captions}
 
 
-def _rules(decided: pa.Table, recipe: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every rule in the order it was applied, with what it asks and how many clips it drops."""
-    used = (decided.schema.metadata or {}).get(b"decide")
+def _rules(
+    decided: pa.Table, recipe: dict[str, Any], owner: np.ndarray, dropped_by: Names
+) -> list[dict[str, Any]]:
+    """Every rule in the order it was applied, with what it asks and how many clips it drops.
+
+    Args:
+        owner: rows of decisions, of each rule that some row fails; dropped_by: that rule.
+    """
+    metadata = decided.schema.metadata or {}
+    used = metadata.get(b"decide")
     decide = json.loads(used) if used else recipe.get("decide")
     asked: dict[str, Any] = (decide or {}).get("rules") or {}
-    found = []
-    for drop in funnel(decided):
-        rule = asked.get(drop.rule) or {}
+    alone = dropped_by.counts()
+    is_first = np.append(True, owner[1:] != owner[:-1])[: len(owner)]
+    in_order = dropped_by.counts(is_first)
+    found, left = [], len(decided)
+    for name in json.loads(metadata.get(b"rules", b"[]")):
+        rule = asked.get(name) or {}
+        left -= in_order.get(name, 0)
         found.append(
-            {"name": drop.rule, "column": rule.get("column"), "min": rule.get("min"), "max": rule.get("max")}
+            {"name": name, "column": rule.get("column"), "min": rule.get("min"), "max": rule.get("max")}
             | {"words": Rule.model_validate(rule).words() if rule else ""}
-            | {"alone": drop.alone, "in_order": drop.in_order, "left": drop.left}
-            | {"duplicates": drop.rule == DUPLICATE}
+            | {"alone": alone.get(name, 0), "in_order": in_order.get(name, 0), "left": left}
+            | {"duplicates": name == DUPLICATE}
         )
     return found
 
 
-def _number(column: pa.ChunkedArray) -> np.ndarray:
-    """float32 [n], NaN for null."""
-    return column.cast(pa.float64(), safe=False).to_numpy().astype(np.float32)
+def _joined(columns: Sequence[pa.ChunkedArray], dtype: Any) -> np.ndarray:
+    """Numbers of many files in one array; null is NaN, or −1 of whole numbers."""
+    empty = np.nan if np.issubdtype(dtype, np.floating) else -1
+    found = [np.zeros(0, dtype)]
+    for column in columns:
+        for chunk in column.chunks:
+            if pa.types.is_null(chunk.type):
+                found.append(np.full(len(chunk), empty, dtype))
+                continue
+            some = chunk if not chunk.null_count or empty is np.nan else chunk.fill_null(-1)
+            found.append(some.to_numpy(zero_copy_only=False).astype(dtype, copy=False))
+    return np.concatenate(found)
 
 
 def _at(names: Names, row: np.ndarray) -> Names:
     return names.take(row) if len(names.codes) else Names(np.full(len(row), -1), [])
-
-
-def _none(schema: pa.Schema, columns: list[str]) -> pa.Table:
-    return pa.schema([schema.field(c) for c in columns]).empty_table()
 
 
 def finite(value: float) -> float | None:

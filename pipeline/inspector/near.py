@@ -33,7 +33,7 @@ class Vectors:
     def __init__(self, index: Index, column: str):
         self.index, self.column = index, column
         self.failed = ""
-        self._done, self._begun, self._lock = threading.Event(), False, threading.Lock()
+        self.done, self._begun, self._lock = threading.Event(), False, threading.Lock()
         self._vectors: Any = None
         self._has = np.zeros(len(index), bool)
 
@@ -43,7 +43,7 @@ class Vectors:
             if not self._begun:
                 self._begun = True
                 threading.Thread(target=self._read, daemon=True).start()
-        return self._done.is_set() and not self.failed
+        return self.done.is_set() and not self.failed
 
     def _read(self) -> None:
         try:
@@ -51,7 +51,7 @@ class Vectors:
         except StoreError as e:
             self.failed = str(e)
         finally:
-            self._done.set()
+            self.done.set()
 
     def read(self) -> None:
         """Raises StoreError."""
@@ -77,7 +77,7 @@ class Vectors:
 
     def _wait(self) -> None:
         self.begin()
-        if not self._done.wait(WAIT_S):
+        if not self.done.wait(WAIT_S):
             raise NotReady("the embeddings are still being read; ask again in a moment")
         if self.failed or self._vectors is None:
             raise NotReady(self.failed or "no clip has this embedding")
@@ -131,6 +131,12 @@ class Near:
             self._encoder = self._encoder or Words()
             vector = self._encoder.embed([text])[0]
         return self.words.to(vector)
+
+    def wait(self) -> None:
+        """Until the embeddings are read."""
+        if self.pictures is not None:
+            self.pictures.begin()
+            self.pictures.done.wait()
 
     def neighbours(self, row: int, most: int = 12) -> list[tuple[int, float]] | None:
         """The nearest clips and their cosine; none while the embeddings are being read."""

@@ -1,18 +1,16 @@
-"""Full text over captions, on-screen text, names and metadata: SQLite's FTS5 in a temporary file.
+"""Full text over captions, on-screen text, names and metadata: SQLite's FTS5.
 
-The table keeps words and where they stand, no text ('contentless'), so it takes about as much room as the texts. It
-is filled in the background; a search before that answers from the clips that are in it already.
+The table keeps words and where they stand, no text ('contentless'), in a temporary database of SQLite's own: a file
+without a name, gone with the process. It is filled in the background; a search before that answers from the clips that
+are in it already.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
 import sqlite3
-import tempfile
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +19,8 @@ import pyarrow.compute as pc
 from pipeline.inspector.index import Index
 from pipeline.inspector.nested import whole
 
+CACHE = 64 << 20  # bytes of the table kept in memory; the rest lies in the file
+AT_ONCE = 500  # clips
 FIELDS = ("caption", "text", "name", "meta")
 SCHEMA = (
     f"CREATE VIRTUAL TABLE words USING fts5({', '.join(FIELDS)}, content='', "
@@ -66,42 +66,35 @@ class Search:
 
     def __init__(self, index: Index):
         self.index, self.done = index, 0
-        self.folder = tempfile.TemporaryDirectory(prefix="clipmill-inspect-")
-        self.file = Path(self.folder.name) / "words.sqlite"
-        self._local = threading.local()
-        self._closed = threading.Event()
-        with contextlib.closing(self._connect()) as db:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute(SCHEMA)
-            db.commit()
-
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.file, check_same_thread=False, timeout=30)
-        db.execute("PRAGMA synchronous = OFF")  # a temporary file
-        return db
+        self._closed, self._lock = threading.Event(), threading.Lock()
+        self._db = sqlite3.connect("", check_same_thread=False)
+        self._db.execute("PRAGMA journal_mode = OFF")  # nothing is ever taken back
+        self._db.execute(f"PRAGMA cache_size = -{CACHE >> 10}")
+        self._db.execute(SCHEMA)
 
     def close(self) -> None:
         self._closed.set()
-        with contextlib.suppress(OSError):
-            self.folder.cleanup()
+        with self._lock:
+            self._db.close()
 
     def fill(self) -> None:
         """Read all texts; may run in the background. Raises StoreError."""
         index = self.index
         insert = f"INSERT INTO words(rowid, {', '.join(FIELDS)}) VALUES (?, ?, ?, ?, ?)"
-        with contextlib.closing(self._connect()) as db:
-            for i, (_, table) in enumerate(index.layered.tables(["captions", "text", "name", "meta"])):
-                if self._closed.is_set():
-                    return
-                rows = index.position[index.first[i] : index.first[i] + index.sizes[i]]
-                there = np.flatnonzero(rows >= 0)
+        for i, (_, table) in enumerate(index.layered.tables(["captions", "text", "name", "meta"])):
+            rows = index.position[index.first[i] : index.first[i] + index.sizes[i]]
+            there = np.flatnonzero(rows >= 0)
+            if len(there) < len(rows):
                 table = table.take(pa.array(there))
-                texts = [column.to_pylist() for column in _texts(table)]
-                db.executemany(insert, zip(rows[there].tolist(), *texts, strict=True))
-                db.commit()
-                self.done += len(there)
-            db.execute("INSERT INTO words(words) VALUES ('optimize')")
-            db.commit()
+            texts = [column.to_pylist() for column in _texts(table)]
+            lines = list(zip(rows[there].tolist(), *texts, strict=True))
+            for at in range(0, len(lines), AT_ONCE):  # a search waits for no more than that
+                with self._lock:
+                    if self._closed.is_set():
+                        return
+                    self._db.executemany(insert, lines[at : at + AT_ONCE])
+                    self._db.commit()
+            self.done += len(there)
 
     def rows(self, asked: str) -> np.ndarray:
         """bool [n]: the clips that have what is asked for, see `expression`."""
@@ -116,12 +109,10 @@ class Search:
         return ~mask
 
     def _match(self, text: str) -> np.ndarray:
-        if not hasattr(self._local, "db"):
-            self._local.db = self._connect()
         # One string of all numbers: making a Python object of each takes longer than the search
-        (found,) = self._local.db.execute(
-            "SELECT group_concat(rowid) FROM words WHERE words MATCH ?", (text,)
-        ).fetchone()
+        query = "SELECT group_concat(rowid) FROM words WHERE words MATCH ?"
+        with self._lock:
+            (found,) = self._db.execute(query, (text,)).fetchone()
         return np.fromstring(found, np.int64, sep=",") if found else np.zeros(0, np.int64)
 
 

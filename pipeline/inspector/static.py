@@ -35,6 +35,7 @@ def page(inspector: Inspector, view: Filters | None = None, most: int = SAMPLE) 
     """
     every = inspector.query.found(view or Filters()).rows.tolist()
     rows = every[:most] if view is not None else evenly(every, most)
+    inspector.near.wait()
     clips = []
     for row in rows:
         count = max(int(inspector.index.still_count[row]), 1)

@@ -120,7 +120,7 @@ def test_paths_lead_from_their_own_file_and_those_of_set_from_the_current_folder
         "scores: {aesthetic: {weights: ../head.pth}}\n"
         "captions: [{kind: transformers, model: model}, {kind: python, captioner: 'own.py:Own'}]\n"
         "stages: [{stage: 'bright.py:Bright'}, {stage: 'package.module:Stage'}]\n"
-        "choose: {pretrained: laion2b_s34b_b79k}\n",
+        "choose: {judges: [{kind: clip_score, pretrained: laion2b_s34b_b79k}]}\n",
     )
     file = write(tmp_path / "high/high.yaml", "base: ../low/low.yaml\n")
     monkeypatch.chdir(tmp_path / "cwd")
@@ -129,7 +129,7 @@ def test_paths_lead_from_their_own_file_and_those_of_set_from_the_current_folder
     assert r.captions[0].model == str(tmp_path / "low/model")
     assert r.captions[1].captioner == f"{tmp_path}/low/own.py:Own"
     assert [s.stage for s in r.stages] == [f"{tmp_path}/low/bright.py:Bright", "package.module:Stage"]
-    assert r.choose.pretrained == "laion2b_s34b_b79k"
+    assert r.choose.judges[0].pretrained == "laion2b_s34b_b79k"
     r = recipe.load(file, ["scores.aesthetic.weights=h.pth", "captions.0.model=here"])
     assert r.scores.aesthetic.weights == str(tmp_path / "cwd/h.pth")
     assert r.captions[0].model == str(tmp_path / "cwd/here")

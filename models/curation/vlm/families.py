@@ -35,7 +35,7 @@ class Family:
     prompt: str = SENTENCE  # where a recipe has none
     tasks: tuple[str, ...] = ()  # the only prompts it knows
     packages: tuple[str, ...] = ()  # that it needs beyond transformers, by the name pip knows
-    generate: tuple[tuple[str, Any], ...] = ()  # what its `generate` must be told besides
+    part: str = ""  # of a model that also speaks: what answers in text
 
 
 _QWEN2 = Family("Qwen/Qwen2.5-VL-7B-Instruct", times="seconds a grid step (mrope)", budget="frame")
@@ -75,7 +75,7 @@ FAMILIES: dict[str, Family] = {
         "florence-community/Florence-2-large", input="image", pictures=1, prompt=_TASKS[2], tasks=_TASKS
     ),
     # Models of the classes that also hear and speak
-    "qwen2_5_omni": replace(_QWEN2, example="Qwen/Qwen2.5-Omni-7B", generate=(("return_audio", False),)),
+    "qwen2_5_omni": replace(_QWEN2, example="Qwen/Qwen2.5-Omni-7B", part="thinker"),
 }
 OTHER = Family()
 

@@ -60,6 +60,7 @@ def load(wanted: Wanted) -> Loaded:
         )
     except (OSError, ValueError, ImportError) as e:
         raise MissingModel(f"model {wanted.model!r} cannot be loaded: {_line(e)}") from e
+    model = getattr(model, family.part) if family.part else model
     model.eval()
     if not wanted.device_map:
         model.to(wanted.device)

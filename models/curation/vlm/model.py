@@ -46,7 +46,7 @@ class Answer:
     text: str  # white space runs are single spaces
     complete: bool  # False: cut off at max_new_tokens
     prompt: str  # as the model was given it
-    raw: str = ""  # with thoughts, line breaks and what wraps the answer, where there were any
+    raw: str = ""  # with thoughts and what wraps the answer, where there were any
     prompt_tokens: int = 0
     new_tokens: int = 0
 
@@ -101,7 +101,7 @@ class VLM:
             "max_new_tokens": max_new_tokens,
             "eos_token_id": sorted(self.eos),
             "pad_token_id": tokenizer.pad_token_id,
-        } | dict(self.family.generate)
+        }
         self.control = sorted(
             (
                 t.content
@@ -262,7 +262,7 @@ class VLM:
             text,
             complete=end is not None,
             prompt=self.asked(look),
-            raw=raw if raw != text else "",
+            raw=raw if " ".join(raw.split()) != text else "",
             prompt_tokens=prompt_tokens,
             new_tokens=len(ids) if end is None else end + 1,
         )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
 
-from models.curation.vlm import reasoning
+from models.curation.vlm import loading, reasoning
 from models.curation.vlm.families import family_of, size_settings
 from models.curation.vlm.loading import Wanted
 from models.curation.vlm.model import VLM, Look
@@ -77,6 +77,18 @@ def test_sampling_settings_of_a_checkpoint_do_not_make_answers_random(folder, vl
     for seed in (1, 2):
         torch.manual_seed(seed)
         assert a([look(0)]) == b([look(0)])
+
+
+def test_a_model_that_also_speaks_answers_in_text(vlm):
+    """Qwen2.5-Omni, of AutoModelForMultimodalLM alone: the part that writes."""
+    model = vlm("qwen2_5_omni", "video", max_new_tokens=4)
+    looks = [look(0, frames=1), look(1, frames=3), look(2, frames=3)]
+    answers = model(looks)
+    assert answers == [model([one])[0] for one in looks]
+    assert [a.new_tokens for a in answers] == [4] * 3
+    assert len({a.text for a in answers}) > 1
+    assert "video_second_per_grid" in model.inputs(looks[1:])  # its times
+    assert loading.check(model.wanted) == "a folder"
 
 
 # ---------------------------------------------------------------- sampling

@@ -196,7 +196,7 @@ def knowing(tmp_path_factory):
 
 
 def yes(model, **values):
-    data = {"name": "t", "choose": {"judges": [{"kind": "yes", "model": model, "frames": 3} | values]}}
+    data = {"name": "t", "choose": {"judges": [{"kind": "p_yes", "model": model, "frames": 3} | values]}}
     return JudgeStage(recipe.parse(data, [], "t").choose.judges[0])
 
 
@@ -214,18 +214,18 @@ def told(n=2):
 
 def test_a_caption_is_asked_for_whole_and_by_its_sentences(knowing):
     stage = yes(knowing)
-    assert stage.score == "yes"
+    assert stage.score == "p_yes"
     first, second, none = run(stage, told(1))[0]
-    assert 0 < first.scores["yes"] < 1
-    assert len(first.support["yes"]) == 2
-    assert second.support["yes"] == [second.scores["yes"]]
-    assert "yes" not in none.scores
+    assert 0 < first.scores["p_yes"] < 1
+    assert len(first.support["p_yes"]) == 2
+    assert second.support["p_yes"] == [second.scores["p_yes"]]
+    assert "p_yes" not in none.scores
     model = stage.judge.model
     look = stage.judge._look(judges.Told(*_first(told(1)), ["x"]), "It jumps.")
     assert look.prompt == 'Does this show "It jumps."? Please answer yes or no.'
-    assert first.support["yes"][1] == pytest.approx(model.yes([look])[0], abs=1e-4)
-    assert first.support["yes"] != [first.scores["yes"]] * 2
-    assert "yes" not in run(yes(knowing, sentences=False), told(1))[0][0].support
+    assert first.support["p_yes"][1] == pytest.approx(model.yes([look])[0], abs=1e-4)
+    assert first.support["p_yes"] != [first.scores["p_yes"]] * 2
+    assert "p_yes" not in run(yes(knowing, sentences=False), told(1))[0][0].support
 
 
 def _first(videos):
@@ -236,7 +236,7 @@ def test_a_verdict_is_the_clips_own_whatever_is_judged_with_it(knowing):
     together = run(yes(knowing, batch=5), told(2))
     alone = [c for v in told(2) for c in run(yes(knowing, batch=1), [v])]
     for a, b in zip(together, alone, strict=True):
-        assert [c.scores.get("yes") for c in a[:2]] == [c.scores["yes"] for c in b[:2]]
+        assert [c.scores.get("p_yes") for c in a[:2]] == [c.scores["p_yes"] for c in b[:2]]
 
 
 def test_a_judge_of_the_model_that_captions_loads_nothing_again(knowing):
@@ -259,4 +259,4 @@ def test_a_clip_without_frames_has_no_verdict(knowing):
     v = video([noise(i) for i in range(3)], [(0, 10), (11, 19)], every=10)
     for clip in v.clips:
         clip.captions = [Caption("a", "A cat.")]
-    assert ["yes" in c[0].scores for c in run(yes(knowing), [v])] == [True, False]
+    assert ["p_yes" in c[0].scores for c in run(yes(knowing), [v])] == [True, False]

@@ -306,7 +306,7 @@ def test_many_vectors_lie_in_a_file_and_say_the_same(inspector: Inspector, monke
     monkeypatch.setattr(near, "IN_MEMORY", 0)
     vectors = near.Vectors(inspector.index, "emb_efficientnet_lite0")
     vectors.read()
-    vectors._done.set()
+    vectors.done.set()
     vectors._begun = True
     assert vectors._vectors.dtype == np.float16
     assert inspector.near.pictures is not None

@@ -127,15 +127,14 @@ def test_where_no_still_was_kept_frames_of_the_mp4_are_shown(client, run, rows):
     assert client.get(f"/still/{row['clip_id']}/3.jpg").status_code == 404
 
 
-def test_without_media_the_shards_are_played_and_then_nothing(tmp_path):
-    store = inspected.make(tmp_path / "run", sources=4, clips=2)
-    rows = inspected.rows(store)
+def test_without_media_the_shards_are_played_and_then_nothing(own_run, rows):
+    store = own_run
     data = {r["clip_id"]: mp4(store, r) for r in rows}
     kept = [r["clip_id"] for r in rows if r["decision"]["keep"]]
     gone = [r["clip_id"] for r in rows if not r["decision"]["keep"]]
     assert kept
     assert gone
-    shutil.rmtree(tmp_path / "run/media")
+    shutil.rmtree(store.path("media"))
     inspector = Inspector(Index(store))
     with client_of(inspector) as client:
         for clip in kept:
@@ -337,15 +336,13 @@ def test_other_methods_are_refused(client, method):
     assert client.request(method, "/api/run").status_code == 405
 
 
-def test_nothing_in_the_run_changes_by_looking(tmp_path):
-    store = inspected.make(tmp_path / "run", sources=3, clips=2)
-
+def test_nothing_in_the_run_changes_by_looking(own_run):
     def state() -> dict[str, str]:
-        files = (p for p in Path(tmp_path).rglob("*") if p.is_file())
+        files = (p for p in Path(own_run.root).rglob("*") if p.is_file())
         return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
     before = state()
-    inspector = Inspector(Index(store))
+    inspector = Inspector(Index(own_run))
     inspector.read()
     with client_of(inspector) as client:
         ids = [r["id"] for r in client.get("/api/clips").json()["rows"]]
@@ -374,18 +371,16 @@ def test_before_the_captions_are_read_the_rest_is_answered(run, rows):
         assert client.get("/api/clips?q=dog").json()["total"] > 0
 
 
-def test_an_undecided_run_shows_the_caption_that_would_be_chosen(tmp_path):
+def test_an_undecided_run_shows_the_caption_that_would_be_chosen(own_run, rows):
     from pipeline.caption.choose import best
     from pipeline.recipe_captions import Choose
 
-    store = inspected.make(tmp_path / "run", sources=3, clips=2)
-    rows = inspected.rows(store)
-    store.delete("decisions.parquet")
-    inspector = Inspector(Index(store))
+    own_run.delete("decisions.parquet")
+    inspector = Inspector(Index(own_run))
     inspector.read()
     with client_of(inspector) as client:
         said = client.get("/api/clips").json()["rows"]
-        choose = Choose.model_validate(inspected.run_json(store)["recipe"]["choose"])
+        choose = Choose.model_validate(inspected.run_json(own_run)["recipe"]["choose"])
         for told, row in zip(said, rows, strict=True):
             i = best(row["captions"], choose)
             assert told["kept"] is None
