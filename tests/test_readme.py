@@ -9,8 +9,10 @@ from jobs.cli import JOBS
 from jobs.training.recipe import TRAINING
 from pipeline import recipe
 from pipeline.caption.captioner import caption_stages
+from pipeline.caption.judge import judge_stages
 from pipeline.graph import build
 from pipeline.io.store import Store
+from pipeline.record import Caption
 from pipeline.shards.pack import shard
 from pipeline.stages import run_stage
 from tests.fixtures.clips import plain, video
@@ -31,6 +33,18 @@ def test_the_captioner_of_ten_lines_captions(tmp_path):
     v = video([plain("808080", 48, 64)])
     run_stage(stage, [v])
     assert [c.text for c in v.clips[0].captions] == ["A wide picture."]
+
+
+def test_the_judge_of_ten_lines_judges(tmp_path):
+    (tmp_path / "brief.py").write_text(CODE["brief.py"])
+    judges = [{"kind": "python", "judge": f"{tmp_path}/brief.py:Brief"}]
+    sections = recipe.parse({"name": "x", "choose": {"judges": judges}}, [], "x").choose.judges
+    (stage,) = judge_stages(sections)
+    stage.setup()
+    v = video([plain("808080", 48, 64)])
+    v.clips[0].captions = [Caption("a", "two words"), Caption("b", "")]
+    run_stage(stage, [v])
+    assert [c.scores for c in v.clips[0].captions] == [{"brevity": 0.5}, {}]
 
 
 def test_the_stage_of_ten_lines_scores():
@@ -74,4 +88,4 @@ def test_every_file_and_command_it_names_exists():
     for job in re.findall(r"clipmill (\w+) ", "\n".join(re.findall(r"```\n(.*?)```", README, re.S))):
         assert job in JOBS, job
     known = {*recipe.bundled(), *recipe.bundled(TRAINING)}
-    assert set(re.findall(r"--recipe ([\w-]+)", README)) <= known
+    assert set(re.findall(r"--recipe ([\w-]+)(?!\S)", README)) <= known

@@ -119,7 +119,7 @@ def _samples(
     The tail is what follows the mp4 in the tar, members and headers; it is appended to `tails`, so that
     only numbers stay in memory however many clips there are.
     """
-    made = made_by(recipe, run)
+    made = made_by(recipe, run, decided.clips.layers)
     rules = {name: rule.told() for name, rule in recipe.decide.rules.items()}
     repeated: dict[str, list[str]] = defaultdict(list)
     for copy, original in zip(

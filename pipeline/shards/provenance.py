@@ -13,8 +13,10 @@ the first samples (HF `datasets`) must not meet an empty list, a null or another
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
+from pipeline.layers import Layer
 from pipeline.recipe import Recipe
 from pipeline.tables import CLIP_SCHEMA
 
@@ -27,16 +29,16 @@ INDEXED = [f.name for f in CLIP_SCHEMA if f.name not in NOT_INDEXED]
 VIDEO_COLUMNS = ["source", "width", "height", "fps", "duration_s", "codec", "rotation", "sample_aspect_ratio"]
 
 
-def made_by(recipe: Recipe, run: dict[str, Any]) -> dict[str, Any]:
-    """What made every sample of a run."""
+def made_by(recipe: Recipe, run: dict[str, Any], layers: Iterable[Layer]) -> dict[str, Any]:
+    """What made every sample of a run and the layers over it."""
+    captioners = [c.model_dump(mode="json") for c in recipe.captions]
+    captioners += [layer.section for layer in layers if layer.captions]
     return {
         "clipmill": run.get("versions", {}).get("clipmill"),
         "recipe": recipe.name,
         "measure_key": run["measure_key"],
         "models": [
-            {"model": c.model, "revision": getattr(c, "revision", None)}
-            for c in recipe.captions
-            if hasattr(c, "model")
+            {"model": c["model"], "revision": c.get("revision")} for c in captioners if c.get("model")
         ],
         "versions": run.get("versions", {}),
     }
