@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     inspector.start()
     port = listening.getsockname()[1]
-    shown = "localhost" if is_here(args.host) else args.host
+    shown = "localhost" if is_here(args.host) else f"[{args.host}]" if ":" in args.host else args.host
     print(
         f"{len(inspector.index):,} clips: http://{shown}:{port}/" + (f"?token={token}" if token else ""),
         flush=True,

@@ -154,7 +154,10 @@ class Index:
     def _decided(self) -> pa.Table:
         if not self.store.exists("decisions.parquet"):
             return DECISION_SCHEMA.empty_table()
-        return self.store.read_table("decisions.parquet", DECIDED)
+        repeated = ["caption_model", "shard"]
+        return self.store.files.using(
+            "decisions.parquet", lambda f: pq.ParquetFile(f, read_dictionary=repeated).read(DECIDED)
+        )
 
     def _read_decisions(self) -> None:
         n, decided = len(self), self._decisions
