@@ -140,11 +140,13 @@ READERS = 16  # parquet files read at a time: on an object store each waits for 
 AHEAD = 256
 
 
-def read_ahead(read: Callable[[str], pa.Table], names: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
-    """Many files one after the other, read ahead of use."""
+def read_ahead(
+    read: Callable[[str], pa.Table], names: Sequence[str], ahead: int = AHEAD
+) -> Iterator[tuple[str, pa.Table]]:
+    """Many files one after the other, so many of them read ahead of use."""
     with ThreadPoolExecutor(READERS) as pool:
-        for at in range(0, len(names), AHEAD):
-            some = names[at : at + AHEAD]
+        for at in range(0, len(names), ahead):
+            some = names[at : at + ahead]
             yield from zip(some, pool.map(read, some), strict=True)
 
 
