@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     inspector.start()
     port = listening.getsockname()[1]
-    shown = "localhost" if is_here(args.host) else args.host
+    shown = "localhost" if is_here(args.host) else f"[{args.host}]" if ":" in args.host else args.host
     print(
         f"{len(inspector.index):,} clips: http://{shown}:{port}/" + (f"?token={token}" if token else ""),
         flush=True,
@@ -94,7 +94,11 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.inspector.server import application
 
     config = uvicorn.Config(
-        application(inspector, token), log_level="warning", server_header=False, ws="none"
+        application(inspector, token),
+        log_level="warning",
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=1,  # a video that is being played must not keep it alive
     )
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])

@@ -59,11 +59,13 @@ def images(jpegs: Sequence[bytes], detail: str | None = None) -> Content:
 
 
 def told_times(times_s: Sequence[float], duration_s: float) -> str:
-    """A line that tells what images do not: when each is."""
-    when = ", ".join(f"{t:.2f}" for t in times_s)
+    """What images do not tell, in the words that models in the process are told it; '' of a single frame."""
     if len(times_s) == 1:
-        return f"This is a frame of a video of {duration_s:.1f} s, at {when} s."
-    return f"These are {len(times_s)} frames of a video of {duration_s:.1f} s, in order, at {when} s."
+        return ""
+    when = ", ".join(f"{t:.1f}" for t in times_s)
+    return (
+        f"These {len(times_s)} frames of one video of {duration_s:.1f} seconds are shown at {when} seconds."
+    )
 
 
 def _url(kind: str, *data: bytes) -> str:
@@ -266,7 +268,7 @@ class ServedYes(Judge):
         times = told_times(when, told.clip.duration_s)
 
         def p(text: str) -> float | None:
-            words = f"{times}\n{self.options.question.replace('{caption}', text)}"
+            words = f"{times}\n{self.options.question.replace('{caption}', text)}".strip()
             return p_yes(self.asks.ask(told.clip.clip_id, self._body(images(jpegs), words), stop))
 
         found: list[Verdict] = []

@@ -26,6 +26,8 @@ SCHEMA = (
     f"CREATE VIRTUAL TABLE words USING fts5({', '.join(FIELDS)}, content='', "
     'tokenize="unicode61 remove_diacritics 2")'
 )
+# Chinese, Japanese and Korean put no space between words: there each character is one, and words are phrases
+_WORD_EACH = re.compile("([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])")
 _TERM = re.compile(r'(-?)(?:(caption|text|name|meta):)?(?:"([^"]*)"?|([^\s"]+))')
 
 
@@ -48,7 +50,7 @@ def _terms(asked: str) -> tuple[list[str], list[str]]:
     for minus, field, phrase, word in _TERM.findall(asked.replace("\0", " ")):
         said = phrase or word
         begins = bool(word) and word.endswith("*")
-        said = said.rstrip("*") if begins else said
+        said = _spaced(said.rstrip("*") if begins else said)
         if not any(c.isalnum() for c in said):
             continue
         term = (
@@ -56,6 +58,10 @@ def _terms(asked: str) -> tuple[list[str], list[str]]:
         )
         (unwanted if minus else wanted).append(term)
     return wanted, unwanted
+
+
+def _spaced(text: str) -> str:
+    return text if text.isascii() else _WORD_EACH.sub(r" \1 ", text)
 
 
 class Search:
@@ -86,7 +92,7 @@ class Search:
             there = np.flatnonzero(rows >= 0)
             if len(there) < len(rows):
                 table = table.take(pa.array(there))
-            texts = [column.to_pylist() for column in _texts(table)]
+            texts = [[_spaced(text) for text in column.to_pylist()] for column in _texts(table)]
             lines = list(zip(rows[there].tolist(), *texts, strict=True))
             for at in range(0, len(lines), AT_ONCE):  # a search waits for no more than that
                 with self._lock:

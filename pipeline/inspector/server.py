@@ -102,7 +102,7 @@ def application(inspector: Inspector, token: str | None = None) -> ASGIApp:
 
 
 class Plain(JSONResponse):
-    """JSON in which no text can be taken for markup, should it ever be shown as such."""
+    """JSON as UTF-8; half characters, as file names may have them, are question marks."""
 
     def render(self, content: Any) -> bytes:
         text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

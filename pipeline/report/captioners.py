@@ -25,6 +25,7 @@ from pipeline.recipe_schema import RecipeError, nearest
 
 SAMPLE = 10_000  # clips
 Z = 1.96  # of a 95 % interval
+AHEAD = 8  # files of clips in memory
 VOTES = "votes"
 
 
@@ -103,7 +104,8 @@ class Captioners:
         self._sample: list[tuple[int, dict[str, str], str]] = []  # a heap: −id, texts by model, reference
         self._meta: set[str] = set()
         wanted = ["clip_id", "source", "captions", *(["meta"] if self._by_meta else [])]
-        for _, table in clips.tables(wanted):
+        # captions are most of a run's bytes: few files at a time
+        for _, table in read_ahead(lambda name: clips.read(name, wanted), clips.files, AHEAD):
             self._add(table.to_pylist())
         self._check()
 

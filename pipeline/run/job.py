@@ -103,13 +103,7 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
             report.write(store)
             found = outcome(store, {s.uri for s in listed}, answered)
             _write_run(store, pack.read_run(store) | {"outcome": found.plain()})
-            folder = out if store.local else store.uri
-            where = {"report": below(folder, "report.html"), "log": below(folder, log_name)}
-            if found.kept:
-                where = {"shards": f"{below(folder, 'shards')} ({counted(found.tars, 'tar')})"} | where
-            for line in found.lines(job.command, where):
-                print(line)
-                log.info("%s", line, extra=TOLD)
+            _tell(found, store, job, out, log_name)
     return found
 
 
@@ -124,7 +118,7 @@ def caption(out: str, recipe: Recipe, job: Job = Job()) -> Outcome:
 
     store = Store(out)
     run = pack.read_run(store)
-    with store.lock(), logging_to(store, job.verbose):
+    with store.lock(), logging_to(store, job.verbose) as log_name:
         log.info("%s", job.command or "caption")
         media.check(store)
         commit.sweep_uncommitted(store)
@@ -145,17 +139,29 @@ def caption(out: str, recipe: Recipe, job: Job = Job()) -> Outcome:
             units = layering.units(clips, wanted, {})
             _run(layering.stages(store, recipe, wanted, over), units, recipe, job)
             store.sweep()
+            for name, ids in layering.missing(Layered(store), added, False).items():
+                _say(
+                    f"{name} said nothing of {counted(len(ids), 'clip')}: see {log_name}; the same command tries again"
+                )
         in_force = resume.decided(run, job.asked, out)
         check_rules(in_force.decide.rules, Layered(store).schema())
         pack.shard(store, in_force)
         report.write(store)
-        found = outcome(store, None, answered)
+        found = outcome(store, answered=answered)
         _write_run(store, pack.read_run(store) | {"outcome": found.plain()})
-        for line in found.lines(
-            job.command, {"report": below(out if store.local else store.uri, "report.html")}
-        ):
-            print(line)
+        _tell(found, store, job, out, log_name)
     return found
+
+
+def _tell(found: Outcome, store: Store, job: Job, out: str, log_name: str) -> None:
+    """What came out, on stdout and in the log."""
+    folder = out if store.local else store.uri
+    where = {"report": below(folder, "report.html"), "log": below(folder, log_name)}
+    if found.kept:
+        where = {"shards": f"{below(folder, 'shards')} ({counted(found.tars, 'tar')})"} | where
+    for line in found.lines(job.command, where):
+        print(line)
+        log.info("%s", line, extra=TOLD)
 
 
 def _say(line: str) -> None:

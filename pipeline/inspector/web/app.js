@@ -99,7 +99,7 @@ function App() {
   const reading = run?.reading && !run.reading.done && !run.reading.failed ? run.reading : null;
   useEffect(() => {
     if (!reading) return;
-    const timer = setTimeout(() => askAgain(asked + 1), error ? 3000 : 1000);
+    const timer = setTimeout(() => askAgain(asked + 1), error ? 3000 : run.counts.clips > 50_000 ? 2500 : 500);
     return () => clearTimeout(timer);
   }, [run, error, asked]);
   const [theme, setTheme] = useState(() => recall("theme", ""));

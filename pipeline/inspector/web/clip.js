@@ -167,7 +167,7 @@ function Shown({ run, state, clip, canVote }) {
   return html`<main class="clip">
     <header class="row clip-head">
       <button class="plain" onClick=${back}>← Clips</button>
-      <h1><bdi>${clip.name}</bdi></h1>
+      <h1 title=${clip.name}><bdi>${clip.name.split("/").at(-1) || clip.name}</bdi></h1>
       <span class="soft">${time(clip.start_s)} – ${time(clip.end_s)}</span>
       <span class="badges">${clip.kept && html`<span class="badge kept">kept</span>`}<${Badges} row=${clip} /></span>
       ${

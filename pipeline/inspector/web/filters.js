@@ -5,7 +5,8 @@ import { columnLabel, count, number } from "./format.js";
 import { Histogram } from "./histogram.js";
 import { changed, FILTERS, filters, go, hasFilters, noFilters, recall, remember, withRange } from "./state.js";
 
-const FIRST = ["agreement", "fit", "gap", "duration_s"]; // histograms open from the start, where the run has them
+// Histograms that come first; the first four that a run has are open from the start.
+const FIRST = ["agreement", "fit", "gap", "duration_s", "score_motion", "score_sharpness"];
 const NAMES = {
   q: "words", text: "like the words", like: "looks like", kept: "decision", rule: "dropped by", model: "chosen",
   has: "captioned by", flag: "flag", bucket: "bucket", source: "source", voted: "votes",
@@ -82,9 +83,9 @@ function Decision({ state, kept }) {
 
 export function Filters({ run, state, canVote }) {
   const { data, error } = useAnswer(`api/facets?${filters(state, { sort: false })}`);
-  const columns = run.columns.filter((c) => c.kind === "number" && c.min !== c.max).map((c) => c.name);
-  const first = [...FIRST.filter((name) => columns.includes(name)), ...columns.filter((name) => name.startsWith("score_"))];
-  const [open, setOpen] = useState(() => recall("histograms", null) ?? [...new Set(first)].slice(0, 4));
+  const varied = run.columns.filter((c) => c.kind === "number" && c.min !== c.max).map((c) => c.name);
+  const columns = [...new Set([...FIRST.filter((name) => varied.includes(name)), ...varied])];
+  const [open, setOpen] = useState(() => recall("histograms", null) ?? columns.slice(0, 4));
   const shown = columns.filter((name) => open.includes(name) || state.range[name]);
   const keep = (names) => (setOpen(names), remember("histograms", names));
   const rest = columns.filter((name) => !shown.includes(name));

@@ -77,7 +77,7 @@ def test_frames_are_sent_in_order_as_they_are_with_their_times_and_the_prompt(se
         assert all(b == a + 1 for a, b in pairwise(frames))
         assert (
             words(body)
-            == "These are 4 frames of a video of 2.0 s, in order, at 0.00, 0.50, 1.00, 1.50 s.\nSay it."
+            == "These 4 frames of one video of 2.0 seconds are shown at 0.0, 0.5, 1.0, 1.5 seconds.\nSay it."
         )
         assert {k: v for k, v in body.items() if k != "messages"} == {
             "model": "org/m",
@@ -561,3 +561,16 @@ def test_where_the_server_is_and_how_fast_it_is_asked_are_free_on_a_resumed_run(
 def test_fields_that_clipmill_writes_are_not_for_the_recipe(server, field):
     with pytest.raises(recipe.RecipeError, match=rf"{field}: not to be set here"):
         section(server, parameters={field: True})
+
+
+def test_answers_are_kept_on_an_object_store_too(server, object_store, monkeypatch):
+    for name, value in object_store.environment().items():
+        monkeypatch.setenv(name, value)
+    store = Store(object_store.bucket() + "/run")
+    v = clips(3)
+    stage(server, store)([v])
+    before = captions([v])
+    stage(server, Store(store.uri))([v])
+    assert captions([v]) == before
+    assert len(server.bodies) == 3
+    assert answers.account(store, set())["requests"] == 3

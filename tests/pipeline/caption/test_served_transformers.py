@@ -76,14 +76,15 @@ def test_clips_are_captioned_and_alone_is_as_together(served, tmp_path):
     v = clips(4)
     stage(served)([v])
     together = said(v)
-    assert [c.outcome for c in together] == ["truncated"] * 4  # random weights end nowhere
+    tokens = [c.cost["completion_tokens"] for c in together]
+    assert "truncated" in [c.outcome for c in together]  # random weights hardly ever end
+    assert all(n == 8 if c.outcome == "truncated" else n <= 8 for c, n in zip(together, tokens, strict=True))
     assert len({c.text for c in together}) > 1
-    assert all(c.cost["completion_tokens"] == 8 for c in together)
     assert len({c.cost["prompt_tokens"] for c in together}) == 1
     store = Store(str(tmp_path))
     stage(served, store, concurrency=1, batch=1)([v])
     assert said(v) == together
-    assert answers.account(store, set())["completion_tokens"] == 4 * 8
+    assert answers.account(store, set())["completion_tokens"] == sum(tokens)
 
 
 def test_pictures_and_their_number_change_what_it_is_charged_for(served):

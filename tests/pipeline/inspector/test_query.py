@@ -212,7 +212,8 @@ def test_what_cannot_be_asked_is_a_sentence(inspector: Inspector, query: str, sa
 def plain(text: str) -> list[str]:
     """Words as unicode61 sees them: no case, no marks on letters."""
     bare = "".join(c for c in unicodedata.normalize("NFD", text.lower()) if not unicodedata.combining(c))
-    return re.findall(r"[^\W_]+", bare)
+    # in these scripts each character is a word
+    return re.findall("[\u3040-\u30ff\u3400-\u9fff]|[^\\W_\u3040-\u30ff\u3400-\u9fff]+", bare)
 
 
 def texts(row: dict) -> dict[str, list[list[str]]]:
@@ -255,6 +256,9 @@ SEARCHES = {
     "dog AND NOT NEAR(cat, 3)": lambda r: False,
     '"unfinished gradient': lambda r: has(r, "unfinished gradient"),
     "*": lambda r: True,
+    "狗": lambda r: has(r, "狗"),
+    "草地 走": lambda r: has(r, "草地") and has(r, "走"),
+    "地草": lambda r: False,
 }
 
 
