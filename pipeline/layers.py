@@ -183,6 +183,11 @@ class Layered:
         """Name and contents of every file, see `read`."""
         return read_ahead(lambda name: self.read(name, columns), self.files)
 
+    def meta_keys(self) -> set[str]:
+        """Columns of the list that any clip has."""
+        metas = (meta for _, table in self.tables(["meta"]) for meta in table["meta"].to_pylist())
+        return {key for meta in metas for key, _ in meta or []}
+
     def read(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A file of clips/ with its layers.
 

@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.caption import answers
+from pipeline.decide.columns import META, check_listed, listed_asked
 from pipeline.graph import check
 from pipeline.io.store import Store, below
 from pipeline.layers import Layered
@@ -76,7 +77,7 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
     youtube.check(listed)
     with store.lock():
         asked = recipe
-        run, recipe = _open(store, recipe, started, job)
+        run, recipe = _open(store, recipe, listed, started, job)
         with logging_to(store, job.verbose) as log_name:
             log.info("%s; recipe %s, %d sources", job.command or "curate", recipe.name, len(listed))
             for line in resume.told(recipe, asked, store.uri):
@@ -125,6 +126,8 @@ def caption(out: str, recipe: Recipe, job: Job = Job()) -> Outcome:
         answered = answers.stored(store)
         recipe = layering.with_judges(recipe, resume.decided(run, [], out), clips)
         layering.check(recipe, clips)
+        if asked := listed_asked(resume.decided(run, job.asked, out).decide.rules):
+            check_listed(asked, clips.meta_keys())
         added = layering.additional(recipe, store)
         wanted = layering.missing(clips, added, job.retry_errors)
         if not wanted:
@@ -225,7 +228,9 @@ def _log_errors(store: Store, before: set[str]) -> None:
                 )
 
 
-def _open(store: Store, recipe: Recipe, started: datetime, job: Job) -> tuple[dict[str, Any], Recipe]:
+def _open(
+    store: Store, recipe: Recipe, listed: list[Source], started: datetime, job: Job
+) -> tuple[dict[str, Any], Recipe]:
     """run.json of this output, new or from the run that is being resumed, and the recipe in force."""
     asked = {"recipe": recipe.model_dump(mode="json", include=set(resume.LATER)), "set": list(job.asked)}
     run = resume.read(store)
@@ -239,9 +244,20 @@ def _open(store: Store, recipe: Recipe, started: datetime, job: Job) -> tuple[di
         }
     else:
         recipe = resume.in_force(run, recipe, job.asked, store.uri)
+    _check_listed(store, recipe, listed)
     run |= {"recipe": recipe.model_dump(mode="json"), "asked": asked, "command": without_secrets(job.command)}
     _write_run(store, run)
     return run, recipe
+
+
+def _check_listed(store: Store, recipe: Recipe, listed: list[Source]) -> None:
+    """Raise RecipeError for a rule on a column of the list that neither the list nor the clips at hand have."""
+    asked = listed_asked(recipe.decide.rules)
+    if not asked or recipe.stages or any(s.problem and not s.meta for s in listed):
+        return  # a stage of the user's own, or what could not be read now, may yet bring some
+    keys = {key for s in listed for meta in (s.meta, *s.interval_meta) for key in meta}
+    if any(column.removeprefix(META) not in keys for column in asked):
+        check_listed(asked, keys | Layered(store).meta_keys())
 
 
 def _write_run(store: Store, run: dict[str, Any]) -> None:
