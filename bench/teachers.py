@@ -122,8 +122,8 @@ def teach(work: Path, args: argparse.Namespace) -> str:
         f"flags, decisions and shard bytes equal to the run that was left alone. The server was asked "
         f"{sum(server.asked.values())} times for {len(cost)} captions; {len(twice)} requests twice, of {in_flight} "
         f"that were in flight when a kill came. The account says {tokens[0]:,} prompt and {tokens[1]:,} completion "
-        f"tokens, the server, which counts answers to the killed too, {server.tokens[0]:,} and {server.tokens[1]:,}. The one "
-        f"added later took {added_s:.0f} s, with the videos gone."
+        f"tokens, the server, which counts answers to the killed too, {server.tokens[0]:,} and {server.tokens[1]:,}. "
+        f"The one added later took {added_s:.0f} s, with the videos gone."
     )
 
 

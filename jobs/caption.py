@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.faults import StoreError, WorkerFault
     from pipeline.io.store import Store
     from pipeline.run import job as run
-    from pipeline.run import needs
+    from pipeline.run import layering, needs
     from pipeline.run.outcome import Exit
     from pipeline.run.worker import RunError
     from pipeline.shards.pack import read_run
@@ -69,14 +69,22 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         store = Store(args.dir)
-        stored = read_run(store)["recipe"]
+        try:
+            stored = read_run(store)["recipe"]
+        except StoreError as e:
+            return sorry(e, Exit.BAD_INPUT)
         if args.list:
             for layer in layers.layers(store):
-                print(f"{layer.name:40} {layer.made}")
+                what = (
+                    "how far all captions agree; kept in line with them" if layer.name == "consensus" else ""
+                )
+                print(f"{layer.name:40} {layer.made}  {what}".rstrip())
+            print(f"of the run itself: {', '.join(layers.own(store)) or 'no captioner'}")
             return Exit.OK
         if args.remove:
             with store.lock():
                 layers.remove(store, args.remove)
+                layering.agree(store)
             print(f"removed {args.remove}; new shards without it: clipmill shard {shlex.quote(args.dir)}")
             return Exit.OK
         chosen = recipe.parse(stored, [] if args.recipe else args.set, f"{args.dir}/run.json")

@@ -94,7 +94,11 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.inspector.server import application
 
     config = uvicorn.Config(
-        application(inspector, token), log_level="warning", server_header=False, ws="none"
+        application(inspector, token),
+        log_level="warning",
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=1,  # a video that is being played must not keep it alive
     )
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])

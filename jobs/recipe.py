@@ -109,8 +109,19 @@ def checked(recipe: str, overrides: list[str], training: bool) -> Iterator[str]:
     """What a recipe that holds is made of. Raises RecipeError for one that does not."""
     from jobs.training.recipe import TrainRecipe, load_either
     from pipeline.graph import check
+    from pipeline.recipe import Recipe, RecipeError
 
-    found = load_either(recipe, overrides, training)
+    try:
+        found = load_either(recipe, overrides, training)
+    except RecipeError as e:
+        if isinstance(e.rest, Recipe):
+            try:
+                check(e.rest)
+            except RecipeError as more:
+                raise RecipeError(
+                    where=e.where, mistakes=[*e.mistakes, *(more.mistakes or [str(more)])]
+                ) from e
+        raise
     if isinstance(found, TrainRecipe):
         yield f"{recipe} holds: it trains {found.trains}, {found.model.kind} with {found.autoencoder.kind} latents"
     else:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
 from pipeline.caption.captioner import caption_stages
-from pipeline.caption.choose import ChooseStage, check_order
+from pipeline.caption.choose import ChooseStage
 from pipeline.caption.judge import judge_stages
-from pipeline.decide.rules import check_rules
+from pipeline.decide.columns import check_choice, check_rules, check_scores, scores_asked
 from pipeline.io.store import Store
+from pipeline.layers import layers
 from pipeline.own_stage import placed
-from pipeline.recipe import Recipe, RecipeError, nearest
+from pipeline.recipe import Recipe, RecipeError, nearest, parse
 from pipeline.recipe_file import dotted
 from pipeline.score.aesthetic import AestheticStage
 from pipeline.score.signature import SignatureStage
@@ -40,7 +46,6 @@ def build(recipe: Recipe, out: Store | str) -> list[Stage]:
         stages.append(AestheticStage(recipe.scores.aesthetic))
     captioners = caption_stages(recipe.captions, recipe.limits.caption_s, out)
     if captioners:
-        check_order(recipe.choose, [stage.model for stage in captioners])
         stages += [*captioners, ChooseStage(), *judge_stages(recipe.choose.judges, out)]
     stages = placed(stages, recipe.stages)
     let_go_of_samples(stages)
@@ -49,15 +54,75 @@ def build(recipe: Recipe, out: Store | str) -> list[Stage]:
 
 
 def check(recipe: Recipe, out: Store | str = "") -> list[Stage]:
-    """The stages of a recipe, with all that can be told of it before any work. Raises RecipeError."""
+    """The stages of a recipe, with all that can be told of it before any work.
+
+    Args:
+        out: the folder to write to; what a run there has, by its own recipe and its layers, may be asked for too.
+
+    Raises RecipeError, with every mistake.
+    """
     stages = build(recipe, out)
+    had = _had(out) if out else Had()
     columns = produced(stages)
-    check_rules(recipe.decide.rules, clip_schema(columns.scores, columns.embeddings))
+    schema = clip_schema([*columns.scores, *had.scores], columns.embeddings | had.embeddings)
     names = [*(s.name for s in stages), "commit"]
+    checks: list[Callable[[], None]] = [
+        partial(check_rules, recipe.decide.rules, schema),
+        partial(_check_resources, recipe, names),
+    ]
+    captioners = _named("caption:", [*names, *had.stages])
+    if captioners and had.known:
+        scores = ["consensus", *_named("judge:", [*names, *had.stages])]
+        checks.append(partial(check_choice, recipe.choose, captioners, scores))
+        checks.append(partial(check_scores, scores_asked(recipe.decide.rules), scores))
+    if mistakes := list(_mistakes(checks)):
+        raise RecipeError(mistakes[0] if len(mistakes) == 1 else "", f"recipe {recipe.name}", mistakes)
+    return stages
+
+
+def _mistakes(checks: Iterable[Callable[[], None]]) -> Iterator[str]:
+    """What each of them raises RecipeError for."""
+    for check in checks:
+        try:
+            check()
+        except RecipeError as e:
+            yield from e.mistakes or [str(e)]
+
+
+def _named(prefix: str, stages: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(s.removeprefix(prefix) for s in stages if s.startswith(prefix)))
+
+
+@dataclass
+class Had:
+    """What a run has: stages by name ('caption:…', 'judge:…'), score_* and emb_* columns of its layers."""
+
+    stages: list[str] = field(default_factory=list)
+    scores: list[str] = field(default_factory=list)
+    embeddings: dict[str, int] = field(default_factory=dict)
+    known: bool = True  # its recipe can still be read
+
+
+def _had(out: Store | str) -> Had:
+    store, had = Store.of(out), Had()
+    if not store.exists("run.json"):
+        return had
+    for layer in layers(store):
+        had.stages.append(layer.name)
+        had.scores += layer.scores
+        had.embeddings |= layer.embeddings
+    try:
+        run = json.loads(store.read_bytes("run.json"))
+        had.stages += [s.name for s in build(parse(run["recipe"], [], "run.json"), store)]
+    except RecipeError:  # code of the user's own that is gone, an older recipe
+        had.known = False
+    return had
+
+
+def _check_resources(recipe: Recipe, names: Sequence[str]) -> None:
     for name in recipe.resources:
         if name not in names:
             raise RecipeError(
                 f"{dotted(['resources', name])}: no such stage{nearest(name, names)}; stages of this recipe: "
                 f"{', '.join(names)}"
             )
-    return stages

@@ -26,8 +26,8 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.faults import StoreError
 from pipeline.io.store import Store
+from pipeline.recipe_schema import RecipeError, nearest
 from pipeline.tables import CAPTION, CLIP_SCHEMA
 
 JUDGED = pa.list_(
@@ -36,6 +36,7 @@ JUDGED = pa.list_(
     )
 )
 NOT_COLUMNS = ("clip_id", "seconds", "caption", "judged")  # of a layer: no columns of the clip
+CONSENSUS = "consensus"  # the layer of how far captions agree, once others were added
 CAPTIONS = CLIP_SCHEMA.field("captions")
 
 
@@ -63,7 +64,7 @@ class Layer:
     @property
     def judges(self) -> bool:
         """It scores candidates."""
-        return self.name == "choose" or self.name.startswith("judge:")
+        return self.name == CONSENSUS or self.name.startswith("judge:")
 
     def schema(self) -> pa.Schema:
         """The columns that its rows may have."""
@@ -92,14 +93,30 @@ def create(store: Store, layer: Layer) -> None:
 
 
 def remove(store: Store, name: str) -> None:
-    """Delete a layer. Raises StoreError where the run has none of that name."""
+    """Delete a layer. Raises RecipeError where the run has none of that name."""
     there = layers(store)
     for layer in there:
         if layer.name == name:
             store.delete_folder(layer.folder)
             return
     known = ", ".join(layer.name for layer in there) or "none"
-    raise StoreError(f"{store.uri} has no layer {name!r}; its layers: {known}")
+    why = (
+        "what curate itself wrote stays"
+        if name in own(store)
+        else nearest(name, [layer.name for layer in there])
+    )
+    raise RecipeError(
+        f"{store.uri} has no layer {name!r} ({why.strip(' ()') or 'see --list'}); its layers: {known}"
+    )
+
+
+def own(store: Store) -> list[str]:
+    """The captioners of the run itself, as layers would be called."""
+    found: dict[str, None] = {}
+    for name in clip_files(store)[:1]:
+        for captions in store.read_table(name, ["captions"])["captions"].to_pylist():
+            found |= dict.fromkeys(f"caption:{c['model']}" for c in captions or [])
+    return list(found)
 
 
 def write(store: Store, layer: Layer, unit: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -165,6 +182,11 @@ class Layered:
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
         """Name and contents of every file, see `read`."""
         return read_ahead(lambda name: self.read(name, columns), self.files)
+
+    def meta_keys(self) -> set[str]:
+        """Columns of the list that any clip has."""
+        metas = (meta for _, table in self.tables(["meta"]) for meta in table["meta"].to_pylist())
+        return {key for meta in metas for key, _ in meta or []}
 
     def read(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A file of clips/ with its layers.

@@ -189,7 +189,7 @@ def trace(e: BaseException, file: str) -> str:
     start = e.__traceback__
     while start is not None and not _same(start.tb_frame.f_code.co_filename, file):
         start = start.tb_next
-    return "".join(traceback.format_exception(type(e), e, start)).rstrip()
+    return "".join(traceback.format_exception(type(e), e, start, chain=start is not None)).rstrip()
 
 
 def log_failed(about: str, e: BaseException, file: str) -> None:

@@ -178,15 +178,18 @@ class OwnStage(Section):
 class Rule(Section):
     """Keep a clip only while a column says what is asked: a number within bounds, or a text.
 
-    A number that was not measured passes. A text that is not there is an empty one; capitals do not matter.
+    What was not measured, or is no number, passes min and max. A text that is not there is an empty one; capitals
+    do not matter.
     """
 
     column: str = Field(
         description="a column of clips/ (duration_s, score_motion, name, …), meta.KEY of the list's own columns, "
         "text (read on screen), caption (the chosen one), caption_model, or caption.SCORE of it"
     )
-    min: float | None = Field(None, description="keep from this number on")
-    max: float | None = Field(None, description="keep up to this number")
+    min: float | None = Field(
+        None, description="keep from this number on; what was not measured, or is no number, passes"
+    )
+    max: float | None = Field(None, description="keep up to this number; what has none passes")
     contains: tuple[str, ...] = Field((), description="keep what contains this text, or one of several")
     excludes: tuple[str, ...] = Field((), description="keep what contains none of these texts")
     matches: str | None = Field(None, description="keep what this regular expression finds something in")

@@ -85,9 +85,10 @@ def parse_as(
         found = kind.model_validate(data)
     except ValidationError as e:
         mistakes += [_incomplete(err, before, where) or _explain(err, kind) for err in e.errors()]
-        raise RecipeError(where=f"recipe {where}", mistakes=mistakes) from e
+        rest = _rest(kind, data, e.errors())
+        raise RecipeError(where=f"recipe {where}", mistakes=mistakes, rest=rest) from e
     if mistakes:
-        raise RecipeError(where=f"recipe {where}", mistakes=mistakes)
+        raise RecipeError(where=f"recipe {where}", mistakes=mistakes, rest=found)
     return found
 
 
@@ -343,6 +344,22 @@ def _incomplete(err: Any, before: dict[str, Any], where: str) -> str:
         f"{', '.join(rules) or 'none'}); give the whole rule, e.g. --set "
         f"'decide.rules.{name}={{column: duration_s{', ' if parts else ''}{parts}}}'"
     )
+
+
+def _rest(kind: type[R], data: Any, errors: list[Any]) -> R | None:
+    """The recipe without what pydantic finds wrong; None where that is more than a key or two of its sections."""
+    data = copy.deepcopy(data)
+    for place in [err["loc"] for err in errors]:
+        node = data
+        for part in place[:-1]:
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or place[-1] not in node:
+            return None
+        del node[place[-1]]
+    try:
+        return kind.model_validate(data)
+    except ValidationError:
+        return None
 
 
 def _meant(kind: type[Section], name: str, here: list[str]) -> str:

@@ -27,10 +27,13 @@ class RecipeError(ValueError):
     Args:
         where: of the mistakes: 'recipe mine.yaml'.
         mistakes: where there may be several, each of them; the message has them all.
+        rest: what holds without the mistaken parts, to look for more of them.
     """
 
-    def __init__(self, message: str = "", where: str = "", mistakes: Iterable[str] = ()):
-        self.where, self.mistakes = where, list(mistakes)
+    def __init__(
+        self, message: str = "", where: str = "", mistakes: Iterable[str] = (), rest: Section | None = None
+    ):
+        self.where, self.mistakes, self.rest = where, list(mistakes), rest
         super().__init__(message or f"{where}: {'; '.join(self.mistakes)}")
 
 

@@ -144,9 +144,13 @@ class JudgeStage:
             return [[None] * len(told[0].texts)]
 
     def _asked(self, told: list[Told]) -> list[Sequence[Verdict]]:
-        found: list[Sequence[Verdict]] = [list(verdicts) for verdicts in self.judge.scores(told)]
-        if [len(v) for v in found] != [len(t.texts) for t in told]:
-            raise ClipFault("a judge gives one verdict for each text")
+        found: list[Sequence[Verdict]] = []
+        for t, verdicts in zip(told, self.judge.scores(told), strict=True):
+            if isinstance(verdicts, str) or not hasattr(verdicts, "__iter__"):
+                raise ClipFault(f"score gave {verdicts!r:.60}, not a list with a number for each text")
+            found.append(list(verdicts))
+            if len(found[-1]) != len(t.texts):
+                raise ClipFault(f"score gave {len(found[-1])} numbers for {len(t.texts)} texts")
         for v in (v for verdicts in found for v in verdicts):
             if not isinstance(v, float | int | Judged | None):
                 raise ClipFault(f"a verdict is a number, None or a Judged, not {v!r:.60}")

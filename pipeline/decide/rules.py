@@ -25,11 +25,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.caption.choose import best, check_order
+from pipeline.caption.choose import best
+from pipeline.decide.columns import (
+    CHOICE,
+    CHOSEN,
+    META,
+    REPEATS,
+    Seen,
+    check_rules,
+    listed_asked,
+    scores_asked,
+)
 from pipeline.decide.duplicates import near_duplicates
 from pipeline.io.store import Store
 from pipeline.layers import Layered
-from pipeline.recipe import Decide, Duplicates, Recipe, RecipeError, Rule, nearest
+from pipeline.recipe import Decide, Duplicates, Recipe, RecipeError, Rule
 from pipeline.recipe_captions import Choose
 from pipeline.tables import DECISION_SCHEMA
 
@@ -38,11 +48,6 @@ log = logging.getLogger("clipmill")
 NO_CAPTION, DUPLICATE = "no_caption", "duplicate"  # names of rules that no recipe may use
 SIGNATURE = "emb_signature"  # column of pipeline.score.signature
 WORDS = "emb_visual_words"  # of the judge visual_fit: what a clip shows in words, too coarse to tell copies
-CHOSEN = "caption."  # prefix of a rule's column: a score of the chosen caption
-META = "meta."  # prefix of a rule's column: a column of the list that a source came from
-# Of what is chosen: its text, who wrote it, its flags with spaces between; columns of a rule, too
-CHOICE = ("caption", "caption_model", "caption_flags")
-REPEATS = "caption_repeats"  # how many clips of the run have the chosen caption, word for word; so is this
 RANKED = ["width", "height", "duration_s", "score_sharpness"]  # the better of two near-duplicates
 
 
@@ -114,50 +119,19 @@ def funnel(decisions: pa.Table) -> list[Drop]:
     return [Drop(*line) for line in zip(names, alone.tolist(), in_order.tolist(), left.tolist(), strict=True)]
 
 
-def check_rules(rules: dict[str, Rule], columns: pa.Schema) -> None:
-    """Raise RecipeError for a rule on a column of clips/ that does not exist or holds something else.
-
-    What the list's own columns (meta.KEY) and the captions' scores are is known only once clips are read.
-    """
-    numbers = [REPEATS, *(f.name for f in columns if _is_number(f.type))]
-    texts = [*CHOICE, "text", *(f.name for f in columns if pa.types.is_string(f.type))]
-    for name, rule in rules.items():
-        if rule.column.startswith(META) or (rule.column.startswith(CHOSEN) and not rule.textual):
-            continue
-        usable, others = (texts, numbers) if rule.textual else (numbers, texts)
-        if rule.column in usable:
-            continue
-        if rule.column in others:
-            wrong = "is a number: give it a min or a max" if rule.textual else "is not a number"
-            wrong += "" if rule.textual else ", use contains, excludes, matches or not_matches"
-        else:
-            wrong = "is no text" if rule.column in columns.names else "was not measured by this run"
-        more = f"{META}KEY of the list's columns" + (
-            "" if rule.textual else f", {CHOSEN}SCORE of the chosen caption"
-        )
-        raise RecipeError(
-            f"decide.rules.{name}: column {rule.column!r} {wrong}{nearest(rule.column, usable)}; such a rule may use "
-            f"{', '.join(usable)}, {more}"
-        )
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-
-
 def _measured(clips: Layered, recipe: Recipe) -> pa.Table:
     """The columns that the rules name of every clip, its chosen caption, and where it was measured, sorted.
 
     Numbers are float64; texts are strings, and so is what a list says (meta.KEY). Raises RecipeError for a
     rule, or a choice, by what no clip has.
     """
-    asked = {r.column for r in recipe.decide.rules.values()}
-    scores = sorted(c for c in asked if c.startswith(CHOSEN))
-    keys = sorted(c for c in asked if c.startswith(META))
+    rules = recipe.decide.rules
+    asked = {r.column for r in rules.values()}
+    scores, keys = scores_asked(rules), listed_asked(rules)
     plain = sorted((asked | set(RANKED)) - {*scores, *keys, *CHOICE, REPEATS})
     plain = [c for c in plain if c in clips.schema().names] if clips.files else plain
     fixed = ["clip_id", "source", "start_frame"]
-    seen = _Seen()
+    seen = Seen()
     parts = []
     for i, name in enumerate(clips.files):
         wanted = dict.fromkeys([*fixed, *plain, "captions", *(["meta"] if keys else [])])
@@ -212,59 +186,6 @@ def _tell_repeated(measured: pa.Table, first: np.ndarray) -> None:
     )
 
 
-class _Seen:
-    """What the clips turned out to have, to tell a rule that found nothing from one that never could."""
-
-    def __init__(self) -> None:
-        self.models: dict[str, None] = {}  # captioners, in order
-        self.scored: set[str] = set()  # of any caption
-        self.chosen: set[str] = set()  # of a chosen one
-        self.meta: set[str] = set()
-
-    def captions(self, candidates: list[list[dict]], chosen: list[dict | None]) -> None:
-        for captions in candidates:
-            for c in captions:
-                self.models[c["model"]] = None
-                self.scored.update(name for name, _ in c["scores"] or [])
-        self.chosen |= {name for c in chosen if c for name, _ in c["scores"] or []}
-
-    def check(self, recipe: Recipe, scores: list[str], keys: list[str]) -> None:
-        choose = recipe.choose
-        if self.models:
-            check_order(choose, list(self.models))
-        asked = (
-            choose.weights
-            if choose.method == "weights"
-            else ()
-            if choose.method == "order"
-            else (choose.method,)
-        )
-        for name in asked if self.models else ():
-            if name not in self.scored | {"consensus"}:
-                key = "weights" if choose.method == "weights" else "method"
-                raise RecipeError(
-                    f"choose.{key}: no caption has the score {name!r}{nearest(name, self.scored)}; they have "
-                    f"{', '.join(sorted(self.scored)) or 'none'}. Add a judge with clipmill caption, or choose by "
-                    "consensus or order"
-                )
-        told = [CHOSEN + name for name in sorted(self.chosen)]
-        for s in scores:
-            if told and s not in told:
-                raise RecipeError(
-                    f"decide.rules: no chosen caption has the score {s!r}{nearest(s, told)}; they have "
-                    f"{', '.join(told)}"
-                )
-        listed = [META + key for key in sorted(self.meta)]
-        for k in keys:
-            if k not in listed:
-                have = (
-                    f"the list's columns are {', '.join(listed)}"
-                    if listed
-                    else "their list has no such columns"
-                )
-                raise RecipeError(f"decide.rules: no clip has the column {k!r}{nearest(k, listed)}; {have}")
-
-
 def _column(values: pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     """A measured column as a rule compares it: float64, or text; of lists (on-screen text) a line an item."""
     if pa.types.is_string(values.type):
@@ -291,25 +212,47 @@ def _fails(name: str, rule: Rule, measured: pa.Table) -> np.ndarray:
     if rule.textual:
         asked = _text_test(rule)
         return np.array([not asked(text or "") for text in column.to_pylist()], bool)
-    if pa.types.is_string(column.type) and not len(column):
-        return np.zeros(0, bool)
-    if pa.types.is_string(column.type):
-        texts = column.to_pylist()
-        values = np.array([_number_in(t) for t in texts])
-        if np.isnan(values).all():
-            example = next((t for t in texts if t), "")
-            raise RecipeError(
-                f"decide.rules.{name}: no value of {rule.column!r} is a number (one is {example!r:.40}); for texts "
-                "use contains, excludes, matches or not_matches"
-            )
-    else:
-        values = column.to_numpy().astype(np.float64)  # null → NaN, and NaN compares false
+    values = _values(name, rule, column)
+    _tell_numberless(name, rule, measured, np.isnan(values))
     fails = np.zeros(len(values), bool)
     if rule.min is not None:
         fails |= values < rule.min
     if rule.max is not None:
         fails |= values > rule.max
     return fails
+
+
+def _values(name: str, rule: Rule, column: pa.ChunkedArray) -> np.ndarray:
+    """float64 [n], NaN where there is no number. Raises RecipeError for a column of texts none of which is one."""
+    if not pa.types.is_string(column.type):
+        return column.to_numpy().astype(np.float64)  # null → NaN, and NaN compares false
+    texts = column.to_pylist()
+    values = np.array([_number_in(t) for t in texts], np.float64)
+    if len(values) and np.isnan(values).all():
+        example = next((t for t in texts if t), "")
+        raise RecipeError(
+            f"decide.rules.{name}: no value of {rule.column!r} is a number (one is {example!r:.40}); for texts "
+            "use contains, excludes, matches or not_matches"
+        )
+    return values
+
+
+def _tell_numberless(name: str, rule: Rule, measured: pa.Table, none: np.ndarray) -> None:
+    """Say once how many clips a rule lets pass as they have no number, where others have one.
+
+    Args:
+        none: bool [n].
+    """
+    column = measured[rule.column]
+    if rule.column.startswith(CHOSEN):  # a clip without a caption is dropped for that
+        none = none & measured["caption"].is_valid().to_numpy()
+    n = int(none.sum())
+    if not n or n == len(none):
+        return
+    texts = column.filter(pa.array(none)).to_pylist() if pa.types.is_string(column.type) else []
+    example = next((f" (e.g. {t!r:.40})" for t in texts if t), "")
+    clips, they = ("1 clip has", "it passes") if n == 1 else (f"{n:,} clips have", "they pass")
+    log.warning("%s no number in %s%s; %s rule %r", clips, rule.column, example, they, name)
 
 
 def _number_in(text: str | None) -> float:

@@ -32,6 +32,7 @@ from pipeline.inspector.votes import KINDS, QUESTION, Votes
 
 WEB = Path(__file__).parent / "web"
 MOST_EDIT, MOST_WHO = 10_000, 64  # characters
+LARGE, FIRST_PAGE_S = 200_000, 1.0  # clips, seconds
 log = logging.getLogger("clipmill")
 
 LABELS = {
@@ -67,8 +68,10 @@ class Inspector:
         self._busy = threading.Lock()
 
     def start(self) -> None:
-        """Read captions and words in the background."""
-        threading.Thread(target=self.read, daemon=True).start()
+        """Read captions and words in the background; of a large run once the first page had its time."""
+        background = threading.Timer(FIRST_PAGE_S if len(self.index) > LARGE else 0.0, self.read)
+        background.daemon = True
+        background.start()
 
     def read(self) -> None:
         with self._busy:
@@ -127,7 +130,7 @@ class Inspector:
         """This run, or the 'other'. Raises NotThere."""
         if run in ("", "this"):
             return self
-        if run == "other" and self.other is not None:
+        if run in ("other", "2") and self.other is not None:
             return self.other
         raise NotThere(f"there is no run {run[:40]!r} here")
 
@@ -195,8 +198,9 @@ class Inspector:
         self.votes.look()
         found = self.query.found(filters)
         rows: list[dict[str, Any]] = []
-        for row in found.rows[offset : offset + limit].tolist():
-            rows.append(summary(self.index, row))
+        page = found.rows[offset : offset + limit].tolist()
+        for row, caption in zip(page, self.index.chosen(page), strict=True):
+            rows.append(summary(self.index, row, caption))
             rows[-1]["votes"] = self.votes.tally(rows[-1]["id"])
             if row in found.similarity:
                 rows[-1]["similarity"] = finite(found.similarity[row])
@@ -214,7 +218,7 @@ class Inspector:
         frames = [f - start for f in all_.get("sample_frames") or []]
         captions = [self._caption(c, row) for c in all_["captions"] or []]
         scores = {n.removeprefix("score_"): v for n, v in all_.items() if n.startswith("score_")}
-        return summary(index, row) | {
+        return summary(index, row, *index.chosen([row])) | {
             "fps": all_["fps"],
             "frames": all_["end_frame"] - start,
             "sample_frames": frames,

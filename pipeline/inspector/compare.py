@@ -114,14 +114,16 @@ class Comparison:
             if i < len(ours):
                 rows.append(self._row(int(ours[i])))
             else:
-                side = summary(self.b, int(others[i - len(ours)]))
+                at = int(others[i - len(ours)])
+                side = summary(self.b, at, *self.b.chosen([at]))
                 rows.append({"id": side["id"], "change": "new", "changes": ["new"], "a": None, "b": side})
         return {"total": total, "counts": counts, "rows": rows}
 
     def _row(self, row: int) -> dict[str, Any]:
         found = [name for name in CHANGES if name != "new" and self.changes[name][row]]
         at = int(self.to[row])
-        a, b = summary(self.a, row), None if at < 0 else summary(self.b, at)
+        a = summary(self.a, row, *self.a.chosen([row]))
+        b = None if at < 0 else summary(self.b, at, *self.b.chosen([at]))
         scores: dict[str, list[float | None]] = {}
         if "scores" in found:
             for name in self._scores():

@@ -44,7 +44,8 @@ LIGHT = (
     "height",
     "fps",
 )
-DECIDED = [f.name for f in DECISION_SCHEMA if f.name not in ("source", "size", "tar")]
+# What was chosen is read later: the texts of a million clips take as long as all the rest
+DECIDED = [f.name for f in DECISION_SCHEMA if f.name not in ("source", "size", "tar", "caption")]
 KEPT_DETAILS = 256  # clips
 
 
@@ -181,10 +182,9 @@ class Index:
         if copies.null_count < len(copies):
             original = pc.index_in(copies, value_set=self.ids).fill_null(-1).to_numpy()
             self.original[there] = original[row[there]]
-        self.caption: pa.ChunkedArray = decided["caption"]
-        if not same:
-            at = pa.array(np.maximum(row, 0), mask=~there)
-            self.caption = pa.chunked_array([self.caption.cast(pa.large_string()).combine_chunks().take(at)])
+        self._decided_at = None if same else pa.array(np.maximum(row, 0), mask=~there)
+        self._caption: pa.ChunkedArray | None = None
+        self._caption_lock = threading.Lock()
         self.model = _at(Names.of(decided["caption_model"]), row)
         self.shard, self.shard_offset = _at(Names.of(decided["shard"]), row), np.full(n, -1, np.int64)
         if len(ids):
@@ -203,6 +203,30 @@ class Index:
             self._details.clear()
         self.layer_models = _layer_models(self.layered)
 
+    @property
+    def caption(self) -> pa.ChunkedArray:
+        """The chosen caption of every clip; read when it is first asked for. Raises StoreError."""
+        with self._caption_lock:
+            if self._caption is None:
+                empty = pa.chunked_array([pa.nulls(len(self), pa.large_string())])
+                at, self._caption = self._decided_at, empty
+                if self.store.exists("decisions.parquet"):
+                    texts = self.store.read_table("decisions.parquet", ["caption"])["caption"]
+                    if at is not None and len(texts):
+                        texts = pa.chunked_array([texts.cast(pa.large_string()).combine_chunks().take(at)])
+                    self._caption = texts if len(texts) == len(self) else empty
+            return self._caption
+
+    def chosen(self, rows: Sequence[int]) -> list[str]:
+        """The chosen captions of a few clips, '' without one; of their own files while the column is not there."""
+        if self._caption is not None or self.ready:
+            return [self.caption[row].as_py() or "" for row in rows]
+        found = dict.fromkeys(rows, "")
+        for row, clip in self.many([row for row in rows if self.model[row] is not None]):
+            said = (c["text"] for c in clip["captions"] or [] if c["model"] == self.model[row])
+            found[row] = next(said, None) or ""
+        return [found[row] for row in rows]
+
     def _begin_captions(self) -> None:
         n = len(self)
         self.flags, self.models = Marks(n), Marks(n)
@@ -220,7 +244,7 @@ class Index:
             new.add(rows, whole(table["captions"]))
             self.captions_read += len(table)
         if new.undecided:
-            self.caption, self.model = new.decided(self.caption)
+            self._caption, self.model = new.decided(self.caption)
         judges = [name for name in new.gaps if name not in (CONSENSUS, HUMAN)]  # who saw the pictures
         self.fit_score = next((name for name in (FIT, choose.method, *judges) if name in judges), None)
         self.numbers |= new.numbers(self.fit_score, self.caption)

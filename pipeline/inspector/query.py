@@ -276,8 +276,11 @@ def _edges(values: np.ndarray, bins: int) -> np.ndarray:
     return np.linspace(low, high, bins + 1)
 
 
-def summary(index: Index, row: int) -> dict[str, Any]:
-    """A clip in the grid, without its votes."""
+def summary(index: Index, row: int, caption: str) -> dict[str, Any]:
+    """A clip in the grid, without its votes.
+
+    Args: caption: the chosen one (`Index.chosen`).
+    """
 
     def number(name: str) -> float | None:
         values = index.numbers.get(name)
@@ -295,7 +298,7 @@ def summary(index: Index, row: int) -> dict[str, Any]:
         "bucket": index.buckets[row],
         "kept": {1: True, 0: False}.get(int(index.kept[row])),
         "dropped_by": index.dropped.of(row),
-        "caption": index.caption[row].as_py() or "",
+        "caption": caption,
         "model": index.model[row] or "",
         "agreement": number("agreement"),
         "fit": number("fit"),

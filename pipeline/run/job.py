@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.caption import answers
+from pipeline.decide.columns import META, check_listed, listed_asked
 from pipeline.graph import check
 from pipeline.io.store import Store, below
 from pipeline.layers import Layered
@@ -76,7 +77,7 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
     youtube.check(listed)
     with store.lock():
         asked = recipe
-        run, recipe = _open(store, recipe, started, job)
+        run, recipe = _open(store, recipe, listed, started, job)
         with logging_to(store, job.verbose) as log_name:
             log.info("%s; recipe %s, %d sources", job.command or "curate", recipe.name, len(listed))
             for line in resume.told(recipe, asked, store.uri):
@@ -102,13 +103,7 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
             report.write(store)
             found = outcome(store, {s.uri for s in listed}, answered)
             _write_run(store, pack.read_run(store) | {"outcome": found.plain()})
-            folder = out if store.local else store.uri
-            where = {"report": below(folder, "report.html"), "log": below(folder, log_name)}
-            if found.kept:
-                where = {"shards": f"{below(folder, 'shards')} ({counted(found.tars, 'tar')})"} | where
-            for line in found.lines(job.command, where):
-                print(line)
-                log.info("%s", line, extra=TOLD)
+            _tell(found, store, job, out, log_name)
     return found
 
 
@@ -123,7 +118,7 @@ def caption(out: str, recipe: Recipe, job: Job = Job()) -> Outcome:
 
     store = Store(out)
     run = pack.read_run(store)
-    with store.lock(), logging_to(store, job.verbose):
+    with store.lock(), logging_to(store, job.verbose) as log_name:
         log.info("%s", job.command or "caption")
         media.check(store)
         commit.sweep_uncommitted(store)
@@ -131,6 +126,8 @@ def caption(out: str, recipe: Recipe, job: Job = Job()) -> Outcome:
         answered = answers.stored(store)
         recipe = layering.with_judges(recipe, resume.decided(run, [], out), clips)
         layering.check(recipe, clips)
+        if asked := listed_asked(resume.decided(run, job.asked, out).decide.rules):
+            check_listed(asked, clips.meta_keys())
         added = layering.additional(recipe, store)
         wanted = layering.missing(clips, added, job.retry_errors)
         if not wanted:
@@ -142,17 +139,29 @@ def caption(out: str, recipe: Recipe, job: Job = Job()) -> Outcome:
             units = layering.units(clips, wanted, {})
             _run(layering.stages(store, recipe, wanted, over), units, recipe, job)
             store.sweep()
+            for name, ids in layering.missing(Layered(store), added, False).items():
+                _say(
+                    f"{name} said nothing of {counted(len(ids), 'clip')}: see {log_name}; the same command tries again"
+                )
         in_force = resume.decided(run, job.asked, out)
         check_rules(in_force.decide.rules, Layered(store).schema())
         pack.shard(store, in_force)
         report.write(store)
-        found = outcome(store, None, answered)
+        found = outcome(store, answered=answered)
         _write_run(store, pack.read_run(store) | {"outcome": found.plain()})
-        for line in found.lines(
-            job.command, {"report": below(out if store.local else store.uri, "report.html")}
-        ):
-            print(line)
+        _tell(found, store, job, out, log_name)
     return found
+
+
+def _tell(found: Outcome, store: Store, job: Job, out: str, log_name: str) -> None:
+    """What came out, on stdout and in the log."""
+    folder = out if store.local else store.uri
+    where = {"report": below(folder, "report.html"), "log": below(folder, log_name)}
+    if found.kept:
+        where = {"shards": f"{below(folder, 'shards')} ({counted(found.tars, 'tar')})"} | where
+    for line in found.lines(job.command, where):
+        print(line)
+        log.info("%s", line, extra=TOLD)
 
 
 def _say(line: str) -> None:
@@ -219,7 +228,9 @@ def _log_errors(store: Store, before: set[str]) -> None:
                 )
 
 
-def _open(store: Store, recipe: Recipe, started: datetime, job: Job) -> tuple[dict[str, Any], Recipe]:
+def _open(
+    store: Store, recipe: Recipe, listed: list[Source], started: datetime, job: Job
+) -> tuple[dict[str, Any], Recipe]:
     """run.json of this output, new or from the run that is being resumed, and the recipe in force."""
     asked = {"recipe": recipe.model_dump(mode="json", include=set(resume.LATER)), "set": list(job.asked)}
     run = resume.read(store)
@@ -233,9 +244,20 @@ def _open(store: Store, recipe: Recipe, started: datetime, job: Job) -> tuple[di
         }
     else:
         recipe = resume.in_force(run, recipe, job.asked, store.uri)
+    _check_listed(store, recipe, listed)
     run |= {"recipe": recipe.model_dump(mode="json"), "asked": asked, "command": without_secrets(job.command)}
     _write_run(store, run)
     return run, recipe
+
+
+def _check_listed(store: Store, recipe: Recipe, listed: list[Source]) -> None:
+    """Raise RecipeError for a rule on a column of the list that neither the list nor the clips at hand have."""
+    asked = listed_asked(recipe.decide.rules)
+    if not asked or recipe.stages or any(s.problem and not s.meta for s in listed):
+        return  # a stage of the user's own, or what could not be read now, may yet bring some
+    keys = {key for s in listed for meta in (s.meta, *s.interval_meta) for key in meta}
+    if any(column.removeprefix(META) not in keys for column in asked):
+        check_listed(asked, keys | Layered(store).meta_keys())
 
 
 def _write_run(store: Store, run: dict[str, Any]) -> None:

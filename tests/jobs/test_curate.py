@@ -188,6 +188,7 @@ def test_given_clips_are_cut_as_given_with_their_metadata(tmp_path):
         (["--set", "cut.codec=nonsense"], "cut.codec nonsense"),
         (["--set", "captions=[{kind: transformers, model: ./nowhere}]"], "nowhere"),
         (["--set", "resources.nonsense.cpus=1"], "resources.nonsense"),
+        (["--set", "choose.method=ordr"], "(did you mean 'order'?)"),
     ],
 )
 def test_a_wrong_recipe_is_one_sentence_and_touches_nothing(raw, run, capsys, change, says):
@@ -322,6 +323,48 @@ def test_a_wrong_argument_is_one_sentence_and_exit_2(raw, tmp_path, capsys, argu
     assert says in err
     assert err.strip().count("\n") == 0
     assert not (tmp_path / "out").exists()
+
+
+def views(tmp_path, *numbers: str) -> str:
+    """A list of one-second clips of one video, with how often each was seen."""
+    one_video(tmp_path)
+    rows = "".join(f"raw/a.mp4,{i * 0.4:.1f},{i * 0.4 + 0.4:.1f},{n}\n" for i, n in enumerate(numbers))
+    (tmp_path / "list.csv").write_text(f"path,start,end,views\n{rows}")
+    return str(tmp_path / "list.csv")
+
+
+def test_a_rule_on_a_column_that_the_list_lacks_is_refused_before_work(tmp_path, capsys):
+    listed, out = views(tmp_path, "10", "20"), tmp_path / "out"
+    rule = ["--set", "decide.rules.popular={column: meta.vies, min: 15}"]
+    assert curate.main([listed, "--out", str(out), *FAST, *rule]) == 2
+    said = capsys.readouterr().err
+    assert said.strip() == (
+        "clipmill curate: decide.rules: no clip has the column 'meta.vies' (did you mean 'meta.views'?); "
+        "the list's columns are meta.views"
+    )
+    assert {p.name for p in out.iterdir()} <= {".lock"}
+    assert curate.main([str(tmp_path / "raw"), "--out", str(out), *FAST, *rule]) == 2  # no list at all
+    assert "their list has no such columns" in capsys.readouterr().err
+    right = [a.replace("vies", "views") for a in rule]
+    assert curate.main([listed, "--out", str(out), *FAST, *right]) == 0
+    assert "kept 1 of 2 clips" in capsys.readouterr().out
+    # a later list without that column: the clips that are there have it
+    one_video(tmp_path, "b.mp4", frames=60)
+    assert curate.main([str(tmp_path / "raw/b.mp4"), "--out", str(out), *FAST, *right]) == 0
+    assert "1 clip has no number in meta.views; it passes rule 'popular'" in capsys.readouterr().err
+
+
+def test_values_that_are_no_numbers_are_told_at_the_end_and_by_shard(tmp_path, capsys):
+    listed, out = views(tmp_path, "10", "20", "abc"), tmp_path / "out"
+    rule = ["--set", "decide.rules.popular={column: meta.views, min: 15}"]
+    says = "1 clip has no number in meta.views (e.g. 'abc'); it passes rule 'popular'"
+    assert curate.main([listed, "--out", str(out), *FAST, *rule]) == 0
+    told = capsys.readouterr()
+    assert "kept 2 of 3 clips" in told.out
+    assert told.err.count(says) == 1
+    assert says in (out / "run.log").read_text()
+    command = [sys.executable, "-m", "jobs.shard", str(out), "--dry-run"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr.strip() == says
 
 
 def test_the_table_of_exit_codes_in_the_help_is_complete():

@@ -110,3 +110,27 @@ def test_check_remarks_that_an_empty_recipe_captions_nothing(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text("")
     assert job.main(["check", str(tmp_path / "r.yaml")]) == 0
     assert "no captioner, so nothing would be captioned" in capsys.readouterr().out
+
+
+def test_check_tells_mistakes_of_keys_and_of_what_they_name_together(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text(
+        "base: embedded\ncut: {crf: many, heigth: 2}\nchoose: {method: ordr}\n"
+        "decide: {rules: {still: {column: score_motoin, min: 1}, blank: {column: score_brightnes, min: 1}}}\n"
+    )
+    assert job.main(["check", str(tmp_path / "r.yaml")]) == 2
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first.endswith("r.yaml: 5 mistakes")
+    for part in ("cut.crf", "cut.heigth", "did you mean 'order'", "rules.still", "rules.blank"):
+        assert sum(part in line for line in lines) == 1
+
+
+def test_a_mistake_does_not_bring_others_that_are_none(tmp_path, capsys):
+    """Where captioners cannot be told, nothing is said of who is preferred."""
+    (tmp_path / "r.yaml").write_text(
+        "base: embedded\ncaptions: [{kind: tags, framse: 2}]\nchoose: {method: order, order: [tags-baseline]}\n"
+    )
+    assert "captions.0.framse: unknown key" in refused(capsys, "check", str(tmp_path / "r.yaml"))
+
+
+def test_explain_says_that_what_has_no_number_passes(capsys):
+    assert "what was not measured, or is no number, passes" in said(capsys, "explain", "decide.rules")

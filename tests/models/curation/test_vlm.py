@@ -241,10 +241,10 @@ def test_a_model_of_one_size_says_so(vlm, settings):
     ("name", "input"),
     [("qwen3_vl", "video"), ("internvl", "video"), ("gemma3", "images"), ("blip2_t5", "image")],
 )
-def test_yes_is_the_share_of_yes_among_yes_and_no_of_one_forward_pass(vlm, name, input):
-    model = vlm(name, input)
+def test_yes_is_the_share_of_yes_among_yes_and_no_of_one_forward_pass(folder, tmp_path, name, input):
+    model = VLM(Wanted(str(shutil.copytree(folder(name), tmp_path / "m"))), input=input)
     tokenizer = model.processor.tokenizer
-    tokenizer.add_tokens(["Yes", "No"])  # random vocabulary has no such words; ids within the embedding
+    tokenizer.add_tokens(["Yes", "No"])  # which a vocabulary of random weights lacks
     yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("Yes", "No"))
     if max(yes, no) >= model.model.get_input_embeddings().num_embeddings:
         model.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -54,10 +54,10 @@ def said(model, one):
 
 @pytest.mark.parametrize(("name", "input"), CASES)
 def test_an_answer_is_the_greedy_continuation_without_prompt_and_control_tokens(vlm, name, input):
-    model = vlm(name, input)
+    model = vlm(name, input, max_new_tokens=6)
     for seed in range(2):
         answer = model([look(seed)])[0]
-        ids, complete = greedy(model, look(seed), 10)
+        ids, complete = greedy(model, look(seed), 6)
         text = model.processor.tokenizer.decode(ids, skip_special_tokens=True)
         assert answer.text == " ".join(text.split())
         assert answer.complete == complete

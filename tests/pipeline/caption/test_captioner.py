@@ -130,7 +130,7 @@ def test_embedded_captioners_need_no_download_and_no_heavy_import():
         "print([m for m in ('torch', 'cv2', 'transformers', 'ray') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    names = ["colour-motion-baseline", "tags-baseline", "on-screen-text-baseline"]
+    names = ["plain-baseline", "colour-motion-baseline", "tags-baseline", "on-screen-text-baseline"]
     assert out.splitlines() == [str(names), "[]"]
 
 

@@ -398,3 +398,38 @@ def test_the_decisions_say_by_what_they_were_made(run):
     assert json.loads(metadata[b"decide"]) == recipe.decide.model_dump(mode="json")
     assert set(CAPTIONERS) >= set(filter(None, decide(store, recipe).decisions["caption_model"].to_pylist()))
     assert dataclasses.is_dataclass(funnel(decide(store, recipe).decisions)[0])
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        (
+            {"column": "meta.views", "min": 100},
+            "2 clips have no number in meta.views (e.g. 'many'); they pass rule 'r'",
+        ),
+        ({"column": "meta.size", "max": 3}, "3 clips have no number in meta.size; they pass rule 'r'"),
+        ({"column": "duration_s", "min": 3}, ""),  # all have one
+        ({"column": "meta.views", "contains": "many"}, ""),
+        ({"column": "caption.clip_score", "min": 2}, ""),
+    ],
+)
+def test_clips_that_pass_a_rule_for_want_of_a_number_are_counted_once(told, caplog, rule, says):
+    kept(told, rule)
+    assert [r.getMessage() for r in caplog.records] == ([says] if says else [])
+
+
+def test_a_score_that_some_clips_lack_is_told_and_one_that_all_lack_is_not(tmp_path, caplog):
+    recipe = make_run_folder(tmp_path, sources=2, units=1, errors=0)
+    store = Store(str(tmp_path))
+    name = "clips/000000-fixture.parquet"
+    table = store.read_table(name)
+    i = table.schema.get_field_index("score_motion")
+    rules = with_decide(recipe, rules={"r": {"column": "score_motion", "min": 1.0}})
+    for values, says in (
+        ([1.0, 2.0, 3.0, None], ["1 clip has no number in score_motion; it passes rule 'r'"]),
+        ([None] * 4, []),
+    ):
+        caplog.clear()
+        store.write_table(name, table.set_column(i, table.schema.field(i), pa.array(values, pa.float64())))
+        decide(store, rules)
+        assert [r.getMessage() for r in caplog.records] == says

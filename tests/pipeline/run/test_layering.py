@@ -120,7 +120,7 @@ def test_what_is_added_later_is_what_a_first_run_gives_and_nothing_there_is_touc
     assert decisions(out) == decisions(world.folder / "both")
     assert {k.split()[0] for k in world.calls()} == {"new"}
     assert "no longer in the list" not in capsys.readouterr().out
-    assert [layer.name for layer in layers(Store(str(out)))] == ["caption:new", "choose", "judge:brevity"]
+    assert [layer.name for layer in layers(Store(str(out)))] == ["caption:new", "consensus", "judge:brevity"]
 
 
 def test_the_added_caption_can_be_chosen_and_a_removed_layer_is_gone_from_all(world):
@@ -145,7 +145,7 @@ def test_where_all_is_there_nothing_is_asked_again(world, capsys):
 
 def test_a_removal_of_what_is_not_there_names_what_is(world, capsys):
     assert caption.main([str(world.folder / "one"), "--remove", "caption:x"]) != 0
-    assert "has no layer 'caption:x'; its layers: none" in capsys.readouterr().err
+    assert "has no layer 'caption:x' (see --list); its layers: none" in capsys.readouterr().err
 
 
 def test_what_needs_the_source_is_refused_with_a_sentence(world, capsys):
@@ -203,3 +203,43 @@ def test_what_is_added_is_judged_as_the_others_were_though_the_recipe_names_no_j
     scored = [{n for n, _ in c["scores"]} for r in measured(out).values() for c in r["captions"] if c["text"]]
     assert scored
     assert all(names == {"consensus", "brevity"} for names in scored)
+
+
+def agreed(out: Path) -> dict[tuple[str, str], float]:
+    return {
+        (i, c["model"]): dict(c["scores"])["consensus"]
+        for i, r in measured(out).items()
+        for c in r["captions"]
+    }
+
+
+def test_a_removed_captioner_leaves_no_trace_in_what_the_others_agree_on(world):
+    assert caption.main(world.caption("both", "third")) == 0
+    assert caption.main(world.caption("both", "fourth")) == 0
+    assert caption.main([str(world.folder / "both"), "--remove", "caption:fourth"]) == 0
+    assert caption.main(world.caption("one", "old", "new", "third")) == 0
+    assert agreed(world.folder / "both") == agreed(world.folder / "one")
+    assert caption.main([str(world.folder / "both"), "--remove", "caption:third"]) == 0
+    assert [layer.name for layer in layers(Store(str(world.folder / "both")))] == ["judge:brevity"]
+
+
+def test_what_the_run_itself_wrote_is_no_layer(world, capsys):
+    assert caption.main([str(world.folder / "one"), "--remove", "caption:old"]) == 2
+    assert "has no layer 'caption:old' (what curate itself wrote stays)" in capsys.readouterr().err
+    assert caption.main([str(world.folder / "one"), "--list"]) == 0
+    assert "of the run itself: caption:old" in capsys.readouterr().out
+
+
+def test_a_judge_that_fails_is_said_so_by_clip_and_in_sum(world, capsys):
+    (world.folder / "brief.py").write_text(BRIEF.replace("[1 / len(text) for text in texts]", "7"))
+    assert caption.main(world.caption("one", "old", judge=True)) == 0
+    err = capsys.readouterr().err
+    assert "judge:brevity said nothing of 5 clips: see run.log; the same command tries again" in err
+    assert "Traceback" not in err
+    assert (
+        "score gave 7, not a list with a number for each text" in (world.folder / "one/run.log").read_text()
+    )
+    (world.folder / "brief.py").write_text(BRIEF)
+    assert caption.main(world.caption("one", "old", judge=True)) == 0
+    scores = [dict(c["scores"]) for r in measured(world.folder / "one").values() for c in r["captions"]]
+    assert all("brevity" in s for s in scores)
