@@ -43,7 +43,8 @@ JUDGES = "choose.judges=[{kind: visual_fit}, {kind: consensus_by}, {kind: consen
 SWAPS = {
     "nothing (a synonym)": "walking:strolling talking:chatting holding:grasping driving:steering standing:positioned "
     "speaking:talking making:creating using:employing showing:displaying sitting:seated looking:gazing "
-    "person:individual man:gentleman woman:lady people:persons girl:lass boy:lad car:automobile child:kid food:dish two:2 a:one",
+    "person:individual man:gentleman woman:lady people:persons girl:lass boy:lad car:automobile child:kid "
+    "food:dish two:2 a:one",
     "action": "walking:sitting talking:sleeping holding:throwing driving:parking playing:breaking running:lying "
     "standing:dancing speaking:singing making:destroying using:dropping riding:repairing showing:hiding "
     "cooking:eating cutting:washing sitting:jumping looking:pointing wearing:selling",
