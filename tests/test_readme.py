@@ -68,6 +68,14 @@ def test_the_recipe_of_ten_lines_builds_a_graph(tmp_path):
     assert "choose" in [stage.name for stage in build(mine, str(tmp_path / "run"))]
 
 
+def test_the_lines_of_captioners_and_judges_are_a_recipe(tmp_path):
+    (text,) = re.findall(r"```yaml\n(captions:.*?)```", README, re.S)
+    (tmp_path / "teachers.yaml").write_text(f"base: smoke\n{text}")
+    teachers = recipe.load(str(tmp_path / "teachers.yaml"))
+    names = [stage.name for stage in build(teachers, str(tmp_path / "run"))]
+    assert names[-4:] == ["caption:fused", "choose", "judge:visual_fit", "judge:p_yes"]
+
+
 def test_the_reader_of_ten_lines_reads(tmp_path, capsys):
     recipe_of_run = make_run_folder(tmp_path / "run")
     shard(Store(str(tmp_path / "run")), recipe_of_run)

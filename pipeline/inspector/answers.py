@@ -60,6 +60,7 @@ class Inspector:
         self.index, self.other = index, other
         self.media, self.near = Media(index), Near(index)
         self.search = Search(index)
+        self._known_ends: dict[str, tuple[np.ndarray, tuple[float | None, float | None]]] = {}
         self.votes = Votes(index.media)
         self.query = Query(index, lambda q: self.search.rows(q), self._alike, self._voted, self._version)
         self.failed = ""  # why the captions could not be read
@@ -183,8 +184,7 @@ class Inspector:
     def _columns(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         for name, values in self.index.numbers.items():
-            some = values[np.isfinite(values)]
-            ends = (finite(float(some.min())), finite(float(some.max()))) if len(some) else (None, None)
+            ends = self._ends(name, values)
             label = LABELS.get(name, name.removeprefix("score_").replace("_", " "))
             if name.startswith(CHOSEN):
                 label = f"{name.removeprefix(CHOSEN)} of the chosen caption"
@@ -193,6 +193,15 @@ class Inspector:
                 | {"made_of_captions": name in FIXED or name.startswith(CHOSEN)}
             )
         return found
+
+    def _ends(self, name: str, values: np.ndarray) -> tuple[float | None, float | None]:
+        """The least and the greatest of a column, looked for once."""
+        known = self._known_ends.get(name)
+        if known is None or known[0] is not values:
+            some = values[np.isfinite(values)]
+            ends = (finite(float(some.min())), finite(float(some.max()))) if len(some) else (None, None)
+            known = self._known_ends[name] = (values, ends)
+        return known[1]
 
     def clips(self, filters: Filters, offset: int, limit: int) -> dict[str, Any]:
         self.votes.look()
@@ -280,6 +289,8 @@ class Inspector:
                 value = chosen["scores"].get(column.removeprefix(CHOSEN)) if chosen else None
             elif column in ("caption", "caption_model"):
                 value = chosen["text" if column == "caption" else "model"] if chosen else None
+            elif column == "caption_flags":
+                value = " ".join(chosen["flags"]) if chosen else None
             if isinstance(value, float):
                 value = finite(value)
             asked = {k: rule[k] for k in ("name", "column", "min", "max", "words")}
@@ -309,6 +320,8 @@ class Inspector:
         if kind not in KINDS or kind == "ab":
             raise Wrong(f"kind: one of {', '.join(k for k in KINDS if k != 'ab')}")
         vote = {"clip": clip, "kind": kind, "who": _who(said)}
+        if said.get("id"):  # of whoever sends it, so that one that is sent again counts once
+            vote["id"] = _text(said, "id", 36)
         if kind in ("best", "edit"):
             model = _text(said, "model", 500) if kind == "best" or said.get("model") else ""
             written = [c["model"] for c in self.index.details(row)["captions"] or [] if c["text"]]

@@ -62,8 +62,13 @@ class Votes:
     # ------------------------------------------------------------ writing
 
     def add(self, vote: dict[str, Any]) -> dict[str, Any]:
-        """Keep a vote for good; returns it with its id and time. Raises StoreError, and then it does not count."""
+        """Keep a vote for good; returns it with its id and time. Raises StoreError, and then it does not count.
+
+        One whose id is there already is kept no second time.
+        """
         with self._lock:
+            if vote.get("id") in self._seen:
+                return vote
             at = datetime.now(UTC).isoformat(timespec="microseconds")
             while (
                 at <= self._last

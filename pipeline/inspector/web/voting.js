@@ -12,8 +12,11 @@ const queue = { list: recall("pending", []), sending: false, state: "", why: "",
 const listeners = new Set();
 const tell = (saved = null) => listeners.forEach((listener) => listener(saved));
 
+// Names a vote, so that one whose answer was lost counts once when it is sent again.
+const named = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join("");
+
 function enqueue(vote) {
-  queue.list.push(vote);
+  queue.list.push({ id: named(), ...vote });
   remember("pending", queue.list);
   send();
 }

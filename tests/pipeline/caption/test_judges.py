@@ -5,13 +5,19 @@ import pytest
 
 from models.encoders.sentence import MiniLM
 from models.measures.captions.cider import consensus
+from models.measures.visual_fit import fits
 from pipeline import recipe
 from pipeline.caption import judges
 from pipeline.caption.judge import JudgeStage, build
 from pipeline.caption.text import STOP_WORDS
+from pipeline.io.store import Store
+from pipeline.layers import Layer, Layered, create
 from pipeline.recipe_captions import ConsensusJudge, PacSJudge, VisualFitJudge
-from pipeline.record import Caption
-from tests.fixtures.clips import noise, video
+from pipeline.record import Caption, Sample
+from pipeline.run import layering
+from pipeline.run.reopen import ReopenStage
+from tests.fixtures.clips import jpeg, noise, video
+from tests.fixtures.run_folder import make_run_folder
 
 TEXTS = ["A brown dog runs on grass. It barks.", "The dog is running over the grass.", "", "A red car."]
 
@@ -111,3 +117,30 @@ def test_two_consensus_judges_are_two_scores():
     assert [s.score for s in judge_stages(chosen.choose.judges)] == ["consensus_minilm", "consensus_cider"]
     with pytest.raises(recipe.RecipeError, match="'consensus_minilm' is taken"):
         judge_stages(recipe.load("smoke", [f"choose.judges={section[:1] * 2}"]).choose.judges)
+
+
+def test_as_a_layer_it_brings_scores_and_the_words_that_a_search_finds_clips_by(stage, tmp_path):
+    make_run_folder(tmp_path, sources=2, units=1, errors=0)
+    store = Store(str(tmp_path))
+    layer = Layer(stage.name, 1, embeddings=stage.produces.embeddings)
+    create(store, layer)
+    ((_, ids),) = Layered(store).tables(["clip_id"])
+    wanted = {stage.name: set(ids["clip_id"].to_pylist())}
+    (unit,) = layering.units(Layered(store), wanted, {})
+    reopen, write = ReopenStage(store, recipe.Decode(), 8), layering.LayerStage(store, [layer], wanted)
+    reopen.setup()
+    write.setup()
+    reopen(unit)
+    for v in unit:  # the run noted none
+        v.frames.samples = [Sample(c.start_frame, jpeg(noise(c.start_frame))) for c in v.clips]
+    write(stage(unit))
+    ((_, table),) = Layered(store).tables(["emb_visual_words", "captions"])
+    rows = table.to_pylist()
+    v = np.array([r["emb_visual_words"] for r in rows], np.float32)
+    assert np.linalg.norm(v, axis=1) == pytest.approx(1, abs=1e-5)
+    for i, row in enumerate(rows):
+        for caption in row["captions"]:
+            if caption["text"]:
+                found = fits(v, stage.judge.measure.words.embed([caption["text"]]))[i, 0]
+                assert dict(caption["scores"])["visual_fit"] == pytest.approx(found, abs=1e-5)
+                assert "consensus" in dict(caption["scores"])  # what was there stays
