@@ -153,7 +153,8 @@ def test_the_log_says_what_was_packed_and_by_which_command(run, tmp_path, capsys
     assert shard.main(command) == 0
     packed = f"{sum(d['keep'] for d in decisions(run))} clips in {len(list(run.glob('shards/*/*.tar')))} tars"
     assert f"{packed}: {run}/shards" in capsys.readouterr().out
-    (line,) = (run / "run.log").read_text().splitlines()
+    first, line = (run / "run.log").read_text().splitlines()  # the fixture's own, and this
+    assert f"clipmill shard {run} " not in first
     assert line.endswith(f": {packed} of 16 measured")
     assert f"clipmill shard {run} --set 'decide.rules.one=" in line
     only = f"decide.rules.one={{column: clip_id, matches: {next(d for d in decisions(run) if d['keep'])['clip_id']}}}"
@@ -161,4 +162,4 @@ def test_the_log_says_what_was_packed_and_by_which_command(run, tmp_path, capsys
     assert f"1 clip in 1 tar: {tmp_path}/one/shards" in capsys.readouterr().out
     assert (tmp_path / "one/run.log").read_text().endswith(": 1 clip in 1 tar of 16 measured\n")
     assert shard.main([str(run), "--dry-run"]) == 0
-    assert len((run / "run.log").read_text().splitlines()) == 1
+    assert len((run / "run.log").read_text().splitlines()) == 2
