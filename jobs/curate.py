@@ -37,7 +37,7 @@ since the last run is told at the start; --redo-changed, --refresh-metadata and 
 exit status
   0    done, and something is kept (some sources may have failed: the last lines say how many and why)
   1    done, and nothing is kept: every source failed, or every clip was dropped
-  2    the command, the recipe or a SOURCE is wrong; nothing was done
+  2    the command, the recipe or a SOURCE is wrong: said before any work where that can be; what is done is kept
   3    with --strict: done and something is kept, but a source failed or a captioner failed on a clip
   4    the output cannot be written or read; what is done is kept
   5    the run was ended because its workers or the cluster failed; what is done is kept
@@ -59,6 +59,11 @@ def renamed(text: str) -> dict[str, str]:
     pairs = [item.split("=", 1) for item in text.split(",")]
     if not all(len(pair) == 2 and all(part.strip() for part in pair) for pair in pairs):
         raise argparse.ArgumentTypeError(f"{text!r}: write it as path=my_col,caption=text")
+    from pipeline.sources.columns import mistyped
+
+    for ours, _ in pairs:
+        if meant := mistyped(ours.strip()):
+            raise argparse.ArgumentTypeError(f"{ours.strip()}: did you mean {meant}?")
     return {theirs.strip(): ours.strip() for ours, theirs in pairs}
 
 
@@ -135,7 +140,8 @@ def curate(argv: list[str] | None) -> int:
         type=renamed,
         default={},
         metavar="NAME=THEIRS,…",
-        help="what a list calls its columns, e.g. path=my_col,caption=text (also start, end, url)",
+        help="what a list calls its columns, e.g. path=my_col,caption=text (also url, start, end, timestamp); any "
+        "other NAME renames a column of metadata, e.g. views=view_count",
     )
     parser.add_argument(
         "--whole", action="store_true", help="take each video as one clip (--set shots.detector=whole)"

@@ -26,7 +26,8 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.io.store import Store
+from pipeline.faults import StoreError
+from pipeline.io.store import Store, below
 from pipeline.recipe_schema import RecipeError, nearest
 from pipeline.tables import CAPTION, CLIP_SCHEMA
 
@@ -76,6 +77,22 @@ class Layer:
         return pa.schema(
             [*fields, *(pa.field(f"emb_{n}", pa.list_(pa.float32(), d)) for n, d in self.embeddings.items())]
         )
+
+
+def no_run(store: Store) -> StoreError:
+    """What is said of a folder that holds no run: where there is one below it, or how to make one."""
+    there = store.list()
+    runs = [below(store.uri, name.rpartition("/")[0]) for name in there if name.endswith("/run.json")]
+    if runs:
+        return StoreError(f"{store.uri} holds no clipmill run itself; there is one in {runs[0]}")
+    if not there:
+        return StoreError(
+            f"{store.uri} holds no clipmill run; make one with: clipmill curate SOURCE --out {store.uri}"
+        )
+    return StoreError(
+        f"{store.uri} holds no clipmill run but other files: give the --out folder of a run, or make one beside it: "
+        f"clipmill curate SOURCE --out {store.uri.rstrip('/')}-run"
+    )
 
 
 def layers(store: Store) -> list[Layer]:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from pipeline.decide.rules import CHOSEN, DUPLICATE, funnel
 from pipeline.faults import StoreError
 from pipeline.io.store import Ranges, Store
-from pipeline.layers import Layered
+from pipeline.layers import Layered, no_run
 from pipeline.recipe import Rule
 from pipeline.tables import DECISION_SCHEMA, VIDEO_SCHEMA
 
@@ -59,9 +59,7 @@ class Run:
         """Raises StoreError where there is no run, or a file of it cannot be read."""
         self.store = self.media = store
         if not store.exists("run.json") and not store.list("videos", ".parquet"):
-            raise StoreError(
-                f"{store.uri} holds no clipmill run; make one with 'clipmill curate SOURCE --out {store.uri}'"
-            )
+            raise no_run(store)
         try:
             self.info: dict[str, Any] = {}
             if store.exists("run.json"):

@@ -33,6 +33,7 @@ import pyarrow.compute as pc
 from pipeline.decide.rules import Decided, decide
 from pipeline.faults import StoreError
 from pipeline.io.store import Ranges, Store
+from pipeline.layers import no_run
 from pipeline.recipe import Recipe
 from pipeline.shards.media import check_tars
 from pipeline.shards.plan import BLOCK, END, bucket, header, member, padded, plan, runs
@@ -102,9 +103,7 @@ def _check_beside(store: Store, beside: Store) -> dict[str, Any]:
 def read_run(store: Store) -> dict[str, Any]:
     """run.json. Raises StoreError where `store` holds no run."""
     if not store.exists("run.json"):
-        raise StoreError(
-            f"{store.uri} holds no clipmill run; make one with: clipmill curate SOURCE --out {store.uri}"
-        )
+        raise no_run(store)
     return json.loads(store.read_bytes("run.json"))
 
 

@@ -13,6 +13,7 @@ Names are taken in any letter case. Times are seconds, m:s or h:m:s. All other c
 from __future__ import annotations
 
 import ast
+import difflib
 import json
 import math
 from dataclasses import dataclass
@@ -31,6 +32,12 @@ LIKE_AUDIO = frozenset("audio audio_path audio_url wav sound soundtrack audio_fi
 LIKE_TIMES = frozenset(
     "start_frame end_frame start_ms end_ms begin clip_start clip_end start_pts end_pts timestamps".split()  # noqa: SIM905
 )
+
+
+def mistyped(name: str) -> str:
+    """The name of a column with a meaning that a name with none is nearly; '' where it may well be metadata's."""
+    known = [*NAMES, *(n for pair in PAIRS for n in pair)]
+    return "" if name in known else next(iter(difflib.get_close_matches(name.lower(), known, 1, 0.8)), "")
 
 
 @dataclass(frozen=True)

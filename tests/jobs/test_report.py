@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import captions, shard
 from jobs.report import main
 from tests.fixtures import run_folder
 
@@ -41,3 +42,22 @@ def test_an_output_that_cannot_be_written_is_one_line_and_exit_2(tmp_path: Path,
     (tmp_path / "report.html").mkdir()
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("job", [main, shard.main, captions.main])
+def test_advice_for_a_folder_that_is_no_run_can_be_followed(tmp_path: Path, capsys, job):
+    """Nothing is made in a folder that holds something else: `curate --out` refuses it."""
+
+    def told(folder: Path) -> str:
+        assert job([str(folder)]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        return said
+
+    (tmp_path / "videos").mkdir()
+    assert f"--out {tmp_path}/videos\n" in told(tmp_path / "videos")
+    (tmp_path / "videos/a.mp4").write_text("")
+    assert f"but other files: give the --out folder of a run, or make one beside it: clipmill curate SOURCE --out " \
+        f"{tmp_path}/videos-run" in told(tmp_path / "videos")  # fmt: skip
+    run_folder.make_run_folder(tmp_path / "project/run")
+    assert f"there is one in {tmp_path}/project/run" in told(tmp_path / "project")

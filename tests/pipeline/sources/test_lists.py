@@ -189,6 +189,30 @@ def test_a_wrong_columns_argument_is_one_line(text: str, capsys: pytest.CaptureF
     assert "write it as path=my_col,caption=text" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("captoin", "caption"),
+        ("Path", "path"),
+        ("urls", "url"),
+        ("strat", "start"),
+        ("timestmp", "timestamp"),
+    ],
+)
+def test_a_mistyped_name_in_columns_is_told_with_the_nearest(
+    name: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as e:
+        curate.main(["a", "--out", "b", "--columns", f"end=t1,{name}=text"])
+    assert e.value.code == 2
+    assert f"{name}: did you mean {meant}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["views", "title", "id", "score", "caption", "start_s"])
+def test_other_names_rename_metadata(name: str) -> None:
+    assert curate.renamed(f"{name}=theirs") == {"theirs": name}
+
+
 def test_a_list_without_path_names_the_column_that_looks_like_one(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="--columns path=video_path"):
         listed(tmp_path, [{"id": "1", "video_path": "a.mp4"}])
