@@ -216,7 +216,7 @@ def terminate(signum: int, frame: object) -> None:
     """Stop as for Ctrl-C; a second signal ends the process at once, and so does stopping that takes too long."""
     signal.signal(signal.SIGTERM, stopped)
     _thread.start_new_thread(_stopped_later, ())  # `threading` takes locks that the interrupted code may hold
-    raise Terminated
+    raise Terminated("SIGTERM")
 
 
 def _stopped_later() -> None:

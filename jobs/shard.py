@@ -61,12 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", metavar="OUT", help="put this set of shards into a folder of its own, beside those of DIR"
     )
-    args = parser.parse_args(argv)
+    typed = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(typed)
 
     from pipeline.decide.rules import decide
-    from pipeline.faults import StoreError
+    from pipeline.faults import StoreError, counted
     from pipeline.io.store import Store
     from pipeline.recipe import RecipeError, load, parse
+    from pipeline.run.log import TOLD, log, logging_to
     from pipeline.shards import media
     from pipeline.shards.pack import read_run, shard
 
@@ -88,18 +90,22 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             decisions = decide(store, recipe).decisions
             kept = tell(decisions)
-            print(f"{kept:,} clips would be kept{compared(store, decisions)}; nothing was written")
+            print(f"{counted(kept, 'clip')} would be kept{compared(store, decisions)}; nothing was written")
             return 0
         out = Store(args.out) if args.out else store
         with out.lock():
             decisions = shard(store, recipe, out if args.out else None)
+            tars = len(set(decisions["shard"].drop_null().to_pylist()))
+            packed = f"{counted(sum(decisions['keep'].to_pylist()), 'clip')} in {counted(tars, 'tar')}"
+            with logging_to(out):
+                done = f"clipmill shard {shlex.join(typed)}: {packed} of {len(decisions):,} measured"
+                log.info("%s", done, extra=TOLD)
     except (RecipeError, StoreError) as e:
         print(f"clipmill shard: {e}", file=sys.stderr)
         return 4 if isinstance(e, media.MediaGone) else 2
 
-    kept = tell(decisions)
-    tars = len(set(decisions["shard"].drop_null().to_pylist()))
-    print(f"{kept:,} clips in {tars:,} tars: {out.path('shards')}")
+    tell(decisions)
+    print(f"{packed}: {out.path('shards')}")
     print(f"look at them: clipmill report {shlex.quote(args.out or args.dir)}")
     return 0
 

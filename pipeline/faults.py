@@ -109,6 +109,11 @@ def how_to_go_on(why: str) -> str:
     return f"{why}; {kept}" if command in why else f"{why}; {command}, {kept}"
 
 
+def counted(n: int, what: str) -> str:
+    """'1 clip', '2,000 clips'."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def one_line(said: object) -> str:
     """Its text, with every run of white space and line ends made one space."""
     return " ".join(str(said).split())

@@ -79,18 +79,20 @@ class Worker:
             verdicts: sources that become errors at once.
             alone: names of stages that take the unit's sources one by one, as a worker died in there and nobody
                 knows on which.
-            tell: is told of every stage that is done: ('done', part of the unit, stage, sources, clips, seconds of
-                video, seconds of work, sentences of the new errors, sources that are none).
+            tell: is told of every stage that is done: ('done', part of the unit, stage, sources it had work with,
+                clips, seconds of video, seconds of work, sentences of the new errors, sources that are none).
         """
+        given_up: set[str] = set()
         for verdict in verdicts:
             for v in videos:
                 if v.error is None and verdict.source in ("", v.source.uri):
                     fail(v, verdict.stage, SourceFault(f"{v.source.name}: {verdict.message}"))
                     if v.error is not None:
                         v.error.kind = verdict.kind
+                        given_up.add(v.source.uri)
         if self.watch:
             self.watch.spent = {v.source.uri: sum(v.seconds.values()) for v in videos}
-        through = partial(self._through, alone=alone, tell=tell)
+        through = partial(self._through, alone=alone, given_up=given_up, tell=tell)
         at = next((n for n, s in enumerate(self.stages) if getattr(s, "divides", 0)), None)
         if at is None:
             through(self.stages, videos, "")
@@ -123,11 +125,17 @@ class Worker:
             yield group
 
     def _through(
-        self, stages: list[Stage], videos: list[Video], part: str, alone: frozenset[str], tell: Tell
+        self,
+        stages: list[Stage],
+        videos: list[Video],
+        part: str,
+        alone: frozenset[str],
+        given_up: set[str],
+        tell: Tell,
     ) -> None:
         """Sources through some stages."""
         for stage in stages:
-            errors = sum(v.error is not None for v in videos)
+            here = [v for v in videos if _arrives(v, stage, given_up)]
             start = time.perf_counter()
             whole = getattr(stage, "whole_unit", False)
             for group in [[v] for v in videos] if stage.name in alone and not whole else [videos]:
@@ -136,21 +144,27 @@ class Worker:
                         _commit(stage, group)
                     else:
                         _run(stage, group)
-            failed = [v.error for v in videos if v.error is not None]
             first = [v for v in videos if v.chunk == 0]  # a source counts once
+            worked = videos if stage.name == "commit" else here
             tell(
                 (
                     "done",
                     part,
                     stage.name,
-                    len(first),
+                    sum(v.chunk == 0 for v in worked),
                     sum(len(v.clips) for v in videos),
                     sum(v.duration_s for v in first),
                     time.perf_counter() - start,
-                    [e.message for e in failed if e.stage == stage.name][: len(failed) - errors],
+                    [v.error.message for v in here if v.error is not None],
                     sum(v.error is None for v in first),
                 )
             )
+
+
+def _arrives(video: Video, stage: Stage, given_up: set[str]) -> bool:
+    """A source that no stage before this one has failed on; in it, as it cost workers, it may have been given up."""
+    error = video.error
+    return error is None or (error.stage == stage.name and video.source.uri in given_up)
 
 
 def _run(stage: Stage, group: list[Video]) -> None:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.faults import counted
 from pipeline.io.store import Store
 from pipeline.record import Source
 from pipeline.run.commit import Known, Revision, drop, revise
-from pipeline.run.outcome import counted
 from pipeline.sources.fetch import local_path, sha256_of
 
 HASHERS = 4  # files hashed at a time

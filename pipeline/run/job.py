@@ -20,6 +20,7 @@ from typing import Any
 
 from pipeline.caption import answers
 from pipeline.decide.columns import META, check_listed, listed_asked
+from pipeline.faults import counted
 from pipeline.graph import check
 from pipeline.io.store import Store, below
 from pipeline.layers import Layered
@@ -27,7 +28,7 @@ from pipeline.recipe import Recipe
 from pipeline.record import Source, Video
 from pipeline.run import commit, identity, layering, relabel, resume
 from pipeline.run.log import TOLD, log, logging_to, without_secrets
-from pipeline.run.outcome import Outcome, counted, outcome
+from pipeline.run.outcome import Outcome, outcome
 from pipeline.run.progress import Display
 from pipeline.run.ray import run_ray
 from pipeline.run.worker import RunError, run_local
@@ -101,7 +102,7 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
                 _write_run(store, run)
             pack.shard(store, recipe)
             report.write(store)
-            found = outcome(store, {s.uri for s in listed}, answered)
+            found = outcome(store, {s.uri for s in listed}, answered, before)
             _write_run(store, pack.read_run(store) | {"outcome": found.plain()})
             _tell(found, store, job, out, log_name)
     return found

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from pipeline.faults import StoreError
+from pipeline.faults import StoreError, sentence
 from pipeline.io.store import Store
 from pipeline.sources.signed import clean_text
 from pipeline.watch import in_work
@@ -119,7 +119,7 @@ def _listen(handler: logging.Handler) -> None:
 
 @contextlib.contextmanager
 def logging_to(store: Store, verbose: bool = False) -> Iterator[str]:
-    """Log this run for the length of the block; gives the name of its log in the output.
+    """Log this run for the length of the block, and why it ends early; gives the name of its log in the output.
 
     Args:
         verbose: everything goes to the terminal too, also what workers write into the file.
@@ -143,6 +143,14 @@ def logging_to(store: Store, verbose: bool = False) -> Iterator[str]:
     try:
         with _followed(path) if verbose else contextlib.nullcontext():
             yield name
+    except BaseException as e:
+        stopped = (
+            f"stopped by {str(e) or 'Ctrl-C'}"
+            if isinstance(e, KeyboardInterrupt)
+            else f"ended: {sentence(e)}"
+        )
+        log.error("%s", stopped, extra=TOLD)
+        raise
     finally:
         for key in (FILE, VERBOSE):
             os.environ.pop(key, None)

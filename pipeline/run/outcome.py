@@ -14,8 +14,9 @@ import pyarrow.compute as pc
 
 from pipeline.caption import answers
 from pipeline.decide.rules import funnel
+from pipeline.faults import counted
 from pipeline.io.store import Store
-from pipeline.layers import Layered
+from pipeline.layers import Layered, unit_of
 from pipeline.run.commit import tables
 
 REASONS = 5  # shown of each kind of trouble
@@ -65,6 +66,8 @@ class Outcome:
         default_factory=dict
     )  # rule, in order → clips that fail it and none before
     sources: int = 0  # without error
+    without_clip: list[Reason] = field(default_factory=list)  # why sources without error gave no clip
+    earlier: int = 0  # sources that failed in an earlier command
     unlisted: int = 0  # of all sources, those that the list at hand does not name
     empty: list[str] = field(default_factory=list)  # given intervals that hold no frame: 'a.mp4 500–510 s'
     warned: int = 0  # sources without error that have other warnings, captioners' apart
@@ -106,6 +109,7 @@ class Outcome:
                 "unlisted": self.unlisted,
                 "warned": self.warned,
             },
+            "without_clip": _count(self.without_clip),
             "empty_intervals": len(self.empty),
             "caption_errors": {k: sum(r.count for r in v) for k, v in self.caption_errors.items()},
             "tars": self.tars,
@@ -128,12 +132,24 @@ class Outcome:
         if gone:
             said.append(f"dropped by, in order: {', '.join(gone)}")
         ours = f"sources: {self.sources:,} ok, {counted(self.failed, 'error')}"
+        if self.earlier:
+            ours += (
+                ", all before this command"
+                if self.earlier == self.failed
+                else f", {self.earlier:,} of them before this command"
+            )
         if self.unlisted:
             are = "is" if self.unlisted == 1 else "are"
             ours += f"; of which {self.unlisted:,} {are} no longer in the list"
         said.append(ours)
         for kind, reasons in self.errors.items():
             said += _shown(f"  {KINDS.get(kind, kind)}: {_count(reasons):,}", reasons)
+        if n := _count(self.without_clip):
+            why = ", ".join(f"{r.text} {r.count:,}" for r in self.without_clip)
+            names = [name for r in self.without_clip for name in r.names][:EXAMPLES]
+            said.append(
+                f"{counted(n, 'source')} gave no clip ({why}): {', '.join(names)}{', …' if n > len(names) else ''}"
+            )
         if n := len(self.empty):
             more = ", …" if n > EXAMPLES else ""
             hold = "holds" if n == 1 else "hold"
@@ -158,7 +174,10 @@ class Outcome:
             )
         if self.failed or self.captions_failed:
             again = command if "--retry-errors" in command.split() else f"{command} --retry-errors"
-            said.append(f"try what failed again, and nothing else: {again}")
+            mend = (
+                ", once it is mended" if not self.captions_failed and self.errors.keys() == {"source"} else ""
+            )
+            said.append(f"try what failed again{mend}, and nothing else: {again}")
         return said + [f"{what}: {place}" for what, place in where.items()]
 
 
@@ -169,27 +188,44 @@ KINDS = {
 }
 
 
+# Counts of a source (pipeline.split.events) that say why it has no clip, and how that is told
+NO_CLIP = {
+    "events_too_short": "shorter than events.min_s",
+    "pieces_missed_cut": "changes more than events.max_inner",
+    "pieces_unseen": "shots too short for a sample",
+}
+
+
 def outcome(
-    store: Store, listed: Collection[str] | None = None, answered: Collection[str] = frozenset()
+    store: Store,
+    listed: Collection[str] | None = None,
+    answered: Collection[str] = frozenset(),
+    before: Collection[str] = frozenset(),
 ) -> Outcome:
     """Read what a run's folder holds: videos/, clips/, decisions.parquet and answers/.
 
     Args:
         listed: uris of the list at hand, where there is one.
         answered: files of answers/ that were there before the command.
+        before: units that were there before it.
     """
     found = Outcome(served=answers.account(store, set(answered)))
     failed: list[dict[str, Any]] = []
     warnings: list[tuple[str, str]] = []
-    columns = ["source", "name", "status", "error", "error_kind", "stage", "warnings"]
-    for _, table in tables(store, store.list("videos", ".parquet"), columns):
+    clipless: list[tuple[str, str]] = []
+    columns = ["source", "name", "status", "error", "error_kind", "stage", "warnings", "clips", "counts"]
+    for file, table in tables(store, store.list("videos", ".parquet"), columns):
         rows = table.to_pylist()
-        failed += [r for r in rows if r["status"] != "ok"]
+        bad = [r for r in rows if r["status"] != "ok"]
+        failed += bad
+        found.earlier += len(bad) if unit_of(file) in before else 0
         good = [r for r in rows if r["status"] == "ok"]
         found.sources += len(good)
         found.unlisted += sum(r["source"] not in listed for r in rows) if listed is not None else 0
         for row in good:
             warnings += _warnings(found, row)
+            clipless += [] if row["clips"] else [(_why_no_clip(row), row["name"])]
+    found.without_clip = grouped(clipless)
     by_kind: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in failed:
         text = f"{row['stage']}: {_nameless(row['error'] or '', row['name'], row['source'])}"
@@ -198,6 +234,15 @@ def outcome(
     found.warnings = grouped(warnings)
     _clips(store, found)
     return found
+
+
+def _why_no_clip(row: dict[str, Any]) -> str:
+    """What most of a source without clips came to."""
+    counts = dict(row["counts"] or [])
+    most = max(NO_CLIP, key=lambda name: counts.get(name, 0))
+    if counts.get(most):
+        return NO_CLIP[most]
+    return "no frame in a given interval" if any(map(NO_FRAME.match, row["warnings"] or [])) else "no shot"
 
 
 def _warnings(found: Outcome, row: dict[str, Any]) -> list[tuple[str, str]]:
@@ -246,11 +291,6 @@ def grouped(faults: Iterable[tuple[str, str]]) -> list[Reason]:
         if len(reason.names) < EXAMPLES and name not in reason.names:
             reason.names.append(name)
     return sorted(found.values(), key=lambda r: -r.count)
-
-
-def counted(n: int, what: str) -> str:
-    """'1 clip', '2,000 clips'."""
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _nameless(text: str, name: str, uri: str) -> str:

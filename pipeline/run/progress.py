@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pipeline.faults import how_to_go_on
+from pipeline.faults import counted, how_to_go_on
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class StageCount:
     """Work one stage has finished."""
 
-    sources: int = 0
+    sources: int = 0  # that it had work with: none that failed before
     clips: int = 0
     video_s: float = 0.0  # seconds of source video
     busy_s: float = 0.0  # wall seconds of its workers
@@ -38,6 +38,8 @@ BREAKER = (
 FIRST = 10  # so many sources that all fail alike in a stage no source has passed end it too
 MAX_NEWS = 1000  # deaths told of one by one
 EVERY_S = 10.0  # a line on what is done, where there is no terminal
+NAME = 30  # letters of a source's name in it
+WIDTH = 120  # of that line, about
 LOST = "it was lost: killed from outside, short of memory, or its node went down"
 
 
@@ -245,38 +247,71 @@ class Display:
             print(self._line(said, elapsed), file=sys.stderr, flush=True)
             self.finished = said.stages.get(self.names[-1], StageCount()).sources
 
+    def _expected(self, stages: dict[str, StageCount]) -> dict[str, int]:
+        """Of each stage the sources it gets: all but those that failed before; the last writes these down too."""
+        found, left = {}, self.total
+        for name in self.names:
+            found[name] = max(left, 0)
+            left -= stages.get(name, StageCount()).failed
+        return found | {self.names[-1]: self.total}
+
     def _eta(self, stages: dict[str, StageCount], elapsed: float) -> str:
-        """Time left: mean progress over the stages, run forward at the rate so far; none before a source is done."""
+        """Time left: mean progress over the stages, run forward at the rate so far; '' before a source is done."""
         if not stages.get(self.names[-1], StageCount()).sources:
-            return "–:––"
-        fraction = sum(s.sources for n, s in stages.items() if n in self.names) / max(
-            self.total * len(self.names), 1
-        )
-        return _clock(elapsed * (1 - fraction) / fraction)
+            return ""
+        expected = self._expected(stages)
+        done = sum(s.sources for n, s in stages.items() if n in expected)
+        fraction = min(1.0, done / max(sum(expected.values()), 1))
+        return f"{_clock(elapsed * (1 - fraction) / fraction)} left"
 
     def _line(self, said: Snapshot, elapsed: float) -> str:
-        stages = said.stages
-        last = stages.get(self.names[-1], StageCount())
-        parts = [f"{n} {stages[n].sources}" for n in self.names[:-1] if n in stages]
-        return (
-            f"[{_clock(elapsed)}] {last.sources}/{self.total} sources, {last.clips} clips, {said.errors} errors, "
-            f"{last.video_s / elapsed:.1f}× real time, {self._eta(stages, elapsed)} left"
-            + (f" ({', '.join(parts)})" if parts and last.sources < self.total else "")
-            + (f"; {self._still(said)}" if self.finished == last.sources < self.total else "")
-        )
+        """'[0:10] 1/6 sources, 1 clip, 0 errors, 0.8× real time, 0:34 left (scores 2)', about WIDTH long."""
+        last = said.stages.get(self.names[-1], StageCount())
+        parts = [
+            f"{last.sources}/{self.total} sources",
+            counted(last.clips, "clip"),
+            counted(said.errors, "error"),
+        ]
+        if left := self._eta(said.stages, elapsed):
+            parts += [f"{last.video_s / elapsed:.1f}× real time", left]
+        line = f"[{_clock(elapsed)}] {', '.join(parts)}"
+        if last.sources >= self.total:
+            return line
+        still = f"; {self._still(said, WIDTH - len(line))}" if self.finished == last.sources else ""
+        room = WIDTH - len(line) - len(still) - len(" ()")
+        shown: list[str] = []
+        for part in self._under_way(said.stages):
+            if len(", ".join([*shown, part])) > room:
+                break
+            shown.append(part)
+        return line + (f" ({', '.join(shown)})" if shown else "") + still
 
-    def _still(self, said: Snapshot) -> str:
-        """What is in work, where no source was finished since the last line."""
+    def _under_way(self, stages: dict[str, StageCount]) -> list[str]:
+        """'cut 3': how far sources have come that are not finished; of stages that as many have passed the last."""
+        expected = self._expected(stages)
+        finished = stages.get(self.names[-1], StageCount()).sources
+        passed: dict[int, str] = {}
+        for name in self.names[:-1]:
+            n = stages.get(name, StageCount()).sources
+            if n and n != finished and (n < expected[name] or not finished):
+                passed[n] = name
+        return [f"{name} {n:,}" for n, name in passed.items()]
+
+    def _still(self, said: Snapshot, room: int) -> str:
+        """What is in work, where no source was finished since the last line: two sources, one where these are long."""
         found = [_at(stage, source) for stage, source in said.working if stage]
         if not found:
-            return "still starting: models are loaded" if said.working or not said.stages else "still at work"
-        return f"still at {'; '.join(found[:2])}" + (f" and {len(found) - 2} more" if found[2:] else "")
+            return "loading models" if said.working or not said.stages else "still at work"
+        n = 2 if len("; still at  and 99 more") + len("; ".join(found[:2])) <= room else 1
+        return f"still at {'; '.join(found[:n])}" + (f" and {len(found) - n} more" if found[n:] else "")
 
     def _table(self, stages: dict[str, StageCount], errors: int, elapsed: float) -> Table:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
-        title = f"{_clock(elapsed)} elapsed · {self._eta(stages, elapsed)} left · {errors} errors"
+        left, expected = self._eta(stages, elapsed), self._expected(stages)
+        told = [f"{_clock(elapsed)} elapsed", *filter(None, [left]), counted(errors, "error")]
+        title = " · ".join(told)
         table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
         for column in ("stage", "", "sources", "clips", "sources/s", "× real time", "busy s"):
             table.add_column(column, justify="left" if column in ("stage", "") else "right")
@@ -284,8 +319,8 @@ class Display:
             s = stages.get(name, StageCount())
             table.add_row(
                 name,
-                ProgressBar(total=max(self.total, 1), completed=s.sources, width=24),
-                f"{s.sources}/{self.total}",
+                ProgressBar(total=max(expected[name], 1), completed=s.sources, width=24),
+                f"{s.sources}/{expected[name]}",
                 str(s.clips),
                 f"{s.sources / elapsed:.2f}",
                 f"{s.video_s / elapsed:.1f}",
@@ -297,6 +332,7 @@ class Display:
 def _at(stage: str, source: str) -> str:
     """A source and the stage it is in, for a person; signed addresses without what follows '?'."""
     name = source.partition("?")[0].rstrip("/").rpartition("/")[2]
+    name = name if len(name) <= NAME else f"{name[: NAME - 1]}…"
     return ", ".join(part for part in (name, stage) if part)
 
 

@@ -458,6 +458,7 @@ def test_sigterm_stops_like_ctrl_c_and_the_same_command_goes_on(tmp_path, runner
     finally:
         process.kill()
     assert process.returncode == 143, err
+    assert (out / "run.log").read_text().splitlines()[-1].endswith(" stopped by SIGTERM")
     assert "stopped by SIGTERM; run the same command again to go on" in err
     assert "Traceback" not in err
     before = {p: p.stat().st_mtime_ns for p in (out / "videos").glob("*.parquet")}
@@ -512,6 +513,37 @@ def test_sigterm_while_it_starts_is_143_and_one_sentence(tmp_path, moment):
     assert err.splitlines() == ["clipmill curate: stopped by SIGTERM; run the same command again to go on"]
 
 
+def test_sources_that_fail_before_they_are_read_count_as_errors_while_it_works(tmp_path, capsys):
+    one_video(tmp_path, "b.mp4", videos.text)
+    one_video(tmp_path)
+    (tmp_path / "list.txt").write_text("raw/a.mp4\nraw/b.mp4\nraw/gone.mp4\nsftp://h/c.mp4\n")
+    command = [str(tmp_path / "list.txt"), "--out", str(tmp_path / "out"), *FAST]
+    assert curate.main(command) == 0
+    said = capsys.readouterr()
+    assert "4/4 sources, 1 clip, 3 errors" in said.err
+    assert "sources: 1 ok, 3 errors\n" in said.out
+    assert "try what failed again, once it is mended, and nothing else: " in said.out
+    shutil.copyfile(made(videos.text), tmp_path / "raw/d.mp4")
+    assert curate.main([str(tmp_path / "raw/d.mp4"), *command]) == 0
+    assert "sources: 1 ok, 4 errors, 3 of them before this command\n" in capsys.readouterr().out
+    assert curate.main([str(tmp_path / "raw/d.mp4"), *command]) == 0
+    assert "sources: 1 ok, 4 errors, all before this command\n" in capsys.readouterr().out
+
+
+def test_sources_that_give_no_clip_are_told_with_the_reason(tmp_path, capsys):
+    for n in range(4):
+        one_video(tmp_path, f"short {n}.mp4", frames=20 + n)
+    raw = one_video(tmp_path, "long.mp4", frames=60)
+    slow = ["--set", "events.min_s=2"]
+    assert curate.main([str(raw), "--out", str(tmp_path / "out"), *FAST, *slow]) == 0
+    said = capsys.readouterr().out
+    assert "kept 1 of 1 clip" in said
+    line = next(line for line in said.splitlines() if "no clip" in line)
+    assert line.startswith("4 sources gave no clip (shorter than events.min_s 4): short ")
+    assert (line.count("short "), line[-3:]) == (3, ", …")
+    assert json.loads((tmp_path / "out/run.json").read_text())["outcome"]["without_clip"] == 4
+
+
 def test_sigterm_that_is_not_heeded_in_time_ends_the_process_all_the_same():
     program = (
         "import time\nfrom jobs import curate\ncurate.PATIENCE_S = 0.3\n"
@@ -546,7 +578,8 @@ def test_a_run_without_ray_says_what_it_is_at_and_how_workers_died(tmp_path, mon
     curate.main([str(raw), "--out", str(tmp_path / "out"), *FAST, "--set", harm])
     err = capsys.readouterr().err
     assert "0/1 sources" in err
-    assert "–:–– left" in err
+    assert " left" not in err.split("1/1 sources")[0]
+    assert "1/1 sources, 0 clips, 1 error" in err  # that it was given up counts
     assert "still at a.mp4, caption:harm" in err
     assert "a worker died at a.mp4, caption:harm: its process ended with exit code 7" in err
     assert "a worker died at a.mp4, caption:harm (death 3 there)" in err

@@ -32,7 +32,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {
         str(p.relative_to(folder)): p.read_bytes()
         for p in folder.rglob("*")
-        if p.is_file() and p.name != ".lock"
+        if p.is_file() and p.name not in (".lock", "run.log")
     }
 
 
@@ -146,3 +146,20 @@ def test_a_part_of_a_rule_that_the_run_lacks_is_told_with_the_whole_rule(run, ca
     assert "--set 'decide.rules.too_shrt={column: duration_s, min: 4}'" in said
     whole = "decide.rules.too_shrt={column: duration_s, min: 4}"
     assert shard.main([str(run), "--dry-run", "--set", whole]) == 0
+
+
+def test_the_log_says_what_was_packed_and_by_which_command(run, tmp_path, capsys):
+    command = [str(run), "--set", "decide.rules.one={column: name, contains: 'video 0'}"]
+    assert shard.main(command) == 0
+    packed = f"{sum(d['keep'] for d in decisions(run))} clips in {len(list(run.glob('shards/*/*.tar')))} tars"
+    assert f"{packed}: {run}/shards" in capsys.readouterr().out
+    first, line = (run / "run.log").read_text().splitlines()  # the fixture's own, and this
+    assert f"clipmill shard {run} " not in first
+    assert line.endswith(f": {packed} of 16 measured")
+    assert f"clipmill shard {run} --set 'decide.rules.one=" in line
+    only = f"decide.rules.one={{column: clip_id, matches: {next(d for d in decisions(run) if d['keep'])['clip_id']}}}"
+    assert shard.main([str(run), "--out", str(tmp_path / "one"), "--set", only]) == 0
+    assert f"1 clip in 1 tar: {tmp_path}/one/shards" in capsys.readouterr().out
+    assert (tmp_path / "one/run.log").read_text().endswith(": 1 clip in 1 tar of 16 measured\n")
+    assert shard.main([str(run), "--dry-run"]) == 0
+    assert len((run / "run.log").read_text().splitlines()) == 2

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from pipeline.faults import StoreError
 from pipeline.io.store import Store
 from pipeline.record import Source, Video
 from pipeline.run.log import TOLD, attach, log, logging_to, without_secrets
@@ -44,6 +45,25 @@ def test_warnings_of_one_kind_do_not_fill_the_terminal(tmp_path, capsys):
             log.warning("clip %d failed", n)
     assert len(capsys.readouterr().err.splitlines()) == 4
     assert len((tmp_path / name).read_text().splitlines()) == 20
+
+
+@pytest.mark.parametrize(
+    ("why", "says"),
+    [
+        (KeyboardInterrupt(), "stopped by Ctrl-C"),
+        (KeyboardInterrupt("SIGTERM"), "stopped by SIGTERM"),
+        (StoreError("the disk is full;\nfree room"), "ended: the disk is full; free room"),
+        (ValueError("a bug"), "ended: ValueError: a bug at test_log.py:"),
+    ],
+)
+def test_a_run_that_ends_early_says_why_in_the_log_and_whoever_started_it_on_the_terminal(
+    tmp_path, capsys, why, says
+):
+    with pytest.raises(type(why)), logging_to(Store(str(tmp_path))):
+        raise why
+    (line,) = (tmp_path / "run.log").read_text().splitlines()
+    assert says in line
+    assert capsys.readouterr().err == ""
 
 
 def test_a_worker_process_writes_to_the_same_file_and_is_shown_when_verbose(tmp_path, capsys):

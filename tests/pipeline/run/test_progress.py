@@ -3,38 +3,78 @@
 import pytest
 
 from pipeline.faults import how_to_go_on
-from pipeline.run.progress import BREAKER, FIRST, MAX_DEATHS, Display, Ledger, _clock
+from pipeline.run.progress import BREAKER, FIRST, MAX_DEATHS, WIDTH, Display, Ledger, _clock
 
 
 def test_plain_progress_lines_state_counts_rates_and_time_left(capsys):
     ledger, display = Ledger(), Display(["decode", "commit"], total=4, every_s=0)
-    ledger.done(0, "decode", 2, 0, 20.0, 1.0, [], 2)
-    ledger.done(0, "commit", 1, 3, 10.0, 0.1, ["x: is bad"], 0)
+    ledger.done(0, "decode", 2, 0, 20.0, 1.0, ["x: is bad"], 1)
+    ledger.done(0, "commit", 1, 1, 10.0, 0.1, [], 0)
     display.start -= 5
     with display:
         display.update(ledger.snapshot())
     line = capsys.readouterr().err
-    assert "[0:05] 1/4 sources, 3 clips, 1 errors, 2.0× real time, 0:08 left (decode 2)" in line
+    assert "[0:05] 1/4 sources, 1 clip, 1 error, 2.0× real time, 0:08 left (decode 2)" in line
 
 
-def test_no_time_left_is_told_before_a_source_is_finished(capsys):
+def test_no_rate_and_no_time_left_are_told_before_a_source_is_finished(capsys):
     ledger, display = Ledger(), Display(["decode", "cut", "commit"], total=4, every_s=0)
     ledger.done(0, "decode", 4, 0, 20.0, 1.0, [], 4)
     ledger.done(0, "cut", 3, 0, 20.0, 1.0, [], 3)
     display.start -= 5
     display.update(ledger.snapshot())
-    assert "–:–– left (decode 4, cut 3)" in capsys.readouterr().err
-    assert "–:–– left" in str(display._table(ledger.stages, 0, 5.0).title)
+    said = capsys.readouterr().err
+    assert said.startswith("[0:05] 0/4 sources, 0 clips, 0 errors (decode 4, cut 3); ")
+    assert display._table(ledger.stages, 0, 5.0).title == "0:05 elapsed · 0 errors"
     ledger.done(0, "commit", 2, 0, 20.0, 1.0, [], 2)
     display.update(ledger.snapshot())
     assert "0:02 left" in capsys.readouterr().err  # 9 of 12 in 5 s
+
+
+def test_a_line_is_short_however_many_stages_and_whatever_the_names(capsys):
+    names = [f"caption:a-model-of-a-long-name-{n}" for n in range(12)]
+    ledger, display = Ledger(), Display(["decode", *names, "commit"], total=99, every_s=0)
+    for n, name in enumerate(["decode", *names]):
+        ledger.done(0, name, 90 - n, 0, 20.0, 1.0, [], 90 - n)
+    ledger.begin(0, "u")
+    ledger.at(0, "u", names[0], f"/{'x' * 200}.mp4")
+    display.update(ledger.snapshot())
+    line = capsys.readouterr().err.strip()
+    assert len(line) <= WIDTH
+    assert "still at xxx" in line
+    assert line.endswith(names[0])
+
+
+def test_of_stages_that_as_many_sources_have_passed_the_last_is_named(capsys):
+    names = ["decode", "shots", "events", "cut", "signature", "commit"]
+    ledger, display = Ledger(), Display(names, total=6, every_s=0)
+    for name, n in zip(names, (3, 3, 3, 2, 1, 1), strict=True):
+        ledger.done(0, name, n, 0, 20.0, 1.0, [], n)
+    display.update(ledger.snapshot())
+    assert "left (events 3, cut 2)" in capsys.readouterr().err
+
+
+def test_a_source_that_failed_is_not_waited_for_by_later_stages(capsys):
+    """Two of four failed in the first stage; the other two are through all but the last."""
+    ledger, display = Ledger(), Display(["decode", "cut", "commit"], total=4, every_s=0)
+    ledger.done(0, "decode", 4, 0, 20.0, 1.0, ["a: bad", "b: bad"], 2)
+    ledger.done(0, "cut", 2, 0, 20.0, 1.0, [], 2)
+    ledger.done(0, "commit", 2, 0, 20.0, 1.0, [], 0)
+    display.start -= 8
+    display.update(ledger.snapshot())
+    line = capsys.readouterr().err
+    assert "2/4 sources, 0 clips, 2 errors" in line
+    assert "(" not in line  # nothing is under way before the last stage
+    assert "0:02 left" in line  # 8 of 10 in 8 s
+    table = display._table(ledger.stages, 2, 8.0)
+    assert list(table.columns[2].cells) == ["4/4", "2/2", "2/4"]
 
 
 def test_what_is_in_work_is_named_while_nothing_is_finished(capsys):
     ledger, display = Ledger(), Display(["decode", "commit"], total=9, every_s=0)
     ledger.begin(0, "u")
     display.update(ledger.snapshot())
-    assert "; still starting: models are loaded" in capsys.readouterr().err
+    assert "; loading models" in capsys.readouterr().err
     ledger.at(0, "u", "caption:x", "https://host/bikes.mp4?signature=s3cr3t")
     display.update(ledger.snapshot())
     assert capsys.readouterr().err.endswith("; still at bikes.mp4, caption:x\n")
