@@ -60,6 +60,8 @@ def missing(clips: Layered, stages: Sequence[Stage], errors: bool) -> Wanted:
             captions = row["captions"] or []
             done = {f"caption:{c['model']}" for c in captions if not errors or c["outcome"] != "error"}
             done |= {f"judge:{name}" for name in _judged(captions)}
+            if not any(c["text"] for c in captions):  # there is nothing to judge
+                done |= {name for name in wanted if name.startswith("judge:")}
             done |= {name for name, some in columns.items() if some and all(row[c] is not None for c in some)}
             for name in wanted.keys() - done:
                 wanted[name].add(row["clip_id"])

@@ -143,6 +143,21 @@ def test_where_all_is_there_nothing_is_asked_again(world, capsys):
     assert "nothing to add" in capsys.readouterr().err
 
 
+def test_a_clip_of_which_nobody_said_anything_is_not_judged_again_and_again(tmp_path, capsys):
+    world = World(tmp_path)
+    (tmp_path / "mute.py").write_text(
+        "from pipeline.captions import Captioner\n\nclass Mute(Captioner):\n    name = 'mute'\n\n"
+        "    def caption(self, video, clip):\n        return ''\n"
+    )
+    mute = f"captions=[{{kind: python, captioner: {tmp_path}/mute.py:Mute}}]"
+    sets = [*world.sets("old", judge=True), "--set", mute]
+    local = ["--recipe", "smoke", "--runner", "local"]
+    curate.main([str(tmp_path / "raw"), "--out", str(tmp_path / "out"), *local, *sets])
+    capsys.readouterr()
+    caption.main([str(tmp_path / "out"), *local, *sets])
+    assert "nothing to add" in capsys.readouterr().err
+
+
 def test_a_removal_of_what_is_not_there_names_what_is(world, capsys):
     assert caption.main([str(world.folder / "one"), "--remove", "caption:x"]) != 0
     assert "has no layer 'caption:x' (see --list); its layers: none" in capsys.readouterr().err
