@@ -49,14 +49,14 @@ def main(argv: list[str] | None = None) -> int:
 
     from pipeline import recipe
     from pipeline.faults import StoreError
-    from pipeline.io.store import Store
+    from pipeline.io.store import Store, below
     from pipeline.layers import Layered
     from pipeline.report.captioners import VOTES, Captioners
     from pipeline.shards.pack import read_run
 
     try:
         store = Store(args.dir)
-        chosen = recipe.parse(read_run(store)["recipe"], args.set, f"{args.dir}/run.json")
+        chosen = recipe.parse(read_run(store)["recipe"], args.set, below(args.dir, "run.json"))
         cover, least = covered_by(args.cover)
         votes = voted(store) if cover == VOTES else None
         found = Captioners(Layered(store), chosen.choose, args.reference, cover, least, votes).told()

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from pipeline.decide.rules import decide
     from pipeline.faults import StoreError, counted
-    from pipeline.io.store import Store
+    from pipeline.io.store import Store, below
     from pipeline.recipe import RecipeError, load, parse
     from pipeline.run.log import TOLD, log, logging_to
     from pipeline.shards import media
@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> int:
             check_later(item)
         store = Store(args.dir)
         saved = read_run(store)["recipe"]
-        measured = parse(saved, [], f"{args.dir}/run.json")
-        recipe = parse(saved, [] if args.recipe else args.set, f"{args.dir}/run.json")
+        measured = parse(saved, [], below(args.dir, "run.json"))
+        recipe = parse(saved, [] if args.recipe else args.set, below(args.dir, "run.json"))
         if args.recipe:
             other = load(args.recipe, args.set)
             recipe = recipe.model_copy(

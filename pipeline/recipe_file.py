@@ -37,6 +37,7 @@ from pipeline.recipe_schema import (
 )
 
 R = TypeVar("R", bound=Section)
+SHOWN = 80  # letters of a setting in a sentence
 
 
 def bundled(folder: Path) -> list[str]:
@@ -64,14 +65,13 @@ def parse_as(
         wrong: mistakes that reading it has found; they are told with the others.
     """
     before = data
-    mistakes = list(wrong)
     data = copy.deepcopy(data)
     for item in overrides:
         keys, text = split_setting(item)
         try:
             value = yaml.load(text, UniqueKeys)
         except yaml.YAMLError as e:
-            raise RecipeError(f"--set {item!r}: the value is not valid YAML") from e
+            raise RecipeError(f"--set {item!r}: the value is not valid YAML: {_said(e)}") from e
         except RecipeError as e:
             raise RecipeError(f"--set {item!r}: {e}") from e
         put(kind, data, keys, value, item)
@@ -79,17 +79,49 @@ def parse_as(
         raise RecipeError(
             f"recipe {where}: base stands in a recipe's file alone; name another recipe, or a file"
         )
-    data = _without_nulls(kind, data, before, [], mistakes)
-    data = _located(Place(kind), data, Path.cwd())
+    found, mistakes, rest = _checked(kind, data, before, where)
+    if overrides and mistakes:
+        own = _checked(kind, before, before, where)[1]
+        mistakes = [m if m in own else _of_setting(m, overrides) for m in mistakes]
+    mistakes = [*wrong, *mistakes]
+    if found is None or mistakes:
+        ours = all(m.startswith("--set ") for m in mistakes)
+        raise RecipeError(
+            "; ".join(mistakes) if ours else "", "--set" if ours else f"recipe {where}", mistakes, rest
+        )
+    return found
+
+
+def _checked(kind: type[R], data: Any, before: Any, where: str) -> tuple[R | None, list[str], R | None]:
+    """The recipe that plain data is, what is wrong with it, and what of it holds.
+
+    Args:
+        before: the data without `--set`: what a null may take away.
+    """
+    mistakes: list[str] = []
+    data = _located(Place(kind), _without_nulls(kind, data, before, [], mistakes), Path.cwd())
     try:
         found = kind.model_validate(data)
     except ValidationError as e:
         mistakes += [_incomplete(err, before, where) or _explain(err, kind) for err in e.errors()]
-        rest = _rest(kind, data, e.errors())
-        raise RecipeError(where=f"recipe {where}", mistakes=mistakes, rest=rest) from e
-    if mistakes:
-        raise RecipeError(where=f"recipe {where}", mistakes=mistakes, rest=found)
-    return found
+        return None, mistakes, _rest(kind, data, e.errors())
+    return found, mistakes, found
+
+
+def _of_setting(mistake: str, overrides: list[str]) -> str:
+    """A mistake that `--set` has made, with the setting in the place of the recipe's key."""
+    key = mistake.partition(": ")[0]
+    related = [
+        item
+        for item in overrides
+        for set_ in [dotted(split_setting(item)[0])]
+        if f"{key}.".startswith(f"{set_}.")
+        or f"{set_}.".startswith((f"{key}.", f"{key.rpartition('.')[0]}."))
+    ]
+    item = related[-1] if related else overrides[-1]
+    shown = item if len(item) <= SHOWN else f"{item[: SHOWN - 1]}…"
+    same = dotted(split_setting(item)[0]) == key
+    return f"--set {shlex.quote(shown)}: {mistake.partition(': ')[2] if same else mistake}"
 
 
 # ---------------------------------------------------------------- files and what they inherit
@@ -114,7 +146,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise RecipeError(f"recipe {path}: not valid YAML: {' '.join(str(e).split())}") from e
+        raise RecipeError(f"recipe {path}: not valid YAML: {_said(e)}") from e
     except RecipeError as e:
         raise RecipeError(f"recipe {path}: {e}") from e
     if data is None:
@@ -122,6 +154,14 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise RecipeError(f"recipe {path}: expected a mapping of sections, found {type(data).__name__}")
     return data
+
+
+def _said(e: Exception) -> str:
+    """Where and what is no YAML (or no text), without what the library calls the text that it reads."""
+    mark = getattr(e, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(e).replace(' in "<unicode string>",', " at").split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(e, 'problem', None) or 'unreadable'}"
 
 
 def _layers(

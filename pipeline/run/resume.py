@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from pipeline.io.store import Store
+from pipeline.io.store import Store, below
 from pipeline.recipe import BEFORE, Recipe, RecipeError, parse
 from pipeline.recipe_file import split_setting
 from pipeline.run.worker import RunError
@@ -63,7 +63,7 @@ def in_force(run: dict[str, Any], recipe: Recipe, asked: Sequence[str], where: s
 def decided(run: dict[str, Any], asked: Sequence[str], where: str) -> Recipe:
     """The recipe that a finished run was last decided by, with those of the `--set` items that decide."""
     later = [item for item in asked if split_setting(item)[0][0] in LATER]
-    return parse(run["recipe"], later, f"{where}/run.json")
+    return parse(run["recipe"], later, below(where, "run.json"))
 
 
 def refuse(stored: dict[str, Any], recipe: Recipe, where: str) -> None:
@@ -196,7 +196,7 @@ def _changed(base: Any, section: str, keys: Sequence[list[str]]) -> Any:
 
 def _parsed(data: dict[str, Any], where: str) -> Recipe:
     try:
-        return parse(data, [], f"{where}/run.json")
+        return parse(data, [], below(where, "run.json"))
     except RecipeError as e:
         raise RunError(
             f"{e}; that is what 'clipmill shard' and this command's recipe make together: choose the thresholds "

@@ -163,3 +163,8 @@ def test_the_log_says_what_was_packed_and_by_which_command(run, tmp_path, capsys
     assert (tmp_path / "one/run.log").read_text().endswith(": 1 clip in 1 tar of 16 measured\n")
     assert shard.main([str(run), "--dry-run"]) == 0
     assert len((run / "run.log").read_text().splitlines()) == 2
+
+
+def test_a_wrong_setting_is_blamed_and_no_file(run, capsys):
+    said = refused(capsys, f"{run}/", "--set", "shards.max_clips=few")
+    assert said.startswith("clipmill shard: --set shards.max_clips=few: input should be a valid integer")

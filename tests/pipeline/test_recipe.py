@@ -61,3 +61,50 @@ def test_the_measure_key_changes_with_what_is_measured_and_not_with_what_is_deci
     assert recipe.load("embedded", ["cut.crf=30"]).measure_key() != base
     assert recipe.load("embedded", ["decide.duplicates.enabled=false", "shards.seed=7"]).measure_key() == base
     assert recipe.load("embedded", ["resources.shots.cpus=2", "name=other"]).measure_key() == base
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["cut.crf=abc"], "--set cut.crf=abc: input should be a valid integer"),
+        (["cut={crf: abc}"], "--set 'cut={crf: abc}': cut.crf: input should be"),
+        (["cut.crff=1"], "--set cut.crff=1: unknown key (did you mean 'crf'?); known here: "),
+        (["decide.rules.gone=null"], "--set decide.rules.gone=null: null takes nothing away"),
+        (
+            ["captions.0.kind=transformers"],
+            "--set captions.0.kind=transformers: captions.0.model: field required",
+        ),
+        (["choose.method=order"], "--set choose.method=order: choose: method order needs choose.order"),
+        (["cut.preset=fast", "cut.crf=abc", "seed=3"], "--set cut.crf=abc: input"),
+        (["cut={crf: 1"], "the value is not valid YAML: line 1, column 8: expected ',' or '}'"),
+    ],
+)
+def test_a_mistake_of_set_names_the_setting_and_not_the_file(overrides, says):
+    with pytest.raises(recipe.RecipeError) as e:
+        recipe.load("embedded", overrides)
+    assert says in str(e.value)
+    assert "embedded.yaml" not in str(e.value)
+
+
+def test_mistakes_of_a_file_are_its_own_beside_those_of_set(tmp_path):
+    (tmp_path / "r.yaml").write_text("cut: {crf: many}\nshots: {detecter: x}\n")
+    with pytest.raises(recipe.RecipeError) as e:
+        recipe.load(str(tmp_path / "r.yaml"), ["cut.height=tall"])
+    own, other, mine = sorted(e.value.mistakes, key=lambda m: (m.startswith("--set"), m))
+    assert own.startswith("cut.crf: ")
+    assert other.startswith("shots.detecter: unknown key")
+    assert mine.startswith("--set cut.height=tall: ")
+    assert e.value.where.endswith("r.yaml")
+
+
+def test_where_a_file_is_no_yaml_is_said_by_line_and_column(tmp_path):
+    (tmp_path / "r.yaml").write_text("cut:\n  crf: [1\n  b: }\n")
+    with pytest.raises(
+        recipe.RecipeError, match=r"r\.yaml: not valid YAML: line 3, column 4: expected ',' or ']'"
+    ):
+        recipe.load(str(tmp_path / "r.yaml"))
+    for data in (b"cut: \xff", b"cut: \x00", b"cut: `x`"):
+        (tmp_path / "r.yaml").write_bytes(data)
+        with pytest.raises(recipe.RecipeError, match="not valid YAML") as e:
+            recipe.load(str(tmp_path / "r.yaml"))
+        assert "<unicode string>" not in str(e.value)

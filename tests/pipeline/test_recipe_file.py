@@ -183,14 +183,17 @@ def test_a_rule_is_switched_off_and_a_bound_of_one_taken_away():
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("decode.sample_fsp=4", "decode.sample_fsp: unknown key (did you mean 'sample_fps'?"),
-        ("sample_fps=4", "sample_fps: unknown key (it belongs to decode.sample_fps)"),
+        ("decode.sample_fsp=4", "--set decode.sample_fsp=4: unknown key (did you mean 'sample_fps'?"),
+        ("sample_fps=4", "--set sample_fps=4: unknown key (it belongs to decode.sample_fps)"),
         ("cut.max_clips=4", "it belongs to shards.max_clips"),
-        ("captions.1.framez=4", "captions.1.framez: unknown key (did you mean 'frames'?"),
+        ("captions.1.framez=4", "--set captions.1.framez=4: unknown key (did you mean 'frames'?"),
         ("sampel_fps=4", "did you mean decode.sample_fps?"),
-        ("resources.shots.gpu=1", "resources.shots.gpu: unknown key (did you mean 'gpus'?"),
+        ("resources.shots.gpu=1", "--set resources.shots.gpu=1: unknown key (did you mean 'gpus'?"),
         ("cut={crf: 1, crf: 2}", "--set 'cut={crf: 1, crf: 2}': line 1: the key 'crf' is there already"),
-        ("decide.rules.too_short.mix=1", "decide.rules.too_short.mix: unknown key (did you mean 'min'?"),
+        (
+            "decide.rules.too_short.mix=1",
+            "--set decide.rules.too_short.mix=1: unknown key (did you mean 'min'?",
+        ),
     ],
 )
 def test_an_unknown_key_names_the_nearest_and_where_it_belongs(override, says):

@@ -198,7 +198,7 @@ def test_a_changed_threshold_drops_clips_and_nothing_of_the_old_shards_stays(tmp
     kept = store.read_table("shards/index.parquet")
     assert kept["duration_s"].to_numpy().min() >= 5
     assert sorted(members(store)) == sorted(kept["clip_id"].to_pylist())
-    assert {p.name for p in tmp_path.iterdir()} - {".lock"} == {
+    assert {p.name for p in tmp_path.iterdir()} - {".lock", "run.log"} == {
         *("clips", "videos", "media", "shards", "decisions.parquet", "run.json")
     }
     saved = json.loads(store.read_bytes("run.json"))["recipe"]
