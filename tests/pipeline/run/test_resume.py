@@ -185,7 +185,7 @@ def test_who_is_chosen_is_changed_on_a_run_that_measured_more_and_it_goes_on_mea
     recipe = goes_on(run_json(judged, tuned=("choose.method=consensus", "choose.clip_score=true")), judged)
     assert (recipe.choose.method, [j.kind for j in recipe.choose.judges]) == ("consensus", ["clip_score"])
     recipe = goes_on(run_json(), "choose={method: order, order: [tags-baseline]}")
-    assert (recipe.choose.method, recipe.choose.clip_score) == ("order", False)
+    assert (recipe.choose.method, recipe.choose.judges) == ("order", ())
     with pytest.raises(RunError, match="holds a run of another recipe"):
         goes_on(run_json(), judged)
 
