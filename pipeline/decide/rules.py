@@ -236,18 +236,17 @@ def _values(name: str, rule: Rule, column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _tell_numberless(name: str, rule: Rule, measured: pa.Table, none: np.ndarray) -> None:
-    """Say once how many clips a rule lets pass as they have no number, where others have one.
+    """Say once how many clips a rule lets pass as the list gives no number for them, where it does for others.
+
+    Of measures that is nothing to tell: a still clip has no watermark to look for.
 
     Args:
         none: bool [n].
     """
-    column = measured[rule.column]
-    if rule.column.startswith(CHOSEN):  # a clip without a caption is dropped for that
-        none = none & measured["caption"].is_valid().to_numpy()
     n = int(none.sum())
-    if not n or n == len(none):
+    if not rule.column.startswith(META) or not n or n == len(none):
         return
-    texts = column.filter(pa.array(none)).to_pylist() if pa.types.is_string(column.type) else []
+    texts = measured[rule.column].filter(pa.array(none)).to_pylist()
     example = next((f" (e.g. {t!r:.40})" for t in texts if t), "")
     clips, they = ("1 clip has", "it passes") if n == 1 else (f"{n:,} clips have", "they pass")
     log.warning("%s no number in %s%s; %s rule %r", clips, rule.column, example, they, name)
