@@ -363,8 +363,6 @@ def test_a_bound_on_a_column_of_texts_is_refused_before_work(tmp_path, capsys):
     assert curate.main([listed, "--out", str(out), *FAST, *rule]) == 2
     said = capsys.readouterr().err
     assert "decide.rules.popular: no value of 'meta.views' is a number (one is 'many')" in said
-        "clipmill curate: decide.rules.popular: no value of 'meta.views' is a number (one is 'many')"
-    )
     assert said.count("\n") == 1
     assert {p.name for p in out.iterdir()} <= {".lock"}
     text = ["--set", "decide.rules.popular={column: meta.views, contains: many}"]
