@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             return code
     print(f"\n{summary(run)}\n")
     print(f"done in {time.monotonic() - start:.0f} s; look at the report: {(run / 'report.html').absolute()}")
+    print(f"and at the captions: clipmill inspect {run}")
     return 0
 
 
