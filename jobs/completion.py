@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -51,7 +51,7 @@ class Command:
 
     name: str
     about: str
-    words: list[str] = field(default_factory=list)  # what may stand first
+    words: list[str] = field(default_factory=list)  # what may stand first; [KEYS]: asked when TAB is pressed
     options: dict[str, str] = field(default_factory=dict)  # '--out' → what it does
     values: dict[str, list[str]] = field(default_factory=dict)  # '--runner' → its choices; [] for any value
 
@@ -105,7 +105,12 @@ def _of_parser(name: str, about: str, parser: argparse.ArgumentParser) -> Iterat
 
 
 def _known(command: str, action: argparse.Action) -> list[str]:
-    """The bundled recipes, where one is asked for."""
+    """The bundled recipes, where one is asked for; the options of recipes, where a key is."""
+    training = RECIPES.get(command.split()[0]) == ("training",)
+    if action.dest == "set":
+        return [TRAINING_SETTINGS if training else SETTINGS]
+    if action.dest == "key":
+        return [KEYS]
     if action.dest != "recipe":
         return []
     folder = Path(__file__).parent.parent / "recipes"
@@ -114,6 +119,19 @@ def _known(command: str, action: argparse.Action) -> list[str]:
 
 
 # ---------------------------------------------------------------- as the shells want it
+
+# Words that the shell asks for when TAB is pressed, so that starting it reads no recipe: keys of every option, as
+# 'recipe explain' takes them, and with '=' behind, as --set does (of lists the first item, of mappings what comes
+# before a name).
+KEYS, SETTINGS, TRAINING_SETTINGS = "keys", "settings", "settings --training"
+SED_KEYS = r"s/^  \([^ ]*\) = .*/\1/p"
+SED_SETTINGS = r"s/^  \([^ ]*\.\)NAME\..* = .*/\1/p; t; s/\.N\./.0./g; s/^  \([^ ]*\) = .*/\1=/p"
+ASKED = {
+    KEYS: f"clipmill recipe explain 2>/dev/null | sed -n '{SED_KEYS}' | sort -u",
+    SETTINGS: f"clipmill recipe explain 2>/dev/null | sed -n '{SED_SETTINGS}' | sort -u",
+    TRAINING_SETTINGS: f"clipmill recipe explain --training 2>/dev/null | sed -n '{SED_SETTINGS}' | sort -u",
+}
+MANY = 20  # keys offered at once; of more the sections
 
 BASH = """_clipmill() {{
     local cur=${{COMP_WORDS[COMP_CWORD]}} prev=${{COMP_WORDS[COMP_CWORD-1]}} at=${{COMP_WORDS[1]-}} words= first=2
@@ -128,6 +146,16 @@ BASH = """_clipmill() {{
     esac ;;
     esac; fi
     COMPREPLY=($(compgen -W "$words" -- "$cur"))
+    [ ${{#COMPREPLY[@]}} -gt {many} ] && COMPREPLY=($(_clipmill_sections "$cur" "${{COMPREPLY[@]}}"))
+    case "${{COMPREPLY[0]-}}" in *[=.]) compopt -o nospace 2>/dev/null ;; esac
+}}
+_clipmill_sections() {{
+    local cur=$1 word rest; shift
+    for word; do
+        rest=${{word#"$cur"}}
+        case $rest in ?*.*) word=$cur${{rest%%.*}}. ;; esac
+        echo "$word"
+    done | sort -u
 }}
 complete -o default -F _clipmill clipmill"""
 
@@ -139,18 +167,24 @@ def bash(found: list[Command]) -> str:
         for words in {tuple(v) for v in command.values.values()}:
             flags = [f for f, v in command.values.items() if tuple(v) == words]
             patterns = "|".join(f"'{command.name}:{f}'" for f in flags)
-            values.append(f"    {patterns}) words='{' '.join(words)}' ;;")
+            values.append(f"    {patterns}) words={_bash_words(words)} ;;")
         first = (
-            f"[ \"$COMP_CWORD\" -eq $first ] && words='{' '.join(command.words)}'; " if command.words else ""
+            f'[ "$COMP_CWORD" -eq $first ] && words={_bash_words(command.words)}; ' if command.words else ""
         )
         rest = f"case \"$cur\" in -*) words='{' '.join(command.options)}' ;; esac"
         options.append(f"    '{command.name}') {first}{rest} ;;")
     return BASH.format(
         jobs=" ".join(c.name for c in found if " " not in c.name),
+        many=MANY,
         tasks="|".join(f"'{c.name}'" for c in found if " " in c.name) or "''",
         values="\n".join(sorted(values)),
         options="\n".join(options),
     )
+
+
+def _bash_words(words: Sequence[str]) -> str:
+    asked = [ASKED[w] for w in words if w in ASKED]
+    return f'"$({asked[0]})"' if asked else f"'{' '.join(words)}'"
 
 
 def fish(found: list[Command]) -> Iterator[str]:
@@ -158,6 +192,10 @@ def fish(found: list[Command]) -> Iterator[str]:
 
     def quoted(text: str) -> str:
         return "'" + text.replace("\\", "\\\\").replace("'", "\\'").split("\n")[0] + "'"
+
+    def offered(words: Sequence[str]) -> str:
+        asked = [f"({ASKED[w]})" for w in words if w in ASKED]
+        return quoted(asked[0] if asked else " ".join(words))
 
     for command in found:
         job, _, task = command.name.partition(" ")
@@ -167,11 +205,11 @@ def fish(found: list[Command]) -> Iterator[str]:
             f"; and __fish_seen_subcommand_from {task}" if task else ""
         )
         if command.words:
-            yield f"complete -c clipmill -n {quoted(seen)} -a {quoted(' '.join(command.words))}"
+            yield f"complete -c clipmill -n {quoted(seen)} -a {offered(command.words)}"
         for option, about in command.options.items():
             dash = "-l" if option.startswith("--") else "-s"
             values = command.values.get(option)
-            takes = "" if values is None else f" -x -a {quoted(' '.join(values))}" if values else " -r"
+            takes = "" if values is None else f" -x -a {offered(values)}" if values else " -r"
             yield f"complete -c clipmill -n {quoted(seen)} {dash} {option.lstrip('-')}{takes} -d {quoted(about)}"
 
 

@@ -122,8 +122,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{missing} missing: mend the lines above, then run clipmill doctor again")
         return 1
     task = f"train {recipe.trains} RUN" if trains(recipe) else "curate SOURCE"
+    out = "run/" if args.out == "." else args.out  # a run wants a new or empty folder
     options = ["--recipe", args.recipe, *(word for item in args.set for word in ("--set", item))]
-    print(f"\nready: clipmill {task} {shlex.join([*options, '--out', args.out])}")
+    print(f"\nready: clipmill {task} {shlex.join([*options, '--out', out])}")
     return 0
 
 

@@ -96,6 +96,7 @@ def encode(
     from jobs.training.distributed import device_of
     from jobs.training.system import build_system
     from models.autoencoders.latents import latent_shape
+    from pipeline.faults import counted
     from pipeline.io.store import Store
     from pipeline.shards import latents
 
@@ -126,7 +127,9 @@ def encode(
         print(f"rank {rank} is done; {store.uri} will be whole when the other ranks are")
         return
     left_out = copies * len(reader.keys) - len(index)
-    print(f"{len(index):,} clips in {len(parts):,} tars, {left_out:,} broken left out: {store.uri}")
+    print(
+        f"{counted(len(index), 'clip')} in {counted(len(parts), 'tar')}, {left_out:,} broken left out: {store.uri}"
+    )
 
 
 def _batches(part: Part, size: int) -> list[Any]:

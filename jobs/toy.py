@@ -20,7 +20,8 @@ and where every object is in each. The rest is the mill's own work:
 
   clipmill toy --out toy/
   clipmill curate toy/videos --recipe toy --out toy/run
-  clipmill train diffusion toy/run --recipe toy --out toy/model
+  clipmill encode toy/run --recipe toy --copies 3 --out toy/latents
+  clipmill train diffusion toy/run --recipe toy --set data.cache=toy/latents --out toy/model
 
 The same options give the same pictures.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
@@ -127,3 +128,19 @@ def scores_asked(rules: Mapping[str, Rule]) -> list[str]:
 def listed_asked(rules: Mapping[str, Rule]) -> list[str]:
     """The columns meta.KEY that rules name."""
     return sorted({r.column for r in rules.values() if r.column.startswith(META)})
+
+
+def number_in(text: str | None) -> float:
+    """What a text that a list gives counts as for min and max; NaN where it is no number."""
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan
+
+
+def no_number(name: str, rule: Rule, example: str) -> RecipeError:
+    """What is said of a rule's min or max on texts none of which is a number."""
+    return RecipeError(
+        f"decide.rules.{name}: no value of {rule.column!r} is a number (one is {example!r:.40}); for texts "
+        "use contains, excludes, matches or not_matches"
+    )

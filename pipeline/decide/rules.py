@@ -34,12 +34,14 @@ from pipeline.decide.columns import (
     Seen,
     check_rules,
     listed_asked,
+    no_number,
+    number_in,
     scores_asked,
 )
 from pipeline.decide.duplicates import near_duplicates
 from pipeline.io.store import Store
 from pipeline.layers import Layered
-from pipeline.recipe import Decide, Duplicates, Recipe, RecipeError, Rule
+from pipeline.recipe import Decide, Duplicates, Recipe, Rule
 from pipeline.recipe_captions import Choose
 from pipeline.tables import DECISION_SCHEMA
 
@@ -227,13 +229,9 @@ def _values(name: str, rule: Rule, column: pa.ChunkedArray) -> np.ndarray:
     if not pa.types.is_string(column.type):
         return column.to_numpy().astype(np.float64)  # null → NaN, and NaN compares false
     texts = column.to_pylist()
-    values = np.array([_number_in(t) for t in texts], np.float64)
+    values = np.array([number_in(t) for t in texts], np.float64)
     if len(values) and np.isnan(values).all():
-        example = next((t for t in texts if t), "")
-        raise RecipeError(
-            f"decide.rules.{name}: no value of {rule.column!r} is a number (one is {example!r:.40}); for texts "
-            "use contains, excludes, matches or not_matches"
-        )
+        raise no_number(name, rule, next((t for t in texts if t), ""))
     return values
 
 
@@ -252,13 +250,6 @@ def _tell_numberless(name: str, rule: Rule, measured: pa.Table, none: np.ndarray
     example = next((f" (e.g. {t!r:.40})" for t in texts if t), "")
     clips, they = ("1 clip has", "it passes") if n == 1 else (f"{n:,} clips have", "they pass")
     log.warning("%s no number in %s%s; %s rule %r", clips, rule.column, example, they, name)
-
-
-def _number_in(text: str | None) -> float:
-    try:
-        return float(text or "nan")
-    except ValueError:
-        return np.nan
 
 
 def _text_test(rule: Rule) -> Callable[[str], bool]:

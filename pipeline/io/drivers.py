@@ -73,7 +73,9 @@ def _flock(files: Files) -> Iterator[int]:
         root.mkdir(parents=True, exist_ok=True)
         f = open(root / LOCK, "r+b" if (root / LOCK).exists() else "w+b", buffering=0)  # noqa: SIM115
     except OSError as e:
-        raise StoreError(f"cannot write to {files.root}: {e.strerror}; {fix(e.errno)}") from e
+        # of a folder whose parents are there, or can be made, only a file system without folders says this
+        why = "no folder can be made there" if isinstance(e, FileNotFoundError) else e.strerror
+        raise StoreError(f"cannot write to {files.root}: {why}; {fix(e.errno)}") from e
     with f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)

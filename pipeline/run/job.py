@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -19,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.caption import answers
-from pipeline.decide.columns import META, check_listed, listed_asked
+from pipeline.decide.columns import META, check_listed, listed_asked, no_number, number_in
 from pipeline.faults import counted
 from pipeline.graph import check
 from pipeline.io.store import Store, below
@@ -252,13 +253,19 @@ def _open(
 
 
 def _check_listed(store: Store, recipe: Recipe, listed: list[Source]) -> None:
-    """Raise RecipeError for a rule on a column of the list that neither the list nor the clips at hand have."""
-    asked = listed_asked(recipe.decide.rules)
-    if not asked or recipe.stages or any(s.problem and not s.meta for s in listed):
+    """Raise RecipeError for a rule on a column that neither the list nor the clips have, or hold no number in."""
+    rules = {name: r for name, r in recipe.decide.rules.items() if r.column.startswith(META)}
+    if not rules or recipe.stages or any(s.problem and not s.meta for s in listed):
         return  # a stage of the user's own, or what could not be read now, may yet bring some
-    keys = {key for s in listed for meta in (s.meta, *s.interval_meta) for key in meta}
+    metas = [meta for s in listed for meta in (s.meta, *s.interval_meta) if meta]
+    asked, keys = listed_asked(rules), {key for meta in metas for key in meta}
+    clips = Layered(store)
     if any(column.removeprefix(META) not in keys for column in asked):
-        check_listed(asked, keys | Layered(store).meta_keys())
+        check_listed(asked, keys | clips.meta_keys())
+    for name, rule in rules.items() if not clips.files else ():
+        values = [text for meta in metas if (text := meta.get(rule.column.removeprefix(META)))]
+        if not rule.textual and all(math.isnan(number_in(text)) for text in values):
+            raise no_number(name, rule, next(iter(values), ""))
 
 
 def _write_run(store: Store, run: dict[str, Any]) -> None:

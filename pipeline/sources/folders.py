@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.record import Source
-from pipeline.sources.kinds import HEAD, PIECE, UNSURE, VIDEOS, extensions, sidecars_of, why_not
+from pipeline.sources.kinds import HEAD, LOOKED_FOR, PIECE, UNSURE, VIDEOS, sidecars_of, why_not
 from pipeline.sources.names import (
     LISTS,
     SIDECAR_BYTES,
@@ -60,7 +60,7 @@ def why_none(arg: str, left: Counter[str]) -> str:
     """The sentence for a folder without videos."""
     other = [label for label in left if label == TAR or label in LISTS]
     hint = "".join(f"; to use its {s} files, pass {arg.rstrip('/')}/*{s}" for s in sorted(other))
-    return f"{arg}: no videos in this folder; looked for {extensions()}{hint}"
+    return f"{arg}: no videos in this folder{hint} ({LOOKED_FOR})"
 
 
 def walk(

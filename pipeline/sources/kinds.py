@@ -45,8 +45,7 @@ PIECE = re.compile(r"[-_.]dash\.[a-z0-9]+$", re.I)
 LEFTOVER = "unfinished or in pieces (a downloader's)"
 
 
-def extensions() -> str:
-    return " ".join(sorted(VIDEOS))
+LOOKED_FOR = "a video is what ffmpeg reads, e.g. .mp4, .mov, .mkv, .webm, .avi"
 
 
 def why_not(

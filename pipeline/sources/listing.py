@@ -29,7 +29,7 @@ from pipeline.faults import SourceFault, TransientFault, WorkerFault, one_line
 from pipeline.record import Source
 from pipeline.sources import network
 from pipeline.sources.folders import at_path, fixed, glob_files, matcher, walk, why_none
-from pipeline.sources.kinds import counted, extensions, why_not
+from pipeline.sources.kinds import LOOKED_FOR, counted, why_not
 from pipeline.sources.lists import home, joined, list_rows
 from pipeline.sources.names import (
     LISTS,
@@ -186,7 +186,7 @@ def _local(arg: str, recursive: bool) -> list[Source]:
     else:
         found = glob_files(str(path), recursive, left)
         if not found:
-            raise SourceError(f"{arg}: no video matches; check the pattern (looked for {extensions()})")
+            raise SourceError(f"{arg}: no video matches; check the pattern ({LOOKED_FOR})")
     _tell(arg, len(found), left)
     return found
 
@@ -234,7 +234,7 @@ def _objects(arg: str, recursive: bool, reach: str) -> list[Source]:
             base, pattern = fixed(key)
             wanted, spelt = matcher(pattern)
             found = below(base, wanted, len(pattern) > 1 or pattern == ["**"])
-            problem = f"{clean(arg)}: no video matches; check the pattern (looked for {extensions()})"
+            problem = f"{clean(arg)}: no video matches; check the pattern ({LOOKED_FOR})"
         elif info.type == pafs.FileType.NotFound:
             raise SourceError(f"{clean(arg)}: no such object or prefix; check the bucket and the key")
         else:

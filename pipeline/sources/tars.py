@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from pipeline.faults import SourceFault, TransientFault
 from pipeline.record import Source
 from pipeline.sources.fetch import random_access
-from pipeline.sources.kinds import VIDEOS, extensions
+from pipeline.sources.kinds import LOOKED_FOR, VIDEOS
 from pipeline.sources.names import (
     SIDECAR_BYTES,
     SIDECARS,
@@ -56,7 +56,7 @@ def videos_of(tar: Source) -> Iterator[Source]:
     if problem:
         yield replace(tar, name=name_of(tar.name), size=None, problem=problem, passing=passing)
     elif not number:
-        raise SourceFault(f"{tar.uri}: no videos in this tar; looked for {extensions()}")
+        raise SourceFault(f"{tar.uri}: no videos in this tar ({LOOKED_FOR})")
 
 
 def _samples(f: io.BufferedReader, size: int) -> Iterator[tuple[list[tarfile.TarInfo], dict[str, str]]]:

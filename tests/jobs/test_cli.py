@@ -54,10 +54,11 @@ def completed(script: str, *words: str) -> list[str]:
     """What bash offers for the last of the words."""
     line = ["clipmill", *words]
     quoted = " ".join(f"'{w}'" for w in line)
-    code = (
-        f"source {script}; COMP_WORDS=({quoted}); COMP_CWORD={len(words)}; _clipmill; echo ${{COMPREPLY[@]}}"
-    )
-    return subprocess.run(["bash", "-uc", code], capture_output=True, text=True, check=True).stdout.split()
+    python = f'clipmill() {{ {" ".join(CLIPMILL)} "$@"; }}'
+    typed = f"COMP_WORDS=({quoted}); COMP_CWORD={len(words)}"
+    code = f"{python}; source {script}; {typed}; _clipmill; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-uc", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return done.stdout.split()
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,26 @@ def test_bash_completes_jobs_options_their_values_and_recipes(script, words, exp
     assert completed(script, *words) == expected
 
 
+@pytest.mark.parametrize(
+    ("words", "has", "has_not"),
+    [
+        (["recipe", "explain", ""], ["decode.", "cut.", "captions.", "name"], ["cut.crf"]),
+        (["recipe", "explain", "cut.c"], ["cut.crf", "cut.codec"], ["cut.height"]),
+        (["recipe", "explain", "decide.rules"], ["decide.rules.NAME.min"], []),
+        (["curate", "--set", ""], ["decode.", "cut."], ["optimizer.", "cut.crf="]),
+        (["curate", "--set", "cut.cr"], ["cut.crf="], ["cut.preset="]),
+        (["curate", "--set", "decide."], ["decide.rules.", "decide.need_caption="], ["decide.rules.NAME"]),
+        (["curate", "--set", "captions.0.fr"], ["captions.0.frames="], []),
+        (["train", "--set", "optim"], ["optimizer.lr="], []),
+    ],
+)
+def test_bash_completes_the_options_of_recipes(script, words, has, has_not):
+    found = completed(script, *words)
+    assert set(has) <= set(found)
+    assert not set(has_not) & set(found)
+    assert len(found) == len(set(found)) <= 40
+
+
 def test_every_job_hands_over_its_parser_before_any_work():
     found = {c.name: c for c in commands()}
     assert set(JOBS) <= set(found)
@@ -99,7 +120,7 @@ def test_zsh_gets_the_function_of_bash_and_fish_a_line_an_option():
     assert "bashcompinit" in shells["zsh"].split("\n", 1)[0]
     assert "-n '__fish_seen_subcommand_from curate' -l runner -x -a 'ray local'" in shells["fish"]
     assert (
-        "-n '__fish_seen_subcommand_from recipe; and __fish_seen_subcommand_from show' -l set -r"
-        in shells["fish"]
-    )
+        "-n '__fish_seen_subcommand_from recipe; and __fish_seen_subcommand_from show' -l set "
+        "-x -a '(clipmill recipe explain "
+    ) in shells["fish"]
     assert all(line.startswith("complete -c clipmill ") for line in shells["fish"].splitlines())

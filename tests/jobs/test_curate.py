@@ -305,6 +305,9 @@ def test_an_output_that_cannot_be_written_is_exit_4(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert curate.main([str(one_video(tmp_path)), "--out", str(tmp_path / "file/out"), *FAST]) == 4
     assert capsys.readouterr().err.count("\n") == 1
+    if Path("/proc/self").exists():
+        assert curate.main([str(one_video(tmp_path)), "--out", "/proc/out", *FAST]) == 4
+        assert "cannot write to /proc/out: no folder can be made there; choose" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -352,6 +355,18 @@ def test_a_rule_on_a_column_that_the_list_lacks_is_refused_before_work(tmp_path,
     one_video(tmp_path, "b.mp4", frames=60)
     assert curate.main([str(tmp_path / "raw/b.mp4"), "--out", str(out), *FAST, *right]) == 0
     assert "1 clip has no number in meta.views; it passes rule 'popular'" in capsys.readouterr().err
+
+
+def test_a_bound_on_a_column_of_texts_is_refused_before_work(tmp_path, capsys):
+    listed, out = views(tmp_path, "many", "few"), tmp_path / "out"
+    rule = ["--set", "decide.rules.popular={column: meta.views, min: 15}"]
+    assert curate.main([listed, "--out", str(out), *FAST, *rule]) == 2
+    said = capsys.readouterr().err
+    assert "decide.rules.popular: no value of 'meta.views' is a number (one is 'many')" in said
+    assert said.count("\n") == 1
+    assert {p.name for p in out.iterdir()} <= {".lock"}
+    text = ["--set", "decide.rules.popular={column: meta.views, contains: many}"]
+    assert curate.main([listed, "--out", str(out), *FAST, *text]) == 0
 
 
 def test_values_that_are_no_numbers_are_told_at_the_end_and_by_shard(tmp_path, capsys):

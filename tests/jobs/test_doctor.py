@@ -112,7 +112,7 @@ def test_a_training_recipe_is_looked_at_too(tmp_path: Path, capsys):
     assert doctor.main(["--recipe", "vae"]) == 0
     assert "EfficientNet-Lite0" in lines(capsys)["vae: EfficientNet-Lite0"]
     assert doctor.main(["--recipe", "toy", "--training"]) == 0
-    assert "ready: clipmill train diffusion RUN --recipe toy" in capsys.readouterr().out
+    assert "ready: clipmill train diffusion RUN --recipe toy --out run/" in capsys.readouterr().out
     (tmp_path / "text").mkdir()
     (tmp_path / "unet").mkdir()
     file = tmp_path / "mine.yaml"

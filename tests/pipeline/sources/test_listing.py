@@ -332,6 +332,10 @@ def test_a_list_that_is_none_is_refused(top: Path) -> None:
     assert "'video'" in refused(top / "d.jsonl")
     (top / "e.csv").mkdir()
     assert "no videos in this folder" in refused(top / "e.csv")
+    (top / "e.csv/list.tsv").write_text("path\na.mp4\n")
+    said = refused(top / "e.csv")
+    assert f"no videos in this folder; to use its .tsv files, pass {top}/e.csv/*.tsv (" in said
+    assert len(said.replace(str(top), "")) < 160
 
 
 # Panda-70M ----------------------------------------------------------------------------------------
