@@ -99,7 +99,7 @@ class Packed(CutStage):
 
 
 def worker(out: Path, chunk_s: float) -> Worker:
-    stages = [Given(), Packed(parse({"name": "x"}, [], "x").cut, str(out))]
+    stages = [Given(), Packed(parse({"name": "x", "cut": {"stills": False}}, [], "x").cut, str(out))]
     divide_after(stages, chunk_s)
     return Worker([*stages, commit.CommitStage(str(out), Produces())])
 
