@@ -69,6 +69,8 @@ def measured(out: Path) -> tuple[dict, dict]:
         offset = r.pop("media_offset")
         data = (out / r.pop("media_tar")).read_bytes()
         r["bytes"] = data[offset : offset + r["media_size"]]
+        stills = r.pop("stills_offset")
+        r["stills"] = None if stills is None else data[stills : stills + sum(r["stills_sizes"])]
     return videos, clips
 
 

@@ -99,7 +99,7 @@ class Packed(CutStage):
 
 
 def worker(out: Path, chunk_s: float) -> Worker:
-    stages = [Given(), Packed(parse({"name": "x"}, [], "x").cut, str(out))]
+    stages = [Given(), Packed(parse({"name": "x", "cut": {"stills": False}}, [], "x").cut, str(out))]
     divide_after(stages, chunk_s)
     return Worker([*stages, commit.CommitStage(str(out), Produces())])
 
@@ -212,7 +212,7 @@ def test_more_than_a_thousand_chunks_keep_their_media(tmp_path):
     rows = [unit for unit in divided([video], [video], 1.0) if unit[0].chunk in (0, 999, 1000, 1002)]
     video.clips = []
     for (v,) in rows:
-        Packed(parse({"name": "x"}, [], "x").cut, str(tmp_path))([v])
+        Packed(parse({"name": "x", "cut": {"stills": False}}, [], "x").cut, str(tmp_path))([v])
         video.clips += v.clips
     stage([video])  # the source as it is once put together
     assert len(store.list("media")) == 4
