@@ -88,7 +88,9 @@ def test_an_order_of_captioners_that_are_not_there_names_the_nearest():
 
 def test_what_chooses_is_no_part_of_what_is_measured_but_the_scores_that_open_clip_needs_are():
     key = recipe.load("embedded").measure_key()
-    assert recipe.load("embedded", ["choose={method: order, order: [tags-baseline]}"]).measure_key() == key
+    assert (
+        recipe.load("embedded", ["choose.method=order", "choose.order=[tags-baseline]"]).measure_key() == key
+    )
     judges = "choose.judges=[{kind: clip_score, frames: %d}]"
     measured = [recipe.load("embedded", ["choose.method=clip_score", judges % n]) for n in (4, 8)]
     assert len({key, *(r.measure_key() for r in measured)}) == 3

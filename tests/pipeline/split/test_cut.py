@@ -21,6 +21,7 @@ from pipeline.faults import WorkerFault
 from pipeline.io import ffmpeg
 from pipeline.recipe import Cut, Decode, RecipeError
 from pipeline.record import Source, Video
+from pipeline.samples import samples
 from pipeline.split import piece as piece_module
 from pipeline.split.cut import CutStage
 from pipeline.split.decode import analyse
@@ -470,8 +471,18 @@ def test_the_tar_is_the_same_every_time_and_sorted_by_source_and_start(sources, 
     assert tar.format == tarfile.USTAR_FORMAT or not tar.pax_headers
     by_start = [(v.source.uri, c.start_frame, c) for v in videos for c in v.clips]
     ordered = [c for *_, c in sorted(by_start, key=lambda row: row[:2])]
-    assert [m.name for m in members] == [f"{c.clip_id}.mp4" for c in ordered]
-    assert [(m.offset_data, m.size) for m in members] == [(c.media.offset, c.media.size) for c in ordered]
+    names = [[f"{c.clip_id}.mp4", *([f"{c.clip_id}.jpgs"] if c.media.stills else [])] for c in ordered]
+    assert [m.name for m in members] == [n for of_clip in names for n in of_clip]
+    clips, stills = ([m for m in members if m.name.endswith(kind)] for kind in (".mp4", ".jpgs"))
+    assert [(m.offset_data, m.size) for m in clips] == [(c.media.offset, c.media.size) for c in ordered]
+    kept = [(c, c.media.stills) for c in ordered if c.media.stills]
+    assert kept
+    assert [(m.offset_data, m.size) for m in stills] == [(s.offset, sum(s.sizes)) for _, s in kept]
+    data = first.read_bytes()
+    for clip, s in kept:
+        (shown,) = (b"".join(x.jpeg for x in samples(v, clip)) for v in videos if clip in v.clips)
+        assert data[s.offset : s.offset + sum(s.sizes)] == shown
+        assert hashlib.sha256(shown).hexdigest() == s.sha256
 
 
 def test_a_source_that_fails_does_not_hold_up_the_others(sources, tmp_path):
