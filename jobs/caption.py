@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from pipeline import layers, recipe
     from pipeline.faults import StoreError, WorkerFault
-    from pipeline.io.store import Store
+    from pipeline.io.store import Store, below
     from pipeline.run import job as run
     from pipeline.run import layering, needs
     from pipeline.run.outcome import Exit
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
                 layering.agree(store)
             print(f"removed {args.remove}; new shards without it: clipmill shard {shlex.quote(args.dir)}")
             return Exit.OK
-        chosen = recipe.parse(stored, [] if args.recipe else args.set, f"{args.dir}/run.json")
+        chosen = recipe.parse(stored, [] if args.recipe else args.set, below(args.dir, "run.json"))
         if args.recipe:
             chosen = recipe.load(args.recipe, args.set)
         needs.check(chosen, args.dir)

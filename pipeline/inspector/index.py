@@ -26,7 +26,7 @@ from pipeline.faults import StoreError
 from pipeline.inspector.captions import CONSENSUS, FIT, HUMAN, CaptionColumns
 from pipeline.inspector.nested import Marks, Names, flat, lengths, whole
 from pipeline.io.store import Store
-from pipeline.layers import Layered, read_ahead, unit_of
+from pipeline.layers import Layered, no_run, read_ahead, unit_of
 from pipeline.recipe import Rule
 from pipeline.recipe_captions import Choose
 from pipeline.tables import DECISION_SCHEMA
@@ -61,9 +61,7 @@ class Index:
     def __init__(self, store: Store):
         self.store = self.media = store
         if not store.exists("run.json") and not store.list("videos", ".parquet"):
-            raise StoreError(
-                f"{store.uri} holds no clipmill run; make one with 'clipmill curate SOURCE --out {store.uri}'"
-            )
+            raise no_run(store)
         try:
             self.info: dict[str, Any] = {}
             if store.exists("run.json"):
