@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import threading
 from collections import Counter
 from itertools import pairwise
 
@@ -18,7 +19,7 @@ from pipeline.caption.judge import JudgeStage
 from pipeline.faults import WorkerFault
 from pipeline.io.store import Store
 from pipeline.record import Caption, Media
-from tests.fixtures.chat_server import KEY, ChatServer, Trouble, completion
+from tests.fixtures.chat_server import KEY, ChatServer, Trouble, completion, describe
 from tests.fixtures.clips import noise, video
 
 
@@ -138,7 +139,13 @@ def test_what_the_list_says_is_told_where_the_recipe_lets_it(server):
 
 
 def test_clips_of_all_sources_are_asked_about_at_once_and_keep_their_places(server):
-    server.service_s = 0.05
+    six = threading.Barrier(6, timeout=60)  # nobody is answered before six have asked
+
+    def says(body):
+        six.wait()
+        return describe(body)
+
+    server.says = says
     videos = [clips(1, f"{n}.mp4") for n in range(12)]
     asks = stage(server, concurrency=6)
     asks(videos)

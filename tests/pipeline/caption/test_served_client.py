@@ -15,7 +15,7 @@ from pipeline.caption.client import Client, NoAnswer, Refused
 from pipeline.faults import WorkerFault
 from pipeline.recipe_captions import ServedModel
 from pipeline.recipe_schema import RecipeError
-from tests.fixtures.chat_server import KEY, ChatServer, Trouble
+from tests.fixtures.chat_server import KEY, ChatServer, Trouble, describe
 
 
 class Clock:
@@ -220,7 +220,13 @@ def many(asks, n):
 
 @pytest.mark.parametrize("concurrency", [1, 3, 8])
 def test_as_many_at_once_as_the_recipe_says_and_no_more(server, concurrency):
-    server.service_s = 0.03
+    together = threading.Barrier(concurrency, timeout=60)  # nobody is answered before so many have asked
+
+    def says(body):
+        together.wait()
+        return describe(body)
+
+    server.says = says
     asks, _ = client(server, concurrency=concurrency)
     assert len(set(many(asks, 24))) == 24
     assert server.most == concurrency
