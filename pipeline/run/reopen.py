@@ -51,10 +51,13 @@ class ReopenStage:
         self.store = Store.of(self.out)
         self.child = Child(self.options.max_memory_gb)
         self.ranges: Ranges | None = None
+        self.clips: Layered | None = None
 
     def __call__(self, videos: list[Video]) -> list[Video]:
         self.ranges = self.ranges or Ranges(self.store)
-        clips = Layered(self.store)
+        clips = self.clips = self.clips or Layered(
+            self.store
+        )  # what other units are given meanwhile is not read
         for unit in dict.fromkeys(v.unit for v in videos):
             its = [v for v in videos if v.unit == unit]
             rows = {r["source"]: r for r in self.store.read_table(f"videos/{unit}.parquet").to_pylist()}
