@@ -16,6 +16,7 @@ To remove a layer is to delete its folder.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -172,6 +173,19 @@ def unit_of(name: str) -> str:
     return name.rpartition("/")[2].removesuffix(".parquet")
 
 
+def open_run(store: Store) -> tuple[dict[str, Any], Store]:
+    """What run.json says, {} without one, and where the clips were measured: elsewhere of another set of shards.
+
+    Raises StoreError where there is no run, ValueError where run.json is none.
+    """
+    if not store.exists("run.json"):
+        if not store.list("videos", ".parquet"):
+            raise no_run(store)
+        return {}, store
+    info: dict[str, Any] = json.loads(store.read_bytes("run.json"))
+    return info, Store(info["of"]) if "of" in info else store
+
+
 class Layered:
     """The clips of a run with its layers over them, as they were when this was made."""
 
@@ -187,6 +201,10 @@ class Layered:
 
     def schema(self) -> pa.Schema:
         """Columns of the clips; CLIP_SCHEMA's alone where there are none."""
+        return self._schema
+
+    @functools.cached_property
+    def _schema(self) -> pa.Schema:
         schema = self.store.read_schema(self.files[0]) if self.files else CLIP_SCHEMA
         if "captions" in schema.names:
             schema = schema.set(schema.get_field_index("captions"), CAPTIONS)

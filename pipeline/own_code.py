@@ -18,13 +18,14 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.faults import Fault, WorkerFault, one_line
 from pipeline.recipe_schema import RecipeError, nearest
 from pipeline.stages import Resources
 
 log = logging.getLogger("clipmill")
+T = TypeVar("T")
 
 
 # ---------------------------------------------------------------- a class from a file
@@ -162,6 +163,27 @@ def heard(about: str) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- where it went wrong
+
+
+def built(name: str, what: str, base: type[T], options: Any) -> T:
+    """An object of the class that `name` gives, made with `options`; of that base class, with a name.
+
+    Args:
+        what: 'captioner' or 'judge', for messages.
+
+    Raises RecipeError.
+    """
+    where, cls = f"{what} {name!r}", load_class(name, what)
+    if not issubclass(cls, base):
+        raise RecipeError(
+            f"{where}: {cls.__name__} is not made from {base.__name__}: write class {cls.__name__}({base.__name__}), "
+            "from pipeline.captions"
+        )
+    found: T = make(cls, name, what, options)
+    if not (isinstance(getattr(found, "name", None), str) and found.name):  # type: ignore[attr-defined]
+        raise RecipeError(f"{where} has no name: give its class one")
+    check_resources(found, where)
+    return found
 
 
 def file_of(thing: Any) -> str:

@@ -348,45 +348,39 @@ class ConsensusJudge(Section):
     )
 
 
-class YesJudge(Looking):
+class Asked(Section):
+    """A judge that asks a model about a caption."""
+
+    question: Prompt = Field(
+        'Does this show "{caption}"? Please answer yes or no.',
+        description="what it is asked of a caption: words, a bundled prompt's name, or a .txt file",
+        json_schema_extra=WORDS,
+    )
+
+    @model_validator(mode="after")
+    def _of_a_caption(self) -> Self:
+        if "{caption}" not in self.question:
+            raise ValueError("question has no {caption}, the place of what is asked about")
+        return self
+
+
+class YesJudge(Looking, Asked):
     """`p_yes`: P(yes | frames, 'Does this show "…"?') by a transformers model, one forward pass a text (VQAScore)."""
 
     kind: Literal["p_yes"] = Field(description="which judge")
     name: str = Field("p_yes", description="of the score")
-    question: Prompt = Field(
-        'Does this show "{caption}"? Please answer yes or no.',
-        description="what it is asked of a caption: words, a bundled prompt's name, or a .txt file",
-        json_schema_extra=WORDS,
-    )
     sentences: bool = Field(True, description="ask of each sentence too, of captions that have several")
 
-    @model_validator(mode="after")
-    def _of_a_caption(self) -> Self:
-        if "{caption}" not in self.question:
-            raise ValueError("question has no {caption}, the place of what is asked about")
-        return self
 
-
-class ServedYesJudge(ServedModel):
+class ServedYesJudge(ServedModel, Asked):
     """`served_yes`: P(yes) of a served model shown the frames and asked 'does this show …?', by its logprobs."""
 
     kind: Literal["served_yes"] = Field(description="which judge")
     name: str = Field("served_yes", description="of the score")
-    question: Prompt = Field(
-        'Does this show "{caption}"? Please answer yes or no.',
-        description="what it is asked of a caption: words, a bundled prompt's name, or a .txt file",
-        json_schema_extra=WORDS,
-    )
     frames: int = Field(4, ge=1, description="frames a clip to send")
     sentences: bool = Field(
         False, description="ask of each sentence too, of captions that have several: a request each"
     )
-
-    @model_validator(mode="after")
-    def _of_a_caption(self) -> Self:
-        if "{caption}" not in self.question:
-            raise ValueError("question has no {caption}, the place of what is asked about")
-        return self
 
 
 class PythonJudge(Section):

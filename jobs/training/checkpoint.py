@@ -11,7 +11,6 @@ A folder gets its name when everything in it is on disk, so the last good checkp
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import warnings
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from jobs.training.distributed import World
 from jobs.training.task import Phase
 from models.ema import PowerEMA, Profile, combination
+from pipeline.io.store import fsync
 
 SNAPSHOTS = 32  # averages kept on disk at most, about evenly spread over training
 FREE = (  # what a resumed run may have otherwise: how long, and how the same numbers are computed
@@ -221,19 +221,11 @@ class Saver:
 def publish(partial: Path, final: Path) -> None:
     """Give a folder or file its name, replacing what had it, once all of it is on disk."""
     for path in [*partial.rglob("*"), partial]:
-        _sync(path)
+        fsync(path)
     if final.is_dir():
         remove(final)
     partial.replace(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync(final.parent)
 
 
 def remove(folder: Path) -> None:

@@ -255,17 +255,9 @@ def build(section: recipe_captions.Captioner) -> Captioner:
     if not isinstance(section, recipe_captions.PythonCaptioner):
         made: Captioner = own_code.load_class(BUILT_IN[section.kind], "captioner")(section)
         return made
-    where = f"captioner {section.captioner!r}"
-    cls = own_code.load_class(section.captioner, "captioner")
-    if not issubclass(cls, Captioner):
-        raise RecipeError(
-            f"{where}: {cls.__name__} is not made from Captioner: write class {cls.__name__}(Captioner), "
-            "from pipeline.captions"
-        )
-    captioner: Captioner = own_code.make(cls, section.captioner, "captioner", section.options)
-    if not (isinstance(getattr(captioner, "name", None), str) and captioner.name):
-        raise RecipeError(f"{where} has no name: give its class one")
+    captioner = own_code.built(section.captioner, "captioner", Captioner, section.options)
     if not (isinstance(captioner.batch, int) and captioner.batch >= 1):
-        raise RecipeError(f"{where}: its batch is to be a whole number from 1 on, not {captioner.batch!r}")
-    own_code.check_resources(captioner, where)
+        raise RecipeError(
+            f"captioner {section.captioner!r}: its batch is to be a whole number from 1 on, not {captioner.batch!r}"
+        )
     return captioner

@@ -183,14 +183,4 @@ def build(section: recipe_captions.Judge) -> Judge:
     if not isinstance(section, recipe_captions.PythonJudge):
         made: Judge = own_code.load_class(BUILT_IN[section.kind], "judge")(section)
         return made
-    where = f"judge {section.judge!r}"
-    cls = own_code.load_class(section.judge, "judge")
-    if not issubclass(cls, Judge):
-        raise RecipeError(
-            f"{where}: {cls.__name__} is not made from Judge: write class {cls.__name__}(Judge), from pipeline.captions"
-        )
-    judge: Judge = own_code.make(cls, section.judge, "judge", section.options)
-    if not (isinstance(getattr(judge, "name", None), str) and judge.name):
-        raise RecipeError(f"{where} has no name: give its class one")
-    own_code.check_resources(judge, where)
-    return judge
+    return own_code.built(section.judge, "judge", Judge, section.options)

@@ -26,7 +26,7 @@ from pipeline.faults import StoreError
 from pipeline.inspector.captions import CONSENSUS, FIT, HUMAN, CaptionColumns
 from pipeline.inspector.nested import Marks, Names, flat, lengths, whole
 from pipeline.io.store import Store
-from pipeline.layers import Layered, no_run, read_ahead, unit_of
+from pipeline.layers import Layered, open_run, read_ahead, unit_of
 from pipeline.recipe import Rule
 from pipeline.recipe_captions import Choose
 from pipeline.tables import DECISION_SCHEMA
@@ -59,15 +59,9 @@ class Index:
     """
 
     def __init__(self, store: Store):
-        self.store = self.media = store
-        if not store.exists("run.json") and not store.list("videos", ".parquet"):
-            raise no_run(store)
+        self.store = store
         try:
-            self.info: dict[str, Any] = {}
-            if store.exists("run.json"):
-                self.info = json.loads(store.read_bytes("run.json"))
-            if "of" in self.info:  # another set of shards: what was measured lies with the run
-                self.media = Store(self.info["of"])
+            self.info, self.media = open_run(store)
             self.recipe: dict[str, Any] = self.info.get("recipe") or {}
             self._read_clips()
             self._read_decisions()

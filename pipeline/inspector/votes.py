@@ -29,7 +29,7 @@ from typing import Any
 
 from pipeline.faults import StoreError
 from pipeline.io.files import fix
-from pipeline.io.store import Store
+from pipeline.io.store import Store, fsync
 
 QUESTION = {"best": "caption", "bad": "caption", "edit": "caption", "keep": "keep", "drop": "keep"}
 KINDS = (*QUESTION, "undo", "ab")
@@ -96,7 +96,7 @@ class Votes:
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
                 self._file = os.open(folder / self._name, flags, 0o644)
                 for above in (folder, folder.parent):
-                    _fsync(above)
+                    fsync(above)
             line = (b"\n" if self._torn else b"") + line
             self._torn = True
             if os.write(self._file, line) != len(line):
@@ -254,11 +254,3 @@ def _vote(line: bytes) -> dict[str, Any] | None:
                 vote["text"] = str(vote.get("text") or "")
             return vote
     return None
-
-
-def _fsync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -86,7 +86,7 @@ class Store:
         def publish() -> None:
             if temp.exists():  # else an earlier try did it
                 temp.replace(final)
-            _fsync_dir(final.parent)
+            fsync(final.parent)
 
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ class Store:
                     if self.exists(final):
                         Path(self.path(final)).rename(self.path(f"{final}.old"))
                     Path(self.path(new)).rename(self.path(final))
-                _fsync_dir(Path(self.root))
+                fsync(Path(self.root))
                 self.delete_folder(f"{final}.old")
 
             self.files.patiently("write", final, rename)
@@ -376,8 +376,9 @@ class Ranges:
         )
 
 
-def _fsync_dir(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Have what is in a file, or the names in a folder, on the disk."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from pipeline.decide.rules import CHOSEN, DUPLICATE, funnel
 from pipeline.faults import StoreError
 from pipeline.io.store import Ranges, Store
-from pipeline.layers import Layered, no_run
+from pipeline.layers import Layered, open_run
 from pipeline.recipe import Rule
 from pipeline.tables import DECISION_SCHEMA, VIDEO_SCHEMA
 
@@ -57,15 +57,9 @@ class Run:
 
     def __init__(self, store: Store):
         """Raises StoreError where there is no run, or a file of it cannot be read."""
-        self.store = self.media = store
-        if not store.exists("run.json") and not store.list("videos", ".parquet"):
-            raise no_run(store)
+        self.store = store
         try:
-            self.info: dict[str, Any] = {}
-            if store.exists("run.json"):
-                self.info = json.loads(store.read_bytes("run.json"))
-            if "of" in self.info:  # another set of shards: what was measured lies with the run
-                self.media = Store(self.info["of"])
+            self.info, self.media = open_run(store)
             units = self.media.list("videos", ".parquet")
             self.videos: list[dict[str, Any]] = self.media.tables(units, VIDEO_SCHEMA).to_table().to_pylist()
             self._layered = Layered(self.media)
