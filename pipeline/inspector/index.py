@@ -234,7 +234,11 @@ class Index:
 
     def row(self, clip_id: str) -> int | None:
         """Of a clip; none where there is no such clip."""
-        found = pc.index(self.ids, pa.scalar(clip_id, pa.large_string())).as_py()
+        try:
+            wanted = pa.scalar(clip_id, pa.large_string())
+        except UnicodeEncodeError:  # half a character
+            return None
+        found = pc.index(self.ids, wanted).as_py()
         return None if found < 0 else found
 
     def details(self, row: int) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class Media:
         self.index = index
         self.decoder = decoder or Decoder()
         self._tars = set(index.media.list("media", ".tar"))
+        self._shards = set(index.store.list("shards", ".tar"))
         self._idle: dict[int, queue.LifoQueue[Ranges]] = {}
         self._stills: OrderedDict[tuple[int, int], bytes] = OrderedDict()
 
@@ -88,9 +89,11 @@ class Media:
         tar, offset, size = index.mp4(row)
         if tar in self._tars:
             return Place(index.media, tar, offset, size)
-        if (shard := index.shard[row]) is not None and index.shard_offset[row] >= 0:
+        if (shard := index.shard[row]) in self._shards and shard is not None and index.shard_offset[row] >= 0:
             return Place(index.store, shard, int(index.shard_offset[row]), size)
-        raise Gone("the clip's media is gone: it is not in the shards, and its staging tar was deleted")
+        raise Gone(
+            "the clip's media is gone: its staging tar was deleted, and it is in no shard that is there"
+        )
 
     def read(self, place: Place) -> bytes:
         """Raises StoreError."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import mimetypes
 import time
@@ -204,10 +205,14 @@ def _media(session: Session, request: Request) -> Response:
     headers["Content-Length"] = str(end - start)
     if asked is not None:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{place.size}"
-    status = 200 if asked is None else 206
+    whole = 200 if asked is None else 206
     if request.method == "HEAD":
-        return Response(status_code=status, headers=headers, media_type="video/mp4")
-    return StreamingResponse(said["media"].blocks(place, start, end), status, headers, "video/mp4")
+        return Response(status_code=whole, headers=headers, media_type="video/mp4")
+    blocks = said["media"].blocks(place, start, end)
+    status, said = _tried(lambda: {"first": next(blocks)})  # what cannot be read is told, not sent half
+    if status != 200:
+        return Plain(said, status)
+    return StreamingResponse(itertools.chain((said["first"],), blocks), whole, headers, "video/mp4")
 
 
 def _still(session: Session, request: Request) -> Response:

@@ -75,6 +75,8 @@ function Facet({ state, name, counts, most = 8, search = false }) {
 }
 
 function Decision({ state, kept }) {
+  if (!state.kept && kept?.undecided && !kept[0] && !kept[1])
+    return html`<p class="soft small">Nothing is decided yet: <code>clipmill shard</code> keeps and drops.</p>`;
   const option = (value, label, n) => html`<button
     aria-pressed=${(state.kept ?? "") === value}
     onClick=${() => go(changed(state, { kept: value, at: "" }))}

@@ -1,6 +1,6 @@
 // A clip frame by frame: where the models' frames lie on its time, and those frames as a strip.
 import { html, useEffect, useMemo, useRef, useState } from "./preact-htm.js";
-import { carried, mediaOf, stillOf, useAnswer } from "./api.js";
+import { carried, get, mediaOf, stillOf, useAnswer } from "./api.js";
 import { Still } from "./card.js";
 import { useKeys } from "./keys.js";
 import { recall, remember } from "./state.js";
@@ -35,7 +35,13 @@ export function Player({ clip, run = "", autoplay = false }) {
   const [length, setLength] = useState(clip.duration_s ?? 0);
   const [muted, setMuted] = useState(() => recall("muted", true));
   const [speed, setSpeed] = useState(1);
-  const [broken, setBroken] = useState(false);
+  const [broken, setBroken] = useState(""); // why it cannot be played
+  // Whether it is the clip or the browser, the server knows: it says why it has nothing to play.
+  const fail = () =>
+    get(`api/frames/${encodeURIComponent(clip.id)}${run && `?run=${run}`}`).then(
+      () => setBroken("This browser cannot play the clip: its stills are shown."),
+      (error) => setBroken(`Nothing to play: ${error.message}.`),
+    );
   const src = mediaOf(clip.id, run);
   const [loaded, setLoaded] = useState(false);
   // When each frame is shown, as its file says: frames need not be equally long. Until it is known they are taken to be.
@@ -111,7 +117,7 @@ export function Player({ clip, run = "", autoplay = false }) {
               onSeeked=${({ currentTarget }) => setNow(currentTarget.currentTime)}
               onLoadedMetadata=${() => setLoaded(true)}
               onDurationChange=${({ currentTarget }) => Number.isFinite(currentTarget.duration) && setLength(currentTarget.duration)}
-              onError=${() => setBroken(true)}
+              onError=${fail}
             />`
           : html`<${Still} key=${nearest} id=${clip.id} run=${run} k=${nearest} alt="a frame of the clip" />`
       }
@@ -149,7 +155,7 @@ export function Player({ clip, run = "", autoplay = false }) {
           <button onClick=${mute} aria-pressed=${!muted} aria-label="Sound" title="Sound  m"><${Speaker} on=${!muted} /></button>
         </div>`
     }
-    ${broken && html`<p class="soft small">This browser cannot play the clip: its stills are shown.</p>`}
+    ${broken && html`<p class="soft small" role="status">${broken}</p>`}
     ${
       clip.stills > 0 &&
       html`<div class="filmstrip" role="group" aria-label="Frames shown to the models">
