@@ -174,10 +174,10 @@ AHEAD = 256
 
 
 def read_ahead(
-    read: Callable[[str], pa.Table], names: Sequence[str], ahead: int = AHEAD
+    read: Callable[[str], pa.Table], names: Sequence[str], ahead: int = AHEAD, readers: int = READERS
 ) -> Iterator[tuple[str, pa.Table]]:
     """Many files one after the other, so many of them read ahead of use."""
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(readers) as pool:
         for at in range(0, len(names), ahead):
             some = names[at : at + ahead]
             yield from zip(some, pool.map(read, some), strict=True)
