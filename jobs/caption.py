@@ -55,9 +55,9 @@ def main(argv: list[str] | None = None) -> int:
 
     from pipeline import layers, recipe
     from pipeline.faults import StoreError, WorkerFault
-    from pipeline.io.store import Store, below
+    from pipeline.io.store import Store
     from pipeline.run import job as run
-    from pipeline.run import layering, needs
+    from pipeline.run import layering
     from pipeline.run.outcome import Exit
     from pipeline.run.worker import RunError
     from pipeline.shards.pack import read_run
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         store = Store(args.dir)
         try:
-            stored = read_run(store)["recipe"]
+            read_run(store)
         except StoreError as e:
             return sorry(e, Exit.BAD_INPUT)
         if args.list:
@@ -87,13 +87,9 @@ def main(argv: list[str] | None = None) -> int:
                 layering.agree(store)
             print(f"removed {args.remove}; new shards without it: clipmill shard {shlex.quote(args.dir)}")
             return Exit.OK
-        chosen = recipe.parse(stored, [] if args.recipe else args.set, below(args.dir, "run.json"))
-        if args.recipe:
-            chosen = recipe.load(args.recipe, args.set)
-        needs.check(chosen, args.dir)
         found = run.caption(
             args.dir,
-            chosen,
+            recipe.load(args.recipe, args.set) if args.recipe else None,
             run.Job(
                 runner=args.runner,
                 address=args.address,

@@ -77,9 +77,9 @@ class Inspector:
     def read(self) -> None:
         with self._busy:
             try:
-                self.index.read_captions()
-                if self.other is not None:
-                    self.other.index.read_captions()
+                for index in (self.index, *([self.other.index] if self.other else ())):
+                    index.read_measures()
+                    index.read_captions()
                 self.search.fill()
             except StoreError as e:
                 self.failed = str(e)
@@ -228,6 +228,7 @@ class Inspector:
         captions = [self._caption(c, row) for c in all_["captions"] or []]
         scores = {n.removeprefix("score_"): v for n, v in all_.items() if n.startswith("score_")}
         return summary(index, row, *index.chosen([row])) | {
+            "stills": index.still_count(row),
             "fps": all_["fps"],
             "frames": all_["end_frame"] - start,
             "sample_frames": frames,

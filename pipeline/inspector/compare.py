@@ -92,6 +92,8 @@ class Comparison:
 
     def _scores(self) -> list[str]:
         """Measures that both have."""
+        self.a.read_measures()
+        self.b.read_measures()
         return [n for n in self.a.numbers if n.startswith("score_") and n in self.b.numbers]
 
     def rows(self, change: str, offset: int, limit: int) -> dict[str, Any]:

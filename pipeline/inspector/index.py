@@ -1,8 +1,9 @@
 """A run's clips as columns in memory: what the inspector filters, sorts and counts.
 
-Row i is the same clip everywhere, sorted by source and time. Columns come in two steps: `Index` reads the light ones
-(about 200 bytes a clip), `read_captions` goes over the captions once, in the background, and leaves a few numbers of
-each clip. Captions themselves, prompts and metadata stay in their files: `details` reads those of one clip.
+Row i is the same clip everywhere, sorted by source and time. Columns come in three steps: `Index` reads those of the
+first page (about 100 bytes a clip), `read_measures` scores and the places of media, `read_captions` goes over the
+captions once, in the background, and leaves a few numbers of each clip. Captions themselves, prompts and metadata stay
+in their files: `details` reads those of one clip.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ import pyarrow.parquet as pq
 from pipeline.decide.rules import DUPLICATE
 from pipeline.faults import StoreError
 from pipeline.inspector.captions import CONSENSUS, FIT, HUMAN, CaptionColumns
-from pipeline.inspector.nested import Marks, Names, flat, lengths, whole
+from pipeline.inspector.files import native, numbers, read_columns
+from pipeline.inspector.nested import Marks, Names, flat, whole
 from pipeline.io.store import Store
-from pipeline.layers import Layered, open_run, read_ahead, unit_of
+from pipeline.layers import Layered, open_run, unit_of
 from pipeline.recipe import Rule
 from pipeline.recipe_captions import Choose
 from pipeline.tables import DECISION_SCHEMA
 
 PLACE = ("media_tar", "media_offset", "media_size", "stills_offset", "stills_sizes")
+SIZES = ("duration_s", "width", "height")
 LIGHT = (
     "clip_id",
     "source",
@@ -39,10 +42,7 @@ LIGHT = (
     "start_s",
     "end_s",
     "start_frame",
-    "duration_s",
-    "width",
-    "height",
-    "fps",
+    *SIZES,
 )
 # What was chosen is read later: the texts of a million clips take as long as all the rest
 DECIDED = [f.name for f in DECISION_SCHEMA if f.name not in ("source", "size", "tar", "caption")]
@@ -60,6 +60,8 @@ class Index:
 
     def __init__(self, store: Store):
         self.store = store
+        self._lock, self._measuring = threading.Lock(), threading.Lock()
+        self.places: Places | None = None
         try:
             self.info, self.media = open_run(store)
             self.recipe: dict[str, Any] = self.info.get("recipe") or {}
@@ -71,7 +73,6 @@ class Index:
         self._begin_captions()
         self._details: OrderedDict[int, dict[str, Any]] = OrderedDict()
         self._time_bases: dict[tuple[str, str], str | None] = {}
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -80,23 +81,17 @@ class Index:
 
     def _read_clips(self) -> None:
         self.layered = Layered(self.media)
-        scores = [name for name in self.layered.schema().names if name.startswith("score_")]
         pool = ThreadPoolExecutor(1)
         decided = pool.submit(self._decided)  # meanwhile
-        tables = [
-            table for _, table in read_ahead(lambda name: self._light(name, scores), self.layered.files)
-        ]
-        self.sizes = np.array([len(t) for t in tables], np.int64)
+        self.sizes, columns = read_columns(self.layered, LIGHT)
         self.first = np.cumsum(self.sizes) - self.sizes  # of each file
-        columns = {c: [t[c] for t in tables] for c in (*LIGHT, *PLACE, *scores)}
-        source = Names.joined(columns["source"])
-        start = _joined(columns["start_frame"], np.int64)
+        source = Names.of(columns["source"])
+        start = numbers(columns["start_frame"], np.int64)
         by_name = np.argsort(np.array(source.names, object), kind="stable")
         rank = np.empty(len(by_name), np.int64)
         rank[by_name] = np.arange(len(by_name))
         order = np.lexsort((start, rank[source.codes]))
-        measured_ids = pa.chunked_array([c for t in columns["clip_id"] for c in t.chunks], pa.string())
-        ids = measured_ids.cast(pa.large_string()).combine_chunks()
+        ids = columns["clip_id"].cast(pa.large_string()).combine_chunks()
         self.ids: pa.Array = ids.take(pa.array(order))
         self._decisions: pa.Table = decided.result()
         pool.shutdown()
@@ -110,46 +105,43 @@ class Index:
         self.position = np.full(len(ids), -1, np.int32)
         self.position[order] = np.arange(len(order), dtype=np.int32)
         self.measured = order.astype(np.int32)
-        self.sources, self.names, self.tars = (
-            names.take(order)
-            for names in (source, *(Names.joined(columns[c]) for c in ("name", "media_tar")))
-        )
-        self.start, self.end = (_joined(columns[c], np.float64)[order] for c in ("start_s", "end_s"))
-        self.numbers = {c: _joined(columns[c], np.float32)[order] for c in (*LIGHT[6:], *scores)}
-        self.offset, self.size, self.stills_at = (
-            _joined(columns[c], np.int64)[order] for c in ("media_offset", "media_size", "stills_offset")
-        )
-        self._stills = pa.chunked_array(
-            [c for t in columns["stills_sizes"] for c in t.chunks], pa.list_(pa.int32())
-        )  # as they were measured
-        counts = [lengths(c) for c in self._stills.chunks]
-        self.still_count = np.concatenate([*counts, np.zeros(0, np.int64)]).astype(np.int16)[order]
+        self.sources, self.names = source.take(order), Names.of(columns["name"]).take(order)
+        self.start, self.end = (numbers(columns[c], np.float64)[order] for c in ("start_s", "end_s"))
+        self.numbers = {c: numbers(columns[c], np.float32)[order] for c in SIZES}
 
-    def _light(self, name: str, scores: list[str]) -> pa.Table:
-        """The light columns of a file of clips/ with its layers; texts that repeat themselves as dictionaries."""
+    @property
+    def scores(self) -> list[str]:
+        """Columns that were measured, read or not."""
+        return [name for name in self.layered.schema().names if name.startswith("score_")]
 
-        def read(file: Any) -> pa.Table:
-            parquet = pq.ParquetFile(file, read_dictionary=["source", "name", "media_tar"])
-            there = set(parquet.schema_arrow.names)
-            return parquet.read([c for c in (*LIGHT, *PLACE, *scores) if c in there], use_threads=False)
+    def read_measures(self) -> None:
+        """Scores, frame rates and where the media lie, once, for whoever needs them first. Raises StoreError."""
+        with self._measuring:
+            if self.places is not None:
+                return
+            names = ["fps", *self.scores]
+            try:
+                _, columns = read_columns(self.layered, [*names, *PLACE])
+            except (pa.ArrowException, ValueError, KeyError) as e:
+                raise StoreError(f"{self.store.uri} cannot be read: {e}") from e
+            self._add({c: numbers(columns[c], np.float32)[self.measured] for c in names})
+            self.places = Places(columns, self.measured)
 
-        table: pa.Table = self.media.files.using(name, read)
-        over = {c for layer in self.layered.over.get(name, ()) for c in layer.schema().names} & set(scores)
-        missing = [c for c in (*LIGHT, *PLACE, *scores) if c not in table.column_names]
-        if again := list(dict.fromkeys([*over, *missing])):
-            for column, values in zip(again, self.layered.read(name, again).columns, strict=True):
-                at = table.schema.get_field_index(column)
-                table = (
-                    table.set_column(at, column, values) if at >= 0 else table.append_column(column, values)
-                )
-        return table
+    def _add(self, columns: dict[str, np.ndarray]) -> None:
+        with self._lock:  # a new mapping each time: others may be going through the one there is
+            self.numbers = self.numbers | columns
+
+    def _placed(self) -> Places:
+        self.read_measures()
+        assert self.places is not None
+        return self.places
 
     def _decided(self) -> pa.Table:
         if not self.store.exists("decisions.parquet"):
             return DECISION_SCHEMA.empty_table()
         repeated = ["caption_model", "shard"]
         return self.store.files.using(
-            "decisions.parquet", lambda f: pq.ParquetFile(f, read_dictionary=repeated).read(DECIDED)
+            "decisions.parquet", lambda f: pq.ParquetFile(native(f), read_dictionary=repeated).read(DECIDED)
         )
 
     def _read_decisions(self) -> None:
@@ -239,7 +231,7 @@ class Index:
             self._caption, self.model = new.decided(self.caption)
         judges = [name for name in new.gaps if name not in (CONSENSUS, HUMAN)]  # who saw the pictures
         self.fit_score = next((name for name in (FIT, choose.method, *judges) if name in judges), None)
-        self.numbers |= new.numbers(self.fit_score, self.caption)
+        self._add(new.numbers(self.fit_score, self.caption))
         self.flags, self.models = new.flags, new.models
         self.generation += 1
         self.ready = True
@@ -292,11 +284,16 @@ class Index:
         return Fraction(said) if said else None
 
     def still(self, row: int, k: int) -> tuple[str, int, int] | None:
-        """Tar, offset and size of a clip's k-th still; none where none was kept."""
-        sizes = self._stills[int(self.measured[row])].as_py() or []
-        if self.stills_at[row] < 0 or not 0 <= k < len(sizes):
-            return None
-        return self.tars[row] or "", int(self.stills_at[row]) + sum(sizes[:k]), sizes[k]
+        """Tar, offset and size of a clip's k-th still; none where none was kept. Raises StoreError."""
+        return self._placed().still(row, k)
+
+    def still_count(self, row: int) -> int:
+        """Raises StoreError."""
+        return len(self._placed().stills(row))
+
+    def mp4(self, row: int) -> tuple[str, int, int]:
+        """Tar ('' without one), offset and size of a clip's media. Raises StoreError."""
+        return self._placed().mp4(row)
 
     def source_neighbours(self, row: int) -> tuple[int | None, int | None]:
         """The clips before and after it in its source."""
@@ -308,6 +305,36 @@ class Index:
     def copies(self, row: int) -> list[int]:
         """Clips that were dropped because they repeat it."""
         return np.flatnonzero(self.original == row).tolist()
+
+
+class Places:
+    """Where the media of a run's clips lie.
+
+    Args:
+        columns: PLACE, as they were measured; measured: int32 [n], of each row its place there.
+    """
+
+    def __init__(self, columns: Mapping[str, pa.ChunkedArray], measured: np.ndarray):
+        self._measured, self._tars = measured, Names.of(columns["media_tar"])
+        self._offset, self._size, self._stills_at = (
+            numbers(columns[c], np.int64) for c in ("media_offset", "media_size", "stills_offset")
+        )
+        self._stills = columns["stills_sizes"]
+
+    def mp4(self, row: int) -> tuple[str, int, int]:
+        at = int(self._measured[row])
+        return self._tars[at] or "", int(self._offset[at]), int(self._size[at])
+
+    def stills(self, row: int) -> list[int]:
+        """Bytes of each."""
+        at = int(self._measured[row])
+        return [] if self._stills_at[at] < 0 else self._stills[at].as_py() or []
+
+    def still(self, row: int, k: int) -> tuple[str, int, int] | None:
+        at, sizes = int(self._measured[row]), self.stills(row)
+        if not 0 <= k < len(sizes):
+            return None
+        return self._tars[at] or "", int(self._stills_at[at]) + sum(sizes[:k]), sizes[k]
 
 
 def _layer_models(layered: Layered) -> set[str]:
@@ -340,20 +367,6 @@ def _rules(
             | {"duplicates": name == DUPLICATE}
         )
     return found
-
-
-def _joined(columns: Sequence[pa.ChunkedArray], dtype: Any) -> np.ndarray:
-    """Numbers of many files in one array; null is NaN, or −1 of whole numbers."""
-    empty = np.nan if np.issubdtype(dtype, np.floating) else -1
-    found = [np.zeros(0, dtype)]
-    for column in columns:
-        for chunk in column.chunks:
-            if pa.types.is_null(chunk.type):
-                found.append(np.full(len(chunk), empty, dtype))
-                continue
-            some = chunk if not chunk.null_count or empty is np.nan else chunk.fill_null(-1)
-            found.append(some.to_numpy(zero_copy_only=False).astype(dtype, copy=False))
-    return np.concatenate(found)
 
 
 def _at(names: Names, row: np.ndarray) -> Names:

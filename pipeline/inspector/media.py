@@ -53,13 +53,13 @@ class Media:
         self._stills: OrderedDict[tuple[int, int], bytes] = OrderedDict()
 
     def place(self, row: int) -> Place:
-        """Of a clip's mp4. Raises Gone."""
+        """Of a clip's mp4. Raises Gone, StoreError."""
         index = self.index
-        tar = index.tars[row]
+        tar, offset, size = index.mp4(row)
         if tar in self._tars:
-            return Place(index.media, tar, int(index.offset[row]), int(index.size[row]))
+            return Place(index.media, tar, offset, size)
         if (shard := index.shard[row]) is not None and index.shard_offset[row] >= 0:
-            return Place(index.store, shard, int(index.shard_offset[row]), int(index.size[row]))
+            return Place(index.store, shard, int(index.shard_offset[row]), size)
         raise Gone("the clip's media is gone: it is not in the shards, and its staging tar was deleted")
 
     def read(self, place: Place) -> bytes:
@@ -84,7 +84,7 @@ class Media:
         found = index.still(row, k)
         if found is not None and found[0] in self._tars:
             return self.read(Place(index.media, *found))
-        if not 0 <= k < max(SHOWN, int(index.still_count[row])):
+        if not 0 <= k < max(SHOWN, index.still_count(row)):
             raise Gone(f"the clip has no still {k}")
         return self._decoder.submit(self._decoded, row, k).result()
 
@@ -104,7 +104,7 @@ class Media:
         place = self.place(row)
         if place.size > MOST_MP4:
             raise Gone("the clip has no stills, and is too large to decode one")
-        count = max(int(self.index.still_count[row]), SHOWN)
+        count = max(self.index.still_count(row), SHOWN)
         at = (k + 0.5) / count * float(self.index.end[row] - self.index.start[row])
         self._child = self._child or Child(CHILD_GB)
         try:

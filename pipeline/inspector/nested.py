@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pyarrow as pa
 
@@ -58,20 +56,10 @@ class Names:
 
     @staticmethod
     def of(column: pa.ChunkedArray | pa.Array) -> Names:
-        array = whole(column.dictionary_encode() if not pa.types.is_dictionary(column.type) else column)
+        """Each chunk may have a dictionary of its own."""
+        encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+        array = whole(encoded.unify_dictionaries() if isinstance(encoded, pa.ChunkedArray) else encoded)
         return Names(array.indices.fill_null(-1).to_numpy(zero_copy_only=False), array.dictionary.to_pylist())
-
-    @staticmethod
-    def joined(columns: Sequence[pa.ChunkedArray]) -> Names:
-        """Of many columns, one after another, each a dictionary or texts."""
-        known: dict[str, int] = {}
-        codes = [np.zeros(0, np.int32)]
-        for column in columns:
-            for chunk in column.chunks:
-                one = Names.of(chunk.cast(pa.string()) if pa.types.is_null(chunk.type) else chunk)
-                ours = [known.setdefault(name, len(known)) for name in one.names]
-                codes.append(np.array([*ours, -1], np.int32)[one.codes])
-        return Names(np.concatenate(codes), list(known))
 
     def code(self, name: str) -> int:
         """−2, which no row has, for a name that is not there."""

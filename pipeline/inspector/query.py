@@ -109,6 +109,9 @@ class Query:
         """float32 [n]. Raises Wrong where there is none, or it is still being read."""
         if (values := self.index.numbers.get(name)) is not None:
             return values
+        if name in self.index.scores or name == "fps":
+            self.index.read_measures()
+            return self.index.numbers[name]
         if not self.index.ready and (name in FIXED or name.startswith("caption.")):
             raise Wrong(f"{name}: the captions are still being read; ask again in a moment")
         raise Wrong(f"no column {name!r}{nearest(name, list(self.index.numbers))}")
@@ -304,5 +307,4 @@ def summary(index: Index, row: int, caption: str) -> dict[str, Any]:
         "fit": number("fit"),
         "gap": number("gap"),
         "flags": index.flags.of(row),
-        "stills": int(index.still_count[row]),
     }

@@ -38,7 +38,7 @@ def page(inspector: Inspector, view: Filters | None = None, most: int = SAMPLE) 
     inspector.near.wait()
     clips = []
     for row in rows:
-        count = max(int(inspector.index.still_count[row]), 1)
+        count = max(inspector.index.still_count(row), 1)
         stills = [_still(inspector, row, k) for k in evenly(range(count), STILLS)]
         clips.append(inspector.clip(row) | {"images": [s for s in stills if s]})
     data = {"run": inspector.run(), "clips": clips, "of": len(every), "rules": inspector.index.rules}

@@ -166,3 +166,33 @@ def test_a_key_that_is_not_there_and_a_server_that_is_not_there_are_one_sentence
     assert "does not take the key in $MY_KEY" in err
     assert "Traceback" not in err
     assert not server.bodies
+
+
+def test_a_fused_caption_is_made_again_when_one_of_its_sources_is_tried_again(raw, server, tmp_path, capsys):
+    """In the run itself, in a layer, and where one is in the run and the other in a layer."""
+    one = {"kind": "served", "url": server.url, "model": "m", "key_env": "MY_KEY", "concurrency": 1}
+    ask = [one | {"name": n, "prompt": f"Be {n}."} for n in ("first", "second")]
+    ask.append(one | {"kind": "fuse", "name": "both", "prompt": "Of {captions}"})
+    layer = one | {"kind": "fuse", "name": "later", "prompt": "As one: {captions}", "of": ["second", "first"]}
+
+    def curated(out, *more):
+        return curate.main([*command(raw, out, "captions=" + json.dumps(ask)), *more])
+
+    out = tmp_path / "run"
+    assert curated(tmp_path / "calm") == 0
+    add = ["--runner", "local", "--set", "captions=" + json.dumps([layer])]
+    assert caption.main([str(tmp_path / "calm"), *add]) == 0
+    server.troubles = [Trouble(400, "not that one")]
+    assert curated(out) == 0
+    assert caption.main([str(out), *add]) == 0
+    there = rows(out)
+    (bad,) = [i for i, r in there.items() if r["captions"][0]["outcome"] == "error"]
+    assert [c["made_from"] for c in there[bad]["captions"]] == [[], [], ["second"], ["second"]]
+    before = len(server.bodies)
+    assert curated(out, "--retry-errors") == 0
+    assert len(server.bodies) == before + 3  # the one that failed, and the two that are fused of it
+    assert rows(out) == rows(tmp_path / "calm")
+    assert [c["made_from"] for c in rows(out)[bad]["captions"]][2:] == [
+        ["first", "second"],
+        ["second", "first"],
+    ]

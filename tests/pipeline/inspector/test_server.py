@@ -371,6 +371,21 @@ def test_before_the_captions_are_read_the_rest_is_answered(run, rows):
         assert client.get("/api/clips?q=dog").json()["total"] > 0
 
 
+def test_measures_are_read_when_they_are_first_asked_for_and_not_for_the_first_page(run, rows):
+    inspector = Inspector(Index(run))
+    with client_of(inspector) as client:
+        first = client.get("/api/clips").json()
+        names = {c["name"] for c in client.get("/api/run").json()["columns"]}
+        assert [r["id"] for r in first["rows"]] == [r["clip_id"] for r in rows][: len(first["rows"])]
+        assert names == {"duration_s", "width", "height"}  # nothing else was read
+        said = client.get("/api/clips?sort=score_motion&limit=200").json()["rows"]
+        wanted = sorted(rows, key=lambda r: r["score_motion"])
+        assert [r["id"] for r in said] == [r["clip_id"] for r in wanted]
+        known = {c["name"] for c in client.get("/api/run").json()["columns"]}
+        assert {"score_motion", "score_sharpness", "fps"} <= known
+        assert client.get(f"/media/{rows[0]['clip_id']}.mp4").content == mp4(run, rows[0])
+
+
 def test_an_undecided_run_shows_the_caption_that_would_be_chosen(own_run, rows):
     from pipeline.caption.choose import best
     from pipeline.recipe_captions import Choose
