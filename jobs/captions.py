@@ -109,8 +109,12 @@ def tables(found: dict[str, Any], keep: int | None = None) -> list[str]:
     blocks = [f"{n} clips, chosen by {found['chosen_by']}"]
     rows = []
     for m in models:
-        good = sum(m["outcomes"].get(k, 0) for k in ("ok", "truncated"))
-        row = [m["model"], share(m["pick_rate"]), share(good / n), share(m["outcomes"].get("error", 0) / n)]
+        row = [
+            m["model"],
+            share(m["pick_rate"]),
+            share(m["words"]["clips"] / n),
+            share(m["outcomes"].get("error", 0) / n),
+        ]
         row += [interval(m["scores"].get(s)) for s in scores]
         rows.append([*row, number(m["seconds_a_clip"], 3), tokens(m["cost"], n)])
     blocks.append(aligned(["captioner", "picked", "says", "errors", *scores, "s/clip", "cost"], rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
@@ -193,6 +194,11 @@ class ServedModel(Section):
             raise ValueError(f"{', '.join(sorted(ours))}: not to be set here, clipmill writes it")
         if parameters.get("n", 1) != 1:
             raise ValueError("n: more than one answer would be paid for, and one is read")
+        for name, value in parameters.items():
+            try:
+                json.dumps(value, allow_nan=False, sort_keys=True)
+            except (TypeError, ValueError) as e:
+                raise ValueError(f"{name}: {value!r} cannot be sent as JSON ({e})") from e
         return parameters
 
 
