@@ -115,7 +115,7 @@ class CaptionStage:
         self.section = section
         self.limit_s = None if captioner.bounded else limit_s
         self.store = Store.of(out) if out else None
-        self.model = captioner.name
+        self.model, self.batch = captioner.name, captioner.batch
         self.name = f"caption:{self.model}"
         self.resources = captioner.resources
         self.produces = Produces()

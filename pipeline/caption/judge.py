@@ -68,6 +68,7 @@ class Judge:
     name: str  # of the score
     resources = Resources()
     embeddings: Mapping[str, int] = MappingProxyType({})  # of clips: name → length
+    batch = 1  # clips that its model is given at once, of any videos
     store: Store | None = None  # the run's output, from before `setup` on; none: it is run without one
 
     def __init__(self, options: Any = None):
@@ -94,7 +95,7 @@ class JudgeStage:
 
     def __init__(self, section: recipe_captions.Judge, out: Store | str | None = None):
         judge = build(section)
-        self.section, self.score = section, judge.name
+        self.section, self.score, self.batch = section, judge.name, judge.batch
         self.store = Store.of(out) if out else None
         self.name = f"judge:{judge.name}"
         self.resources = judge.resources

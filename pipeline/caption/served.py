@@ -233,7 +233,7 @@ class ServedYes(Judge):
 
     def __init__(self, options: ServedYesJudge):
         super().__init__(options)
-        self.name = options.name
+        self.name, self.batch = options.name, options.concurrency
 
     def check(self) -> str:
         return check(self.options, "choose.judges")

@@ -380,3 +380,30 @@ def test_a_layer_removed_halfway_is_gone_and_what_it_left_is_not_taken_for_new(w
     assert caption.main(world.caption("one", "new")) == 0
     assert {k.split()[0] for k in world.calls()} == {"new"}
     assert len(list((out / "layers/caption%3Anew").glob("*.parquet"))) > 0
+
+
+@pytest.mark.parametrize("runner", ["local", "ray"])
+def test_sigterm_stops_it_with_a_sentence_and_the_same_command_goes_on(world, runner):
+    if runner == "ray":
+        pytest.importorskip("ray")
+    out = world.folder / "one"
+    command = world.caption("one", "old", "new", judge=True)
+    command[command.index("local")] = runner
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.caption", *command],
+        stdout=-1,
+        stderr=-1,
+        text=True,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 120
+    while process.poll() is None and not world.log.exists() and time.monotonic() < end:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, err
+    assert err.rstrip().endswith("clipmill caption: stopped by SIGTERM; run the same command again to go on")
+    assert "Traceback" not in err
+    assert (out / "run.log").read_text().splitlines()[-1].endswith(" stopped by SIGTERM")
+    assert caption.main(world.caption("one", "old", "new", judge=True)) == 0
+    assert measured(out) == measured(world.folder / "both")
