@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jobs.training.recipe import TrainRecipe
+    from jobs.training.recipe import DiffusionRecipe
     from jobs.training.system import System
     from pipeline.shards.latents import Encoded, Part
     from pipeline.shards.reader import Sample, ShardReader
@@ -57,11 +57,15 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.faults import StoreError
 
     try:
-        from jobs.training.recipe import load_training
+        from jobs.training.recipe import DiffusionRecipe, load_training
 
         if min(args.copies, args.batch, args.clips) < 1 or args.workers < 0:
             raise ValueError("--copies, --batch and --clips must be at least 1, --workers at least 0")
         recipe = load_training(args.recipe, args.set)
+        if not isinstance(recipe, DiffusionRecipe):
+            raise ValueError(
+                f"recipe {args.recipe} trains {recipe.trains}, from pixels: name one that trains diffusion"
+            )
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         sizes = {"batch": args.batch, "clips": args.clips, "copies": args.copies, "workers": args.workers}
         encode(args.run, recipe, args.out, rank, world, **sizes, device=args.device)
@@ -73,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def encode(
     run: str,
-    recipe: TrainRecipe,
+    recipe: DiffusionRecipe,
     out: str,
     rank: int = 0,
     world: int = 1,

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from pipeline.recipe_schema import Option
 
 EPILOG = """
@@ -107,7 +105,7 @@ def shown(recipe: str, overrides: list[str], training: bool) -> str:
 
 def checked(recipe: str, overrides: list[str], training: bool) -> Iterator[str]:
     """What a recipe that holds is made of. Raises RecipeError for one that does not."""
-    from jobs.training.recipe import TrainRecipe, load_either
+    from jobs.training.recipe import DiffusionRecipe, TrainRecipe, load_either
     from pipeline.graph import check
     from pipeline.recipe import Recipe, RecipeError
 
@@ -123,7 +121,8 @@ def checked(recipe: str, overrides: list[str], training: bool) -> Iterator[str]:
                 ) from e
         raise
     if isinstance(found, TrainRecipe):
-        yield f"{recipe} holds: it trains {found.trains}, {found.model.kind} with {found.autoencoder.kind} latents"
+        latents = f" with {found.autoencoder.kind} latents" if isinstance(found, DiffusionRecipe) else ""
+        yield f"{recipe} holds: it trains {found.trains}, {found.model.kind}{latents}"
     else:
         stages = check(found)
         yield f"{recipe} holds: {', '.join(s.name for s in stages)}"
@@ -139,17 +138,18 @@ def checked(recipe: str, overrides: list[str], training: bool) -> Iterator[str]:
 
 def explained(key: str | None, training: bool) -> Iterator[str]:
     """Lines about every option, or those at or below a key. Raises RecipeError for a key that is none."""
-    from jobs.training.recipe import TrainRecipe
+    from jobs.training.recipe import KINDS
     from pipeline.recipe import Recipe, RecipeError
     from pipeline.recipe_schema import nearest, options
 
-    kinds: list[type[BaseModel]] = [TrainRecipe] if training else [Recipe, TrainRecipe]
-    for kind in kinds[:1] if key is None else kinds:
-        every = list(options(kind))
+    curation = list(options(Recipe))
+    trainers = list({o.key: o for kind in KINDS.values() for o in options(kind)}.values())
+    groups = [trainers] if training else [curation, trainers]
+    for every in groups[:1] if key is None else groups:
         if found := every if key is None else about(key, every):
             yield from lines(found)
             return
-    known = [o for kind in kinds for o in options(kind)]
+    known = [o for every in groups for o in every]
     words = {w for o in known for w in (o.key, o.name)} - {"N", "NAME"}
     raise RecipeError(f"no option {key!r}{nearest(str(key), words)}; list them with: clipmill recipe explain")
 

@@ -15,8 +15,9 @@ examples
   clipmill train vlm run/ --recipe vlm --out model/ --ray 4
 
 OUT gets checkpoints/, metrics and a page to look at, and model.safetensors with averages in ema/ to sample
-from. The same command goes on from the last checkpoint, with more --steps or on another number of GPUs,
-and gives what an uninterrupted run would have given. Ctrl-C ends the step, saves and stops.
+from. The same command goes on from the last checkpoint, on any number of GPUs that divides data.micro_batches,
+and gives what an uninterrupted run would have given; so do more --steps, unless the learning rate decays until a
+step of the recipe. Ctrl-C ends the step, saves and stops.
 
 A recipe is a YAML file; the bundled ones lie in recipes/training. compute.precision=bf16,
 compute.checkpointing=true, compute.compile=true and compute.parallel=fsdp are for GPUs.

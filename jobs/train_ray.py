@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.training.loop import Outcome, train
-from jobs.training.recipe import TrainRecipe
+from jobs.training.recipe import TrainRecipe, recipe_of
 from pipeline.faults import StoreError, one_line
 
 RESTARTS = 3  # of the workers, after a death that is no fault of recipe or data
@@ -64,7 +64,7 @@ def _work(work: dict[str, Any]) -> None:
     """What each worker runs. A refusal is no death: it is left for the driver to say, not tried again."""
     try:
         device = None if work["device"] == "cuda" else "cpu"
-        train(TrainRecipe.model_validate(work["recipe"]), work["data"], Path(work["out"]), device=device)
+        train(recipe_of(work["recipe"]), work["data"], Path(work["out"]), device=device)
     except (StoreError, ValueError) as e:
         said = Path(work["out"]) / "ray" / "refused.txt"
         said.parent.mkdir(parents=True, exist_ok=True)

@@ -115,15 +115,17 @@ def _json(store: Store, name: str) -> dict[str, Any]:
 
 
 def create(store: Store, layer: Layer) -> None:
-    """Note a layer, before its rows come."""
+    """Note a layer, before its rows come. Rows of a removed one of that name, which a kill left there, go."""
+    store.delete_folder(layer.folder)
     store.write_bytes(f"{layer.folder}/layer.json", json.dumps(asdict(layer), indent=1).encode())
 
 
 def remove(store: Store, name: str) -> None:
-    """Delete a layer. Raises RecipeError where the run has none of that name."""
+    """Delete a layer: without its layer.json it is gone. Raises RecipeError where the run has none of that name."""
     there = layers(store)
     for layer in there:
         if layer.name == name:
+            store.delete(f"{layer.folder}/layer.json")
             store.delete_folder(layer.folder)
             return
     known = ", ".join(layer.name for layer in there) or "none"
@@ -155,6 +157,19 @@ def write(store: Store, layer: Layer, unit: str, rows: Sequence[Mapping[str, Any
         stays = pc.invert(pc.is_in(old["clip_id"], value_set=new["clip_id"].combine_chunks()))
         new = pa.concat_tables([_cast(old.filter(stays), schema), new])
     store.write_table(name, new)
+
+
+def forget(store: Store, unit: str, clips: pa.Table) -> None:
+    """Take the rows of clips that are no longer in a unit out of its layers."""
+    for layer in layers(store):
+        name = f"{layer.folder}/{unit}.parquet"
+        if store.exists(name):
+            old = store.read_table(name)
+            kept = old.filter(pc.is_in(old["clip_id"], value_set=clips["clip_id"].combine_chunks()))
+            if not kept.num_rows:
+                store.delete(name)
+            elif kept.num_rows < old.num_rows:
+                store.write_table(name, kept)
 
 
 def clip_files(store: Store) -> list[str]:
@@ -196,11 +211,15 @@ def open_run(store: Store) -> tuple[dict[str, Any], Store]:
 
 
 class Layered:
-    """The clips of a run with its layers over them, as they were when this was made."""
+    """The clips of a run with its layers over them, as they were when this was made.
 
-    def __init__(self, store: Store):
+    Args:
+        over: the layers; none: all that there are.
+    """
+
+    def __init__(self, store: Store, over: Sequence[Layer] | None = None):
         self.store = store
-        self.layers = layers(store)
+        self.layers = layers(store) if over is None else list(over)
         self.files = clip_files(store)
         there = set(store.list("layers", ".parquet")) if self.layers else set()
         self.over = {
@@ -232,6 +251,22 @@ class Layered:
         metas = (meta for _, table in self.tables(["meta"]) for meta in table["meta"].to_pylist())
         return {key for meta in metas for key, _ in meta or []}
 
+    def behind(self) -> dict[str, int]:
+        """Layers of captions and measures that say nothing of clips, as these came later: name → number of clips."""
+        found: dict[str, int] = {}
+        mine = [layer for layer in self.layers if layer.section and not layer.judges]
+        for name in self.files if mine else ():
+            ids = pc.unique(self.store.read_table(name, ["clip_id"])["clip_id"])
+            for layer in mine:
+                lacks = len(ids)
+                if layer in self.over[name]:
+                    path = f"{layer.folder}/{unit_of(name)}.parquet"
+                    there = self.store.read_table(path, ["clip_id"])["clip_id"].combine_chunks()
+                    lacks -= pc.sum(pc.is_in(ids, value_set=there)).as_py()
+                if lacks:
+                    found[layer.name] = found.get(layer.name, 0) + lacks
+        return found
+
     def read(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A file of clips/ with its layers.
 
@@ -240,11 +275,9 @@ class Layered:
         """
         schema = self.schema()
         wanted = schema.names if columns is None else list(columns)
-        there = self.store.read_schema(name).names
         over = [(layer, _asked(layer, wanted)) for layer in self.over.get(name, [])]
         over = [(layer, some) for layer, some in over if some]
-        needed = list(dict.fromkeys([*(c for c in wanted if c in there), *(["clip_id"] if over else [])]))
-        table = self.store.read_table(name, needed)
+        table = self.store.read_some(name, {*wanted, *(["clip_id"] if over else [])})
         if "captions" in table.column_names:
             table = _put(table, "captions", table["captions"].cast(CAPTIONS.type))
         for layer, some in over:
@@ -292,10 +325,12 @@ def _with_scores(captions: list[dict[str, Any]], judged: list[dict[str, Any]]) -
     by_model = {j["model"]: j for j in judged}
     for i, caption in enumerate(captions):
         if (j := by_model.get(caption["model"])) is not None:
-            new = {
-                k: list((dict(caption[k] or []) | dict(j[k] or [])).items()) for k in ("scores", "support")
+            scores, support = (dict(caption[k] or []) | dict(j[k] or []) for k in ("scores", "support"))
+            first = {CONSENSUS: scores[CONSENSUS]} if CONSENSUS in scores else {}  # as `curate` puts it
+            captions[i] = caption | {
+                "scores": list((first | scores).items()),
+                "support": list(support.items()),
             }
-            captions[i] = caption | new
     return captions
 
 

@@ -360,9 +360,9 @@ class Recipe(Section):
     def measured(self) -> dict[str, Any]:
         """Everything that changes what `curate` measures, as plain data."""
         found = self.model_dump(mode="json", exclude=NOT_MEASURED)
-        found["captions"] = [_what(section) for section in self.captions]
+        found["captions"] = [what(section) for section in self.captions]
         found["choose"] = {
-            "judges": [_what(section) for section in self.choose.judges]
+            "judges": [what(section) for section in self.choose.judges]
         }  # the choice is made later
         if not self.stages:  # so that runs from before there were any go on
             del found["stages"]
@@ -373,7 +373,7 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(self.measured(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _what(section: Section) -> dict[str, Any]:
+def what(section: Section) -> dict[str, Any]:
     """A section without what says only how and where it is done."""
     return section.model_dump(mode="json", exclude=set(getattr(section, "HOW", ())))
 

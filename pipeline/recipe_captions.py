@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from pipeline.recipe_prompts import Prompt
 from pipeline.recipe_schema import CODE, MAYBE_PATH, WORDS, Section
@@ -193,6 +194,11 @@ class ServedModel(Section):
             raise ValueError(f"{', '.join(sorted(ours))}: not to be set here, clipmill writes it")
         if parameters.get("n", 1) != 1:
             raise ValueError("n: more than one answer would be paid for, and one is read")
+        for name, value in parameters.items():
+            try:
+                json.dumps(value, allow_nan=False, sort_keys=True)
+            except (TypeError, ValueError) as e:
+                raise ValueError(f"{name}: {value!r} cannot be sent as JSON ({e})") from e
         return parameters
 
 
@@ -415,7 +421,7 @@ class Choose(Section):
         description="a score, the highest stands: consensus is what most say, others are the judges'; weights: several "
         "of them; order: the first of `order` that says something",
     )
-    weights: dict[str, float] = Field(
+    weights: dict[str, FiniteFloat] = Field(
         {}, description="of scores by name, for method weights; a score that is missing counts 0"
     )
     order: tuple[str, ...] = Field(

@@ -15,7 +15,7 @@ import copy
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -154,6 +154,17 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise RecipeError(f"recipe {path}: expected a mapping of sections, found {type(data).__name__}")
     return data
+
+
+def bases(name_or_file: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """What a recipe's file says, then its base's, and so on; a circle ends where it closes. Raises RecipeError."""
+    path, seen = find(name_or_file, folder), set[Path]()
+    while path not in seen:
+        seen.add(path)
+        yield (data := read(path))
+        if not isinstance(base := data.get("base"), str):
+            return
+        path = find(base, folder, path.parent)
 
 
 def _said(e: Exception) -> str:

@@ -35,7 +35,7 @@ FREE = (  # what a resumed run may have otherwise: how long, and how the same nu
     "name",
     "run.",
     "data.workers",
-    "compute.accumulate",
+    "optimizer.decay_until",
     "compute.checkpointing",
     "compute.compile",
     "compute.parallel",
@@ -66,6 +66,12 @@ def checkpoints(out: Path) -> dict[int, Path]:
 def read_meta(folder: Path) -> dict[str, Any]:
     """{'step', 'micro', 'recipe', 'loader', 'ranks'} of a checkpoint."""
     return json.loads((folder / "meta.json").read_text())
+
+
+def read_task(folder: Path) -> dict[str, Any]:
+    """`Task.state()` of a checkpoint."""
+    found: dict[str, Any] = torch.load(folder / "task.pt", weights_only=True)
+    return found
 
 
 def difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from jobs.training.recipe import TrainRecipe
+from jobs.training.distributed import World
+from jobs.training.recipe import DiffusionData, DiffusionRecipe, TrainRecipe
 from jobs.training.task import Batch
 from models.autoencoders.latents import Autoencoder, latent_shape
 from pipeline.faults import StoreError
@@ -281,9 +282,9 @@ def shapes_of(recipe: TrainRecipe) -> list[Shape]:
 
 def positions_of(recipe: TrainRecipe, autoencoder: Autoencoder) -> list[int]:
     """Latent positions of a sample of each bucket, images included. Raises ValueError."""
-    images = recipe.data.images
+    images = beside(recipe).images
     for name in ("images", "stills"):
-        wanted = getattr(recipe.data, name)
+        wanted = getattr(beside(recipe), name)
         if wanted and autoencoder.stride[0] > 1 and not autoencoder.causal:
             raise ValueError(
                 f"data.{name} {wanted}: this autoencoder takes {autoencoder.stride[0]} frames at once, so a single "
@@ -296,7 +297,12 @@ def positions_of(recipe: TrainRecipe, autoencoder: Autoencoder) -> list[int]:
     return found
 
 
-def made_with(recipe: TrainRecipe) -> dict[str, Any]:
+def beside(recipe: TrainRecipe) -> DiffusionData:
+    """Images, stills and the cache of a recipe; of a trainer that knows none, as where they are not asked for."""
+    return recipe.data if isinstance(recipe.data, DiffusionData) else DiffusionData()
+
+
+def made_with(recipe: DiffusionRecipe) -> dict[str, Any]:
     """What a cache of a recipe depends on."""
     frozen = recipe.text.kind == "transformers"
     return {
@@ -312,7 +318,7 @@ def made_with(recipe: TrainRecipe) -> dict[str, Any]:
 def reader_of(recipe: TrainRecipe, data: str) -> ShardReader:
     """Clips of the run in folder `data`, or of the recipe's cache. Raises StoreError, ValueError."""
     shapes = shapes_of(recipe)
-    if not recipe.data.cache:
+    if not isinstance(recipe, DiffusionRecipe) or not recipe.data.cache:
         return ShardReader(
             below(data, "shards"),
             fps=recipe.data.fps,
@@ -335,9 +341,7 @@ def build_loader(
     recipe: TrainRecipe,
     data: str,
     autoencoder: Autoencoder,
-    rank: int = 0,
-    world: int = 1,
-    pin: bool = False,
+    world: World,
 ) -> Loader:
     """The loader of a recipe over the run in folder `data`. Raises StoreError, ValueError."""
     return Loader(
@@ -345,12 +349,12 @@ def build_loader(
         positions_of(recipe, autoencoder),
         tokens=recipe.data.tokens,
         batch=recipe.data.batch,
-        images=recipe.data.images,
-        stills=recipe.data.stills,
+        images=beside(recipe).images,
+        stills=beside(recipe).stills,
         areas=[math.prod(latent_shape(autoencoder, *s)[1:]) for s in shapes_of(recipe)],
         lone=autoencoder.stride[0] == 1,
-        rank=rank,
-        world=world,
+        rank=world.rank,
+        world=world.size,
         workers=recipe.data.workers,
-        pin=pin,
+        pin=world.device.type == "cuda",
     )

@@ -9,7 +9,7 @@ known, which captions are left out. From a cache, autoencoder and frozen text en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,9 +20,18 @@ from torch import Tensor, nn
 
 from jobs.training.checkpoint import CheckpointError
 from jobs.training.data import Loader, build_loader
-from jobs.training.recipe import Tasks, TrainRecipe
-from jobs.training.system import System, blurred, build_system, knows_frames, load_trained, to_unit
-from jobs.training.task import Batch, Draws, Losses, Phase
+from jobs.training.frechet import FrechetInLoop
+from jobs.training.recipe import DiffusionRecipe, Tasks, TrainRecipe
+from jobs.training.system import (
+    System,
+    blurred,
+    build_system,
+    knows_frames,
+    load_trained,
+    normalizer_of,
+    to_unit,
+)
+from jobs.training.task import Batch, Draws, Evaluation, Losses, Phase, Start, Summed, Task
 from models.autoencoders.latents import Normalizer, Posterior, Statistics, latent_shape
 from models.diffusion.condition import Condition
 from models.diffusion.objective import TIMES, at_level
@@ -56,24 +65,26 @@ def measure(system: System, loader: Loader) -> Normalizer:
     return measured.normalizer()
 
 
-def build(
-    recipe: TrainRecipe, data: str, device: torch.device, rank: int = 0, world: int = 1
-) -> tuple[Diffusion, Loader]:
-    """The task and this rank's loader over the run in folder `data`.
+def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
+    """The task and this rank's loader.
 
     Raises ValueError or StoreError: one sentence with the fix.
     """
+    assert isinstance(recipe, DiffusionRecipe)
     _check(recipe)
+    world = start.world
     try:
-        system = build_system(recipe, device)
+        system = build_system(recipe, world.device)
     except MissingModel as e:
         raise ValueError(str(e)) from e
-    loader = build_loader(recipe, data, system.autoencoder, rank, world, pin=device.type == "cuda")
-    if recipe.start:
+    loader = build_loader(recipe, start.data, system.autoencoder, world)
+    if start.saved:  # measured when the run began, and a part of it from then on
+        system.normalizer = normalizer_of(start.saved).to(world.device)
+    elif recipe.start:
         begin_with(system, recipe.start)
     else:
-        system.normalizer = measure(system, loader).to(device)
-    return Diffusion(system, loader), loader
+        system.normalizer = measure(system, loader).to(world.device)
+    return Diffusion(system, loader, start), loader
 
 
 @torch.no_grad()
@@ -106,7 +117,7 @@ def begin_with(system: System, folder: str) -> None:
     system.normalizer = other.normalizer.to(system.device)
 
 
-def must_agree(recipe: TrainRecipe) -> dict[str, Any]:
+def must_agree(recipe: DiffusionRecipe) -> dict[str, Any]:
     """What weights are tied to: which numbers go in, and which are asked for."""
     return {
         "autoencoder": recipe.autoencoder,
@@ -116,8 +127,10 @@ def must_agree(recipe: TrainRecipe) -> dict[str, Any]:
     }
 
 
-def _check(recipe: TrainRecipe) -> None:
+def _check(recipe: DiffusionRecipe) -> None:
     factor, cached = recipe.tasks.upsampling, recipe.data.cache
+    if factor and recipe.run.frechet:
+        raise ValueError("run.frechet: a model that upsamples has no videos of its own: set it to 0")
     if factor and cached:
         raise ValueError("tasks.upsampling makes its low-resolution videos from pixels: leave data.cache out")
     for b in recipe.data.buckets:
@@ -130,11 +143,12 @@ def _check(recipe: TrainRecipe) -> None:
 # ---------------------------------------------------------------- training
 
 
-class Diffusion:
-    """A `jobs.training.task.Task` of one phase."""
+class Diffusion(Task):
+    """A task of one phase."""
 
-    def __init__(self, system: System, loader: Loader):
-        self.system, self.recipe, self.loader = system, system.recipe, loader
+    def __init__(self, system: System, loader: Loader, start: Start):
+        self.system, self.recipe, self.loader, self.start = system, system.recipe, loader, start
+        self.frechet: FrechetInLoop | None = None  # made when it is first asked for
         self.phases = [Phase.of("diffusion", system.network, self.recipe.optimizer)]
 
     def loss(self, phase: str, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
@@ -152,8 +166,9 @@ class Diffusion:
         levels = torch.cat([self.system.process.level(t).detach() for _, t, *_ in parts])
         errors = torch.cat([error for _, error in found])
         frames = [x.shape[2] for x, *_ in parts]
-        loss, error = (sum_over_frames(values, frames) for values in zip(*found, strict=True))
-        return Losses(loss, len(batch["key"]), {"error": error}, levels, errors)
+        loss, error = (mean_over_frames(values, frames) for values in zip(*found, strict=True))
+        report = {"error": Summed(error.sum(), len(error))}
+        return Losses({"clips": loss.sum()}, report, loss.detach(), levels, errors)
 
     def _question(self, batch: Batch, draws: Draws) -> tuple[Any, ...]:
         """What `Network.loss` is asked of a batch."""
@@ -215,23 +230,45 @@ class Diffusion:
         return (len(where) * t + len(batch.get("image_key", ()))) * h * w
 
     @torch.no_grad()
-    def samples(self, model: nn.Module, step: int) -> dict[str, Tensor]:
-        """A video a prompt, from the same noise each time; of super-resolution, of clips of the data."""
-        system, batch = self.system, self.loader.batch(self.loader.stills)
-        prompts = list(self.recipe.run.prompts or batch["caption"][:SHOWN])
-        if factor := self.recipe.tasks.upsampling:
-            prompts = batch["caption"][:SHOWN]
-            low = system.mean(blurred(to_unit(batch["video"][:SHOWN].to(system.device)), factor))
-            told = replace(system.condition(prompts, model), low=low, low_level=low.new_zeros(len(low)))
-            b, c, t, h, w = low.shape
-            latents = system.draw(model, seed=self.recipe.seed)((b, c, t, h, w), told)
-        else:
-            told = system.condition(prompts, model)
-            latents = system.draw(model, seed=self.recipe.seed)(system.shape(len(prompts)), told)
-        names = [p if prompts.index(p) == i else f"{p} ({i + 1})" for i, p in enumerate(prompts)]
-        return {name: video.cpu() for name, video in zip(names, system.decode(latents), strict=True)}
+    def evaluate(self, model: nn.Module, step: int) -> Evaluation:
+        """A video a prompt, from the same noise each time, and with run.frechet its distance to real ones."""
+        found = Evaluation(videos=self._samples(model))
+        if n := self.recipe.run.frechet:
+            if self.frechet is None:
+                self.frechet = self._frechet(n)
+            world = self.start.world
+            found.scalars = self.frechet((i, self._generated(model, i)) for i in world.share(n))
+        return found
 
-    def real(self) -> Iterator[Tensor]:
+    def _samples(self, model: nn.Module) -> dict[str, Tensor]:
+        """Of the recipe's prompts or captions of the data; of super-resolution, of clips of the data."""
+        system, world, seed = self.system, self.start.world, self.recipe.seed
+        batch = self.loader.batch(self.loader.stills)
+        prompts = list(self.recipe.run.prompts or batch["caption"][:SHOWN])
+        factor = self.recipe.tasks.upsampling
+        if factor:
+            prompts = batch["caption"][:SHOWN]
+        mine: dict[int, Tensor] = {}
+        for i in world.share(len(prompts)):
+            condition, (_, c, t, h, w) = system.condition([prompts[i]], model), system.shape(1)
+            if factor:
+                low = system.mean(blurred(to_unit(batch["video"][i : i + 1].to(system.device)), factor))
+                condition = replace(condition, low=low, low_level=low.new_zeros(1))
+                t, h, w = low.shape[2:]
+            mine[i] = system.decode(system.draw(model, seed=seed + i)((1, c, t, h, w), condition))[0].cpu()
+        every = {i: video for share in world.gather(mine) for i, video in share.items()}
+        names = [p if prompts.index(p) == i else f"{p} ({i + 1})" for i, p in enumerate(prompts)]
+        return {name: every[i] for i, name in enumerate(names)}
+
+    def _frechet(self, n: int) -> FrechetInLoop:
+        from models.measures.features import load_features
+
+        start, recipe = self.start, self.recipe
+        features = load_features(recipe.run.features, str(start.world.device))
+        protocol = {"data": start.data, "seed": recipe.seed, **recipe.data.model_dump(mode="json")}
+        return FrechetInLoop(start.out, features, self._real, n, start.world, protocol)
+
+    def _real(self) -> Iterator[Tensor]:
         """The clips of the bucket that is sampled, in an order of the seed; of a cache as they decode."""
         for row in self._measured():
             clip = self.loader.reader.sound(row)
@@ -241,16 +278,13 @@ class Diffusion:
             else:
                 yield torch.from_numpy(clip["video"]).permute(1, 2, 3, 0)[None]  # 1 T H W 3
 
-    def generate(self, model: nn.Module, which: Iterable[int]) -> Iterator[Tensor]:
-        """Video i has the caption of the i-th of `real`, and noise of its own."""
-        if self.recipe.tasks.upsampling:
-            raise ValueError("run.frechet: a model that upsamples has no videos of its own: set it to 0")
+    def _generated(self, model: nn.Module, i: int) -> Tensor:
+        """A video with the caption of the i-th of `_real` and noise of its own, uint8 [1, T, H, W, 3]."""
         rows = self._measured()
-        for i in which:
-            caption = self.loader.reader.sound(rows[i % len(rows)])["caption"]
-            told = self.system.condition([caption], model)
-            draw = self.system.draw(model, seed=self.recipe.seed + i)
-            yield self.system.decode(draw(self.system.shape(1), told)).cpu()
+        caption = self.loader.reader.sound(rows[i % len(rows)])["caption"]
+        condition = self.system.condition([caption], model)
+        draw = self.system.draw(model, seed=self.recipe.seed + i)
+        return self.system.decode(draw(self.system.shape(1), condition)).cpu()
 
     def _measured(self) -> list[int]:
         reader = self.loader.reader
@@ -272,14 +306,17 @@ def images_of(batch: Batch) -> Batch:
     return {k.removeprefix("image_"): v for k, v in batch.items() if k.startswith("image_")}
 
 
-def sum_over_frames(values: Sequence[Tensor], frames: Sequence[int]) -> Tensor:
-    """Σ over samples of the mean over the frames of a clip and its images.
+def mean_over_frames(values: Sequence[Tensor], frames: Sequence[int]) -> Tensor:
+    """Of each clip [B], the mean over its frames and those of its images.
 
     Args:
         values: of clips [B], then of images [B · n] where there are any; frames: of one of each, T and 1.
     """
-    shown = sum(len(v) * t for v, t in zip(values, frames, strict=True)) / len(values[0])  # T + n
-    return torch.stack([v.sum() * (t / shown) for v, t in zip(values, frames, strict=True)]).sum()
+    clips = len(values[0])
+    shown = sum(len(v) * t for v, t in zip(values, frames, strict=True)) / clips  # T + n
+    return torch.stack(
+        [v.view(clips, -1).sum(1) * (t / shown) for v, t in zip(values, frames, strict=True)]
+    ).sum(0)
 
 
 def blocks_of(denoiser: nn.Module) -> Iterator[nn.Module]:

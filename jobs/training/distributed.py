@@ -41,6 +41,11 @@ class World:
         dist.all_reduce(x, group=self.host)
         return x.tolist()
 
+    def share(self, count: int) -> list[int]:
+        """This rank's of the numbers 0 … count − 1, as many as every rank has: where they do not go round, the last
+        one is done by several."""
+        return [min(i, count - 1) for i in range(self.rank, -(-count // self.size) * self.size, self.size)]
+
     def gather(self, value: Any) -> list[Any]:
         """A picklable value of each rank, in their order, on all of them."""
         if self.size == 1:

@@ -1,15 +1,14 @@
 """The training loop of every model: `train(recipe, data, out)`, alone or as one of several processes.
 
-One step: `accumulate` micro-batches on every rank, forward and backward; gradients are sums over parts
-(samples, words), so they are divided by the number of parts of all ranks and micro-batches, clipped once,
-applied, averaged. A step depends on the seed, the step's number and its data, on nothing else: a resumed
-run goes on as if it had never stopped, and two ranks train as one that accumulates twice as much.
+One step: `data.micro_batches` micro-batches, shared by the ranks, forward and backward; losses are sums over parts
+(clips, words), divided by the number of parts in the whole step, which the ranks agree on first; gradients are
+clipped once, applied, averaged. A step depends on the seed, the step's number and its data, on nothing else: a
+resumed run goes on as if it had never stopped, and two ranks train as one that accumulates twice as much.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import signal
@@ -18,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,15 +26,26 @@ import torch
 from torch import Tensor, nn
 
 from jobs.training import checkpoint
-from jobs.training.distributed import World, connect, gradient_norm, local_gradients, recompute, spread
+from jobs.training.distributed import World, connect, gradient_norm, recompute, spread
 from jobs.training.metrics import Metrics, Progress
 from jobs.training.plan import autocast, make_plan
 from jobs.training.recipe import Optimizer, TrainRecipe
-from jobs.training.task import Batch, Draws, Loader, Phase, Task
+from jobs.training.task import (
+    Batch,
+    Evaluation,
+    Loader,
+    Losses,
+    Phase,
+    Start,
+    Step,
+    Task,
+    part_weights,
+    seed_torch,
+)
 from models import attention
 from models.ema import PowerEMA, local
 
-Build = Callable[[TrainRecipe, str, torch.device, int, int], tuple[Task, Loader]]
+Build = Callable[[TrainRecipe, Start], tuple[Task, Loader]]
 
 
 class TrainError(ValueError):
@@ -89,12 +100,17 @@ def train(
 
 
 class Finite(NamedTuple):
-    """Whether a loss (kind 0) or gradient (kind 1) was finite, on the device, and on which clips."""
+    """Whether a loss (kind 0) or gradient (kind 1) was finite, on the device: of each clip, or of all in one."""
 
     step: int
     kind: int
     keys: list[str]
     finite: Tensor
+
+    def bad(self) -> tuple[int, int, list[str]]:
+        """Step, kind, and the clips whose loss is not finite."""
+        fine = self.finite.expand(len(self.keys)).tolist()
+        return self.step, self.kind, [key for key, fine in zip(self.keys, fine, strict=True) if not fine]
 
 
 class Signals:
@@ -132,10 +148,11 @@ class Trainer:
     """The state of one process; see `train`."""
 
     def __init__(self, recipe: TrainRecipe, data: str, out: Path, world: World, build: Build):
-        self.recipe, self.data, self.out, self.world = recipe, data, out, world
-        self.frechet: Any = None  # made when it is first asked for
+        self.recipe, self.out, self.world = recipe, out, world
+        self.micro_batches = share_of_step(recipe.data.micro_batches, world)  # of this rank
         folder = resume_point(recipe, out, world)
-        self.task, self.loader = build(recipe, data, world.device, world.rank, world.size)
+        saved = checkpoint.read_task(folder) if folder else None
+        self.task, self.loader = build(recipe, Start(data, out, world, saved))
         self.step, self.loader_state = 0, self.loader.state_dict()
         if folder:
             meta = checkpoint.read_meta(folder)
@@ -152,7 +169,7 @@ class Trainer:
     def _prepare(self) -> None:
         """Measure on a micro-batch of each shape, then spread the phases and read the checkpoint."""
         self.batches: Any = iter(self.loader)
-        self._seed(0)
+        seed_torch(self.recipe.seed, 0)
         self.plan = make_plan(self.recipe, self.task, self._examples(), self.world)
         compute = self.recipe.compute
         self.models: dict[str, nn.Module] = {}
@@ -200,7 +217,7 @@ class Trainer:
                     found = self._fetch(signals)
                     if found is None:
                         break
-                    self.take_step(found)
+                    self.take_step(*found)
                     if self.step % run.log_every == 0 or self.step == run.steps:
                         self.check()
                         rates = {p.name: p.optimizer.param_groups[0]["lr"] for p in self.task.phases}
@@ -212,9 +229,7 @@ class Trainer:
                         self._save()
                         saved = self.step
                     if run.sample_every and (self.step % run.sample_every == 0 or self.step == run.steps):
-                        watch.videos(self.step, self._samples())
-                        if run.frechet:
-                            watch.scalars(self.step, self._distance())
+                        watch.evaluation(self.step, self._evaluate())
                     self.metrics.aside += time.perf_counter() - start
             if self.step > saved:
                 self._save()
@@ -223,19 +238,23 @@ class Trainer:
             self.batches.close()  # ends the processes that decode
             self.saver.close()
 
-    def _fetch(self, signals: Signals) -> list[Batch] | None:
-        """The micro-batches of a step on the device; None where a rank was told to stop.
+    def _fetch(self, signals: Signals) -> tuple[list[Batch], dict[str, float]] | None:
+        """The micro-batches of a step on the device, and how many parts of each kind it has over all ranks.
 
-        Raises TrainError on all ranks where a loader fails on one, so that none waits for another.
+        None where a rank was told to stop. Raises TrainError on all ranks where a loader fails on one, so that none
+        waits for another.
         """
         found: list[Batch] = []
         failed: Exception | None = None
+        mine = dict.fromkeys(self.task.weights, 0)
         if signals.caught is None:
             try:
-                found = [self._next() for _ in range(self.recipe.compute.accumulate)]
+                found = [self._next() for _ in range(self.micro_batches)]
+                for batch in found:
+                    mine |= {kind: mine[kind] + n for kind, n in self.task.counts(batch).items()}
             except Exception as e:  # whatever reading and decoding may raise
                 failed = e
-        stop, broken = self.world.sum(signals.caught is not None, failed is not None)
+        stop, broken, *counts = self.world.sum(signals.caught is not None, failed is not None, *mine.values())
         if stop:  # a signal to the whole process group ends the workers too: not their failure
             signals.caught = signals.caught or signal.SIGTERM
             return None
@@ -243,7 +262,7 @@ class Trainer:
             raise failed
         if broken:
             raise TrainError("another rank could not read its data; its message says why")
-        return found
+        return found, dict(zip(mine, counts, strict=True))
 
     def _next(self) -> Batch:
         start = time.perf_counter()
@@ -262,49 +281,60 @@ class Trainer:
             for k, v in batch.items()
         }
 
-    def take_step(self, batches: list[Batch]) -> None:
-        """Every phase once, on the same micro-batches."""
+    def take_step(self, batches: list[Batch], counts: dict[str, float]) -> None:
+        """Every phase once, on the same micro-batches.
+
+        Args:
+            counts: parts of each kind in the micro-batches of all ranks.
+        """
         self.step += 1
-        factor = rate_factor(self.recipe.optimizer, self.step, self.recipe.run.steps)
+        recipe, world = self.recipe, self.world
+        before = (self.step - 1) * recipe.data.micro_batches
+        numbers = [before + a * world.size + world.rank for a in range(len(batches))]
+        weights = part_weights(self.task.weights, counts)
+        factor = rate_factor(recipe.optimizer, self.step, recipe.run.steps)
         for phase in self.task.phases:
             for group, rate in zip(phase.optimizer.param_groups, self.rates[phase.name], strict=True):
                 group["lr"] = rate * factor
-            count = self._backward(phase, batches)
-            self.metrics.step(phase.name, self._apply(phase, count, batches))
+            step = Step(
+                phase,
+                self.models[phase.name],
+                batches,
+                numbers,
+                weights,
+                seed=recipe.seed,
+                world=world,
+                autocast=partial(autocast, recipe, world.device),
+                begin=self._begun,
+                tell=partial(self._told, phase.name),
+            )
+            self.task.backward(step)
+            self.metrics.step(phase.name, self._apply(phase, batches))
             if phase.name in self.averages:
                 self.averages[phase.name].update(self.step)
         self.metrics.steps += 1
         self.loader_state = self.loader.state_dict()
 
-    def _backward(self, phase: Phase, batches: list[Batch]) -> float:
-        """Gradients of the sums; gives the number of parts over all ranks."""
-        recipe, world, model = self.recipe, self.world, self.models[phase.name]
-        count = 0
-        for a, self.batch in enumerate(batches):
-            micro = ((self.step - 1) * len(batches) + a) * world.size + world.rank
-            self._seed(micro)
-            with local_gradients(model, a + 1 < len(batches)):
-                with autocast(recipe, world.device):
-                    losses = self.task.loss(
-                        phase.name, model, self.batch, Draws(recipe.seed, micro, world.device)
-                    )
-                if losses.total.requires_grad:
-                    losses.total.backward()
-            count += losses.count
-            self.unread.append(Finite(self.step, 0, self.batch["key"], torch.isfinite(losses.total.detach())))
-            self.metrics.losses(phase.name, losses)
-        return world.sum(count)[0]
+    def _begun(self, batch: Batch) -> None:
+        self.batch = batch
 
-    def _apply(self, phase: Phase, count: float, batches: list[Batch]) -> Tensor:
-        """Divide, clip, update; gives the gradient's norm before clipping."""
+    def _told(self, phase: str, batch: Batch, losses: Losses, total: Tensor) -> None:
+        fine = torch.isfinite(total)
+        if losses.each is not None:  # by clip, unless it is the sum alone that is not finite
+            each = torch.isfinite(losses.each)
+            fine = each & (fine | ~each.all())
+        self.unread.append(Finite(self.step, 0, batch["key"], fine))
+        self.metrics.losses(phase, losses, self.task.counts(batch), self.task.weights)
+
+    def _apply(self, phase: Phase, batches: list[Batch]) -> Tensor:
+        """Clip, update; gives the gradient's norm before clipping."""
         optimizer = phase.optimizer
         gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         if not gradients:
             return torch.zeros((), device=self.world.device)
-        scale = self.world.size / max(count, 1)  # DDP and FSDP have divided by the ranks
-        norm = gradient_norm(gradients) * scale
+        norm = gradient_norm(gradients)
         clip = (self.recipe.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([local(g) for g in gradients], clip * scale)
+        torch._foreach_mul_([local(g) for g in gradients], clip)
         keys = [key for batch in batches for key in batch["key"]]
         self.unread.append(Finite(self.step, 1, keys, torch.isfinite(norm)))
         if (
@@ -320,10 +350,8 @@ class Trainer:
         unread, self.unread = self.unread, []
         if not unread:
             return
-        flags = torch.stack([x.finite for x in unread]).tolist()
-        mine = next(
-            ((x.step, x.kind, x.keys) for x, fine in zip(unread, flags, strict=True) if not fine), None
-        )
+        fine = torch.stack([x.finite.all() for x in unread]).tolist()
+        mine = next((x.bad() for x, fine in zip(unread, fine, strict=True) if not fine), None)
         if not self.world.sum(mine is not None)[0]:
             return
         self.saver.wait()
@@ -339,11 +367,6 @@ class Trainer:
             f"step {first[0]}: {what} is not finite, on the clips {', '.join(keys)}; {last}; "
             "lower optimizer.lr, lengthen optimizer.warmup, or look at those clips"
         )
-
-    def _seed(self, micro: int) -> None:
-        """Of torch's own generator (dropout), from the place in the run alone."""
-        words = f"{self.recipe.seed} {micro}".encode()
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(words, digest_size=7).digest(), "little"))
 
     # ------------------------------------------------------------ what is kept and shown
 
@@ -368,29 +391,9 @@ class Trainer:
                 yield phase.module
             phase.module.train(training)
 
-    def _samples(self) -> dict[str, Tensor]:
-        """Sharded models need all ranks, others one."""
-        if self.world.rank and self.recipe.compute.parallel == "ddp":
-            return {}
+    def _evaluate(self) -> Evaluation:
         with self._shown() as module:
-            return self.task.samples(module, self.step)
-
-    def _distance(self) -> dict[str, float]:
-        """Of sampled to real videos, run.frechet of each; the ranks share the work."""
-        run, world = self.recipe.run, self.world
-        if self.frechet is None:
-            from jobs.training.monitor import FrechetInLoop
-            from models.measures.features import load_features
-
-            features = load_features(run.features, str(world.device))
-            protocol = {
-                "data": self.data,
-                "seed": self.recipe.seed,
-                **self.recipe.data.model_dump(mode="json"),
-            }
-            self.frechet = FrechetInLoop(self.out, features, self.task.real(), run.frechet, protocol)
-        with self._shown() as module:
-            return self.frechet(self.task.generate(module, range(world.rank, run.frechet, world.size)))
+            return self.task.evaluate(module, self.step)
 
     def out_of_memory(self) -> str:
         shapes = {k: "×".join(map(str, v.shape)) for k, v in self.batch.items() if isinstance(v, Tensor)}
@@ -428,14 +431,43 @@ def resume_point(recipe: TrainRecipe, out: Path, world: World) -> Path | None:
             raise checkpoint.CheckpointError(
                 f"{out} was trained with {key} {there!r}, this recipe has {here!r}: use the same, or another --out"
             )
+        check_horizon(out, saved, recipe)
     if world.rank == 0:
         checkpoint.clean(out, step or 0)
     world.gather(None)
     return folder
 
 
+def check_horizon(out: Path, saved: dict[str, Any], recipe: TrainRecipe) -> None:
+    """Raise CheckpointError where a decaying rate would reach 0 elsewhere than it was begun for, unasked."""
+    o, then = recipe.optimizer, saved["optimizer"]["decay_until"] or saved["run"]["steps"]
+    if o.decay == "constant" or o.decay_until is not None or recipe.run.steps == then:
+        return
+    raise checkpoint.CheckpointError(
+        f"{out}: its rate decays until step {then}, so {recipe.run.steps} steps would not be the same training: use "
+        f"--steps {then}, or ask for another decay from here on by --set optimizer.decay_until={recipe.run.steps}"
+    )
+
+
+def share_of_step(micro_batches: int, world: World) -> int:
+    """How many of a step's micro-batches a rank does. Raises TrainError where they do not go round."""
+    if micro_batches % world.size:
+        may = " or ".join(str(n) for n in range(1, micro_batches + 1) if micro_batches % n == 0)
+        more = -(-micro_batches // world.size) * world.size
+        raise TrainError(
+            f"data.micro_batches {micro_batches} cannot be shared by {world.size} processes: start {may}, or set it to "
+            f"{more}, which makes a step's batch larger"
+        )
+    return micro_batches // world.size
+
+
 def rate_factor(optimizer: Optimizer, step: int, steps: int) -> float:
-    """Of the learning rate at a step, counted from 1: linear warm-up, then decay to 0 just after `steps`."""
+    """Of the learning rate at a step, counted from 1: linear warm-up, then decay to 0 just after `decay_until`.
+
+    Args:
+        steps: of the run; what `decay_until` is where it is not given.
+    """
+    steps = optimizer.decay_until or steps
     warm = min(1.0, step / optimizer.warmup) if optimizer.warmup else 1.0
     done = min(max(step - 1 - optimizer.warmup, 0) / max(steps - optimizer.warmup, 1), 1.0)
     if optimizer.decay == "cosine":

@@ -6,13 +6,14 @@ import resource
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jobs.training.distributed import World
-from jobs.training.task import Losses
+from jobs.training.task import Losses, Summed
 
 LEVELS = 10  # bins of the loss by noise level
 
@@ -32,6 +33,7 @@ class Metrics:
     def _clear(self) -> None:
         self.sums: dict[str, Tensor] = {}  # name → sum over parts, on the device
         self.parts: dict[str, int] = defaultdict(int)  # name → parts
+        self.weights: dict[str, dict[str, float]] = {}  # loss of a phase → those it is made of
         self.norms: dict[str, list[Tensor]] = defaultdict(list)
         self.levels = torch.zeros(2, LEVELS, device=self.device)  # sums of losses, counts
         self.begin = time.perf_counter()
@@ -47,10 +49,17 @@ class Metrics:
         )
         self.skipped, self.waited = self.skipped + skipped, self.waited + waited
 
-    def losses(self, phase: str, losses: Losses) -> None:
-        for name, value in {self._name("loss", phase): losses.total.detach(), **losses.report}.items():
-            self.sums[name] = self.sums[name] + value.float() if name in self.sums else value.float()
-            self.parts[name] += losses.count
+    def losses(
+        self, phase: str, losses: Losses, counts: Mapping[str, int], weights: Mapping[str, float]
+    ) -> None:
+        """Of a micro-batch; counts: its parts of each kind, weights: of each kind's mean in the loss."""
+        name = self._name("loss", phase)
+        kinds = {name if len(weights) == 1 else f"{name}/{kind}": kind for kind in losses.sums}
+        self.weights[name] = {n: weights[kind] for n, kind in kinds.items() if n != name}
+        found = {n: Summed(losses.sums[kind].detach(), counts[kind]) for n, kind in kinds.items()}
+        for n, (value, parts) in (found | losses.report).items():
+            self.sums[n] = self.sums[n] + value.float() if n in self.sums else value.float()
+            self.parts[n] += parts
         if losses.levels is not None and losses.errors is not None:
             bins = (losses.levels.detach() * LEVELS).long().clamp(0, LEVELS - 1)
             errors = losses.errors.detach().float()
@@ -80,6 +89,9 @@ class Metrics:
         for name in mine:
             total = [sums.get(name, (0.0, 0)) for sums, *_ in everyone]
             found[name] = sum(x for x, _ in total) / max(sum(n for _, n in total), 1)
+        for name, weights in self.weights.items():
+            if weights:
+                found[name] = sum(w * found[part] for part, w in weights.items())
         for i in range(LEVELS):
             error, count = (sum(e[1][row][i] for e in everyone) for row in (0, 1))
             if count:

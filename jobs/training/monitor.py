@@ -2,6 +2,7 @@
 
     metrics.jsonl           a row {"step", "time", …} for every step that was logged
     tensorboard/            the same as event files
+    texts/step-00000500.json  what the model said, by name
     samples/step-00000500/  every video as mp4, sheet.png of all, samples.json with what they show
     plan.txt                what was announced before the first step
     page.html               one page of it all that opens from disk (`jobs.training.page`)
@@ -22,7 +23,6 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from models.measures.features import VideoFeatures
+    from jobs.training.task import Evaluation
 
 PAGE_EVERY_S = 300.0  # the page is written anew at least so often, while steps are logged
 VIDEO_SIDE = 128  # pixels that the shorter side of an mp4 has at least
@@ -85,12 +85,24 @@ class Monitor:
         if time.monotonic() - self.page_time > PAGE_EVERY_S:
             self._write_page()
 
-    def videos(self, step: int, videos: dict[str, Tensor]) -> None:
-        """Keep sampled videos, name or prompt → uint8 [T, H, W, 3]; a second call for a step replaces the first.
+    def evaluation(self, step: int, found: Evaluation) -> None:
+        """Keep what a model can do by now; a second call for a step replaces its videos and texts.
 
-        Raises ValueError for another type or shape.
+        Raises ValueError for videos of another type or shape.
         """
-        if not self.enabled or not videos:
+        if found.scalars:
+            self.scalars(step, found.scalars)
+        if found.videos:
+            self._videos(step, found.videos)
+        if found.texts and self.enabled:
+            self.resume(step - 1)
+            write_texts(self.out / "texts", step, found.texts)
+            for name, text in found.texts.items():
+                self.board.add_text(name, text, step)
+            self._write_page()
+
+    def _videos(self, step: int, videos: dict[str, Tensor]) -> None:
+        if not self.enabled:
             return
         self.resume(step - 1)
         self.metrics.write(step, {})  # the run has been here: the page leaves out samples of later steps
@@ -221,6 +233,12 @@ def write_samples(root: Path, step: int, videos: dict[str, Tensor], fps: float) 
     return final
 
 
+def write_texts(root: Path, step: int, texts: dict[str, str]) -> None:
+    """root/step-….json, name → text."""
+    root.mkdir(parents=True, exist_ok=True)
+    page.replace(root / f"step-{step:08d}.json", json.dumps(texts, indent=1, ensure_ascii=False).encode())
+
+
 def write_mp4(path: Path, video: Tensor, fps: float) -> None:
     """uint8 [T, H, W, 3] → H.264 of exactly T frames.
 
@@ -296,91 +314,3 @@ def check(video: Tensor) -> None:
 
     if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3 or not len(video):
         raise ValueError(f"a sample is {video.dtype} {list(video.shape)}: give uint8 [T, H, W, 3]")
-
-
-# ---------------------------------------------------------------- distances while training
-
-
-class FrechetInLoop:
-    """Distances of sampled to real videos, measured whenever a trainer samples.
-
-    The features of the real videos are computed once and kept in OUT/reference, so that a resumed run
-    compares with the same. Where there are twice as many real videos as are asked for, the other half is
-    compared with the first, too: what a perfect model would score.
-
-    Args:
-        features: a network of `models.measures.features`.
-        real: batches of real videos, uint8 [B, T, H, W, 3]; read only where nothing is kept.
-        n: real videos to compare with; sample as many, since the distance depends on it.
-        protocol: what else decides the numbers (data, frames, fps, size, seed); another one measures anew.
-    """
-
-    def __init__(
-        self,
-        out: Path,
-        features: VideoFeatures,
-        real: Iterable[Tensor],
-        n: int,
-        protocol: dict[str, Any] | None = None,
-    ):
-        from models.measures.frechet import frechet_distance, kernel_distance, moments
-
-        self.features = features
-        known = self._real_features(Path(out), real, n, protocol or {})
-        self.real, others = known.split([min(n, len(known)), max(0, len(known) - n)])
-        self.moments = moments(self.real)
-        self.floor: dict[str, float] = {}
-        if len(others) == n:
-            self.floor = {
-                f"frechet/{features.name}/real": frechet_distance(self.moments, moments(others)),
-                f"kernel/{features.name}/real": kernel_distance(self.real, others),
-            }
-
-    def __call__(self, videos: Iterable[Tensor]) -> dict[str, float]:
-        """Scalars to log for sampled videos in batches, uint8 [B, T, H, W, 3].
-
-        Every rank of a distributed run gives its own share (or nothing); all get the numbers of the whole.
-        """
-        import torch
-        import torch.distributed as dist
-
-        from models.measures.frechet import frechet_distance, kernel_distance, moments
-
-        found = [self.features(v) for v in videos]
-        mine = torch.cat(found) if found else self.real[:0]
-        if dist.is_available() and dist.is_initialized():
-            shares: list[Tensor] = [mine] * dist.get_world_size()
-            dist.all_gather_object(shares, mine)
-            mine = torch.cat(shares)
-        name = self.features.name
-        return {
-            f"frechet/{name}": frechet_distance(self.moments, moments(mine)),
-            f"kernel/{name}": kernel_distance(self.real, mine),
-            **self.floor,
-        }
-
-    def _real_features(self, out: Path, real: Iterable[Tensor], n: int, protocol: dict[str, Any]) -> Tensor:
-        """[n or 2 n, D], from OUT/reference where they were measured before."""
-        import torch
-
-        asked = {"name": self.features.name, "hash": self.features.hash, "n": n} | protocol
-        file = out / "reference" / f"{self.features.name}-{self.features.hash}.pt"
-        if file.exists():
-            kept = torch.load(file, weights_only=True)
-            if kept["protocol"] == asked:
-                return kept["features"]
-        found: list[Tensor] = []
-        for videos in real:
-            found.append(self.features(videos))
-            if sum(map(len, found)) >= 2 * n:
-                break
-        count = sum(map(len, found))
-        if count < 2:
-            raise ValueError(f"{count} real videos are too few for a distance: give 2 or more")
-        features = torch.cat(found)
-        features = features[: 2 * n] if count >= 2 * n else features[:n]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        torch.save({"protocol": asked, "features": features}, aside)
-        aside.replace(file)
-        return features

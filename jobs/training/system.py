@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from jobs.training.checkpoint import load_model
 from jobs.training.distributed import device_of
 from jobs.training.recipe import Autoencoder as AutoencoderRecipe
-from jobs.training.recipe import Bucket, Objective, Tasks, TrainRecipe, import_spec
+from jobs.training.recipe import Bucket, DiffusionRecipe, Objective, Tasks, import_spec
 from jobs.training.recipe import Text as TextRecipe
 from models.autoencoders.latents import Autoencoder, BlockDCT, Normalizer, Posterior, latent_shape
 from models.diffusion.condition import Condition
@@ -90,7 +90,7 @@ class System:
     text: the frozen text encoder; None where there is none, or one in the network.
     """
 
-    recipe: TrainRecipe
+    recipe: DiffusionRecipe
     autoencoder: Autoencoder
     normalizer: Normalizer
     text: PretrainedText | None
@@ -251,7 +251,7 @@ def build_process(recipe: Objective) -> Process:
     return Process(schedules[recipe.schedule], recipe.prediction)
 
 
-def build_network(recipe: TrainRecipe, channels: int, frozen_text: PretrainedText | None) -> Network:
+def build_network(recipe: DiffusionRecipe, channels: int, frozen_text: PretrainedText | None) -> Network:
     """Raises ValueError where the model's options do not fit together."""
     options = recipe.model.options()
     build = import_spec(recipe.model.kind).build
@@ -275,7 +275,9 @@ def build_network(recipe: TrainRecipe, channels: int, frozen_text: PretrainedTex
     return Network(build(channels, width, **options), own, build_process(recipe.objective), weighting)
 
 
-def build_system(recipe: TrainRecipe, device: torch.device, normalizer: Normalizer | None = None) -> System:
+def build_system(
+    recipe: DiffusionRecipe, device: torch.device, normalizer: Normalizer | None = None
+) -> System:
     """With new weights, the same for the same seed; without a normaliser, latents as they are.
 
     Raises ValueError or models.curation.embed.MissingModel: one sentence with the fix.
@@ -292,9 +294,13 @@ def build_system(recipe: TrainRecipe, device: torch.device, normalizer: Normaliz
 
 def load_system(state: dict[str, Any], device: torch.device) -> System:
     """The system of a checkpoint's `state`; its network's weights are for the caller to load."""
+    return build_system(DiffusionRecipe.model_validate(state["recipe"]), device, normalizer_of(state))
+
+
+def normalizer_of(state: dict[str, Any]) -> Normalizer:
+    """That of `System.state()`."""
     saved = state["normalizer"]
-    normalizer = Normalizer(torch.tensor(saved["mean"]), torch.tensor(saved["std"]))
-    return build_system(TrainRecipe.model_validate(state["recipe"]), device, normalizer)
+    return Normalizer(torch.tensor(saved["mean"]), torch.tensor(saved["std"]))
 
 
 def load_trained(folder: str, ema: float | None, device: str | None) -> System:

@@ -1,40 +1,60 @@
 """What the training loop asks of a task, and nothing more: the loop knows no model, a task no loop.
 
-batch = next(loader)                       data, prepared by workers
-losses = task.loss(phase, model, batch)    sums, not means
-loop: (losses.total / global count).backward(), clip, optimizer.step(), EMA, metrics, checkpoint
+batches = micro-batches of a step            data, prepared by workers
+counts = task.counts(batch), over all ranks  clips, words, visual tokens …: known before the first forward pass
+task.backward(step)                          Σ_kind w_kind · Σ losses ÷ count, as gradients
+loop: clip, optimizer.step(), EMA, metrics, checkpoint
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from jobs.training.distributed import World, local_gradients
 from jobs.training.recipe import Optimizer
 
 Batch = dict[str, Any]
+
+
+class Summed(NamedTuple):
+    """Something to log: its mean over parts is sum ÷ parts, over all ranks and micro-batches."""
+
+    sum: Tensor  # detached scalar
+    parts: int
 
 
 @dataclass
 class Losses:
     """Of one micro-batch.
 
-    total: differentiable sum of what is minimised, over `count` equal parts (samples, tokens). The loop
-        divides by the count of all ranks and micro-batches of the step, so that uneven batches weigh what
-        they hold.
-    report: detached scalars to log, summed like `total`; averaged by `count` over the step.
+    sums: kind of part (a name in `Task.counts`) → differentiable sum of what is minimised over its parts.
+    report: what else is to be logged.
+    each: detached [len(batch['key'])], the loss of each clip, by which one that is not finite is named.
     levels, errors: detached [n], noise level (0…1) and loss of single parts, for the loss by noise level.
     """
 
-    total: Tensor
-    count: int
-    report: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor]
+    report: dict[str, Summed] = field(default_factory=dict)
+    each: Tensor | None = None
     levels: Tensor | None = None
     errors: Tensor | None = None
+
+
+@dataclass
+class Evaluation:
+    """What a model can do by now: scalars get charts; videos, uint8 [T, H, W, 3], and texts are shown by name."""
+
+    scalars: dict[str, float] = field(default_factory=dict)
+    videos: dict[str, Tensor] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -52,10 +72,39 @@ class Phase:
 
     @classmethod
     def of(cls, name: str, module: nn.Module, o: Optimizer, ema: bool = True) -> Phase:
-        """With AdamW over what of the module is trained."""
-        trained = [p for p in module.parameters() if p.requires_grad]
-        adamw = torch.optim.AdamW(trained, o.lr, o.betas, weight_decay=o.weight_decay, fused=True)
+        """With AdamW over what of the module is trained, see `parameter_groups`."""
+        groups = parameter_groups(module, o)
+        adamw = torch.optim.AdamW(groups, o.lr, o.betas, weight_decay=o.weight_decay, fused=True)
         return cls(name, module, adamw, ema)
+
+
+def parameter_groups(module: nn.Module, o: Optimizer) -> list[dict[str, Any]]:
+    """The trained parameters by learning rate and weight decay, as an optimizer takes them.
+
+    Only matrices that mix features decay: norms, biases, gates (one axis or none) and embeddings, of which a step
+    sees a few rows, do not. `o.rates` has the rate of parts of the network, by the beginning of their names.
+
+    Raises ValueError for a part that the network does not have.
+    """
+    tables = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    for part in o.rates:
+        if not any(_within(name, part) for name in trained):
+            parts = sorted({name.partition(".")[0] for name in trained})
+            raise ValueError(
+                f"optimizer.rates: nothing that is trained is called {part!r}; the network has {', '.join(parts)}"
+            )
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in trained.items():
+        parts = [part for part in o.rates if _within(name, part)]
+        rate = o.rates[max(parts, key=len)] if parts else o.lr
+        decay = o.weight_decay if p.ndim > 1 and id(p) not in tables else 0.0
+        groups.setdefault((rate, decay), []).append(p)
+    return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
+
+
+def _within(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
 
 
 class Loader(Protocol):
@@ -76,56 +125,139 @@ class Loader(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Task(Protocol):
-    """Diffusion, autoencoder, VLM.
+@dataclass(frozen=True)
+class Start:
+    """What a task is made from, beside its recipe.
 
-    Made by `build(recipe, data, device, rank, world) -> (Task, Loader)` of jobs/training/<trains>.py, where
-    `data` is the folder of a run. A batch holds at least 'key': list[str], the clips' ids.
+    data: folder of a run with shards. out: folder of the training, where what is measured once may be kept.
+    saved: `Task.state()` of the checkpoint that it goes on from; none: a new training.
+    """
 
-    Randomness comes from `draws` below alone, so that a step depends on the seed and its place in the run,
+    data: str
+    out: Path
+    world: World
+    saved: dict[str, Any] | None = None
+
+
+class Task:
+    """What diffusion, autoencoder and VLM are to the loop; a subclass has `phases`, `loss`, `blocks` and `tokens`.
+
+    Made by `build(recipe, start) -> (Task, Loader)` of jobs/training/<trains>.py. A batch holds at least
+    'key': list[str], the clips' ids.
+
+    Randomness comes from `Draws` alone, so that a step depends on the seed and its place in the run,
     not on the number of ranks or what ran before.
     """
 
     phases: list[Phase]
+    weights: ClassVar[Mapping[str, float]] = {"clips": 1.0}  # of the mean loss of each kind of part
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Parts of each kind in a micro-batch, told on the host before anything is computed."""
+        return {"clips": len(batch["key"])}
 
     def loss(self, phase: str, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
-        """Loss of one micro-batch under `model`, the wrapped module of that phase."""
-        ...
+        """Losses of one micro-batch under `model`, the wrapped module of that phase."""
+        raise NotImplementedError
+
+    def backward(self, step: Step) -> None:
+        """Add the gradients of a step to a phase's parameters.
+
+        Here each micro-batch goes forward and backward by itself. A loss over all of a step's samples (contrastive
+        learning) goes over `step.micro_batches()` twice.
+        """
+        for batch, draws in step.micro_batches():
+            with step.autocast():
+                losses = self.loss(step.phase.name, step.model, batch, draws)
+            total = step.total(batch, losses)
+            if total.requires_grad:
+                total.backward()
 
     def blocks(self, module: nn.Module) -> Iterator[nn.Module]:
         """The repeated blocks of a module: what is compiled, checkpointed and sharded one by one."""
-        ...
+        raise NotImplementedError
 
     def tokens(self, batch: Batch) -> int:
         """Latent positions (or words) in a micro-batch, for tokens/s."""
-        ...
+        raise NotImplementedError
 
-    def samples(self, model: nn.Module, step: int) -> dict[str, Tensor]:
-        """Videos to look at, name → uint8 [T, H, W, 3]; {} where the task has none."""
-        ...
+    def evaluate(self, model: nn.Module, step: int) -> Evaluation:
+        """Look at the first phase's model, in eval mode with its averaged weights; rank 0's answer is kept.
 
-    def real(self) -> Iterator[Tensor]:
-        """Real videos in the shape of those that are generated, uint8 [B, T, H, W, 3], for `run.frechet`.
-
-        Raises ValueError where the task makes no videos of its own.
+        Every rank is asked, and passes through the model as often as any other: a sharded one needs all of them
+        for each pass. See `World.share`.
         """
-        ...
-
-    def generate(self, model: nn.Module, which: Iterable[int]) -> Iterator[Tensor]:
-        """Videos of those numbers, each the same whoever makes it, uint8 [B, T, H, W, 3]."""
-        ...
+        return Evaluation()
 
     def state(self) -> dict[str, Any]:
-        """What else a checkpoint must hold to use the model without the run (recipe, normaliser, vocabulary)."""
-        ...
+        """What else a checkpoint must hold, to go on and to use the model without the run (normaliser, vocabulary)."""
+        return {}
+
+
+class Step:
+    """One phase of one optimizer step, as `Task.backward` is given it.
+
+    Args:
+        model: the phase's module, as it is wrapped.
+        batches: this rank's micro-batches; numbers: their places among all of the run, see `Draws`.
+        weights: kind of part → what the loss of one part weighs in the step.
+        begin: is told of each micro-batch before it is computed, tell: of its losses.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        model: nn.Module,
+        batches: list[Batch],
+        numbers: list[int],
+        weights: Mapping[str, float],
+        *,
+        seed: int,
+        world: World,
+        autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        begin: Callable[[Batch], None] = lambda batch: None,
+        tell: Callable[[Batch, Losses, Tensor], None] = lambda batch, losses, total: None,
+    ):
+        self.phase, self.model, self.batches, self.numbers = phase, model, batches, numbers
+        self.weights, self.seed, self.world = weights, seed, world
+        self.autocast, self.begin, self.tell = autocast, begin, tell
+
+    def micro_batches(self) -> Iterator[tuple[Batch, Draws]]:
+        """Each with its draws, and torch's own generator (dropout) as its place in the run has it.
+
+        Between the first and the last, gradients are summed on this rank only; the last sums them over all.
+        """
+        for i, (batch, number) in enumerate(zip(self.batches, self.numbers, strict=True)):
+            self.begin(batch)
+            seed_torch(self.seed, number)
+            with local_gradients(self.model, i + 1 < len(self.batches)):
+                yield batch, Draws(self.seed, number, self.world.device)
+
+    def total(self, batch: Batch, losses: Losses) -> Tensor:
+        """What is to be differentiated: DDP and FSDP give the mean of the ranks' gradients, the loss is a sum."""
+        every = [x * (self.weights[kind] * self.world.size) for kind, x in losses.sums.items()]
+        total = torch.stack(every).sum()
+        self.tell(batch, losses, total.detach())
+        return total
+
+
+def part_weights(weights: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
+    """Kind → its weight by its count; a kind of which a step has no part adds nothing."""
+    return {kind: w / counts[kind] if counts[kind] else 0.0 for kind, w in weights.items()}
+
+
+def seed_torch(seed: int, number: int) -> None:
+    """Torch's own generator, from the place in the run alone."""
+    words = f"{seed} {number}".encode()
+    torch.manual_seed(int.from_bytes(blake2b(words, digest_size=7).digest(), "little"))
 
 
 @dataclass(frozen=True)
 class Draws:
     """Random numbers of a micro-batch, a stream for each of its samples.
 
-    micro: the micro-batch's number over all ranks and the whole run, (step · accumulate + a) · world + rank.
-    So two ranks draw what one rank that accumulates two micro-batches does.
+    micro: the micro-batch's number over all ranks and the whole run: step · data.micro_batches + a · world + rank,
+    a being its place among the rank's own. So two ranks draw what one that accumulates two micro-batches does.
     part: of the micro-batch, where it has several (clips, images beside them).
     """
 
@@ -156,6 +288,4 @@ class Draws:
 
 
 def _hash(data: bytes) -> bytes:
-    from hashlib import blake2b
-
     return blake2b(data, digest_size=8).digest()

@@ -11,7 +11,7 @@ With `train: decoder` the encoder is frozen and the decoder fine-tuned on videos
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from jobs.training.checkpoint import load_model
 from jobs.training.data import build_loader, reader_of
-from jobs.training.recipe import TrainRecipe, VAELoss
+from jobs.training.recipe import TrainRecipe, VAERecipe
 from jobs.training.system import to_bytes, to_unit
-from jobs.training.task import Batch, Draws, Loader, Losses, Phase
+from jobs.training.task import Batch, Draws, Evaluation, Loader, Losses, Phase, Start, Summed, Task
 from models.autoencoders import perceptual, vae
 from models.autoencoders.discriminator import (
     PatchDiscriminator,
@@ -36,32 +36,24 @@ from models.measures.quality import psnr
 SHOWN = 2  # clips whose reconstruction is looked at
 
 
-def build(
-    recipe: TrainRecipe, data: str, device: torch.device, rank: int = 0, world: int = 1
-) -> tuple[AutoencoderTask, Loader]:
+def build(recipe: TrainRecipe, start: Start) -> tuple[AutoencoderTask, Loader]:
     """Raises ValueError or StoreError, in one sentence, where recipe and data do not fit."""
+    assert isinstance(recipe, VAERecipe)
     if recipe.model.kind != "vae":
         raise ValueError(f"trains: vae needs model.kind vae, not {recipe.model.kind}")
-    if recipe.data.images or recipe.data.cache:
-        raise ValueError(
-            "a VAE learns from pixels: leave data.cache unset and data.images 0; a bucket of one frame is images"
-        )
-    task = AutoencoderTask(recipe, recipe.vae, device, world)
-    loader = build_loader(recipe, data, task.vae, rank, world, pin=device.type == "cuda")
-    reader = reader_of(recipe, data)
+    task = AutoencoderTask(recipe, start.world.device)
+    loader = build_loader(recipe, start.data, task.vae, start.world)
+    reader = reader_of(recipe, start.data)
     task.shown = [torch.from_numpy(reader.sound(row)["video"]) for row in range(min(SHOWN, len(reader.keys)))]
     return task, loader
 
 
-class AutoencoderTask:
-    """A `jobs.training.task.Task`.
+class AutoencoderTask(Task):
+    """shown: uint8 [3, T, H, W] each, the clips of `evaluate`."""
 
-    shown: uint8 [3, T, H, W] each, the clips of `samples`.
-    """
-
-    def __init__(self, recipe: TrainRecipe, wanted: VAELoss, device: torch.device, world: int = 1):
-        self.wanted, self.device = wanted, device
-        self.micros = recipe.compute.accumulate * world  # micro-batches a step
+    def __init__(self, recipe: VAERecipe, device: torch.device):
+        wanted = self.wanted = recipe.vae
+        self.device, self.micros = device, recipe.data.micro_batches
         self.made_of = {"channels": wanted.channels} | recipe.model.options()
         torch.manual_seed(recipe.seed)
         self.vae = vae.build(**self.made_of)
@@ -106,7 +98,9 @@ class AutoencoderTask:
             weight = adaptive_weight(fit.sum(), adversarial.sum(), self.vae.last_layer)
             total = total + self.wanted.adversarial * weight * adversarial
             report["adaptive_weight"] = weight.expand(len(video))
-        return Losses(total.sum(), len(video), {k: v.detach().sum() for k, v in report.items()})
+        each = total.detach()
+        said = {k: Summed(v.detach().sum(), len(video)) for k, v in report.items()}
+        return Losses({"clips": total.sum()}, said, each)
 
     def _adversarial(self, made: Tensor) -> Tensor:
         """Generator's loss [B], whose gradient ends at `made`: the discriminator gathers none from it."""
@@ -117,12 +111,12 @@ class AutoencoderTask:
 
     def _discriminate(self, model: nn.Module, video: Tensor, noise: Tensor, judged: bool) -> Losses:
         if not judged:  # nothing to learn from, on no rank
-            return Losses(video.new_zeros(()), len(video), {"discriminator": video.new_zeros(())})
+            return Losses({"clips": video.new_zeros(())})
         with torch.no_grad():
             made = self.vae(video, noise)[0].float()
         real, fake = model(torch.cat([video, made])).float().chunk(2)
         loss = discriminator_loss(real, fake)
-        return Losses(loss.sum(), len(video), {"discriminator": loss.detach().sum()})
+        return Losses({"clips": loss.sum()}, each=loss.detach())
 
     def blocks(self, module: nn.Module) -> Iterator[nn.Module]:
         inner = getattr(module, "module", module)  # as DDP wraps it
@@ -133,19 +127,15 @@ class AutoencoderTask:
         return b * math.prod(latent_shape(self.vae, *sides))
 
     @torch.no_grad()
-    def samples(self, model: nn.Module, step: int) -> dict[str, Tensor]:
+    def evaluate(self, model: nn.Module, step: int) -> Evaluation:
         """Original | reconstruction, uint8 [T, H, 2·W, 3]."""
-        found = {}
+        found = Evaluation()
         for i, clip in enumerate(self.shown):
             video = to_unit(clip[None].to(self.device))
-            found[f"reconstruction-{i}"] = to_bytes(torch.cat([video, model(video)[0]], dim=4))[0].cpu()
+            found.videos[f"reconstruction-{i}"] = to_bytes(torch.cat([video, model(video)[0]], dim=4))[
+                0
+            ].cpu()
         return found
-
-    def real(self) -> Iterator[Tensor]:
-        raise ValueError("run.frechet: an autoencoder makes no videos of its own: set it to 0")
-
-    def generate(self, model: nn.Module, which: Iterable[int]) -> Iterator[Tensor]:
-        return iter(())
 
     def state(self) -> dict[str, Any]:
         """`vae`: what `models.autoencoders.vae.build` takes."""

@@ -1,60 +1,55 @@
 """The small vision-language model (`models/language/small_vlm.py`) as a task of the training loop: video → caption.
 
 `model` is `small_vlm`; its frames and size are those of the one bucket, which is square, its words
-`text.length` bytes. The loss is a word's: a batch weighs as many parts as it has caption bytes.
+`caption_bytes` bytes. The loss is a word's: a batch weighs as many parts as it has caption bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from jobs.training.data import Loader, reader_of
-from jobs.training.recipe import TrainRecipe, import_spec
+from jobs.training.recipe import TrainRecipe, VLMRecipe, import_spec
 from jobs.training.system import to_unit
-from jobs.training.task import Batch, Draws, Losses, Phase
+from jobs.training.task import Batch, Draws, Losses, Phase, Start, Task
 from models.language import text
 from models.language.small_vlm import SmallVLM, caption_loss
 
 
-def build(
-    recipe: TrainRecipe, data: str, device: torch.device, rank: int = 0, world: int = 1
-) -> tuple[Captioning, Loader]:
+def build(recipe: TrainRecipe, start: Start) -> tuple[Captioning, Loader]:
     """Raises ValueError or StoreError, in one sentence, where recipe and data do not fit."""
+    assert isinstance(recipe, VLMRecipe)
     if recipe.model.kind != "small_vlm":
         raise ValueError(f"trains: vlm needs model.kind small_vlm, not {recipe.model.kind}")
     if len(recipe.data.buckets) > 1 or recipe.data.buckets[0].height != recipe.data.buckets[0].width:
         raise ValueError("data.buckets: the small VLM takes one bucket, as high as it is wide")
-    if recipe.data.images or recipe.data.stills or recipe.data.cache:
-        raise ValueError(
-            "the small VLM sees pixels of clips: leave data.cache unset, data.images and data.stills 0"
-        )
-    task = Captioning(recipe, device)
+    world = start.world
+    task = Captioning(recipe, world.device)
     loader = Loader(
-        reader_of(recipe, data),
+        reader_of(recipe, start.data),
         [task.positions],
         tokens=recipe.data.tokens,
         batch=recipe.data.batch,
-        rank=rank,
-        world=world,
+        rank=world.rank,
+        world=world.size,
         workers=recipe.data.workers,
-        pin=device.type == "cuda",
+        pin=world.device.type == "cuda",
     )
     return task, loader
 
 
-class Captioning:
-    """A `jobs.training.task.Task`.
+class Captioning(Task):
+    """positions: visual tokens and words of a sample."""
 
-    positions: visual tokens and words of a sample.
-    """
+    weights: ClassVar = {"words": 1.0}
 
-    def __init__(self, recipe: TrainRecipe, device: torch.device):
+    def __init__(self, recipe: VLMRecipe, device: torch.device):
         bucket = recipe.data.buckets[0]
-        self.device, self.length = device, recipe.text.length
+        self.device, self.length = device, recipe.caption_bytes
         options = recipe.model.options()
         if bucket.width % (patch := options.get("patch", 16)):
             raise ValueError(f"data.buckets: {bucket.width} pixels are no multiple of the patches' {patch}")
@@ -66,10 +61,13 @@ class Captioning:
 
     def loss(self, phase: str, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
         words = text.encode(batch["caption"], self.length)
-        count = int((words[:, 1:] != text.PAD).sum())  # on the host
         video = to_unit(batch["video"].transpose(1, 2))  # B T 3 S S
         mean = caption_loss(model, video, words.to(self.device, non_blocking=True))
-        return Losses(mean * count, count)
+        return Losses({"words": mean * self.counts(batch)["words"]})
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        words = text.encode(batch["caption"], self.length)
+        return {"words": int((words[:, 1:] != text.PAD).sum())}
 
     def blocks(self, module: nn.Module) -> Iterator[nn.Module]:
         assert isinstance(module, SmallVLM)
@@ -77,15 +75,3 @@ class Captioning:
 
     def tokens(self, batch: Batch) -> int:
         return len(batch["key"]) * self.positions
-
-    def samples(self, model: nn.Module, step: int) -> dict[str, Tensor]:
-        return {}
-
-    def real(self) -> Iterator[Tensor]:
-        raise ValueError("run.frechet: a VLM makes no videos: set it to 0")
-
-    def generate(self, model: nn.Module, which: Iterable[int]) -> Iterator[Tensor]:
-        return iter(())
-
-    def state(self) -> dict[str, Any]:
-        return {}

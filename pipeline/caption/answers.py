@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -103,20 +104,20 @@ class Server:
 
 
 def read(said: Json, options: ServedModel) -> Answer:
-    """What a response of a server says. Raises ClipFault where it is no chat completion."""
+    """What a response of a server says, which `Client.ask` gave."""
     choice = said["choices"][0]
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(message, dict):
-        raise ClipFault(f"the answer of {options.model!r} has no message")
+    message = choice["message"]
     content = message.get("content") or ""
     if isinstance(content, list):  # parts, as some servers give them
-        content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
-    logprobs = (choice.get("logprobs") or {}).get("content") or []
+        parts = (part.get("text") if isinstance(part, dict) else part for part in content)
+        content = "".join(part for part in parts if isinstance(part, str))
+    logprobs = choice.get("logprobs")
+    tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
     return Answer(
         _sound(content).strip(),
         str(choice.get("finish_reason") or "stop"),
         _sound(message.get("refusal") or ""),
-        logprobs,
+        [t for t in tokens if isinstance(t, dict)] if isinstance(tokens, list) else [],
         cost_of(said, options),
     )
 
@@ -133,7 +134,7 @@ def cost_of(said: Json, options: ServedModel) -> dict[str, float]:
     found = {"requests": 1.0}
     for name in ("prompt_tokens", "completion_tokens"):
         count = counts.get(name)
-        found[name] = float(count) if isinstance(count, int | float) else 0.0
+        found[name] = float(count) if isinstance(count, int | float) and 0 <= count < math.inf else 0.0
     usd = (found["prompt_tokens"] * options.usd_in + found["completion_tokens"] * options.usd_out) / 1e6
     return found | {"usd": round(usd, 9)}
 
@@ -184,7 +185,7 @@ def unsealed(data: bytes, part: str) -> Json | None:
         said = json.loads(data)
         text = json.dumps(said["kept"], sort_keys=True)
         found: Json | None = said["kept"][part]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return found if hashlib.sha256(text.encode()).hexdigest() == said.get("sha256") else None
 

@@ -18,12 +18,12 @@ import os
 import random
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from pipeline.caption import connection
 from pipeline.faults import ClipFault, WorkerFault, one_line
 from pipeline.recipe_captions import ServedModel
 from pipeline.recipe_schema import RecipeError
@@ -58,11 +58,11 @@ class Stopped(ClipFault):
 class _Again(Exception):
     """A try failed in a way that the next may not."""
 
-    def __init__(self, why: str, wait: float | None = None, crowded: bool = False, away: bool = False):
+    def __init__(self, why: str, wait: float | None = None, crowded: bool = False, cure: str = ""):
         super().__init__(why)
         self.wait = wait  # seconds that the server asks for
         self.crowded = crowded  # it is asked too much
-        self.away = away  # nobody is there
+        self.cure = cure  # nobody is there; what to do about it
 
 
 class Client:
@@ -78,22 +78,16 @@ class Client:
         clock: Callable[[], float] = time.monotonic,
         sleep: Sleep = lambda seconds, stop: stop.wait(seconds),
     ):
-        import urllib3
-
         self.options, self.clock, self.sleep = options, clock, sleep
         self.gate = Gate(options.concurrency, options.per_minute, clock, sleep)
         self.base, self.place = _base(options.url), urlsplit(options.url).netloc
         self._key = key(options) or ""
         self._lock = threading.Lock()
         self._answered = self._failed = 0  # requests in all, and in a row
-        proxy = urllib.request.getproxies().get(urlsplit(self.base).scheme)
-        if proxy and not urllib.request.proxy_bypass(urlsplit(self.base).hostname or ""):
-            self._pool: urllib3.PoolManager = urllib3.ProxyManager(proxy, maxsize=options.concurrency)
-        else:
-            self._pool = urllib3.PoolManager(maxsize=options.concurrency)
+        self._pool = connection.pool(self.base, options.concurrency, options.timeout_s)
 
     def ask(self, body: Json, stop: threading.Event | None = None) -> Json:
-        """The server's answer to a chat request, parsed: it has at least one of `choices`.
+        """The server's answer to a chat request, parsed: the first of its `choices` has a `message`.
 
         Raises Refused, NoAnswer, Stopped (after `stop` is set), and WorkerFault where no request would be answered.
         """
@@ -109,7 +103,9 @@ class Client:
                 self._count(None)
                 return answer
             except _Again as e:
-                wait = _longer(attempt) if e.wait is None else e.wait * (1 + JITTER * random.random())
+                wait = _longer(attempt)
+                if e.wait is not None and e.wait >= BACKOFF_S:  # 0 is not an invitation to ask without end
+                    wait = e.wait * (1 + JITTER * random.random())
                 assert end is not None
                 if attempt == self.options.tries:
                     raise self._given_up(
@@ -157,7 +153,11 @@ class Client:
         try:
             status, headers, got = self._post(data, seconds)
         except (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError) as e:
-            raise _Again(f"nobody answers at {self.place} ({self._said(e)})", away=True) from e
+            why = f"nobody answers at {self.place} ({self._said(e)})"
+            raise _Again(why, cure="start the server again") from e
+        except urllib3.exceptions.ProxyError as e:
+            why = f"the environment's proxy lets nobody through to {self.place} ({self._said(e)})"
+            raise _Again(why, cure="correct http_proxy or https_proxy") from e
         except urllib3.exceptions.SSLError as e:
             raise WorkerFault(f"{self.place}: {self._said(e)}; correct the url or the certificates") from e
         except (urllib3.exceptions.TimeoutError, TimeoutError) as e:
@@ -166,21 +166,27 @@ class Client:
             raise _Again(f"the connection broke ({self._said(e)})") from e
         if status != 200:
             self._refused(status, headers, _words(got))
+        shown = repr(self._clean(_words(got))[:60])
+        if headers.get("content-type", "").startswith("text/event-stream"):
+            raise Refused(f"{self.place}: it answers in a stream, which nobody asked for: {shown}")
         try:
             answer = json.loads(got)
-        except ValueError as e:
-            raise _Again(
-                f"the answer is no JSON, it may be cut off: {self._clean(_words(got))[:60]!r}"
-            ) from e
-        if isinstance(answer, dict) and answer.get("choices"):
-            found: Json = json.loads(self._clean(json.dumps(answer)))
-            return found
-        error = answer.get("error") if isinstance(answer, dict) else None
-        if isinstance(error, dict) and isinstance(
-            error.get("code"), int
-        ):  # some gateways say 200 to everything
-            self._refused(error["code"], headers, _words(got))
-        raise _Again(f"the answer has no choices: {self._clean(_words(got))[:60]!r}")
+        except (ValueError, RecursionError) as e:
+            raise _Again(f"the answer is no JSON, it may be cut off: {shown}") from e
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        choice = choices[0] if choices and isinstance(choices, list) else None
+        for part in (choice, answer):  # some gateways say 200 to everything
+            error = part.get("error") if isinstance(part, dict) else None
+            if isinstance(error, dict) and isinstance(error.get("code"), int):
+                self._refused(error["code"], headers, _words(json.dumps({"error": error}).encode()))
+            if error and part is choice:
+                raise _Again(f"it broke off: {self._clean(_words(json.dumps(error).encode()))}")
+        if not choices:
+            raise _Again(f"the answer has no choices: {shown}")
+        if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
+            raise Refused(f"{self.place}: the answer is no chat completion: {shown}")
+        found: Json = json.loads(self._clean(json.dumps(answer)))
+        return found
 
     def _post(self, data: bytes, seconds: float) -> tuple[int, Any, bytes]:
         """Status, headers and body; in time, or TimeoutError, even from a server that sends a byte a second."""
@@ -231,6 +237,10 @@ class Client:
         said = f"HTTP {status}" + (f": {words}" if words else "")
         if status == 401:
             raise WorkerFault(self._unauthorised(words))
+        if status == 407:
+            raise WorkerFault(
+                f"the environment's proxy wants a name and password ({said}): http_proxy=http://NAME:PASSWORD@HOST:PORT"
+            )
         if status == 402 or "insufficient_quota" in words:
             raise WorkerFault(
                 f"{self.place} wants to be paid ({said}); see to it and run the same command again"
@@ -243,8 +253,9 @@ class Client:
         if status in LATER or (status >= 500 and status not in NEVER):
             raise _Again(said, retry_after(headers), crowded=status in CROWDED)
         if status in (403, 404) and not self._answered:
+            v1 = "" if urlsplit(self.base).path else f" (is its API at {self.base}/v1?)"
             raise WorkerFault(
-                f"{self.place} has no {self.options.model!r} for us ({said}); correct url, model or key_env"
+                f"{self.place} has no {self.options.model!r} for us ({said}); correct url{v1}, model or key_env"
             )
         raise Refused(f"{self.place}: {said}")
 
@@ -258,8 +269,8 @@ class Client:
         return f"{self.place} {what}" + (f" ({self._clean(words)})" if words else "")
 
     def _given_up(self, why: str, e: _Again) -> NoAnswer | WorkerFault:
-        if e.away:
-            return WorkerFault(f"{why}; start the server again")
+        if e.cure:
+            return WorkerFault(f"{why}; {e.cure}")
         fault = NoAnswer(f"{self.place}: {why}", tried=True)
         self._count(fault)
         return fault
@@ -327,7 +338,7 @@ def _base(url: str) -> str:
 def _words(data: bytes) -> str:
     """What a server says of an error: OpenAI's `error.message`, FastAPI's `detail`, or what there is."""
     text = data.decode(errors="replace")
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         said = json.loads(text)
         for name in ("error", "detail", "message"):
             if isinstance(said, dict) and said.get(name):

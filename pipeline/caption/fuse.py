@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from itertools import takewhile
 
 from pipeline.caption import prompts
 from pipeline.caption.served import Asking
@@ -34,20 +36,29 @@ class Fuse(Asking):
         return caption
 
     def _sources(self, clip: Clip) -> list[Caption]:
-        """The captions to be put together: those that say something and have no flag with which none is chosen.
-
-        Raises ClipFault where the clip has none of a captioner that the recipe names.
-        """
-        before = {c.model: c for c in clip.captions if c.model != self.name}
+        """See `sources`. Raises ClipFault where the clip has no caption of a captioner that the recipe names."""
+        there = [c.model for c in clip.captions if c.model != self.name]
         for name in self.options.of:
-            if name not in before:
-                there = ", ".join(before) or "none"
+            if name not in there:
                 raise ClipFault(
-                    f"fuse.of: the clip has no caption of {name!r}; its captioners so far: {there}"
+                    f"fuse.of: the clip has no caption of {name!r}; its captioners so far: "
+                    f"{', '.join(there) or 'none'}"
                 )
-        chosen = [before[name] for name in self.options.of] or list(before.values())
-        avoid = set(Choose.model_fields["avoid"].default)
-        sound = [
-            c for c in chosen if c.text and c.outcome in ("ok", "truncated") and not avoid & set(c.flags)
-        ]
-        return [c for c in sound if c.raw.lstrip().startswith("{")] if self.options.fields else sound
+        return sources(self.options, self.name, clip.captions)
+
+
+def sources(options: FuseCaptioner, name: str, captions: Sequence[Caption]) -> list[Caption]:
+    """The captions to be put together: those that say something and have no flag with which none is chosen.
+
+    Args:
+        name: of the fused one; where none are named, what stands behind it came later and does not count.
+        captions: of the clip, in order.
+    """
+    if options.of:
+        there = {c.model: c for c in captions}
+        chosen = [there[n] for n in options.of if n in there and n != name]
+    else:
+        chosen = list(takewhile(lambda c: c.model != name, captions))
+    avoid = set(Choose.model_fields["avoid"].default)
+    sound = [c for c in chosen if c.text and c.outcome in ("ok", "truncated") and not avoid & set(c.flags)]
+    return [c for c in sound if c.raw.lstrip().startswith("{")] if options.fields else sound

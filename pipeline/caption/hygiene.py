@@ -13,18 +13,19 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from importlib.resources import files
 
-from pipeline.caption.text import sentences
+from pipeline.caption.text import sentences, tokens
 from pipeline.record import Caption, Clip, Video
 
 FLAGS = {
     "refusal": "says that it cannot see, or will not say",
-    "opener": "begins with words about the video itself, as 'The video shows'",
+    "opener": "begins with words about the video or the answer itself, as 'The video shows'",
     "loop": "says the same again and again",
     "truncated": "breaks off",
-    "wrong_language": "is not English",
+    "wrong_language": "is not English, and its prompt asks for no other language",
     "leak": "repeats its prompt, or thinks aloud",
     "broken_json": "was to be JSON and is none",
     "name": "named a person, who is 'a person' now",
@@ -33,32 +34,55 @@ FLAGS = {
 }
 
 REFUSAL = re.compile(
-    r"\b(i(?:'m| am) (?:sorry|unable|not able)|as an ai\b|(?:i )?(?:can(?:not|'t)|am unable to) "
-    r"(?:see|view|watch|access|process|identify|provide|assist|help|describe)|no (?:video|image) (?:was )?provided)",
+    r"\bi(?:'m| am) (?:sorry|unable|not able)\b|\bas (?:an ai|a language model)\b|"
+    r"\bi (?:can(?:not|'t)|do(?: not|n't)(?: have the ability to)?) "
+    r"(?:see (?:the|this|any)|view|watch|access|process|identify|provide|assist|help|describe)\b|"
+    r"^(?:sorry\b.{0,20} )?(?:unable to|cannot|can't) \w+|"
+    r"\bno (?:video|image)s? (?:(?:is|are|was|were) )?(?:provided|attached)\b",
     re.I,
 )
+_VIDEO = r"(?:video|clip|footage|image|picture|scene|frame|animation)s?(?: clip| footage| frame| sequence)?"
 OPENER = re.compile(
-    r"^(?:in |throughout )?(?:this|the|a) (?:short |brief )?"
-    r"(?:video|clip|footage|image|picture|scene|frame|animation)s?(?: clip| footage| frame| sequence)?"
+    rf"^(?:in |throughout )?(?:this|the|a) (?:short |brief )?{_VIDEO}"
     r"(?:,| (?:shows?|depicts?|features?|captures?|presents?|begins?|opens?|starts?|displays?|showcases?|"
-    r"is (?:about|of)|appears|we see)\b)",
+    r"is (?:about|of)|appears|we see)\b)|"
+    rf"^this is (?:an?|the) (?:short |brief )?{_VIDEO} (?:of|about|that|which|showing)\b|"
+    r"^(?:(?:sure|certainly|of course)[!,.] )?here(?:'s| is| are)\b[^.:]{0,40}\b(?:caption|description|summary)s?\b|"
+    r"^(?:caption|description|summary|answer)\s*:",
     re.I,
 )
 LEAK = re.compile(
     r"</?think>|<\|?(?:im_start|im_end|assistant|user|system)\b|^(?:user|assistant|system|human)\s*:|"
-    r"\b(?:the user (?:wants|asks|asked)|let me (?:think|look|analy[sz]e|describe)|okay, (?:so|let)|as requested)\b",
+    r"\b(?:the user (?:wants|asks|asked)|let me (?:think|look|analy[sz]e|describe)|okay, (?:so|let))\b|"
+    r"^as requested\b",
     re.I | re.M,
 )
+# Bounded, and begun only where a run of such characters begins: what has no end is gone over once
 CONTACT = re.compile(
-    r"(?P<address>[\w.+-]+@[\w-]+(?:\.[\w-]+)+)|(?P<web>\b(?:https?://|www\.)\S+)|"
-    r"(?P<phone>(?<![\w.])\+?\(?\d{2,4}\)?[ .-]\d{3,4}[ .-]\d{3,4}(?:[ .-]\d{2,4})?(?![\w]))"
+    r"(?P<address>(?<![\w.+-])[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+)|"
+    r"(?P<web>\b(?:https?://|www\.)\S*[\w/]|(?<![\w.@-])(?:[\w-]{1,63}\.){1,4}(?:com|org|net|gov|edu)\b(?:/\S*[\w/])?)|"
+    r"(?P<phone>(?<![\w.])\+\d{8,15}(?!\w)|"
+    r"(?<![\w.])(?:\+\d{1,3}[ .-])?\+?\(?\d{2,4}\)?[ .-]\d{3,4}[ .-]\d{3,4}(?:[ .-]\d{2,4})?(?!\w))"
 )
 CONTACTS = {"address": "an e-mail address", "web": "a web address", "phone": "a phone number"}
+# Digits that are no phone number: thousands set apart, years, and addresses of machines
+_AMOUNT = re.compile(r"\d{1,3}(?:([ .])\d{3})(?:\1\d{3})*|(?:(?:19|20)\d\d[ -]?)+|(?:\d{1,3}\.){3}\d{1,3}")
+_DIALLED = re.compile(
+    r"\b(?:call|dial|phone|telephone|tel|mobile|number|text|whatsapp|contact)\b\W*(?:\w+\W+)?$", re.I
+)
 TITLE = r"(?:Mr|Mrs|Ms|Miss|Dr|Prof|Sir|President|Senator)\.?"
 NAME = re.compile(
     rf"\b(?:(?:[Aa]|[Tt]he) (?:man|woman|person|boy|girl) (?:named|called) )?(?:{TITLE} )?(?P<first>[A-Z][a-z]+)"
     r"(?: (?:[A-Z]\. )?(?P<last>[A-Z][a-z]+(?:-[A-Z][a-z]+)?))?(?P<own>['’]s)?"
 )
+# Right before a name these make it that of a thing or a place: a Sherman tank, an Allen key, St. Louis
+_THING = re.compile(
+    r"(?:\b(?:an?|the|two|three|several|[Ss]t\.?|Saint|San|Santa|Mount|Lake|Fort|Port))\s$", re.I
+)
+_BRANDS = frozenset(
+    {"pepper", "martens", "oetker", "universe", "world", "america"}
+)  # Dr Pepper, Miss Universe
+_QUOTED = re.compile(r"“[^”]*”|\"[^\"]*\"")
 _ENGLISH = "the a an of and with are by from while his her is that their for it at in on to there"
 _OTHER = """
     el la los las un una unos que de del con por para se su en os um uma do da em na no com le les des une et est il sur
@@ -67,26 +91,14 @@ _OTHER = """
 """
 ENGLISH = frozenset(_ENGLISH.split())
 OTHER = frozenset(_OTHER.split())  # as common in eight other languages that are written in Latin letters
-MOVES, HOLDS = 0.02, 0.004  # net camera travel that cannot be overlooked, and none; see pipeline.score.motion
-ENDINGS = (
-    "and",
-    "or",
-    "the",
-    "a",
-    "an",
-    "of",
-    "in",
-    "on",
-    "with",
-    "to",
-    "is",
-    "are",
-    ",",
-    ":",
-    "-",
-    "…",
-    "...",
+LANGUAGES = re.compile(
+    r"\b(?:Arabic|Chinese|Czech|Danish|Dutch|Finnish|French|German|Greek|Hebrew|Hindi|Hungarian|Indonesian|Italian|"
+    r"Japanese|Korean|Mandarin|Norwegian|Persian|Polish|Portuguese|Romanian|Russian|Spanish|Swedish|Thai|Turkish|"
+    r"Ukrainian|Vietnamese)\b"
 )
+MOVES, HOLDS = 0.02, 0.004  # net camera travel that cannot be overlooked, and none; see pipeline.score.motion
+# Not those that may end a clause too, as in 'he turns the light on'
+ENDINGS = (" and", " or", " the", " a", " an", " of", ",", ":", "-", "…", "...")
 
 
 def tidy(caption: Caption, video: Video, clip: Clip) -> None:
@@ -96,13 +108,14 @@ def tidy(caption: Caption, video: Video, clip: Clip) -> None:
     said = caption.text
     text, contact = _without_contacts(said)
     text, name = _without_names(text)
+    own = _own_words(said)
     found = {
-        "refusal": REFUSAL.search(said) is not None and len(said) < 400,
-        "opener": OPENER.match(said) is not None,
-        "loop": _loops(said),
-        "truncated": caption.outcome == "truncated" or said.lower().endswith(ENDINGS_OF_WORDS),
-        "wrong_language": _foreign(said),
-        "leak": LEAK.search(said) is not None or _repeats(said, caption.prompt),
+        "refusal": len(own) < 400 and REFUSAL.search(own.replace("’", "'")) is not None,
+        "opener": OPENER.match(own.replace("’", "'")) is not None,
+        "loop": _loops(own),
+        "truncated": caption.outcome == "truncated" or said.endswith(ENDINGS),
+        "wrong_language": _foreign(own) and not _asks_for_another(caption.prompt),
+        "leak": LEAK.search(own) is not None or _repeats(said, caption.prompt),
         "broken_json": _broken_json(said),
         "name": name,
         "contact": contact,
@@ -113,11 +126,23 @@ def tidy(caption: Caption, video: Video, clip: Clip) -> None:
         caption.raw, caption.text = caption.raw or said, text
 
 
-ENDINGS_OF_WORDS = tuple(e if not e.isalpha() else f" {e}" for e in ENDINGS)
+def _own_words(text: str) -> str:
+    """Without what it quotes, as a text on screen; one that is in quotes as a whole, as it is."""
+    if text.lstrip().startswith(("{", "[")):  # JSON
+        return text
+    own = _QUOTED.sub("“”", text)
+    return own if any(c.isalnum() for c in own) else text.strip('“”"')
 
 
 def _without_contacts(text: str) -> tuple[str, bool]:
-    new = CONTACT.sub(lambda found: CONTACTS[str(found.lastgroup)], text)
+    def told(found: re.Match[str]) -> str:
+        kind = str(found.lastgroup)
+        before = text[max(0, found.start() - 30) : found.start()]
+        if kind == "phone" and _AMOUNT.fullmatch(found.group()) and not _DIALLED.search(before):
+            return found.group()
+        return CONTACTS[kind]
+
+    new = CONTACT.sub(told, text)
     return new, new != text
 
 
@@ -133,10 +158,11 @@ def _without_names(text: str) -> tuple[str, bool]:
 
     def person(found: re.Match[str]) -> str:
         whole, first = found.group(), found["first"]
-        titled = re.search(rf"\b{TITLE} [A-Z]", whole) is not None
+        titled = re.search(rf"\b{TITLE} [A-Z]", whole) is not None and first.lower() not in _BRANDS
         introduced = " named " in whole or " called " in whole
         at = found.start("first")
         known = first.lower() in given_names() and (found["last"] is not None or at not in starts)
+        known = known and not _THING.search(text[max(0, at - 9) : at])
         if not (titled or introduced or known):
             return whole
         article = "A person" if found.start() in starts else "a person"
@@ -160,16 +186,16 @@ def _starts(text: str) -> set[int]:
 
 
 def _loops(text: str) -> bool:
-    """One to eight words four times in a row, or a sentence of four words and more three times."""
-    words = re.findall(r"\w+", text.lower())
-    for n in range(1, 9):
-        run = 0
+    """A word six times or two to sixteen four times in a row, or a sentence of four words and more three times."""
+    words = tokens(text)
+    for n in range(1, 17):
+        run, most = 0, 5 if n == 1 else 3 * n
         for i in range(n, len(words)):
             run = run + 1 if words[i] == words[i - n] else 0
-            if run >= 3 * n:
+            if run >= most:
                 return True
-    told = [s.lower().strip(" .!?") for s in sentences(text)]
-    return any(told.count(s) >= 3 and len(s.split()) >= 4 for s in set(told))
+    told = Counter(s.lower().strip(" .!?。！？") for s in sentences(text))
+    return any(count >= 3 and len(tokens(s)) >= 4 for s, count in told.items())
 
 
 def _foreign(text: str) -> bool:
@@ -180,6 +206,12 @@ def _foreign(text: str) -> bool:
     words = re.findall(r"[^\W\d_]+", text.lower())
     other = sum(w in OTHER for w in words)
     return other >= 2 and other > sum(w in ENGLISH for w in words)
+
+
+def _asks_for_another(prompt: str) -> bool:
+    """Whether a prompt's first line, which no title of a source is part of, is in or names a language not English."""
+    lines = [line for line in prompt.splitlines() if not line.startswith("These ")]  # times of frames
+    return bool(lines) and (_foreign(lines[0]) or LANGUAGES.search(lines[0]) is not None)
 
 
 def _repeats(text: str, prompt: str) -> bool:
@@ -194,7 +226,7 @@ def _broken_json(text: str) -> bool:
         return False
     try:
         json.loads(start.removesuffix("```").strip())
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return False
 
@@ -207,8 +239,8 @@ CAMERA: list[tuple[str, dict[str, int]]] = [
         rf"camera (?:is |remains |stays |holds )?{_STILL}|{_STILL} (?:camera|shot)",
         {"pan_x": 0, "pan_y": 0, "zoom": 0},
     ),
-    (rf"{_MOVES}(?:to the )?left\b", {"pan_x": -1}),
-    (rf"{_MOVES}(?:to the )?right\b", {"pan_x": 1}),
+    (rf"{_MOVES}(?:to the )?left\b(?! of| side| hand)", {"pan_x": -1}),
+    (rf"{_MOVES}(?:to the )?right\b(?! of| side| hand)", {"pan_x": 1}),
     (rf"{_MOVES}up(?:wards?)?\b", {"pan_y": -1}),
     (rf"{_MOVES}down(?:wards?)?\b", {"pan_y": 1}),
     (r"\bzoom(?:s|ing) in\b|\b(?:pushes|dollies) in\b|\bview closes in\b", {"zoom": 1}),

@@ -29,7 +29,7 @@ class Yes(Judge):
 
     def __init__(self, options: YesJudge):
         super().__init__(options)
-        self.name = options.name
+        self.name, self.batch = options.name, options.batch
 
     def check(self) -> str:
         return vlm.check(self.options, "choose.judges")

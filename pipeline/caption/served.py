@@ -134,6 +134,8 @@ class Asking(Captioner):
         caption = Caption(self.name, text, prompt=prompt, raw=raw, cost=total(a.cost for a in answers))
         if answer.finish == "length":
             caption.outcome = "truncated"
+            if not text:
+                caption.reason = "it was cut off before it said anything: raise parameters.max_tokens"
         if answer.refusal or answer.finish == "content_filter":
             caption.flags.append("refusal")
             caption.text, caption.raw = "", answer.refusal or answer.text
@@ -231,7 +233,7 @@ class ServedYes(Judge):
 
     def __init__(self, options: ServedYesJudge):
         super().__init__(options)
-        self.name = options.name
+        self.name, self.batch = options.name, options.concurrency
 
     def check(self) -> str:
         return check(self.options, "choose.judges")
@@ -252,14 +254,13 @@ class ServedYes(Judge):
             )
 
     def scores(self, told: list[Told]) -> list[Sequence[Verdict]]:
-        """Raises the first fault of a clip where it is alone, for its warning."""
-        found = self.asks.each([partial(self._verdicts, t) for t in told])
-        if len(told) == 1 and isinstance(found[0], ClipFault):
-            raise found[0]
-        failed = [f for f in found if isinstance(f, ClipFault)]
-        if failed:
-            raise failed[0]  # the stage finds the culprit, clip by clip: what is answered is not asked again
-        return [v for v in found if not isinstance(v, ClipFault)]
+        """Raises the first fault of a clip: the stage finds the culprit, and what is answered is not asked again."""
+        verdicts: list[Sequence[Verdict]] = []
+        for found in self.asks.each([partial(self._verdicts, t) for t in told]):
+            if isinstance(found, ClipFault):
+                raise found
+            verdicts.append(found)
+        return verdicts
 
     def _verdicts(self, told: Told, stop: threading.Event) -> list[Verdict]:
         jpegs, when = frames(told.video, told.clip, self.options.frames)
@@ -294,11 +295,11 @@ def p_yes(answer: Answer) -> float | None:
     if not answer.logprobs:
         return None
     first = answer.logprobs[0]
-    listed = {t["token"]: t["logprob"] for t in [first, *(first.get("top_logprobs") or [])] if "token" in t}
+    listed = {str(t.get("token")): t.get("logprob") for t in [first, *(first.get("top_logprobs") or [])]}
     mass = {"yes": 0.0, "no": 0.0}
     for token, logprob in listed.items():
         word = token.strip(" ▁Ġ\n.\"'“”").lower()
-        if word in mass:
-            mass[word] += math.exp(min(0.0, float(logprob)))
+        if word in mass and isinstance(logprob, int | float) and not math.isnan(logprob):
+            mass[word] += math.exp(min(0.0, logprob))
     both = mass["yes"] + mass["no"]
     return mass["yes"] / both if both > 0 else None

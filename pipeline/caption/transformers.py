@@ -69,7 +69,12 @@ class Transformers(Captioner):
             text = parts[0]
         tokens = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.new_tokens}
         cost = {name: float(n) for name, n in tokens.items()}
-        return Caption(self.name, text, "ok" if complete else "truncated", answer.prompt, raw=raw, cost=cost)
+        caption = Caption(
+            self.name, text, "ok" if complete else "truncated", answer.prompt, raw=raw, cost=cost
+        )
+        if not (complete or text):
+            caption.reason = "it was cut off before it said anything: raise max_new_tokens"
+        return caption
 
 
 # ---------------------------------------------------------------- for whoever looks through such a model

@@ -16,7 +16,7 @@ import os
 import tempfile
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -162,6 +162,15 @@ class Store:
         return self.files.using(
             name, lambda f: pq.ParquetFile(f).read(columns)
         )  # pq.read_table imports pa.dataset
+
+    def read_some(self, name: str, columns: Collection[str]) -> pa.Table:
+        """Those of the columns that a parquet file has, in its order."""
+
+        def read(f: IO[bytes]) -> pa.Table:
+            file = pq.ParquetFile(f)
+            return file.read([c for c in file.schema_arrow.names if c in columns])
+
+        return self.files.using(name, read)
 
     def read_schema(self, name: str) -> pa.Schema:
         """Columns and metadata of a parquet file."""

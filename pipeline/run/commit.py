@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 
 from pipeline.faults import StoreError
 from pipeline.io.store import Store
-from pipeline.layers import read_ahead, unit_of
+from pipeline.layers import forget, layers, read_ahead, unit_of
 from pipeline.record import Source, Video
 from pipeline.run.chunks import chunk_unit, of_chunk
 from pipeline.stages import Produces, Resources
@@ -221,6 +221,8 @@ def _drop(store: Store, unit: str, uris: Collection[str]) -> None:
             store.write_table(clips, kept)
         elif not kept.num_rows:
             store.delete(clips)
+        if kept.num_rows < table.num_rows:
+            forget(store, unit, kept)
     store.write_table(f"videos/{unit}.parquet", left)
 
 
@@ -347,8 +349,9 @@ def sweep_uncommitted(store: Store) -> None:
     for name in clips:
         if name.removeprefix("clips/").removesuffix(".parquet") not in committed:
             store.delete(name)
+    there = {layer.folder for layer in layers(store)}
     for name in store.list("layers", ".parquet"):
-        if unit_of(name) not in committed:
+        if unit_of(name) not in committed or name.rpartition("/")[0] not in there:
             store.delete(name)
     rows: dict[str, list[str]] = defaultdict(list)  # unit → files that speak of its tars
     kept = store.list("chunks", ".parquet")

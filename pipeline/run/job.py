@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,12 +23,12 @@ from typing import Any
 from pipeline.caption import answers
 from pipeline.decide.columns import META, check_listed, listed_asked, no_number, number_in
 from pipeline.faults import counted
-from pipeline.graph import check
+from pipeline.graph import build, check
 from pipeline.io.store import Store, below
 from pipeline.layers import Layered
 from pipeline.recipe import Recipe
 from pipeline.record import Source, Video
-from pipeline.run import commit, identity, layering, relabel, resume
+from pipeline.run import commit, identity, layering, needs, relabel, resume
 from pipeline.run.log import TOLD, log, logging_to, without_secrets
 from pipeline.run.outcome import Outcome, outcome
 from pipeline.run.progress import Display
@@ -86,11 +87,11 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
                 _say(line)
             media.check(store)
             answered = answers.stored(store)
-            units = _left_to_do(store, listed, job)
+            units = _left_to_do(store, listed, recipe, job)
             before = commit.units(store)
             try:
                 if job.retry_errors:
-                    _retry_captions(store, recipe, listed, job)
+                    _retry(store, recipe, listed, job)
                 if units:
                     _process(units, recipe, store, job)
                     commit.sweep_uncommitted(store)
@@ -109,10 +110,13 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
     return found
 
 
-def caption(out: str, recipe: Recipe, job: Job = Job()) -> Outcome:
+def caption(out: str, recipe: Recipe | None, job: Job = Job()) -> Outcome:
     """Add what `recipe` names and the finished run in `out` lacks, as layers over it; its shards and report follow.
 
     Thresholds and the choice in force stay, but for what `job.asked` sets. Raises as `curate`, and RecipeError.
+
+    Args:
+        recipe: none: the run's own with what `job.asked` sets, and all that layers have added.
     """
     from pipeline.decide.rules import check_rules
     from pipeline.report import page as report
@@ -126,42 +130,55 @@ def caption(out: str, recipe: Recipe, job: Job = Job()) -> Outcome:
         commit.sweep_uncommitted(store)
         clips = Layered(store)
         answered = answers.stored(store)
-        recipe = layering.with_judges(recipe, resume.decided(run, [], out), clips)
-        layering.check(recipe, clips)
+        own = resume.decided(run, [], out)
+        recipe = recipe or layering.all_of(run, job.asked, clips.layers, out)
+        recipe = layering.with_judges(recipe, own, clips.layers)
+        if job.retry_errors:
+            recipe = layering.with_fused(recipe, own, clips.layers)
+        built = check(recipe, store)
+        needs.check_models(recipe)
+        layering.check(built, own, clips)
         if asked := listed_asked(resume.decided(run, job.asked, out).decide.rules):
             check_listed(asked, clips.meta_keys())
-        added = layering.additional(recipe, store)
-        wanted = layering.missing(clips, added, job.retry_errors)
-        if not wanted:
-            _say("nothing to add: the run has all that this recipe names")
-        else:
-            todo = [f"{name} on {counted(len(ids), 'clip')}" for name, ids in wanted.items()]
-            _say(f"to add: {', '.join(todo)}")
-            over = layering.noted(store, clips, added, wanted, run["versions"] | _versions())
-            units = layering.units(clips, wanted, {})
-            _run(layering.stages(store, recipe, wanted, over), units, recipe, job)
-            store.sweep()
-            for name, ids in layering.missing(Layered(store), added, False).items():
+        added = layering.additional(built)
+        again = _again(store, own, recipe, added, {}, job) if job.retry_errors else set()
+        over = _layer_names(clips) if job.retry_errors else set()
+        wanted = layering.missing(clips, added, over, also=again)
+        if wanted:
+            _say(f"to add: {_on_clips(wanted)}")
+            _add(store, recipe, added, wanted, {}, job)
+            for name, ids in layering.missing(Layered(store), added).items():
                 _say(
                     f"{name} said nothing of {counted(len(ids), 'clip')}: see {log_name}; the same command tries again"
                 )
+        elif not again:
+            _say("nothing to add: the run has all that this recipe names")
+        layering.agree(store)
         in_force = resume.decided(run, job.asked, out)
         check_rules(in_force.decide.rules, Layered(store).schema())
         pack.shard(store, in_force)
         report.write(store)
         found = outcome(store, answered=answered)
         _write_run(store, pack.read_run(store) | {"outcome": found.plain()})
-        _tell(found, store, job, out, log_name)
+        if not found.caption_errors.keys() <= {s.name.removeprefix("caption:") for s in added}:
+            job = replace(
+                job, command=f"clipmill caption {shlex.quote(out)}"
+            )  # what it did not name failed too
+        _tell(found, store, job, out, log_name, sources=False)
     return found
 
 
-def _tell(found: Outcome, store: Store, job: Job, out: str, log_name: str) -> None:
-    """What came out, on stdout and in the log."""
+def _tell(found: Outcome, store: Store, job: Job, out: str, log_name: str, sources: bool = True) -> None:
+    """What came out, on stdout and in the log.
+
+    Args:
+        sources: the command tries them again too.
+    """
     folder = out if store.local else store.uri
     where = {"report": below(folder, "report.html"), "log": below(folder, log_name)}
     if found.kept:
         where = {"shards": f"{below(folder, 'shards')} ({counted(found.tars, 'tar')})"} | where
-    for line in found.lines(job.command, where):
+    for line in found.lines(job.command, where, sources, folder):
         print(line)
         log.info("%s", line, extra=TOLD)
 
@@ -172,7 +189,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video]]:
+def _left_to_do(store: Store, listed: list[Source], recipe: Recipe, job: Job) -> list[list[Video]]:
     """Bring the record in line with the list, and give what is still to be measured."""
     known = commit.known_sources(store)
     here = {s.uri for s in listed}
@@ -199,7 +216,8 @@ def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video
     for line in lines:
         _say(line)
     commit.sweep_uncommitted(store)
-    units = _units(identity.untaken(listed, known, found, done), done, commit.units(store))
+    many = any(getattr(s, "batch", 1) > 1 for s in build(recipe, store))
+    units = _units(identity.untaken(listed, known, found, done), done, commit.units(store), many)
     commit.take_up_chunks(store, units)
     todo = sum(map(len, units))
     if todo < len(listed):
@@ -207,15 +225,71 @@ def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video
     return units
 
 
-def _retry_captions(store: Store, recipe: Recipe, listed: list[Source], job: Job) -> None:
-    """Captioners that failed on clips of finished sources have another look at these."""
-    wanted = relabel.failed(store)
-    if not wanted:
+def _retry(store: Store, recipe: Recipe, listed: list[Source], job: Job) -> None:
+    """Captioners that failed on clips of finished sources have another look at these, in layers too."""
+    known = {s.uri: s for s in listed}
+    clips = Layered(store)
+    built = layering.additional(build(recipe, store))
+    again = _again(store, recipe, recipe, built, known, job)
+    over = layering.retried(clips, again)
+    if not over:
         return
-    counts = ", ".join(f"{name} {len(ids):,}" for name, ids in wanted.items())
-    _say(f"captions tried again, from the clips: {counts}")
-    units = relabel.work(store, wanted, {s.uri: s for s in listed})
-    _run(relabel.stages(store, recipe, wanted), units, recipe, job)
+    recipe = layering.with_judges(layering.with_layers(recipe, over), recipe, over)
+    added = layering.additional(build(recipe, store))
+    wanted = layering.missing(clips, added, _layer_names(clips), lacking=False, also=again)
+    if wanted:
+        _say(f"tried again, in layers: {_on_clips(wanted)}")
+        _add(store, recipe, added, wanted, known, job)
+    layering.agree(store)
+
+
+def _again(
+    store: Store, own: Recipe, recipe: Recipe, some: Sequence[Stage], known: Mapping[str, Source], job: Job
+) -> set[str]:
+    """Do again what failed of what `curate` itself wrote; gives the clips.
+
+    Args:
+        own: the run's.
+        recipe: `some` are stages of.
+        known: sources by uri.
+    """
+    over = _layer_names(Layered(store))
+    mine = layering.of_run(some, own, over)
+    bare = Layered(store, ())
+    wanted = layering.missing(bare, mine, {s.name for s in mine}, lacking=False)
+    if not wanted:
+        return set()
+    _say(f"tried again, from the clips: {_on_clips(wanted)}")
+    last = relabel.RewriteStage(store, wanted)
+    units = layering.units(bare, wanted, known)
+    _run(layering.stages(store, recipe, mine, wanted, last, layered=False), units, recipe, job)
+    return set().union(*wanted.values())
+
+
+def _add(
+    store: Store,
+    recipe: Recipe,
+    added: Sequence[Stage],
+    wanted: layering.Wanted,
+    known: Mapping[str, Source],
+    job: Job,
+) -> None:
+    """Write what stages have to say of their clips into layers."""
+    clips = Layered(store)
+    versions = resume.read(store) or {}
+    over = layering.noted(store, clips, added, wanted, versions.get("versions", {}) | _versions())
+    units = layering.units(clips, wanted, known)
+    last = layering.LayerStage(store, over, wanted)
+    _run(layering.stages(store, recipe, added, wanted, last), units, recipe, job)
+    store.sweep()
+
+
+def _layer_names(clips: Layered) -> set[str]:
+    return {layer.name for layer in clips.layers}
+
+
+def _on_clips(wanted: layering.Wanted) -> str:
+    return ", ".join(f"{name} on {counted(len(ids), 'clip')}" for name, ids in wanted.items())
 
 
 def _log_errors(store: Store, before: set[str]) -> None:
@@ -293,16 +367,22 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _units(listed: list[Source], done: set[str], committed: set[str]) -> list[list[Video]]:
+def _units(listed: list[Source], done: set[str], committed: set[str], many: bool) -> list[list[Video]]:
     """Fresh records of what is not done, by unit of work.
 
-    Small runs get a unit a source, so that every worker has something to do; large ones few files. The
-    groups are formed over all sources, so an interrupted run and an undisturbed one have the same. A unit never
-    takes the name of a committed one: a uri may stand for other content than it did then.
+    Small runs get a unit a source, so that every worker has something to do; large ones few files. Where models take
+    many clips at once, short sources go together all the same: a model sees no more than a unit at a time, and a
+    server that is asked for one clip idles. The groups are formed over all sources, so an interrupted run and an
+    undisturbed one have the same. A unit never takes the name of a committed one: a uri may stand for other content
+    than it did then.
+
+    Args:
+        many: some stage takes many clips at once.
     """
-    size = min(16, max(1, len(listed) // 64))
+    few = min(16, max(1, len(listed) // 64))
+    most = min(16, max(few, len(listed) // 4)) if many else few
     units = []
-    for whole in sources.units(listed, max_sources=size):
+    for whole in sources.units(listed, max_sources=most, short=few):
         if group := [s for s in whole if s.uri not in done]:
             name = sources.unit_name(group)
             while name in committed:

@@ -4,40 +4,69 @@
 and a `LayerStage`, which writes each layer's rows a unit at a time. So a clip gets the caption it would have got in
 the first run, nothing that is there is touched, and what was interrupted goes on. No source is read: a measure that
 needs more of a clip than the frames models are shown is refused with a sentence.
+
+`--retry-errors`, there and of `curate`, does what failed again where it lies, by the same stages: first what `curate`
+itself wrote, as if there were no layers, into `clips/` (`RewriteStage`), then the layers. What was fused of it, judges
+and consensus follow.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
+from pipeline.caption.captioner import CaptionStage, caption_stages
 from pipeline.caption.choose import DIGITS, consensus
+from pipeline.caption.fuse import sources
 from pipeline.caption.judge import JudgeStage, judge_stages
-from pipeline.graph import build
-from pipeline.io.store import Store
+from pipeline.io.store import Store, below
 from pipeline.layers import CONSENSUS, Layer, Layered, create, layers, remove, unit_of, write
-from pipeline.recipe import Recipe, RecipeError
-from pipeline.recipe_captions import Judge
+from pipeline.recipe import Aesthetic, Recipe, RecipeError, Text, parse, what
+from pipeline.recipe_captions import Captioner, FuseCaptioner, Judge
+from pipeline.recipe_file import split_setting
+from pipeline.recipe_schema import Section
 from pipeline.record import Clip, Source, Video
 from pipeline.run.relabel import Only
 from pipeline.run.reopen import ReopenStage
+from pipeline.run.resume import brief, differences
 from pipeline.stages import Produces, Resources, Stage
-from pipeline.tables import caption_row
+from pipeline.tables import caption_of, caption_row
 
 TOGETHER = 64  # clips that go through the stages together at least, of as many units as it takes
 Wanted = dict[str, set[str]]  # stage → ids of the clips that it is to do
 
 
-section_of = TypeAdapter(Judge).validate_python  # of a judge's section as plain data
+# ---------------------------------------------------------------- which stages
+
+SECTIONS: dict[str, TypeAdapter[Any]] = {
+    "caption": TypeAdapter(Captioner),
+    "judge": TypeAdapter(Judge),
+    "text": TypeAdapter(Text),
+    "aesthetic": TypeAdapter(Aesthetic),
+}
 
 
-def additional(recipe: Recipe, store: Store) -> list[Stage]:
-    """The stages of a recipe that can be run from the frames models are shown, in the order the data flows."""
-    return [s for s in build(recipe, store) if _adds(s) or s.name == "choose"]
+def section_of(layer: Layer) -> Any:
+    """Of the recipe. None: people made the layer, or it is consensus. Raises RecipeError for an older clipmill's."""
+    adapter = SECTIONS.get(layer.name.partition(":")[0])
+    if adapter is None or not layer.section:
+        return None
+    try:
+        return adapter.validate_python(layer.section)
+    except ValidationError as e:
+        raise RecipeError(
+            f"layer {layer.name!r} was made with options that this clipmill does not know; take it away with --remove "
+            "and add it anew"
+        ) from e
+
+
+def additional(built: Sequence[Stage]) -> list[Stage]:
+    """Of a recipe's stages those that can be run from the frames models are shown, in the order the data flows."""
+    return [s for s in built if _adds(s) or s.name == "choose"]
 
 
 def _adds(stage: Stage) -> bool:
@@ -45,38 +74,183 @@ def _adds(stage: Stage) -> bool:
     return stage.name.startswith(("caption:", "judge:")) or stage.name in ("text", "aesthetic")
 
 
-def missing(clips: Layered, stages: Sequence[Stage], errors: bool) -> Wanted:
-    """The clips that each stage has not done yet.
+def of_run(some: Sequence[Stage], run: Recipe, over: Collection[str]) -> list[Stage]:
+    """Of `additional` stages those of `curate` itself: captioners that no layer is of, the choice, the run's judges."""
+    judges = {s.name for s in judge_stages(run.choose.judges)}
+    own = {s.name for s in caption_stages(run.captions)} - {*over}
+    return [s for s in some if s.name in own | judges | {"choose"}]
+
+
+def all_of(run: Mapping[str, Any], asked: Sequence[str], over: Sequence[Layer], where: str) -> Recipe:
+    """The recipe of a run with `--set` items, and where these name no captioners, with what layers have added.
 
     Args:
-        errors: clips on which a captioner failed count as not done.
+        run: its run.json.
+    """
+    recipe = parse(run["recipe"], list(asked), below(where, "run.json"))
+    return (
+        recipe if any(split_setting(item)[0] == ["captions"] for item in asked) else with_layers(recipe, over)
+    )
+
+
+def retried(clips: Layered, also: Collection[str]) -> list[Layer]:
+    """The layers that are to be looked at again: captioners that failed, what was fused, and if so the judges.
+
+    Args:
+        also: clips that have new captions.
+    """
+    failed: set[str] = set()
+    mine = [layer for layer in clips.layers if layer.captions and layer.section]
+    for _, table in clips.tables(["captions"]) if mine else ():
+        for captions in table["captions"].to_pylist():
+            failed |= {f"caption:{c['model']}" for c in captions or [] if c["outcome"] == "error"}
+    found = [layer for layer in mine if layer.name in failed or layer.section["kind"] == "fuse"]
+    return (
+        found + [layer for layer in clips.layers if layer.judges and layer.section] if found or also else []
+    )
+
+
+def with_judges(recipe: Recipe, run: Recipe, over: Iterable[Layer]) -> Recipe:
+    """A recipe with the judges of the run too, and of its layers: what is added is judged as the others were."""
+    judges = {
+        j.name: j.section for j in [*judge_stages(run.choose.judges), *judge_stages(recipe.choose.judges)]
+    }
+    for layer in over:
+        if layer.name.startswith("judge:") and layer.name not in judges and (section := section_of(layer)):
+            judges[layer.name] = section
+    mine = [j.name for j in judge_stages(recipe.choose.judges)]
+    order = dict.fromkeys([*mine, *judges])
+    choose = recipe.choose.model_copy(update={"judges": tuple(judges[name] for name in order)})
+    return recipe.model_copy(update={"choose": choose})
+
+
+def with_layers(recipe: Recipe, over: Iterable[Layer]) -> Recipe:
+    """A recipe with what made the captions and measures of layers, where it names none of these names."""
+    captions = list(recipe.captions)
+    there = {s.name for s in caption_stages(captions)}
+    scores = {}
+    for layer in over:
+        section = section_of(layer)
+        if layer.captions and section and layer.name not in there:
+            captions.append(section)
+        elif layer.name in ("text", "aesthetic") and section:
+            scores[layer.name] = section
+    update = {"captions": tuple(captions), "scores": recipe.scores.model_copy(update=scores)}
+    return recipe.model_copy(update=update)
+
+
+def with_fused(recipe: Recipe, run: Recipe, over: Sequence[Layer]) -> Recipe:
+    """A recipe with what the run fuses of captions, so that it can be done again; captioners in the run's order."""
+    own = caption_stages(run.captions)
+    its = {s.name: s.section for s in own if s.section.kind == "fuse"}
+    its |= {layer.name: section_of(layer) for layer in over if layer.section.get("kind") == "fuse"}
+    mine = {s.name: s.section for s in caption_stages(recipe.captions)}
+    known = [*(s.name for s in own), *(layer.name for layer in over)]
+    all_ = its | mine
+    order = sorted(all_, key=lambda name: known.index(name) if name in known else len(known))
+    return recipe.model_copy(update={"captions": tuple(all_[name] for name in order)})
+
+
+def check(stages: Sequence[Stage], run: Recipe, clips: Layered) -> None:
+    """Raise RecipeError where a recipe measures what clips alone cannot tell, and the run has not measured it.
+
+    And where a captioner or judge of the run has the name of one of the recipe's, but other options.
+    """
+    have = set(clips.schema().names)
+    for stage in stages:
+        lacks = [n for n in stage.produces.scores if f"score_{n}" not in have]
+        lacks += [n for n in stage.produces.embeddings if f"emb_{n}" not in have]
+        if lacks and not _adds(stage):
+            raise RecipeError(
+                f"{', '.join(lacks)} of stage {stage.name!r} cannot be measured on finished clips, as it looks at the "
+                "source: curate into a new folder, or leave it out of the recipe"
+            )
+    there: dict[str, Section] = {s.name: s.section for s in caption_stages(run.captions)}
+    there |= {s.name: s.section for s in judge_stages(run.choose.judges)}
+    over = {layer.name: section_of(layer) for layer in clips.layers}
+    there |= {name: section for name, section in over.items() if section is not None}
+    for stage in stages:
+        if isinstance(stage, CaptionStage | JudgeStage) and stage.name in there:
+            differ = list(differences(what(there[stage.name]), what(stage.section)))
+            if differ:
+                said = "; ".join(f"{k} is {brief(a)} there and {brief(b)} here" for k, a, b in differ[:3])
+                first = f", or --remove {stage.name} first" if stage.name in over else ""
+                raise RecipeError(
+                    f"the run has a {stage.name} made with other options ({said}): give this one a name of its "
+                    f"own, or the options that it has there{first}"
+                )
+
+
+# ---------------------------------------------------------------- which clips
+
+
+def missing(
+    clips: Layered,
+    stages: Sequence[Stage],
+    errors: Collection[str] = (),
+    lacking: bool = True,
+    also: Collection[str] = (),
+) -> Wanted:
+    """The clips that each stage is to do.
+
+    Args:
+        errors: captioners ('caption:…'); the clips on which these failed, and those of which they fused other
+            captions than they would now.
+        lacking: and those that a stage has not done yet.
+        also: clips that have new captions, which the judges among the layers are to see.
+
+    What a captioner is to do judges are to do after it.
     """
     wanted: Wanted = {s.name: set() for s in stages if s.name != "choose"}
     here = set(clips.schema().names)
     columns = {s.name: [f"score_{n}" for n in s.produces.scores if f"score_{n}" in here] for s in stages}
-    asked = ["clip_id", "captions", *{c for some in columns.values() for c in some}]
+    fused = [
+        s for s in stages if isinstance(s, CaptionStage) and s.name in errors and s.section.kind == "fuse"
+    ]
+    asked = ["clip_id", "captions", *{c for some in columns.values() for c in some if lacking}]
     for _, table in clips.tables(asked):
         for row in table.to_pylist():
             captions = row["captions"] or []
-            done = {f"caption:{c['model']}" for c in captions if not errors or c["outcome"] != "error"}
-            done |= {f"judge:{name}" for name in _judged(captions)}
-            if not any(c["text"] for c in captions):  # there is nothing to judge
-                done |= {name for name in wanted if name.startswith("judge:")}
-            done |= {name for name, some in columns.items() if some and all(row[c] is not None for c in some)}
-            for name in wanted.keys() - done:
+            again = {f"caption:{c['model']}" for c in captions if c["outcome"] == "error"} & {*errors}
+            again |= {s.name for s in fused if _stale(s, captions, again)}
+            for name in wanted.keys() & (again | (_lacking(row, wanted, columns) if lacking else set())):
                 wanted[name].add(row["clip_id"])
     new = set().union(*(ids for name, ids in wanted.items() if name.startswith("caption:")))
-    return {
-        name: ids
+    over = {layer.name for layer in clips.layers}
+    judged = {
+        name: some | new | ({*also} if name in over else set()) if name.startswith("judge:") else some
         for name, some in wanted.items()
-        if (ids := some | new if name.startswith("judge:") else some)
     }
+    return {name: ids for name, ids in judged.items() if ids}
+
+
+def _lacking(row: Mapping[str, Any], stages: Collection[str], columns: Mapping[str, list[str]]) -> set[str]:
+    """The stages that have not done a clip."""
+    captions = row["captions"] or []
+    done = {f"caption:{c['model']}" for c in captions} | {f"judge:{name}" for name in _judged(captions)}
+    if not any(c["text"] for c in captions):  # there is nothing to judge
+        done |= {name for name in stages if name.startswith("judge:")}
+    done |= {name for name, some in columns.items() if some and all(row[c] is not None for c in some)}
+    return {*stages} - done
 
 
 def _judged(captions: list[dict[str, Any]]) -> set[str]:
     """Scores that every caption of a clip has that says something."""
     scores = [{name for name, _ in c["scores"] or []} for c in captions if c["text"]]
     return set.intersection(*scores) if scores else set()
+
+
+def _stale(stage: CaptionStage, rows: Sequence[Mapping[str, Any]], again: Collection[str]) -> bool:
+    """Whether a clip's caption is fused of others than it would be now, or one of its sources is to be done again."""
+    assert isinstance(stage.section, FuseCaptioner)
+    mine = next((c for c in rows if c["model"] == stage.model), None)
+    if mine is None:
+        return False
+    asked = stage.section.of or [c["model"] for c in rows[: rows.index(mine)]]
+    if any(f"caption:{model}" in again for model in asked):
+        return True
+    now = [c.model for c in sources(stage.section, stage.model, [caption_of(c) for c in rows])]
+    return now != list(mine["made_from"] or [])
 
 
 def units(clips: Layered, wanted: Wanted, listed: Mapping[str, Source]) -> list[list[Video]]:
@@ -113,7 +287,7 @@ def noted(
         layer = there.get(name)
         if layer is None:
             number += 1
-            section = getattr(stage, "section", getattr(stage, "options", None))
+            section = getattr(stage, "section", getattr(stage, "recipe", None))
             layer = Layer(
                 name,
                 number,
@@ -128,68 +302,52 @@ def noted(
     return found
 
 
-def stages(store: Store, recipe: Recipe, wanted: Wanted, layers: Sequence[Layer]) -> list[Stage]:
-    """Reopen, what has something to do, the choice, and the layers that take it all."""
-    again: list[Stage] = [ReopenStage(store, recipe.decode, recipe.events.clip_samples)]
-    for stage in additional(recipe, store):
+def stages(
+    store: Store, recipe: Recipe, some: Sequence[Stage], wanted: Wanted, last: Stage, layered: bool = True
+) -> list[Stage]:
+    """Reopen, what has something to do, the choice, and what writes it.
+
+    Args:
+        some: `additional` ones.
+        layered: see ReopenStage.
+    """
+    again: list[Stage] = [ReopenStage(store, recipe.decode, recipe.events.clip_samples, layered)]
+    for stage in some:
         if stage.name in wanted:
             again.append(Only(stage, wanted[stage.name]))
         elif stage.name == "choose":
             again.append(stage)
-    return [*again, LayerStage(store, layers, wanted)]
+    return [*again, last]
 
 
 def agree(store: Store) -> None:
-    """Bring the layer of consensus in line with the captions that there are; it goes where no others were added."""
+    """Bring the layer of consensus in line with the captions that there are; it goes where no others were added.
+
+    What agrees already is not written.
+    """
     there = {layer.name: layer for layer in layers(store)}
-    mine = there.pop(CONSENSUS, None)
+    mine = there.get(CONSENSUS)
     if mine is None:
         return
-    remove(store, CONSENSUS)
     if not any(layer.captions for layer in there.values()):
+        remove(store, CONSENSUS)
         return
-    create(store, mine)
     clips = Layered(store)
     for name, table in clips.tables(["clip_id", "captions"]):
         rows = []
         for row in table.to_pylist():
             captions = row["captions"] or []
             scores = consensus([c["text"] for c in captions])
+            new = [None if s is None else round(s, DIGITS) for s in scores]
+            if new == [dict(c["scores"] or []).get(CONSENSUS) for c in captions]:
+                continue
             judged = [
-                {
-                    "model": c["model"],
-                    "scores": [] if s is None else [(CONSENSUS, round(s, DIGITS))],
-                    "support": [],
-                }
-                for c, s in zip(captions, scores, strict=True)
+                {"model": c["model"], "scores": [] if s is None else [(CONSENSUS, s)], "support": []}
+                for c, s in zip(captions, new, strict=True)
             ]
             rows.append({"clip_id": row["clip_id"], "judged": judged})
-        write(store, mine, unit_of(name), rows)
-
-
-def with_judges(recipe: Recipe, run: Recipe, clips: Layered) -> Recipe:
-    """A recipe with the judges of the run too, and of its layers: what is added is judged as the others were."""
-    mine = {j.name: j for j in judge_stages(recipe.choose.judges)}
-    there = list(judge_stages(run.choose.judges))
-    there += [
-        JudgeStage(section_of(layer.section)) for layer in clips.layers if layer.name.startswith("judge:")
-    ]
-    judges = mine | {j.name: j for j in there if j.name not in mine}
-    sections = tuple(j.section for j in judges.values())
-    return recipe.model_copy(update={"choose": recipe.choose.model_copy(update={"judges": sections})})
-
-
-def check(recipe: Recipe, clips: Layered) -> None:
-    """Raise RecipeError where the recipe measures what clips alone cannot tell, and the run has not measured it."""
-    have = set(clips.schema().names)
-    for stage in build(recipe, clips.store):
-        lacks = [n for n in stage.produces.scores if f"score_{n}" not in have]
-        lacks += [n for n in stage.produces.embeddings if f"emb_{n}" not in have]
-        if lacks and not _adds(stage):
-            raise RecipeError(
-                f"{', '.join(lacks)} of stage {stage.name!r} cannot be measured on finished clips, as it looks at the "
-                "source: curate into a new folder, or leave it out of the recipe"
-            )
+        if rows:
+            write(store, mine, unit_of(name), rows)
 
 
 class LayerStage:
@@ -200,6 +358,7 @@ class LayerStage:
     sees_samples = False
 
     def __init__(self, out: Store | str, layers: Sequence[Layer], wanted: Wanted):
+        """Args: layers: in the order of the stages."""
         self.out, self.layers, self.wanted = out, list(layers), wanted
         self.resources, self.produces = Resources(cpus=1.0), Produces()
 
@@ -209,7 +368,9 @@ class LayerStage:
     def __call__(self, videos: list[Video]) -> list[Video]:
         for unit in dict.fromkeys(v.unit for v in videos):
             its = [v for v in videos if v.unit == unit and v.error is None]
-            for layer in self.layers:
+            for layer in reversed(
+                self.layers
+            ):  # captions last: while one is missing, its scores count as missing too
                 rows = []
                 for v in its:
                     seconds = v.seconds.get(layer.name, 0.0) / len(v.clips)

@@ -20,6 +20,11 @@ def check(recipe: Recipe, out: str) -> None:
     """Raises RecipeError, one sentence with the fix, for the first thing that is missing."""
     graph.check(recipe, out)
     CutStage(recipe.cut, out).setup()
+    check_models(recipe)
+
+
+def check_models(recipe: Recipe) -> None:
+    """Raises RecipeError for the first model that is missing."""
     for name, where in models(recipe):
         try:
             where()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -76,6 +77,7 @@ class Outcome:
         default_factory=dict
     )  # kind of fault → its reasons, most frequent first
     caption_errors: dict[str, list[Reason]] = field(default_factory=dict)  # captioner → its reasons
+    behind: dict[str, int] = field(default_factory=dict)  # layer → clips of which it says nothing
     tars: int = 0
     served: dict[str, float] = field(
         default_factory=dict
@@ -116,12 +118,14 @@ class Outcome:
             "served": self.served,
         }
 
-    def lines(self, command: str, where: dict[str, str]) -> list[str]:
+    def lines(self, command: str, where: dict[str, str], sources: bool = True, folder: str = "") -> list[str]:
         """What a person reads at the end.
 
         Args:
             command: that was run; with --retry-errors it is the one that tries again.
             where: what lies where, in the order it is named.
+            sources: it tries them again too, and not captions alone.
+            folder: the run's, as typed.
         """
         said = [
             f"kept {self.kept:,} of {counted(self.clips, 'clip')} ({self.kept_s:,.1f} of {self.seconds:,.1f} s)"
@@ -164,6 +168,10 @@ class Outcome:
             said += _shown(
                 f"captions: {counted(_count(reasons), 'clip')} on which {captioner} failed", reasons
             )
+        for layer, n in self.behind.items():
+            said.append(
+                f"layer {layer} lacks {counted(n, 'clip')}; add them: clipmill caption {shlex.quote(folder)}"
+            )
         if self.served:
             tokens = self.served["prompt_tokens"] + self.served["completion_tokens"]
             asked, before = (
@@ -172,7 +180,7 @@ class Outcome:
             said.append(
                 f"served: {asked}, {before} from the store, {tokens:,.0f} tokens, {self.served['usd']:,.2f} USD"
             )
-        if self.failed or self.captions_failed:
+        if (self.failed and sources) or self.captions_failed:
             again = command if "--retry-errors" in command.split() else f"{command} --retry-errors"
             mend = (
                 ", once it is mended" if not self.captions_failed and self.errors.keys() == {"source"} else ""
@@ -261,7 +269,9 @@ def _clips(store: Store, found: Outcome) -> None:
     """Clips, decisions and captions of the outcome."""
     parts = []
     wrong: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for _, table in Layered(store).tables(["clip_id", "name", "duration_s", "captions"]):
+    view = Layered(store)
+    found.behind = view.behind()
+    for _, table in view.tables(["clip_id", "name", "duration_s", "captions"]):
         parts.append(table.select(["clip_id", "duration_s"]))
         said = table["captions"].combine_chunks().flatten()
         if len(said) and pc.any(pc.equal(said.field("outcome"), "error")).as_py():

@@ -42,9 +42,13 @@ class ReopenStage:
 
     name = "reopen"
 
-    def __init__(self, out: Store | str, options: Decode, most: int):
-        """Args: most: frames of a clip, where its row does not say which (`events.clip_samples`)."""
-        self.out, self.options, self.most = out, options, most
+    def __init__(self, out: Store | str, options: Decode, most: int, layered: bool = True):
+        """
+        Args:
+            most: frames of a clip, where its row does not say which (`events.clip_samples`).
+            layered: clips come with their layers over them; else as `curate` wrote them.
+        """
+        self.out, self.options, self.most, self.layered = out, options, most, layered
         self.resources, self.produces = Resources(cpus=1.0), Produces()
 
     def setup(self) -> None:
@@ -55,9 +59,8 @@ class ReopenStage:
 
     def __call__(self, videos: list[Video]) -> list[Video]:
         self.ranges = self.ranges or Ranges(self.store)
-        clips = self.clips = self.clips or Layered(
-            self.store
-        )  # what other units are given meanwhile is not read
+        # what other units are given meanwhile is not read
+        clips = self.clips = self.clips or Layered(self.store, None if self.layered else ())
         for unit in dict.fromkeys(v.unit for v in videos):
             its = [v for v in videos if v.unit == unit]
             rows = {r["source"]: r for r in self.store.read_table(f"videos/{unit}.parquet").to_pylist()}

@@ -88,7 +88,7 @@ def refuse(stored: dict[str, Any], recipe: Recipe, where: str) -> None:
         return
     if lost or all(key in came for key, _, _ in differ):
         _refuse_older(lost, [d for d in differ if d[0] in came], recipe, where)
-    shown = "; ".join(f"{key} is {_short(a)} there and {_short(b)} here" for key, a, b in differ[:6])
+    shown = "; ".join(f"{key} is {brief(a)} there and {brief(b)} here" for key, a, b in differ[:6])
     more = f" and {len(differ) - 6} more" if len(differ) > 6 else ""
     raise RunError(
         f"{where} holds a run of another recipe ({stored['name']}): {shown}{more}; give another --out, or the same "
@@ -107,7 +107,7 @@ def _refuse_older(
     """Raise RunError: a folder is of before there were these options, and today's recipe measures otherwise."""
     now = recipe.measured()
     today = [(key, _at(now, key)) for key in lost] + [(key, b) for key, _, b in differ]
-    shown = ", ".join(f"{key}={_short(value)}" for key, value in today)
+    shown = ", ".join(f"{key}={brief(value)}" for key, value in today)
     if lost:
         fix = (
             f"no value of {' or '.join(lost)} measures as it did, so give another --out (thresholds of this one are "
@@ -133,7 +133,7 @@ def told(recipe: Recipe, asked: Recipe, where: str) -> list[str]:
     differ = [d for s in LATER for d in differences(theirs.get(s), ours.get(s), s)]
     if not differ:
         return []
-    shown = ", ".join(f"{key}={_short(b)} (recipe: {_short(a)})" for key, a, b in differ[:8])
+    shown = ", ".join(f"{key}={brief(b)} (recipe: {brief(a)})" for key, a, b in differ[:8])
     more = f" and {len(differ) - 8} more" if len(differ) > 8 else ""
     return [
         f"in force as last set with 'clipmill shard': {shown}{more}; back to the recipe's: "
@@ -204,6 +204,6 @@ def _parsed(data: dict[str, Any], where: str) -> Recipe:
         ) from e
 
 
-def _short(value: Any) -> str:
+def brief(value: Any) -> str:
     text = MISSING if value is GONE else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:59]}…"

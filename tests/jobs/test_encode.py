@@ -18,12 +18,13 @@ import yaml
 from jobs import encode as job
 from jobs import shard
 from jobs.training.diffusion import build, images_of
-from jobs.training.recipe import TrainRecipe
+from jobs.training.recipe import DiffusionRecipe
 from jobs.training.task import Draws
 from models.autoencoders.latents import BlockDCT, Posterior
 from pipeline.shards import latents
 from pipeline.shards.reader import ShardReader, read_index
 from tests.fixtures.run_folder import flip, make_run_folder
+from tests.fixtures.toy_training import start
 
 CPU = torch.device("cpu")
 BUCKETS = [{"frames": 4, "height": 32, "width": 32}, {"frames": 8, "height": 32, "width": 48}]
@@ -38,8 +39,8 @@ def run(tmp_path_factory):
     return str(folder)
 
 
-def recipe(**sections) -> TrainRecipe:
-    return TrainRecipe.model_validate(
+def recipe(**sections) -> DiffusionRecipe:
+    return DiffusionRecipe.model_validate(
         {
             "name": "t",
             "data": {"fps": 4, "buckets": BUCKETS, "tokens": 400, "workers": 0} | sections.pop("data", {}),
@@ -158,8 +159,8 @@ def test_a_clip_with_one_flipped_bit_is_left_out_and_named(run, tmp_path, capfd)
 
 @pytest.mark.parametrize("tasks", [{}, {"first_frame": 0.3, "prediction": 0.3, "interpolation": 0.3}])
 def test_training_from_the_cache_is_training_from_pixels(run, cache, tasks):
-    from_pixels, pixels = build(recipe(tasks=tasks), run, CPU)
-    from_cache, cached = build(recipe(tasks=tasks, data={"cache": str(cache)}), run, CPU)
+    from_pixels, pixels = build(recipe(tasks=tasks), start(run))
+    from_cache, cached = build(recipe(tasks=tasks, data={"cache": str(cache)}), start(run))
     from_pixels.system.autoencoder = Rounded(8, 3)
     from_pixels.system.normalizer = from_cache.system.normalizer
     network, other = from_pixels.system.network, from_cache.system.network
@@ -175,7 +176,7 @@ def test_training_from_the_cache_is_training_from_pixels(run, cache, tasks):
             from_pixels.loss("diffusion", network, a, draws),
             from_cache.loss("diffusion", other, b, draws),
         )
-        torch.testing.assert_close(mine.total, theirs.total, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine.sums["clips"], theirs.sums["clips"], rtol=1e-5, atol=1e-5)
         assert from_pixels.tokens(a) == from_cache.tokens(b)
         assert "video" not in b
 
@@ -188,7 +189,7 @@ def frames_of(mean: torch.Tensor, whole: np.ndarray) -> list[int]:
 @pytest.mark.parametrize("lone", [False, True])
 def test_images_and_stills_from_the_cache_are_latent_frames(run, cache, lone):
     """The first one where only that stands alone (a causal autoencoder), else any."""
-    _, loader = build(recipe(data={"cache": str(cache), "images": 2, "stills": 6}), run, CPU)
+    _, loader = build(recipe(data={"cache": str(cache), "images": 2, "stills": 6}), start(run))
     assert loader.lone  # a DCT's latents are of one frame each
     loader.lone = lone
     shapes = [tuple(b.values()) for b in BUCKETS]
@@ -227,7 +228,7 @@ def test_frozen_text_is_kept_and_used(run, tmp_path):
     text = {"kind": "transformers", "model": _save(tmp_path / "t5", "t5"), "length": 24}
     job.encode(run, recipe(text=text), str(tmp_path / "cache"))
     with_text = recipe(text=text, data={"cache": str(tmp_path / "cache")})
-    task, loader = build(with_text, run, CPU)
+    task, loader = build(with_text, start(run))
     batch = next(iter(loader))
     told = task.condition(task.latents(batch, Draws(0, 0, CPU)), batch, Draws(0, 0, CPU))
     features, mask = task.system.text(batch["caption"])
@@ -241,7 +242,7 @@ def test_frozen_text_is_kept_and_used(run, tmp_path):
 def test_a_cache_of_another_recipe_is_refused(run, cache):
     other = recipe(data={"cache": str(cache), "fps": 8})
     with pytest.raises(ValueError, match=r"made with fps 4\.0"):
-        build(other, run, CPU)
+        build(other, start(run))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from jobs import judge, shard
 from jobs.training.loop import train
-from jobs.training.recipe import TrainRecipe
+from jobs.training.recipe import DiffusionRecipe
 from pipeline.toy import world as toy_world
 from tests.fixtures.run_folder import make_run_folder
 
@@ -69,7 +69,7 @@ def model(tmp_path_factory):
         "model": {"kind": "dit", "dim": 32, "depth": 1, "heads": 2},
         "run": {"steps": 2, "sample_every": 0, "sample_steps": 2},
     }
-    train(TrainRecipe.model_validate(recipe), str(folder / "run"), folder / "model", device="cpu")
+    train(DiffusionRecipe.model_validate(recipe), str(folder / "run"), folder / "model", device="cpu")
     return str(folder / "model")
 
 

@@ -12,7 +12,7 @@ from jobs import sample as job
 from jobs import shard
 from jobs.evaluate import caption_of
 from jobs.training.loop import train
-from jobs.training.recipe import TrainRecipe
+from jobs.training.recipe import DiffusionRecipe
 from tests.fixtures.run_folder import make_run_folder
 
 
@@ -26,8 +26,8 @@ class Silent:
         return lambda *args: None
 
 
-def recipe(side=32, frames=5, **tasks) -> TrainRecipe:
-    return TrainRecipe.model_validate(
+def recipe(side=32, frames=5, **tasks) -> DiffusionRecipe:
+    return DiffusionRecipe.model_validate(
         {
             "name": "t",
             "data": {

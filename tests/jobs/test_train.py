@@ -21,7 +21,7 @@ from jobs.training.vlm import build
 from models.language import text
 from models.language.small_vlm import caption_loss
 from tests.fixtures.run_folder import make_run_folder
-from tests.fixtures.toy_training import Notes, in_ranks, weights
+from tests.fixtures.toy_training import Notes, in_ranks, start, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ TINY = [
     "model={kind: small_vlm, preset: tiny}",
     "data.buckets=[{frames: 2, height: 32, width: 32}]",
     "data.batch=2",
-    "text.length=32",
+    "caption_bytes=32",
     "optimizer.warmup=2",
 ]
 
@@ -155,17 +155,17 @@ def test_the_bundled_recipe_is_whole():
 
 
 def test_the_loss_is_a_sum_over_caption_bytes(data):
-    task, loader = build(recipe(), data, torch.device("cpu"))
+    task, loader = build(recipe(), start(data))
     batch, model = next(iter(loader)), task.phases[0].module
     found = task.loss("vlm", model, batch, Draws(0, 0, torch.device("cpu")))
     written = [min(len(c.encode()), 30) + 1 for c in batch["caption"]]  # and the end
-    assert found.count == sum(written)
+    assert task.counts(batch)["words"] == sum(written)
     video = batch["video"].transpose(1, 2).float() / 127.5 - 1
     alone = [
         caption_loss(model, video[i : i + 1], text.encode([c], 32)) * n
         for i, (c, n) in enumerate(zip(batch["caption"], written, strict=True))
     ]
-    torch.testing.assert_close(found.total, sum(alone), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.sums["words"], sum(alone), rtol=1e-5, atol=0)
 
 
 def test_it_learns_the_captions(data, tmp_path):
@@ -182,7 +182,14 @@ def few_clips_rank(data, out, wanted):
 
 def test_more_ranks_than_batches_do_not_wait_for_each_other(data, tmp_path):
     """Sixteen clips in micro-batches of 16: one batch, two ranks."""
-    wanted = [*TINY, "data.workers=0", "data.batch=16", "run.steps=2", "ema.lengths=[]"]
+    wanted = [
+        *TINY,
+        "data.workers=0",
+        "data.batch=16",
+        "data.micro_batches=2",
+        "run.steps=2",
+        "ema.lengths=[]",
+    ]
     assert in_ranks(2, few_clips_rank, data, tmp_path, wanted) == [0, 0]
     assert list(checkpoints(tmp_path)) == [2]
 
@@ -238,12 +245,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+TWO = ["--steps", "2", "--set", "data.micro_batches=2"]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_ray_train_workers_train_as_one(data, tmp_path):
-    assert train.main(command(data, tmp_path / "one", "--steps", "2", "--set", "compute.accumulate=2")) == 0
+    assert train.main(command(data, tmp_path / "one", *TWO)) == 0
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.train", *command(data, tmp_path / "two", "--steps", "2", "--ray", "2")],
+        [sys.executable, "-m", "jobs.train", *command(data, tmp_path / "two", *TWO, "--ray", "2")],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -256,9 +266,9 @@ def test_ray_train_workers_train_as_one(data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_torchrun_starts_ranks_that_train_as_one(data, tmp_path):
-    assert train.main(command(data, tmp_path / "one", "--steps", "2", "--set", "compute.accumulate=2")) == 0
+    assert train.main(command(data, tmp_path / "one", *TWO)) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += ["-m", "jobs.train", *command(data, tmp_path / "two", "--steps", "2")]
+    launch += ["-m", "jobs.train", *command(data, tmp_path / "two", *TWO)]
     done = subprocess.run(
         launch, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

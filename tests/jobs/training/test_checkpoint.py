@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from jobs.training import checkpoint
 from jobs.training.checkpoint import CheckpointError, checkpoints, difference, load_model
 from models.ema import Profile, error, exponent
-from tests.fixtures.toy_training import Numbers, Process, Toy, recipe, run, weights
+from tests.fixtures.toy_training import Numbers, Process, Toy, build, recipe, run, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STEPS = 4
@@ -33,8 +33,8 @@ class Late(Numbers):
         return super().batch(number)
 
 
-def late(recipe, data, device, rank, world):
-    return Toy(recipe, device), Late(rank, world)
+def late(recipe, start):
+    return build(recipe, start, loader=Late)
 
 
 def train_late(out):
@@ -148,8 +148,8 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_its_content_is_of_it
             taken.append((draws.micro, time.perf_counter()))
             return super().loss(phase, model, batch, draws)
 
-    def timed(recipe, data, device, rank, world):
-        return Timed(recipe, device), Numbers(rank, world)
+    def timed(recipe, start):
+        return build(recipe, start, task=Timed)
 
     monkeypatch.setattr(checkpoint.dcp, "save", slow)
     run(recipe(run={"steps": 4, "save_every": 2}), tmp_path / "slow", build=timed)
@@ -201,7 +201,7 @@ def test_another_recipe_is_refused_by_the_key_that_differs(tmp_path, change, say
 
 def test_how_long_and_on_how_much_hardware_may_differ():
     a = recipe().model_dump(mode="json")
-    b = recipe(run={"steps": 9}, data={"workers": 0}, compute={"accumulate": 4, "parallel": "fsdp"})
+    b = recipe(run={"steps": 9}, data={"workers": 0}, compute={"parallel": "fsdp"})
     assert difference(a, b.model_dump(mode="json")) is None
     assert difference(a, recipe(data={"tokens": 7}).model_dump(mode="json")) == ("data.tokens", 8192, 7)
 
@@ -216,8 +216,8 @@ def test_another_model_is_refused_by_the_weight_that_differs(tmp_path):
             module.out = torch.nn.Linear(8, 2)
             self.phases[0].optimizer = torch.optim.AdamW(p for p in module.parameters() if p.requires_grad)
 
-    def wider(recipe, data, device, rank, world):
-        return Wider(recipe, device), Numbers(rank, world)
+    def wider(recipe, start):
+        return build(recipe, start, task=Wider)
 
     with pytest.raises(CheckpointError, match=r"model/toy/out.* of shape \[1"):
         run(recipe(run={"steps": 2}), tmp_path, build=wider)
@@ -256,8 +256,8 @@ def test_any_other_length_is_near_the_average_over_all_steps(tmp_path):
             net, optimizer = self.phases[0].module, self.phases[0].optimizer
             optimizer.register_step_post_hook(lambda *_: raw.append(net.out.weight.detach().double().clone()))
 
-    def recorded(recipe, data, device, rank, world):
-        return Recorded(recipe, device), Numbers(rank, world)
+    def recorded(recipe, start):
+        return build(recipe, start, task=Recorded)
 
     steps = 30
     run(recipe(run={"steps": steps, "save_every": 1}), tmp_path, build=recorded)

@@ -13,7 +13,8 @@ import torch
 
 from jobs import shard
 from jobs.training.data import Loader, build_loader, positions_of
-from jobs.training.recipe import TrainRecipe
+from jobs.training.distributed import World
+from jobs.training.recipe import DiffusionRecipe
 from models.autoencoders.latents import BlockDCT
 from pipeline.faults import StoreError
 from pipeline.shards.buckets import fit
@@ -293,9 +294,12 @@ def test_broken_clips_and_images_are_replaced_and_counted(run, tmp_path):
 # ------------------------------------------------------------ from a recipe
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+
+
 def recipe(**data):
     buckets = [{"frames": t, "height": h, "width": w} for t, h, w in SHAPES]
-    return TrainRecipe.model_validate(
+    return DiffusionRecipe.model_validate(
         {
             "name": "t",
             "model": {"kind": "dit"},
@@ -305,7 +309,7 @@ def recipe(**data):
 
 
 def test_a_recipe_makes_the_same_loader(run):
-    made = build_loader(recipe(), run, BlockDCT(8, 2))
+    made = build_loader(recipe(), run, BlockDCT(8, 2), ALONE)
     assert positions_of(recipe(), BlockDCT(8, 2)) == POSITIONS
     assert positions_of(recipe(images=2), BlockDCT(8, 2)) == [
         p + 2 * p // s[0] for p, s in zip(POSITIONS, SHAPES, strict=True)
@@ -324,6 +328,6 @@ def test_an_autoencoder_that_joins_frames_takes_no_lone_images():
 
 def test_missing_data_is_one_sentence(tmp_path):
     with pytest.raises(StoreError, match="folder of shards"):
-        build_loader(recipe(), str(tmp_path), BlockDCT(8, 2))
+        build_loader(recipe(), str(tmp_path), BlockDCT(8, 2), ALONE)
     with pytest.raises(StoreError, match="no finished cache"):
-        build_loader(recipe(cache=str(tmp_path)), str(tmp_path), BlockDCT(8, 2))
+        build_loader(recipe(cache=str(tmp_path)), str(tmp_path), BlockDCT(8, 2), ALONE)

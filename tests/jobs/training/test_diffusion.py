@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from jobs import shard
 from jobs.training.checkpoint import load_model
 from jobs.training.data import positions_of
-from jobs.training.diffusion import LOW_NOISE, build, images_of, known_frames, sum_over_frames
+from jobs.training.diffusion import LOW_NOISE, build, images_of, known_frames, mean_over_frames
 from jobs.training.loop import train
-from jobs.training.recipe import Tasks, TrainRecipe, load_training
+from jobs.training.recipe import DiffusionRecipe, Tasks, load_training
 from jobs.training.system import Network, build_network, build_process, load_system, load_trained, to_unit
 from jobs.training.task import Draws
 from models.autoencoders.latents import BlockDCT
 from models.diffusion.objective import prediction_error
 from tests.fixtures.run_folder import make_run_folder
+from tests.fixtures.toy_training import start
 
 CPU = torch.device("cpu")
 
@@ -32,9 +33,9 @@ def run(tmp_path_factory):
     return str(folder)
 
 
-def recipe(**sections) -> TrainRecipe:
+def recipe(**sections) -> DiffusionRecipe:
     buckets = [{"frames": 4, "height": 32, "width": 32}]
-    return TrainRecipe.model_validate(
+    return DiffusionRecipe.model_validate(
         {
             "name": "t",
             "data": {"fps": 4, "buckets": buckets, "batch": 3, "workers": 0} | sections.pop("data", {}),
@@ -63,7 +64,7 @@ def first(loader):
 
 
 def test_the_normaliser_has_numpys_statistics_of_the_latents(run):
-    task, loader = build(recipe(), run, CPU)
+    task, loader = build(recipe(), start(run))
     videos = [loader.batch(n)["video"] for n in range(loader.epoch_length)]
     z = BlockDCT(8, 3).encode(torch.cat(videos).float() / 127.5 - 1).mean.double().numpy()
     by_channel = np.moveaxis(z, 1, 0).reshape(z.shape[1], -1)
@@ -75,8 +76,17 @@ def test_the_normaliser_has_numpys_statistics_of_the_latents(run):
     )
 
 
+def test_the_normaliser_belongs_to_the_run_and_is_not_measured_again(run, tmp_path):
+    """Another folder of as many clips does not change it, nor does a resumed start."""
+    train(recipe(run={"steps": 1, "sample_every": 0}), run, tmp_path, monitor=Told, device="cpu")
+    kept = load_trained(str(tmp_path), None, "cpu").normalizer
+    state = {"normalizer": {"mean": (kept.mean + 1).tolist(), "std": kept.std.tolist()}}
+    again = build(recipe(), start(run, saved=state))[0].system.normalizer
+    assert torch.equal(again.mean, kept.mean + 1)
+
+
 def test_all_ranks_normalise_alike(run):
-    found = [build(recipe(), run, CPU, rank, 2)[0].system.normalizer for rank in range(2)]
+    found = [build(recipe(), start(run, rank, 2))[0].system.normalizer for rank in range(2)]
     assert torch.equal(found[0].std, found[1].std)
 
 
@@ -91,12 +101,12 @@ def test_all_ranks_normalise_alike(run):
 )
 def test_images_beside_clips_train_as_if_appended_in_time_and_masked(run, model):
     """Ho et al. 2022, sec. 3.1: one pass over T + n frames, whose loss is their mean."""
-    task, loader = build(recipe(data={"images": 2}, model=model), run, CPU)
+    task, loader = build(recipe(data={"images": 2}, model=model), start(run))
     batch, draws = first(loader), Draws(0, 0, CPU)
     network, process = stirred(task.system.network).eval(), task.system.process
     got = task.loss("diffusion", network, batch, draws)
     assert task.tokens(batch) == 3 * 6 * 16
-    assert (got.count, len(got.levels), len(got.errors)) == (3, 9, 9)
+    assert (len(got.each), len(got.levels), len(got.errors)) == (3, 9, 9)
 
     images = images_of(batch)
     assert len(images["key"]) == 6
@@ -129,11 +139,11 @@ def test_images_beside_clips_train_as_if_appended_in_time_and_masked(run, model)
         joined(noise, noise_images),
         replace(told, images=2),
     )
-    torch.testing.assert_close(sum_over_frames(apart, [4, 1]), whole.sum())
+    torch.testing.assert_close(mean_over_frames(apart, [4, 1]).sum(), whole.sum())
 
 
 def test_each_image_has_the_caption_and_the_noise_of_its_own(run):
-    task, loader = build(recipe(data={"images": 2}), run, CPU)
+    task, loader = build(recipe(data={"images": 2}), start(run))
     batch, read = first(loader), []
     task.system.network.text.register_forward_pre_hook(lambda _, args: read.append(args[0]))
     losses = task.loss("diffusion", task.system.network, batch, Draws(0, 0, CPU))
@@ -168,7 +178,7 @@ def test_something_is_always_left_to_predict_and_chances_are_the_recipes(frames)
 
 def test_known_frames_reach_the_network_clean_and_images_are_never_known(run):
     tasks = {"first_frame": 0.5, "prediction": 0.5}
-    task, loader = build(recipe(tasks=tasks, data={"images": 1}), run, CPU)
+    task, loader = build(recipe(tasks=tasks, data={"images": 1}), start(run))
     batch = first(loader)
     x = task.latents(batch, Draws(0, 0, CPU))
     told = task.condition(x, batch, Draws(0, 0, CPU))
@@ -181,7 +191,7 @@ def test_known_frames_reach_the_network_clean_and_images_are_never_known(run):
 
 
 def test_super_resolution_is_told_the_blurred_clip_with_noise_of_its_level(run):
-    task, loader = build(recipe(tasks={"upsampling": 4}), run, CPU)
+    task, loader = build(recipe(tasks={"upsampling": 4}), start(run))
     batch, draws = first(loader), Draws(0, 5, CPU)
     told = task.condition(task.latents(batch, draws), batch, draws)
     video = to_unit(batch["video"]).flatten(0, 1)  # B·3 T H W
@@ -213,7 +223,7 @@ def test_a_fine_tuned_model_says_at_first_what_the_one_it_starts_from_says(run, 
     other = load_trained(trained, None, "cpu")
     tasks = {"first_frame": 0.5}
     for options in ({}, {"tasks": tasks}):  # with known frames it takes more channels
-        task, loader = build(recipe(model=UNET, start=trained, **options), run, CPU)
+        task, loader = build(recipe(model=UNET, start=trained, **options), start(run))
         batch = first(loader)
         x = task.latents(batch, Draws(0, 0, CPU))
         told = task.condition(x, batch, Draws(0, 0, CPU))
@@ -238,14 +248,14 @@ def test_a_fine_tuned_model_says_at_first_what_the_one_it_starts_from_says(run, 
 )
 def test_a_start_that_does_not_fit_is_refused(run, trained, change, says):
     with pytest.raises(ValueError, match=says):
-        build(recipe(**({"start": trained} | change)), run, CPU)
+        build(recipe(**({"start": trained} | change)), start(run))
 
 
 # ------------------------------------------------------------ text
 
 
 def test_captions_are_left_out_as_often_as_the_recipe_says_and_wholly(run):
-    task, loader = build(recipe(text={"dropout": 0.3}), run, CPU)
+    task, loader = build(recipe(text={"dropout": 0.3}), start(run))
     seen = []
     network = task.system.network
     network.denoiser.register_forward_pre_hook(lambda _, args: seen.append(args[2].text_mask))
@@ -264,11 +274,11 @@ def test_what_is_frozen_gets_no_gradient_and_all_else_does(run, tmp_path):
 
     text = {"kind": "transformers", "model": _save(tmp_path / "t5", "t5"), "length": 24, "dropout": 0.5}
     for options in ({"text": text}, {"objective": {"weighting": "uncertainty"}, "text": {"dropout": 0.5}}):
-        task, loader = build(recipe(**options), run, CPU)
+        task, loader = build(recipe(**options), start(run))
         phase = task.phases[0]
         stirred(phase.module)
         for micro in range(3):
-            task.loss("diffusion", phase.module, first(loader), Draws(0, micro, CPU)).total.backward()
+            task.loss("diffusion", phase.module, first(loader), Draws(0, micro, CPU)).sums["clips"].backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in phase.module.parameters())
         trained = {id(p) for group in phase.optimizer.param_groups for p in group["params"]}
         assert trained == {id(p) for p in phase.module.parameters()}
@@ -281,7 +291,7 @@ def test_what_is_frozen_gets_no_gradient_and_all_else_does(run, tmp_path):
 
 
 def test_so_many_samples_as_the_recipe_says_are_pure_noise_and_the_others_are_spread_as_ever(run):
-    task, loader = build(recipe(objective={"pure_noise": 0.4}), run, CPU)
+    task, loader = build(recipe(objective={"pure_noise": 0.4}), start(run))
     batch, network = first(loader), task.system.network
     found = [task.loss("diffusion", network, batch, Draws(0, micro, CPU)).levels for micro in range(100)]
     angle = torch.cat(found) * torch.pi / 2
@@ -295,7 +305,7 @@ def test_so_many_samples_as_the_recipe_says_are_pure_noise_and_the_others_are_sp
 @pytest.mark.parametrize("weighting", ["uniform", "min_snr"])
 def test_the_loss_is_the_formula(run, weighting):
     """Rectified flow, E‖v̂ − (ε − x)‖² of each sample; min-SNR-γ: times min(SNR, γ) · σ² of x̂'s error."""
-    task, loader = build(recipe(objective={"weighting": weighting}, text={"dropout": 0}), run, CPU)
+    task, loader = build(recipe(objective={"weighting": weighting}, text={"dropout": 0}), start(run))
     network, batch, draws = stirred(task.system.network), first(loader), Draws(3, 7, CPU)
     losses = task.loss("diffusion", network, batch, draws)
     x = task.latents(batch, draws)
@@ -307,22 +317,22 @@ def test_the_loss_is_the_formula(run, weighting):
     error = ((said - (noise - x)) ** 2).mean((1, 2, 3, 4))
     torch.testing.assert_close(losses.errors, error.detach())
     weight = torch.minimum((1 - t) ** 2 / t**2, torch.tensor(5.0)) * t**2 if weighting == "min_snr" else 1
-    torch.testing.assert_close(losses.total, (weight * error).sum())
-    assert losses.count == 3
+    torch.testing.assert_close(losses.sums["clips"], (weight * error).sum())
+    assert len(losses.each) == 3
     torch.testing.assert_close(losses.levels, torch.atan2(t, 1 - t) * 2 / torch.pi)
 
 
 def test_two_ranks_train_as_one_that_accumulates(run):
-    alone, loader = build(recipe(), run, CPU)
+    alone, loader = build(recipe(), start(run))
     network = stirred(alone.system.network)
     one = [
-        alone.loss("diffusion", network, batch, Draws(0, m, CPU)).total
+        alone.loss("diffusion", network, batch, Draws(0, m, CPU)).sums["clips"]
         for m, batch in enumerate(itertools.islice(loader, 4))
     ]
     for rank in range(2):
-        task, mine = build(recipe(), run, CPU, rank, 2)
+        task, mine = build(recipe(), start(run, rank, 2))
         for m, batch in enumerate(itertools.islice(mine, 2)):
-            found = task.loss("diffusion", network, batch, Draws(0, 2 * m + rank, CPU)).total
+            found = task.loss("diffusion", network, batch, Draws(0, 2 * m + rank, CPU)).sums["clips"]
             assert torch.equal(found, one[2 * m + rank])
 
 
@@ -338,7 +348,7 @@ def test_shift_of_the_cosine_schedule_divides_the_snr_by_its_square():
 
 
 def test_the_state_and_the_weights_bring_the_system_back(run):
-    task, _ = build(recipe(run={"steps": 1, "sample_steps": 2, "prompts": ["a", "b"]}), run, CPU)
+    task, _ = build(recipe(run={"steps": 1, "sample_steps": 2, "prompts": ["a", "b"]}), start(run))
     stirred(task.system.network)
     again = load_system(task.state(), CPU)
     again.network.load_state_dict(task.system.network.state_dict())
@@ -350,15 +360,15 @@ def test_the_state_and_the_weights_bring_the_system_back(run):
 
 @pytest.mark.parametrize("tasks", [{}, {"upsampling": 2}])
 def test_samples_are_videos_of_the_prompts(run, tasks):
-    task, loader = build(recipe(tasks=tasks, run={"sample_steps": 2}), run, CPU)
-    found = task.samples(task.system.network, 1)
+    task, loader = build(recipe(tasks=tasks, run={"sample_steps": 2}), start(run))
+    found = task.evaluate(task.system.network, 1).videos
     captions = loader.batch(0)["caption"]
     assert all(name.startswith(c) for name, c in zip(found, captions, strict=True))
     assert all(v.shape == (4, 32, 32, 3) and v.dtype == torch.uint8 for v in found.values())
 
 
 def test_blocks_are_the_denoisers(run):
-    task, _ = build(recipe(model={"kind": "dit", "dim": 32, "depth": 3, "heads": 2}), run, CPU)
+    task, _ = build(recipe(model={"kind": "dit", "dim": 32, "depth": 3, "heads": 2}), start(run))
     assert list(task.blocks(task.system.network)) == list(task.system.network.denoiser.blocks)
 
 
@@ -376,7 +386,7 @@ def test_blocks_are_the_denoisers(run):
 )
 def test_what_does_not_fit_is_one_sentence(run, sections, says):
     with pytest.raises(ValueError, match=says):
-        build(recipe(**sections), run, CPU)
+        build(recipe(**sections), start(run))
 
 
 # ------------------------------------------------------------ bundled recipes
@@ -412,8 +422,8 @@ class Told:
         self.scalars_at: list = []
         Told.newest = self
 
-    def scalars(self, step, figures):
-        self.scalars_at.append((step, figures))
+    def evaluation(self, step, found):
+        self.scalars_at.append((step, found.scalars))
 
     def __getattr__(self, name):
         return lambda *args: None
@@ -446,16 +456,3 @@ def test_distances_to_real_videos_are_measured_while_it_trains_and_do_not_distur
     assert list((tmp_path / "watched" / "reference").iterdir())
     for other in weights[1:]:
         assert all(torch.equal(weights[0][k], other[k]) for k in other)
-
-
-def test_generated_videos_do_not_depend_on_who_makes_them(run):
-    task, _ = build(recipe(), run, CPU)
-    network = stirred(task.system.network).eval()
-    alone = list(task.generate(network, [0, 1, 2, 3]))
-    shared = {
-        i: v
-        for start in (0, 1)
-        for i, v in zip((start, start + 2), task.generate(network, (start, start + 2)), strict=True)
-    }
-    assert all(torch.equal(alone[i], shared[i]) for i in range(4))
-    assert next(task.real()).shape == alone[0].shape

@@ -13,7 +13,7 @@ import torch
 
 from jobs.training.checkpoint import checkpoints, load_model
 from jobs.training.distributed import connect
-from tests.fixtures.toy_training import Numbers, Toy, in_ranks, recipe, run, weights
+from tests.fixtures.toy_training import Numbers, Toy, build, in_ranks, recipe, run, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -21,8 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 NEAR = {"rtol": 1e-6, "atol": 1e-6}
 
 
-def train_rank(out, compute, steps):
-    run(recipe(run={"steps": steps, "save_every": 100}, compute=compute), out)
+def train_rank(out, parallel, steps):
+    wanted = {"data": {"micro_batches": 4}, "compute": {"parallel": parallel}}
+    run(recipe(run={"steps": steps, "save_every": 100}, **wanted), out)
 
 
 def near(a, b):
@@ -35,7 +36,7 @@ def near(a, b):
 def alone(tmp_path_factory):
     """One process that accumulates four micro-batches a step, four steps."""
     out = tmp_path_factory.mktemp("alone")
-    run(recipe(run={"steps": 4, "save_every": 100}, compute={"accumulate": 4}), out)
+    run(recipe(run={"steps": 4, "save_every": 100}, data={"micro_batches": 4}), out)
     return out
 
 
@@ -45,18 +46,18 @@ def test_two_ranks_train_as_one_that_accumulates_and_one_goes_on(tmp_path, alone
 
     Two steps on two ranks, then two on one that accumulates: all four equal those of one.
     """
-    assert in_ranks(2, train_rank, tmp_path, {"accumulate": 2, "parallel": parallel}, 2) == [0, 0]
+    assert in_ranks(2, train_rank, tmp_path, parallel, 2) == [0, 0]
     meta = json.loads((checkpoints(tmp_path)[2] / "meta.json").read_text())
     assert meta["ranks"] == 2
     assert meta["loader"] == {"batches": 8}
-    run(recipe(run={"steps": 4, "save_every": 100}, compute={"accumulate": 4}), tmp_path)
+    run(recipe(run={"steps": 4, "save_every": 100}, data={"micro_batches": 4}), tmp_path)
     near(weights(tmp_path, 4), weights(alone, 4))
     near(load_model(tmp_path, ema=0.1).weights["toy"], load_model(alone, ema=0.1).weights["toy"])
 
 
 def test_one_rank_starts_and_two_go_on_with_shards(tmp_path, alone):
-    run(recipe(run={"steps": 2}, compute={"accumulate": 4}), tmp_path)
-    assert in_ranks(2, train_rank, tmp_path, {"accumulate": 2, "parallel": "fsdp"}, 4) == [0, 0]
+    run(recipe(run={"steps": 2}, data={"micro_batches": 4}), tmp_path)
+    assert in_ranks(2, train_rank, tmp_path, "fsdp", 4) == [0, 0]
     near(weights(tmp_path, 4), weights(alone, 4))
 
 
@@ -70,13 +71,13 @@ class Broken(Numbers):
         return super().batch(number)
 
 
-def broken(recipe, data, device, rank, world):
-    return Toy(recipe, device), Broken(rank, world)
+def broken(recipe, start):
+    return build(recipe, start, loader=Broken)
 
 
 def broken_rank(out):
     try:
-        run(recipe(), out, build=broken)
+        run(recipe(data={"micro_batches": 2}), out, build=broken)
     except (OSError, ValueError) as e:
         (out / f"said-{os.environ['RANK']}").write_text(str(e))
 
@@ -91,17 +92,17 @@ class Infinite(Toy):
     def loss(self, phase, model, batch, draws):
         found = super().loss(phase, model, batch, draws)
         if draws.micro == 5:  # rank 1's third
-            found.total = found.total * float("inf")
+            found.sums["clips"] = found.sums["clips"] * float("inf")
         return found
 
 
-def infinite(recipe, data, device, rank, world):
-    return Infinite(recipe, device), Numbers(rank, world)
+def infinite(recipe, start):
+    return build(recipe, start, task=Infinite)
 
 
 def infinite_rank(out):
     try:
-        run(recipe(), out, build=infinite)
+        run(recipe(data={"micro_batches": 2}), out, build=infinite)
     except ValueError as e:
         (out / f"said-{os.environ['RANK']}").write_text(str(e))
 
@@ -123,12 +124,14 @@ class Signalled(Toy):
         return super().loss(phase, model, batch, draws)
 
 
-def signalled(recipe, data, device, rank, world):
-    return Signalled(recipe, device), Numbers(rank, world)
+def signalled(recipe, start):
+    return build(recipe, start, task=Signalled)
 
 
 def signalled_rank(out):
-    outcome = run(recipe(run={"steps": 100, "save_every": 100}), out, build=signalled)
+    outcome = run(
+        recipe(run={"steps": 100, "save_every": 100}, data={"micro_batches": 2}), out, build=signalled
+    )
     (out / f"said-{os.environ['RANK']}").write_text(json.dumps([outcome.step, outcome.signal]))
 
 

@@ -4,16 +4,17 @@ import math
 import os
 import signal
 import time
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 from jobs.training import loop
-from jobs.training.checkpoint import checkpoints
-from jobs.training.loop import TrainError, rate_factor
+from jobs.training.checkpoint import CheckpointError, checkpoints
+from jobs.training.loop import TrainError, rate_factor, share_of_step
 from jobs.training.recipe import Optimizer
-from jobs.training.task import Draws, Losses
+from jobs.training.task import Draws, Losses, Summed, parameter_groups, seed_torch
 from models.ema import beta
 from tests.fixtures.toy_training import Net, Notes, Numbers, Toy, build, recipe, run, weights
 
@@ -29,7 +30,7 @@ def same(a, b):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_k_steps_and_the_rest_equal_all_steps_bit_for_bit(tmp_path, accumulate):
     def wanted(steps):
-        return recipe(run={"steps": steps, "save_every": 100}, compute={"accumulate": accumulate})
+        return recipe(run={"steps": steps, "save_every": 100}, data={"micro_batches": accumulate})
 
     run(wanted(7), tmp_path / "whole")
     whole = Notes.newest.rows
@@ -56,15 +57,13 @@ def test_training_is_that_of_a_loop_written_out(tmp_path):
     """Against ten lines of plain torch: mean over all samples of the step, clipped, AdamW, averaged."""
     wanted = recipe(
         run={"steps": 5},
-        compute={"accumulate": 3},
+        data={"micro_batches": 3},
         optimizer={"lr": 0.02, "warmup": 2, "clip": 13.0, "decay": "linear"},
         ema={"lengths": (0.1,)},
     )
     run(wanted, tmp_path)
     task, numbers = Toy(wanted, CPU), Numbers(0, 1)
     net, optimizer = task.phases[0].module, task.phases[0].optimizer
-    trainer = loop.Trainer.__new__(loop.Trainer)
-    trainer.recipe = wanted
     average, norms = {}, []
     for step in range(1, 6):
         rate = 0.02 * min(step / 2, 1) * (1 - max(step - 1 - 2, 0) / 3)
@@ -72,9 +71,9 @@ def test_training_is_that_of_a_loop_written_out(tmp_path):
         errors = []
         for a in range(3):
             micro = (step - 1) * 3 + a
-            trainer._seed(micro)
+            seed_torch(wanted.seed, micro)
             batch = numbers.batch(micro)
-            errors.append(task.loss("toy", net, batch, Draws(0, micro, CPU)).total)
+            errors.append(task.loss("toy", net, batch, Draws(0, micro, CPU)).sums["clips"])
         sizes = [1 + ((step - 1) * 3 + a) % 3 for a in range(3)]
         (sum(errors) / sum(sizes)).backward()
         norms.append(float(nn.utils.clip_grad_norm_(net.parameters(), 13.0)))
@@ -98,12 +97,12 @@ def test_figures_are_means_over_parts_and_levels_are_binned(tmp_path):
             found = super().loss(phase, model, batch, draws)
             n = len(batch["x"])
             levels = torch.linspace(0, 1, n) if n > 1 else torch.tensor([0.35])
-            return Losses(found.total, n, {"ones": torch.tensor(float(n))}, levels, levels * 10)
+            return Losses(found.sums, {"ones": Summed(torch.tensor(float(n)), n)}, None, levels, levels * 10)
 
-    def known(recipe, data, device, rank, world):
-        return Known(recipe, device), Numbers(rank, world)
+    def known(recipe, start):
+        return build(recipe, start, task=Known)
 
-    run(recipe(run={"steps": 4, "log_every": 2}, compute={"accumulate": 2}), tmp_path, build=known)
+    run(recipe(run={"steps": 4, "log_every": 2}, data={"micro_batches": 2}), tmp_path, build=known)
     assert sorted(Notes.newest.rows) == [2, 4]
     row = Notes.newest.rows[2]  # micro-batches 0…3, of 1, 2, 3, 1 samples
     assert row["ones"] == 1
@@ -137,18 +136,18 @@ def test_what_is_not_finite_stops_with_the_clips_and_is_not_kept(tmp_path, what)
         def loss(self, phase, model, batch, draws):
             found = super().loss(phase, model, batch, draws)
             if draws.micro == 3 and what == "loss":
-                found.total = found.total * float("nan")
+                found.sums["clips"] = found.sums["clips"] * float("nan")
             if draws.micro == 3 and what == "gradient":
-                found.total = (
-                    found.total + 0 * (model.blocks[0].layer.bias - model.blocks[0].layer.bias).pow(0.5).sum()
-                )
+                zero = model.blocks[0].layer.bias - model.blocks[0].layer.bias
+                found.sums["clips"] = found.sums["clips"] + 0 * zero.pow(0.5).sum()
             return found
 
     made = []
 
-    def bad(recipe, data, device, rank, world):
-        made.append(Bad(recipe, device))
-        return made[-1], Numbers(rank, world)
+    def bad(recipe, start):
+        found = build(recipe, start, Bad)
+        made.append(found[0])
+        return found
 
     with pytest.raises(
         TrainError, match=rf"step 4: the {what} is not finite, on the clips clip-3-0; step 2 is kept"
@@ -168,8 +167,8 @@ def test_running_out_of_memory_names_the_batch_and_what_would_fit(tmp_path):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
             return super().loss(phase, model, batch, draws)
 
-    def large(recipe, data, device, rank, world):
-        return Large(recipe, device), Numbers(rank, world)
+    def large(recipe, start):
+        return build(recipe, start, task=Large)
 
     with pytest.raises(TrainError) as e:
         run(recipe(), tmp_path, build=large)
@@ -180,7 +179,7 @@ def test_running_out_of_memory_names_the_batch_and_what_would_fit(tmp_path):
 
 
 def test_a_plan_is_told_before_the_first_step(tmp_path, capsys):
-    run(recipe(run={"steps": 1}, compute={"accumulate": 2}), tmp_path)
+    run(recipe(run={"steps": 1}, data={"micro_batches": 2}), tmp_path)
     (text,) = Notes.newest.texts
     trained = sum(p.numel() for p in Net().parameters()) - 1
     assert f"parameters   {trained} trained, 1 frozen" in text
@@ -235,12 +234,130 @@ def test_bf16_runs_products_in_bf16_and_keeps_parameters_in_float32(tmp_path):
             model.out.register_forward_hook(lambda m, args, out: seen.add((m.weight.dtype, out.dtype)))
             return super().loss(phase, model, batch, draws)
 
-    def watched(recipe, data, device, rank, world):
-        return Watched(recipe, device), Numbers(rank, world)
+    def watched(recipe, start):
+        return build(recipe, start, task=Watched)
 
     run(recipe(run={"steps": 2}, compute={"precision": "bf16"}), tmp_path, build=watched)
     assert seen == {(torch.float32, torch.bfloat16)}
     assert all(x.dtype == torch.float32 for x in weights(tmp_path, 2).values())
+
+
+def test_kinds_of_parts_have_their_weights_and_counts_of_the_whole_step(tmp_path):
+    """½ the mean over words and ¼ the mean over pictures, of which some micro-batches have none."""
+    pictures = {0: 2, 1: 0, 2: 5, 3: 0, 4: 0, 5: 0}
+
+    class Mixed(Toy):
+        weights: ClassVar = {"words": 0.5, "pictures": 0.25}
+
+        def counts(self, batch):
+            number = int(batch["key"][0].split("-")[1])
+            return {"words": len(batch["x"]), "pictures": pictures[number]}
+
+        def loss(self, phase, model, batch, draws):
+            shown = self.counts(batch)["pictures"]
+            y = model.out(batch["x"])[:, 0]
+            return Losses({"words": y.sum(), "pictures": shown * model.rare.sum()})
+
+    made = []
+
+    def mixed(recipe, start):
+        made.append(build(recipe, start, Mixed))
+        return made[-1]
+
+    wanted = recipe(run={"steps": 2}, data={"micro_batches": 3}, optimizer={"lr": 1.0, "clip": 1e9})
+    run(wanted, tmp_path, build=mixed)
+    task, numbers = Mixed(wanted, CPU), Numbers(0, 1)
+    x = torch.cat([numbers.batch(m)["x"] for m in range(3)])
+    net = task.phases[0].module
+    loss = 0.5 * net.out(x).mean() + 0.25 * net.rare.sum()
+    assert Notes.newest.rows[1]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert Notes.newest.rows[1]["loss/pictures"] == pytest.approx(0)
+    gradient = torch.cat([0.5 * x.mean(0), torch.tensor([0.5, 0.25])])  # of out.weight, out.bias and rare
+    assert Notes.newest.rows[1]["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+    assert Notes.newest.rows[2]["grad_norm"] < 3  # no picture in the second step: no division by 0
+
+
+def test_a_task_may_go_over_its_micro_batches_twice(tmp_path):
+    """A loss of all samples of a step: Σ over pairs, here as (Σ y)²; the first pass keeps no graph."""
+
+    class Pairs(Toy):
+        def backward(self, step):
+            with torch.no_grad():
+                total = sum(self.said(step, batch) for batch, _ in step.micro_batches())
+            for batch, _ in step.micro_batches():
+                losses = Losses({"clips": 2 * total * self.said(step, batch)})
+                step.total(batch, losses).backward()
+
+        def said(self, step, batch):
+            return step.model(batch["x"], False).sum()
+
+    run(
+        recipe(run={"steps": 1}, data={"micro_batches": 3}, optimizer={"clip": 1e9}),
+        tmp_path,
+        build=lambda recipe, start: build(recipe, start, Pairs),
+    )
+    task, numbers = Toy(recipe(), CPU), Numbers(0, 1)
+    net = task.phases[0].module
+    every = []
+    for m in range(3):
+        seed_torch(0, m)
+        every.append(net(numbers.batch(m)["x"], False).sum())
+    (torch.stack(every).sum().square() / 6).backward()
+    norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+    assert Notes.newest.rows[1]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_matrices_decay_and_parts_have_rates_of_their_own():
+    net = nn.ModuleDict(
+        {"table": nn.Embedding(3, 4), "a": nn.Linear(4, 4), "ab": nn.Linear(4, 4), "n": nn.LayerNorm(4)}
+    )
+    net["n"].bias.requires_grad_(False)
+    groups = parameter_groups(net, Optimizer(lr=1.0, weight_decay=0.1, rates={"a": 2.0, "a.bias": 3.0}))
+    names = {id(p): name for name, p in net.named_parameters()}
+    assert {(g["lr"], g["weight_decay"]): {names[id(p)] for p in g["params"]} for g in groups} == {
+        (1.0, 0.0): {"table.weight", "ab.bias", "n.weight"},
+        (2.0, 0.1): {"a.weight"},
+        (3.0, 0.0): {"a.bias"},
+        (1.0, 0.1): {"ab.weight"},
+    }
+    with pytest.raises(
+        ValueError, match="nothing that is trained is called 'b'; the network has a, ab, n, table"
+    ):
+        parameter_groups(net, Optimizer(rates={"b": 1.0}))
+
+
+def test_a_loss_that_is_not_finite_names_its_clip_alone(tmp_path):
+    class Bad(Toy):
+        def loss(self, phase, model, batch, draws):
+            if draws.micro == 5:
+                batch["y"] = batch["y"] + torch.tensor([0, math.inf, 0])
+            return super().loss(phase, model, batch, draws)
+
+    with pytest.raises(TrainError, match=r"step 6: the loss is not finite, on the clips clip-5-1;"):
+        run(recipe(), tmp_path, build=lambda recipe, start: build(recipe, start, Bad))
+
+
+def test_a_step_is_shared_by_processes_that_divide_it_and_by_no_others():
+    assert [share_of_step(6, loop.World(0, n, CPU)) for n in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    with pytest.raises(
+        TrainError, match=r"6 cannot be shared by 4 processes: start 1 or 2 or 3 or 6, or set it to 8"
+    ):
+        share_of_step(6, loop.World(0, 4, CPU))
+
+
+def test_a_decaying_rate_keeps_its_end_unless_another_is_asked_for(tmp_path):
+    def wanted(steps, **more):
+        return recipe(run={"steps": steps, "save_every": 100}, optimizer={"decay": "linear"} | more)
+
+    run(wanted(6), tmp_path / "whole")
+    run(wanted(3), tmp_path / "parts")
+    with pytest.raises(CheckpointError, match=r"decays until step 3.* --set optimizer.decay_until=6"):
+        run(wanted(6), tmp_path / "parts")
+    run(wanted(3, decay_until=6), tmp_path / "asked")
+    run(wanted(6, decay_until=6), tmp_path / "asked")
+    same(weights(tmp_path / "whole", 6), weights(tmp_path / "asked", 6))
+    run(wanted(6, decay_until=9), tmp_path / "parts")  # by name, it may
+    assert Notes.newest.rows[6]["lr"] == pytest.approx(1e-2 * (1 - 2 / 6))
 
 
 def test_phases_take_turns_with_optimizers_of_their_own(tmp_path):
@@ -255,13 +372,13 @@ def test_phases_take_turns_with_optimizers_of_their_own(tmp_path):
         def loss(self, phase, model, batch, draws):
             if phase == "toy":
                 return super().loss(phase, model, batch, draws)
-            return Losses(model(batch["x"]).square().sum(), len(batch["x"]))
+            return Losses({"clips": model(batch["x"]).square().sum()})
 
         def blocks(self, module):
             yield from getattr(module, "blocks", ())
 
-    def two(recipe, data, device, rank, world):
-        return Two(recipe, device), Numbers(rank, world)
+    def two(recipe, start):
+        return build(recipe, start, task=Two)
 
     run(recipe(), tmp_path / "whole", build=two)
     assert {"toy/loss", "critic/loss", "toy/lr", "critic/grad_norm"} <= Notes.newest.rows[6].keys()
@@ -280,12 +397,12 @@ def test_samples_are_of_the_average_and_leave_training_as_it_was(tmp_path):
     seen = []
 
     class Shown(Toy):
-        def samples(self, model, step):
+        def evaluate(self, model, step):
             seen.append((model.training, model.out.weight.detach().clone()))
-            return super().samples(model, step)
+            return super().evaluate(model, step)
 
-    def shown(recipe, data, device, rank, world):
-        return Shown(recipe, device), Numbers(rank, world)
+    def shown(recipe, start):
+        return build(recipe, start, task=Shown)
 
     run(recipe(run={"sample_every": 3}), tmp_path / "a", build=shown)
     assert sorted(Notes.newest.shown) == [3, 6]
@@ -304,8 +421,8 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, number):
                 os.kill(os.getpid(), number)
             return super().loss(phase, model, batch, draws)
 
-    def interrupted(recipe, data, device, rank, world):
-        return Interrupted(recipe, device), Numbers(rank, world)
+    def interrupted(recipe, start):
+        return build(recipe, start, task=Interrupted)
 
     before = signal.getsignal(number)
     wanted = recipe(run={"steps": 6, "save_every": 100})

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from jobs.training import monitor
-from jobs.training.monitor import FrechetInLoop, Metrics, Monitor, contact_sheet, write_mp4, write_samples
+from jobs.training.monitor import Metrics, Monitor, contact_sheet, write_mp4, write_samples
 from jobs.training.recipe import TrainRecipe
-from models.measures.frechet import frechet_distance, kernel_distance, moments
+from jobs.training.task import Evaluation
 from pipeline.recipe import RecipeError
 from tests.fixtures import numbered
 
@@ -77,9 +77,9 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
 def test_samples_of_a_later_step_are_not_shown_after_a_resume(tmp_path):
     watch = Monitor(tmp_path, recipe())
     for step in (3, 6, 9):
-        watch.videos(step, {f"seen at {step}": video()})
+        watch.evaluation(step, Evaluation(videos={f"seen at {step}": video()}))
     watch = Monitor(tmp_path, recipe())
-    watch.videos(6, {"seen again at 6": video()})
+    watch.evaluation(6, Evaluation(videos={"seen again at 6": video()}))
     watch.close()
     text = (tmp_path / "page.html").read_text()
     assert "seen again at 6" in text
@@ -164,7 +164,7 @@ def test_another_rank_writes_nothing(tmp_path):
     watch.plan("x")
     watch.resume(3)
     watch.scalars(1, {"loss": 1.0})
-    watch.videos(1, {"a": video()})
+    watch.evaluation(1, Evaluation(videos={"a": video()}))
     watch.close()
     assert not (tmp_path / "out").exists()
 
@@ -192,7 +192,7 @@ def test_wandb_gets_numbers_and_videos_offline_and_a_resumed_run_keeps_its_id(tm
         log = watch.wandb.log
         monkeypatch.setattr(watch.wandb, "log", lambda x, log=log, to=logged: (to.append(x), log(x)))
         watch.scalars(step, {"loss": 0.5})
-        watch.videos(step, {"a dog": video()})
+        watch.evaluation(step, Evaluation(videos={"a dog": video()}))
         watch.close()
         assert logged[0] == {"loss": 0.5, "step": step}
         assert isinstance(logged[1]["videos"][0], wandb.Video)
@@ -266,7 +266,7 @@ def test_a_contact_sheet_shows_frames_from_first_to_last_with_words_below():
 
 def test_videos_of_another_kind_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"give uint8 \[T, H, W, 3\]"):
-        Monitor(tmp_path, recipe()).videos(1, {"a": torch.zeros(3, 8, 8, 3)})
+        Monitor(tmp_path, recipe()).evaluation(1, Evaluation(videos={"a": torch.zeros(3, 8, 8, 3)}))
     with pytest.raises(ValueError, match=r"give uint8 \[T, H, W, 3\]"):
         contact_sheet({"a": torch.zeros(3, 3, 8, 8, dtype=torch.uint8)})
 
@@ -281,82 +281,9 @@ def test_the_page_is_there_after_plan_samples_and_close_and_at_times_between(tmp
     monkeypatch.setattr(monitor, "PAGE_EVERY_S", 0.0)
     watch.scalars(2, {"loss": 1.0})
     assert (tmp_path / "page.html").exists()
-    watch.videos(2, {"a dog": video()})
+    watch.evaluation(2, Evaluation(videos={"a dog": video()}))
     assert "a dog" in (tmp_path / "page.html").read_text()
     watch.scalars(3, {"loss": 0.125})
     watch.close()
     assert "step 3" in (tmp_path / "page.html").read_text()
     assert not list(tmp_path.glob(".*"))
-
-
-# ---------------------------------------------------------------- distances while training
-
-
-class Counting:
-    """A feature network that counts the videos it saw."""
-
-    name, hash, about, distance = "colours", "0123456789ab", "", "Fréchet distance"
-
-    def __init__(self):
-        self.seen = 0
-
-    def __call__(self, videos):
-        self.seen += len(videos)
-        return videos.float().mean((1, 2, 3))
-
-
-def batches(start: int, n: int, size: int = 4):
-    videos = [video(start + i, 2, 4, 4) for i in range(n)]
-    return [torch.stack(videos[i : i + size]) for i in range(0, n, size)]
-
-
-def features(start: int, n: int) -> torch.Tensor:
-    return torch.cat([b.float().mean((1, 2, 3)) for b in batches(start, n)])
-
-
-def test_distance_in_the_loop_is_that_to_the_first_n_and_the_floor_that_of_the_next_n(tmp_path):
-    found = FrechetInLoop(tmp_path, Counting(), batches(0, 30), 10)(batches(100, 10))
-    real, other, made = features(0, 10), features(10, 10), features(100, 10)
-    assert found == pytest.approx(
-        {
-            "frechet/colours": frechet_distance(moments(real), moments(made)),
-            "kernel/colours": kernel_distance(real, made),
-            "frechet/colours/real": frechet_distance(moments(real), moments(other)),
-            "kernel/colours/real": kernel_distance(real, other),
-        }
-    )
-
-
-def test_real_videos_are_measured_once_in_a_run_and_anew_for_another_protocol(tmp_path):
-    FrechetInLoop(tmp_path, Counting(), batches(0, 20), 10, {"frames": 2})
-    again = Counting()
-    kept = FrechetInLoop(tmp_path, again, iter(()), 10, {"frames": 2})
-    assert again.seen == 0
-    torch.testing.assert_close(kept.real, features(0, 10))
-    FrechetInLoop(tmp_path, again, batches(0, 20), 10, {"frames": 3})
-    assert again.seen == 20
-
-
-def test_few_real_videos_have_no_floor_and_one_is_refused(tmp_path):
-    found = FrechetInLoop(tmp_path / "a", Counting(), batches(0, 13), 10)
-    assert set(found(batches(100, 10))) == {"frechet/colours", "kernel/colours"}
-    assert len(found.real) == 10
-    with pytest.raises(ValueError, match="1 real videos are too few"):
-        FrechetInLoop(tmp_path / "b", Counting(), batches(0, 1), 10)
-
-
-def _rank(rank: int, world: int, folder: str) -> None:
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
-    share = [batches(100, 7), batches(107, 3)][rank]
-    found = FrechetInLoop(Path(folder) / str(rank), Counting(), batches(0, 20), 10)(share)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
-def test_ranks_that_sample_uneven_shares_get_the_numbers_of_the_whole(tmp_path):
-    torch.multiprocessing.start_processes(_rank, (2, str(tmp_path)), nprocs=2, start_method="spawn")
-    alone = FrechetInLoop(tmp_path / "alone", Counting(), batches(0, 20), 10)(batches(100, 10))
-    for rank in range(2):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(alone)

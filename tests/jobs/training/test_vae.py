@@ -7,24 +7,25 @@ import torch
 from pydantic import ValidationError
 
 from jobs.training import vae as training
-from jobs.training.recipe import TRAINING, TrainRecipe, load_training
+from jobs.training.recipe import TRAINING, VAELoss, VAERecipe, load_training
 from jobs.training.task import Draws
-from jobs.training.vae import AutoencoderTask, VAELoss
+from jobs.training.vae import AutoencoderTask
 from pipeline.recipe_file import parse_as
 from tests.fixtures.run_folder import make_run_folder
+from tests.fixtures.toy_training import start
 
 MODEL = {"kind": "vae", "stride": [2, 4, 4], "width": 8, "multipliers": [1, 2, 2], "depth": 1}
 CPU = torch.device("cpu")
+DATA = {"fps": 8, "buckets": [{"frames": 5, "height": 32, "width": 32}], "batch": 2, "workers": 0}
 
 
-def recipe(**sections) -> TrainRecipe:
-    data = {"fps": 8, "buckets": [{"frames": 5, "height": 32, "width": 32}], "batch": 2, "workers": 0}
-    plain = {"name": "test", "trains": "vae", "model": MODEL, "data": data, "optimizer": {"lr": 1e-3}}
-    return parse_as(TrainRecipe, plain | sections, [], "test")
+def recipe(**sections) -> VAERecipe:
+    plain = {"name": "test", "trains": "vae", "model": MODEL, "data": DATA, "optimizer": {"lr": 1e-3}}
+    return parse_as(VAERecipe, plain | sections, [], "test")
 
 
-def task(wanted: VAELoss, world: int = 1, **sections) -> AutoencoderTask:
-    return AutoencoderTask(recipe(**sections), wanted, CPU, world)
+def task(wanted: VAELoss, **sections) -> AutoencoderTask:
+    return AutoencoderTask(recipe(**sections).model_copy(update={"vae": wanted}), CPU)
 
 
 def wants(**fields) -> VAELoss:
@@ -54,19 +55,21 @@ def test_the_loss_is_the_sum_of_its_parts():
     )
     expected = (seen - video).abs().mean() + 0.5 * made.perceptual(seen, video).mean()
     expected = expected + kl.sum() / video.numel()
-    assert losses.count == 2
-    torch.testing.assert_close(losses.total / 2, expected, rtol=1e-5, atol=0)
+    assert len(losses.each) == 2
+    torch.testing.assert_close(losses.sums["clips"] / 2, expected, rtol=1e-5, atol=0)
     error = (seen.clamp(-1, 1) - video).square().mean(dim=(1, 3, 4))
-    torch.testing.assert_close(losses.report["psnr"] / 2, (10 * torch.log10(4 / error)).mean())
+    torch.testing.assert_close(losses.report["psnr"].sum / 2, (10 * torch.log10(4 / error)).mean())
 
 
 def test_the_discriminators_pull_on_the_last_layer_is_the_reconstructions_times_its_weight():
     made, draws = task(wants(kl=0.0, adversarial=0.25)), Draws(0, 0, CPU)
     with_it = made.loss("vae", made.vae, batch(), draws)
     layer = made.vae.last_layer
-    (whole,) = torch.autograd.grad(with_it.total, layer)
+    (whole,) = torch.autograd.grad(with_it.sums["clips"], layer)
     alone = task(wants(kl=0.0, adversarial=0))
-    (fit,) = torch.autograd.grad(alone.loss("vae", alone.vae, batch(), draws).total, alone.vae.last_layer)
+    (fit,) = torch.autograd.grad(
+        alone.loss("vae", alone.vae, batch(), draws).sums["clips"], alone.vae.last_layer
+    )
     # the decoder sees L1 and, from the discriminator, a gradient of a quarter of its length
     torch.testing.assert_close((whole - fit).norm(), 0.25 * fit.norm(), rtol=1e-3, atol=0)
     # its direction is the discriminator's own
@@ -77,29 +80,29 @@ def test_the_discriminators_pull_on_the_last_layer_is_the_reconstructions_times_
     torch.testing.assert_close(
         torch.cosine_similarity((whole - fit).flatten(), push.flatten(), 0).item(), 1.0
     )
-    torch.testing.assert_close(with_it.report["adversarial"], -logits.flatten(1).mean(1).sum().detach())
+    torch.testing.assert_close(with_it.report["adversarial"].sum, -logits.flatten(1).mean(1).sum().detach())
 
 
 def test_each_phase_leaves_the_others_gradients_alone():
     made, draws = task(wants()), Draws(0, 0, CPU)
     assert [(p.name, p.ema) for p in made.phases] == [("vae", True), ("discriminator", False)]
-    made.loss("vae", made.vae, batch(), draws).total.backward()
+    made.loss("vae", made.vae, batch(), draws).sums["clips"].backward()
     assert all(g is not None for g in gradients(made.vae))
     assert all(g is None for g in gradients(made.discriminator))
     made.vae.zero_grad()
-    made.loss("discriminator", made.discriminator, batch(), draws).total.backward()
+    made.loss("discriminator", made.discriminator, batch(), draws).sums["clips"].backward()
     assert all(g is None for g in gradients(made.vae))
     assert all(g is not None for g in gradients(made.discriminator))
 
 
-@pytest.mark.parametrize(("accumulate", "world"), [(1, 1), (2, 1), (1, 2), (3, 2)])
-def test_the_discriminator_begins_at_its_step_however_many_micro_batches_make_one(accumulate, world):
-    made = task(wants(adversarial_start=2), world, compute={"accumulate": accumulate})
-    begins = 2 * accumulate * world
+@pytest.mark.parametrize("micro_batches", [1, 2, 6])
+def test_the_discriminator_begins_at_its_step_however_many_micro_batches_make_one(micro_batches):
+    made = task(wants(adversarial_start=2), data=DATA | {"micro_batches": micro_batches})
+    begins = 2 * micro_batches
     for micro, judges in ((0, False), (begins - 1, False), (begins, True)):
         draws = Draws(0, micro, CPU)
         assert ("adversarial" in made.loss("vae", made.vae, batch(), draws).report) == judges
-        learns = made.loss("discriminator", made.discriminator, batch(), draws).total
+        learns = made.loss("discriminator", made.discriminator, batch(), draws).sums["clips"]
         assert learns.requires_grad == judges
 
 
@@ -110,7 +113,8 @@ def test_a_sample_weighs_the_same_in_any_micro_batch():
         made.loss("vae", made.vae, {"video": both["video"][i : i + 1]}, Draws(0, 0, CPU)).report
         for i in range(2)
     ]
-    torch.testing.assert_close(whole["psnr"], parts[0]["psnr"] + parts[1]["psnr"], atol=0.1, rtol=0)
+    apart = parts[0]["psnr"].sum + parts[1]["psnr"].sum
+    torch.testing.assert_close(whole["psnr"].sum, apart, atol=0.1, rtol=0)
 
 
 def test_training_the_decoder_leaves_the_encoder_out():
@@ -118,7 +122,7 @@ def test_training_the_decoder_leaves_the_encoder_out():
     made = task(wants(train="decoder"), model=wide)
     trained = {id(p) for g in made.phases[0].optimizer.param_groups for p in g["params"]}
     assert trained == {id(p) for p in made.vae.decoder.parameters()}
-    made.loss("vae", made.vae, batch(), Draws(0, 0, CPU)).total.backward()
+    made.loss("vae", made.vae, batch(), Draws(0, 0, CPU)).sums["clips"].backward()
     assert all(g is None for g in gradients(made.vae.encoder))
     assert all(g is not None for g in gradients(made.vae.decoder))
 
@@ -126,19 +130,22 @@ def test_training_the_decoder_leaves_the_encoder_out():
 def test_some_steps_of_both_phases_reconstruct_better_and_tell_apart():
     made, clips = task(wants(adversarial=0.1, adversarial_start=8)), batch()
     clips["video"] = torch.nn.functional.avg_pool3d(clips["video"].float(), 5, 1, 2).to(torch.uint8)
-    seen: dict[str, list[float]] = {"l1": [], "discriminator": []}
+    l1: list[float] = []
+    told_apart: list[float] = []
     for step in range(16):
         for phase in made.phases:
             phase.optimizer.zero_grad()
             losses = made.loss(phase.name, phase.module, clips, Draws(0, step, CPU))
-            if losses.total.requires_grad:
-                (losses.total / losses.count).backward()
+            if losses.sums["clips"].requires_grad:
+                (losses.sums["clips"] / len(losses.each)).backward()
                 phase.optimizer.step()
-            for name in seen.keys() & losses.report.keys():
-                seen[name].append(losses.report[name].item() / losses.count)
-    assert seen["l1"][-1] < 0.8 * seen["l1"][0]
-    assert seen["discriminator"][:8] == [0.0] * 8
-    assert seen["discriminator"][-1] < seen["discriminator"][8]
+            if phase.name == "vae":
+                l1.append(losses.report["l1"].sum.item() / losses.report["l1"].parts)
+            else:
+                told_apart.append(losses.sums["clips"].item())
+    assert l1[-1] < 0.8 * l1[0]
+    assert told_apart[:8] == [0.0] * 8
+    assert told_apart[-1] < told_apart[8]
 
 
 def test_blocks_are_found_under_a_wrapper_too():
@@ -168,20 +175,20 @@ def run(tmp_path_factory):
 
 
 def test_built_on_shards_it_trains_and_shows_original_beside_reconstruction(run):
-    made, loader = training.build(recipe(), run, CPU)
+    made, loader = training.build(recipe(), start(run))
     clips = next(iter(loader))
     assert clips["video"].shape == (2, 3, 5, 32, 32)
     assert made.tokens(clips) == 2 * 3 * 8 * 8
     losses = made.loss("vae", made.vae, clips, Draws(0, 0, CPU))
-    losses.total.backward()
-    assert torch.isfinite(losses.total)
-    shown = made.samples(made.vae, 0)
+    losses.sums["clips"].backward()
+    assert torch.isfinite(losses.sums["clips"])
+    shown = made.evaluate(made.vae, 0).videos
     assert len(shown) == 2
     for clip, pair in zip(made.shown, shown.values(), strict=True):
         assert pair.shape == (5, 32, 64, 3)
         assert pair.dtype == torch.uint8
         assert torch.equal(pair[:, :, :32], clip.permute(1, 2, 3, 0))
-    _, again = training.build(recipe(), run, CPU)
+    _, again = training.build(recipe(), start(run))
     assert next(iter(again))["key"] == clips["key"]
 
 
@@ -199,13 +206,12 @@ def test_the_state_rebuilds_the_autoencoder(run, tmp_path):
     ("sections", "said"),
     [
         ({"data": {"buckets": [{"frames": 4, "height": 32, "width": 32}]}}, "give 1 \\+ a multiple of 2"),
-        ({"data": {"images": 4}}, "a bucket of one frame is images"),
         ({"model": {"kind": "dit"}}, "needs model.kind vae"),
     ],
 )
 def test_what_does_not_fit_is_said_before_training(run, sections, said):
     with pytest.raises(ValueError, match=said):
-        training.build(recipe(**sections), run, CPU)
+        training.build(recipe(**sections), start(run))
 
 
 def test_the_sections_fields_are_checked():
@@ -218,6 +224,6 @@ def test_the_sections_fields_are_checked():
 def test_the_bundled_recipe_fits_its_buckets():
     bundled = load_training("vae")
     assert (TRAINING / "vae.yaml").is_file()
-    made = AutoencoderTask(bundled, wants(), CPU)
+    made = AutoencoderTask(bundled.model_copy(update={"vae": wants()}), CPU)
     for bucket in bundled.data.buckets:
         training.latent_shape(made.vae, bucket.frames, bucket.height, bucket.width)

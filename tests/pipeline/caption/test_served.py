@@ -170,6 +170,8 @@ def test_clips_of_all_sources_are_asked_about_at_once_and_keep_their_places(serv
         ("hm, a car?</think>A car.", "A car.", "ok"),
         ("<think>I wonder", "", "empty"),
         ([{"type": "text", "text": "A "}, {"type": "text", "text": "car."}], "A car.", "ok"),
+        (["A ", {"type": "text", "text": None}, {"type": "image", "text": 5}, None, "car."], "A car.", "ok"),
+        (5, "5", "ok"),
         ("half \ud800 a sign", "half ? a sign", "ok"),
     ],
 )
@@ -193,6 +195,11 @@ def test_an_answer_that_breaks_off_is_truncated_and_a_refusal_is_flagged(server)
     v = clips(1)
     stage(server)([v])
     assert captions([v])[0].outcome == "truncated"
+    server.says = lambda body: completion("<think>I wonder", body, finish="length")
+    stage(server)([v])
+    c = captions([v])[0]
+    assert (c.text, c.outcome, c.raw) == ("", "truncated", "<think>I wonder")
+    assert c.reason == "it was cut off before it said anything: raise parameters.max_tokens"
     server.says = lambda body: completion("", body, refusal="I cannot do that.")
     stage(server)([v])
     c = captions([v])[0]
@@ -532,6 +539,28 @@ def test_a_server_without_logprobs_is_told_before_any_work(server):
     assert len(server.bodies) == 1
 
 
+@pytest.mark.parametrize(
+    "odd", [[5], {"content": [5]}, {"content": [{"token": "Yes"}]}, {"content": [{"token": "Yes", "logprob": None}]},
+            {"content": [{"token": None, "logprob": math.nan, "top_logprobs": None}]}],
+)  # fmt: skip
+def test_odd_logprobs_are_no_score(server, odd):
+    server.fields |= {"logprobs", "top_logprobs"}
+    fine, asked = logprobs(Yes=1.0), []
+
+    def says(body):
+        asked.append(body)
+        said = fine(body)
+        if len(asked) > 1:
+            said["choices"][0]["logprobs"] = odd
+        return said
+
+    server.says = says
+    v = told(clips(1), ("a", "A tram."))
+    judge(server)([v])
+    assert v.clips[0].captions[0].scores == {}
+    assert v.warnings == []
+
+
 def test_neither_yes_nor_no_is_no_score(server):
     server.fields |= {"logprobs", "top_logprobs"}
     server.says = logprobs(Well=1.0)
@@ -568,6 +597,19 @@ def test_where_the_server_is_and_how_fast_it_is_asked_are_free_on_a_resumed_run(
 def test_fields_that_clipmill_writes_are_not_for_the_recipe(server, field):
     with pytest.raises(recipe.RecipeError, match=rf"{field}: not to be set here"):
         section(server, parameters={field: True})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, {"when": object()}])
+def test_parameters_that_no_request_can_hold_are_found_before_any_work(server, value):
+    with pytest.raises(recipe.RecipeError, match=r"seed: .* cannot be sent as JSON"):
+        section(server, parameters={"seed": value})
+
+
+def test_the_order_of_a_recipes_keys_makes_no_other_question(server, tmp_path):
+    store, v = Store(str(tmp_path)), clips(2)
+    stage(server, store, parameters={"seed": 1, "max_tokens": 5})([v])
+    stage(server, store, parameters={"max_tokens": 5, "seed": 1})([v])
+    assert len(server.bodies) == 2
 
 
 def test_answers_are_kept_on_an_object_store_too(server, object_store, monkeypatch):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import socket
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -62,6 +65,12 @@ PASSING = [
     Trouble(garbage=b"<html>busy</html>"),
     Trouble(garbage=b'{"choices": []}'),
     Trouble(garbage=b'{"error": {"code": 502, "message": "upstream"}}'),
+    Trouble(
+        garbage=b'{"choices": [{"message": {"content": ""}, "error": {"code": 502, "message": "upstream"}}]}'
+    ),
+    Trouble(garbage=b'{"choices": [{"message": {"content": ""}, "error": "upstream"}]}'),
+    Trouble(garbage=b'{"choices": [{"message": {"content": "\xff"}}]}'),
+    Trouble(headers={"Content-Encoding": "gzip"}),
 ]
 
 
@@ -75,6 +84,38 @@ def test_what_the_moment_spoils_is_tried_again_after_a_wait(server, trouble):
     first, second = clock.waits
     assert 0.375 <= first <= 0.625
     assert 0.75 <= second <= 1.25
+
+
+def test_an_answer_nested_without_end_is_no_answer(server):
+    server.troubles = [Trouble(garbage=b'{"choices": ' + b"[" * 200_000)]
+    assert text_of(client(server)[0].ask(body())).startswith("A street")
+
+
+@pytest.mark.parametrize(
+    "said",
+    ['{"choices": {"a": 1}}', '{"choices": "abc"}', '{"choices": [null]}', '{"choices": [{"text": "completed"}]}',
+     '{"choices": [{"message": "A car."}]}'],
+)  # fmt: skip
+def test_what_is_no_chat_completion_is_paid_for_once(server, said):
+    server.troubles = [Trouble(garbage=said.encode())] * 3
+    with pytest.raises(Refused, match=r"127\.0\.0\.1:\d+: the answer is no chat completion: '\{"):
+        client(server)[0].ask(body())
+    assert len(server.bodies) == 1
+
+
+def test_a_stream_that_nobody_asked_for_is_paid_for_once(server):
+    stream = b'data: {"choices": [{"delta": {"content": "A car."}}]}\n\ndata: [DONE]\n\n'
+    server.troubles = [Trouble(garbage=stream, headers={"Content-Type": "text/event-stream; charset=utf-8"})]
+    with pytest.raises(Refused, match="answers in a stream"):
+        client(server)[0].ask(body())
+    assert len(server.bodies) == 1
+
+
+def test_an_address_without_its_path_is_told_so(server):
+    server.troubles = [Trouble(404, "Not Found")]
+    asks = Client(ServedModel(url=server.url.removesuffix("/v1"), model="m"))
+    with pytest.raises(WorkerFault, match=r"correct url \(is its API at http://127\.0\.0\.1:\d+/v1\?\)"):
+        asks.ask(body())
 
 
 def test_a_line_that_is_cut_is_no_answer_to_the_next_request(server):
@@ -180,6 +221,15 @@ def test_retry_after_is_kept_to(server, name, value, seconds):
     assert seconds - 1.5 * (seconds == 20) <= sum(clock.waits) <= seconds * (1 + chat.JITTER) + 0.01
 
 
+@pytest.mark.parametrize("value", ["0", "-3", "nan", "Wed, 21 Oct 2015 07:28:00 GMT", "soon"])
+def test_a_server_that_asks_for_no_wait_is_not_asked_without_end(server, value):
+    server.troubles = [Trouble(429, "later", {"Retry-After": value})] * 4
+    asks, clock = client(server)
+    asks.ask(body())
+    assert len(server.bodies) == 5
+    assert clock.now >= 0.75 * (0.5 + 1 + 2 + 4)
+
+
 def test_a_wait_that_would_take_too_long_is_not_begun(server):
     server.troubles = [Trouble(429, "later", {"Retry-After": "4000"})]
     asks, clock = client(server)
@@ -202,12 +252,39 @@ def test_the_rate_is_kept(server):
     assert clock.now == pytest.approx(4 * 2)
 
 
-@pytest.mark.parametrize("trouble", [Trouble(stall=30), Trouble(drip=0.05)], ids=["stalls", "drips"])
+@pytest.mark.parametrize(
+    "trouble",
+    [Trouble(stall=30), Trouble(drip=0.05), Trouble(slow_headers=0.05)],
+    ids=["stalls", "drips", "drips headers"],
+)
 def test_a_server_that_stalls_or_drips_is_left_in_time(server, trouble):
     server.troubles = [trouble]
     made = Client(ServedModel(url=server.url, model="m", timeout_s=0.4), sleep=lambda seconds, stop: None)
     assert text_of(made.ask(body())).startswith("A street")
     assert len(server.bodies) == 2
+
+
+def test_a_large_request_may_take_longer_to_send_than_to_connect(monkeypatch):
+    monkeypatch.setattr(chat, "CONNECT_S", 0.3)
+    said = b'{"choices": [{"message": {"content": "A long clip."}}]}'
+
+    def serve(listening):
+        line, _ = listening.accept()
+        with line, line.makefile("rb") as received:
+            time.sleep(1)  # its buffers are full by then
+            length = next(
+                int(h.split(b":")[1]) for h in iter(received.readline, b"") if h[:14] == b"Content-Length"
+            )
+            while received.readline() != b"\r\n":
+                pass
+            received.read(length)
+            line.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(said), said))
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, args=(listening,), daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        asks = Client(ServedModel(url=url, model="m", tries=1))
+        assert text_of(asks.ask(body("x" * 30_000_000))) == "A long clip."
 
 
 # ---------------------------------------------------------------- at once
@@ -290,9 +367,44 @@ def test_a_missing_key_and_secrets_in_the_recipe_are_told(monkeypatch):
             ServedModel(url=url, model="m")
 
 
-def test_a_proxy_of_the_environment_is_used(server, monkeypatch):
-    monkeypatch.setenv("http_proxy", server.url.removesuffix("/v1"))
-    monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.delenv("NO_PROXY", raising=False)
+@pytest.fixture
+def proxies(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return monkeypatch.setenv
+
+
+@pytest.mark.parametrize("named", ["http_proxy", "all_proxy"])
+@pytest.mark.parametrize("scheme", ["http://", ""])
+def test_a_proxy_of_the_environment_is_used(server, proxies, named, scheme):
+    proxies(named, scheme + server.url.removeprefix("http://").removesuffix("/v1"))
     asks = Client(ServedModel(url="http://models.invalid/v1", model="m"))
     assert text_of(asks.ask(body())).startswith("A street")
+
+
+def test_a_proxy_gets_its_name_and_password_and_nobody_else_sees_them(server, proxies):
+    address = server.url.removeprefix("http://").removesuffix("/v1")
+    proxies("http_proxy", f"http://us%40er:secret@{address}")
+    Client(ServedModel(url="http://models.invalid/v1", model="m")).ask(body())
+    assert server.headers[-1]["Proxy-Authorization"] == "Basic " + base64.b64encode(b"us@er:secret").decode()
+    proxies("no_proxy", address)
+    Client(ServedModel(url=server.url, model="m")).ask(body())
+    assert server.headers[-1]["Proxy-Authorization"] is None
+    proxies("http_proxy", "socks5://me:secret@proxy:1")
+    with pytest.raises(RecipeError, match=r"a proxy for http \('proxy:1'\) that is no http://HOST:PORT"):
+        Client(ServedModel(url="http://models.invalid/v1", model="m"))
+
+
+def test_a_proxy_that_is_away_or_wants_a_password_is_no_clips_fault(server, proxies):
+    with ChatServer() as gone:
+        pass
+    proxies("http_proxy", gone.url.removesuffix("/v1"))
+    clock = Clock()
+    asks = Client(ServedModel(url="http://models.invalid/v1", model="m", tries=2), clock, clock.sleep)
+    with pytest.raises(WorkerFault, match=r"proxy lets nobody through .*refused.*; correct http_proxy"):
+        asks.ask(body())
+    proxies("http_proxy", server.url.removesuffix("/v1"))
+    server.troubles = [Trouble(407, "who are you?")]
+    with pytest.raises(WorkerFault, match="proxy wants a name and password"):
+        Client(ServedModel(url="http://models.invalid/v1", model="m")).ask(body())

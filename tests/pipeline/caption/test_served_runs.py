@@ -166,3 +166,60 @@ def test_a_key_that_is_not_there_and_a_server_that_is_not_there_are_one_sentence
     assert "does not take the key in $MY_KEY" in err
     assert "Traceback" not in err
     assert not server.bodies
+
+
+def test_a_fused_caption_is_made_again_when_one_of_its_sources_is_tried_again(raw, server, tmp_path, capsys):
+    """In the run itself, in a layer, and where one is in the run and the other in a layer."""
+    one = {"kind": "served", "url": server.url, "model": "m", "key_env": "MY_KEY", "concurrency": 1}
+    ask = [one | {"name": n, "prompt": f"Be {n}."} for n in ("first", "second")]
+    ask.append(one | {"kind": "fuse", "name": "both", "prompt": "Of {captions}"})
+    layer = one | {"kind": "fuse", "name": "later", "prompt": "As one: {captions}", "of": ["second", "first"]}
+
+    def curated(out, *more):
+        return curate.main([*command(raw, out, "captions=" + json.dumps(ask)), *more])
+
+    out = tmp_path / "run"
+    assert curated(tmp_path / "calm") == 0
+    add = ["--runner", "local", "--set", "captions=" + json.dumps([layer])]
+    assert caption.main([str(tmp_path / "calm"), *add]) == 0
+    server.troubles = [Trouble(400, "not that one")]
+    assert curated(out) == 0
+    assert caption.main([str(out), *add]) == 0
+    there = rows(out)
+    (bad,) = [i for i, r in there.items() if r["captions"][0]["outcome"] == "error"]
+    assert [c["made_from"] for c in there[bad]["captions"]] == [[], [], ["second"], ["second"]]
+    before = len(server.bodies)
+    assert curated(out, "--retry-errors") == 0
+    assert len(server.bodies) == before + 3  # the one that failed, and the two that are fused of it
+    assert rows(out) == rows(tmp_path / "calm")
+    assert [c["made_from"] for c in rows(out)[bad]["captions"]][2:] == [
+        ["first", "second"],
+        ["second", "first"],
+    ]
+
+
+def test_a_server_is_asked_for_clips_of_several_short_sources_at_once(server, tmp_path):
+    for n in range(9):
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        shutil.copyfile(made(videos.rotated, frames=20 + n), tmp_path / f"raw/{n}.mp4")
+    server.service_s = 0.2
+    asked = command(tmp_path / "raw", tmp_path / "run", teachers(server, "first", concurrency=16))
+    assert curate.main(asked) == 0
+    units = {p.stem for p in (tmp_path / "run/videos").iterdir()}
+    assert len(units) == 5  # workers have something to do
+    assert server.most == 2
+    # interrupted, it has the same units
+    server.troubles = [Trouble()] * 3 + [Trouble(stall=60)] * 9
+    other = command(tmp_path / "raw", tmp_path / "other", teachers(server, "first", concurrency=16))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.curate", *other], stdout=-1, stderr=-1, start_new_session=True
+    )
+    end = time.monotonic() + 60
+    while not list((tmp_path / "other").glob("videos/*.parquet")) and time.monotonic() < end:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    server.troubles = []
+    server.let_go.set()
+    assert curate.main(other) == 0
+    assert {p.stem for p in (tmp_path / "other/videos").iterdir()} == units

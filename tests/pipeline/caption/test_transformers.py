@@ -157,6 +157,7 @@ def test_thoughts_without_an_answer_are_a_caption_that_breaks_off(tmp_path):
     v = video([noise(i) for i in range(3)])
     caption = run(vlm(qwen, thinking=True), [v])[0][0]
     assert (caption.text, caption.outcome) == ("", "truncated")
+    assert caption.reason == "it was cut off before it said anything: raise max_new_tokens"
     assert caption.raw
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from jobs import caption, curate, shard
 from pipeline.io.store import Store
-from pipeline.layers import Layered, layers
+from pipeline.layers import Layer, Layered, create, layers
 from tests.fixtures import videos
 from tests.fixtures.videos import made
 
@@ -77,21 +77,23 @@ class World:
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    """A run by one captioner and one by two and a judge."""
-    world = World(tmp_path_factory.mktemp("layers"))
+    """A run by one captioner and one by two and a judge, in a world and a copy of it."""
+    folder = tmp_path_factory.mktemp("layers")
+    (folder / "w").mkdir()
+    world = World(folder / "w")
     assert world.curate("one", "old") == 0
     assert world.curate("both", "old", "new", judge=True) == 0
     world.calls()
+    shutil.copytree(folder / "w", folder / "copy")
     return world
 
 
 @pytest.fixture
-def world(first, tmp_path):
-    shutil.copytree(first.folder, tmp_path / "w", dirs_exist_ok=True)
-    first.log.unlink(missing_ok=True)
-    world = World.__new__(World)
-    world.folder, world.log = tmp_path / "w", tmp_path / "w" / "log"
-    return world
+def world(first):
+    """As `first` left it, in the same place: recipes name it."""
+    shutil.rmtree(first.folder)
+    shutil.copytree(first.folder.with_name("copy"), first.folder)
+    return first
 
 
 def measured(out: Path) -> dict[str, dict]:
@@ -258,3 +260,150 @@ def test_a_judge_that_fails_is_said_so_by_clip_and_in_sum(world, capsys):
     assert caption.main(world.caption("one", "old", judge=True)) == 0
     scores = [dict(c["scores"]) for r in measured(world.folder / "one").values() for c in r["captions"]]
     assert all("brevity" in s for s in scores)
+
+
+def broken_run(world: World, out: str, *names: str, judge: bool = False) -> None:
+    """As `curate` by the names, but all of them fail on clips that begin after the first second."""
+    (world.folder / "broken").touch()
+    world.curate(out, *names, judge=judge)
+    (world.folder / "broken").unlink()
+    world.calls()
+
+
+def curate_again(world: World, out: str, *names: str, judge: bool = False) -> int:
+    local = ["--recipe", "smoke", "--runner", "local", "--retry-errors", *world.sets(*names, judge=judge)]
+    return curate.main([str(world.folder / "raw"), "--out", str(world.folder / out), *local])
+
+
+def test_curate_tries_again_what_failed_where_it_lies_and_scores_follow(world, capsys):
+    out = world.folder / "broken_one"
+    broken_run(world, "broken_one", "old", judge=True)
+    (world.folder / "broken").touch()
+    assert caption.main(world.caption("broken_one", "new", judge=True)) == 0
+    (world.folder / "broken").unlink()
+    failed = [i for i, r in measured(out).items() if any(c["outcome"] == "error" for c in r["captions"])]
+    world.calls()
+    capsys.readouterr()
+    shutil.copytree(out, world.folder / "bare")
+    shutil.rmtree(world.folder / "bare/layers")
+    assert curate_again(world, "broken_one", "old", judge=True) == 0
+    assert set(world.calls()) == {f"{n} {i}" for n in ("old", "new") for i in failed}
+    said = capsys.readouterr()
+    assert "failed" not in said.out
+    assert measured(out) == measured(world.folder / "both")
+    assert decisions(out) == decisions(world.folder / "both")
+    # what curate wrote is as if there were no layers
+    assert curate_again(world, "bare", "old", judge=True) == 0
+    assert files(out, "clips") == files(world.folder / "bare", "clips")
+    # and then nothing is left
+    world.calls()
+    before = files(out, "clips", "videos", "layers")
+    assert curate_again(world, "broken_one", "old", judge=True) == 0
+    assert not world.calls()
+    assert files(out, "clips", "videos", "layers") == before
+
+
+def test_caption_tries_again_what_curate_itself_wrote_and_says_what_it_was_not_asked_for(world, capsys):
+    out = world.folder / "broken_one"
+    broken_run(world, "broken_one", "old", judge=True)
+    assert caption.main(world.caption("broken_one", "new", judge=True)) == 0
+    assert f"and nothing else: clipmill caption {out} --retry-errors" in capsys.readouterr().out
+    world.calls()
+    assert caption.main([str(out), "--runner", "local", "--retry-errors"]) == 0
+    assert {k.split()[0] for k in world.calls()} == {"old"}
+    assert measured(out) == measured(world.folder / "both")
+    assert [layer.name for layer in layers(Store(str(out)))] == ["caption:new", "consensus", "judge:brevity"]
+
+
+def test_a_name_that_is_there_with_other_options_is_refused_and_says_which(world, capsys):
+    assert caption.main(world.caption("one", "new")) == 0
+    for name in ("old", "new"):
+        capsys.readouterr()
+        options = f"{{log: x, name: {name}}}"
+        other = f"captions=[{{kind: python, captioner: 'tests.fixtures.seeing:Sees', options: {options}}}]"
+        assert caption.main(world.caption("one", name, more=("--set", other))) == 2
+        err = capsys.readouterr().err
+        assert f"the run has a caption:{name} made with other options" in err
+        assert 'options.log is "' in err
+        assert ("--remove caption:new first" in err) == (name == "new")
+
+
+def test_layers_that_people_made_are_nothing_to_run(world):
+    out = world.folder / "one"
+    store = Store(str(out))
+    create(store, Layer("caption:edited", 1))
+    create(store, Layer("judge:human", 2))
+    assert caption.main(world.caption("one", "new")) == 0
+    assert caption.main([str(out), "--runner", "local"]) == 0
+    assert curate_again(world, "one", "old") == 0
+
+
+def test_clips_that_came_later_are_said_to_lack_a_layer_and_get_it_by_caption_alone(world, capsys):
+    out = world.folder / "one"
+    assert caption.main(world.caption("one", "new", judge=True)) == 0
+    shutil.copyfile(made(videos.rotated, frames=36), world.folder / "raw/d.mp4")
+    before = set(measured(out))
+    capsys.readouterr()
+    world.curate("one", "old")
+    came = set(measured(out)) - before
+    assert came
+    said = capsys.readouterr().out
+    assert f"layer caption:new lacks {len(came)} clip" in said
+    assert f"add them: clipmill caption {out}" in said
+    world.calls()
+    assert caption.main([str(out), "--runner", "local"]) == 0
+    assert set(world.calls()) == {f"new {i}" for i in came}
+    assert "lacks" not in capsys.readouterr().out
+    world.curate("both", "old", "new", judge=True)
+    assert measured(out) == measured(world.folder / "both")
+
+
+def test_rows_of_clips_that_are_gone_leave_the_layers(world):
+    out = world.folder / "one"
+    assert caption.main(world.caption("one", "new")) == 0
+    (world.folder / "raw/a.mp4").unlink()
+    shutil.copyfile(made(videos.rotated, frames=36), world.folder / "raw/c.mp4")
+    sets = world.sets("old")
+    more = ["--recipe", "smoke", "--runner", "local", "--prune", "--redo-changed"]
+    assert curate.main([str(world.folder / "raw"), "--out", str(out), *more, *sets]) == 0
+    there = set(measured(out))
+    for path in (out / "layers").rglob("*.parquet"):
+        assert set(pq.read_table(path, columns=["clip_id"])["clip_id"].to_pylist()) <= there
+
+
+def test_a_layer_removed_halfway_is_gone_and_what_it_left_is_not_taken_for_new(world):
+    out = world.folder / "one"
+    assert caption.main(world.caption("one", "new")) == 0
+    (out / "layers/caption%3Anew/layer.json").unlink()  # killed here
+    assert all(len(r["captions"]) == 1 for r in measured(out).values())
+    world.calls()
+    assert caption.main(world.caption("one", "new")) == 0
+    assert {k.split()[0] for k in world.calls()} == {"new"}
+    assert len(list((out / "layers/caption%3Anew").glob("*.parquet"))) > 0
+
+
+@pytest.mark.parametrize("runner", ["local", "ray"])
+def test_sigterm_stops_it_with_a_sentence_and_the_same_command_goes_on(world, runner):
+    if runner == "ray":
+        pytest.importorskip("ray")
+    out = world.folder / "one"
+    command = world.caption("one", "old", "new", judge=True)
+    command[command.index("local")] = runner
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.caption", *command],
+        stdout=-1,
+        stderr=-1,
+        text=True,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 120
+    while process.poll() is None and not world.log.exists() and time.monotonic() < end:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, err
+    assert err.rstrip().endswith("clipmill caption: stopped by SIGTERM; run the same command again to go on")
+    assert "Traceback" not in err
+    assert (out / "run.log").read_text().splitlines()[-1].endswith(" stopped by SIGTERM")
+    assert caption.main(world.caption("one", "old", "new", judge=True)) == 0
+    assert measured(out) == measured(world.folder / "both")
