@@ -413,6 +413,9 @@ Judge = Annotated[
 class Choose(Section):
     """Which caption stands for the clip; all but `judges` is changed freely on a finished run."""
 
+    # `--set 'choose={method: …}'` asks for another choice, not for fewer judges; `--set choose.judges=[]` does
+    STAYS: ClassVar[frozenset[str]] = frozenset({"judges"})
+
     judges: tuple[Judge, ...] = Field(
         (), description="who else scores the captions; `consensus` is always there"
     )
