@@ -99,9 +99,18 @@ def layers(store: Store) -> list[Layer]:
     """Those of a run, the lowest first."""
     found = []
     for name in store.list("layers", "/layer.json"):
-        said = json.loads(store.read_bytes(name))
+        said = _json(store, name)
         found.append(Layer(**(said | {"scores": tuple(said["scores"])})))
     return sorted(found, key=lambda layer: (layer.number, layer.name))
+
+
+def _json(store: Store, name: str) -> dict[str, Any]:
+    """What a file says. Raises StoreError where it is damaged."""
+    try:
+        said: dict[str, Any] = json.loads(store.read_bytes(name))
+    except ValueError as e:
+        raise StoreError(f"cannot read {below(store.uri, name)}: {e}; it is damaged") from e
+    return said
 
 
 def create(store: Store, layer: Layer) -> None:
@@ -190,13 +199,13 @@ def unit_of(name: str) -> str:
 def open_run(store: Store) -> tuple[dict[str, Any], Store]:
     """What run.json says, {} without one, and where the clips were measured: elsewhere of another set of shards.
 
-    Raises StoreError where there is no run, ValueError where run.json is none.
+    Raises StoreError where there is no run, or run.json is none.
     """
     if not store.exists("run.json"):
         if not store.list("videos", ".parquet"):
             raise no_run(store)
         return {}, store
-    info: dict[str, Any] = json.loads(store.read_bytes("run.json"))
+    info = _json(store, "run.json")
     return info, Store(info["of"]) if "of" in info else store
 
 

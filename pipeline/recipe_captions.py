@@ -6,7 +6,7 @@ import json
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from pipeline.recipe_prompts import Prompt
 from pipeline.recipe_schema import CODE, MAYBE_PATH, WORDS, Section
@@ -424,7 +424,7 @@ class Choose(Section):
         description="a score, the highest stands: consensus is what most say, others are the judges'; weights: several "
         "of them; order: the first of `order` that says something",
     )
-    weights: dict[str, float] = Field(
+    weights: dict[str, FiniteFloat] = Field(
         {}, description="of scores by name, for method weights; a score that is missing counts 0"
     )
     order: tuple[str, ...] = Field(

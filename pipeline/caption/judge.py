@@ -23,10 +23,11 @@ and its source a warning. Judges that come with clipmill: `caption/judges.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, SupportsFloat
 
 from pipeline import own_code, recipe_captions
 from pipeline.caption.choose import put
@@ -152,10 +153,25 @@ class JudgeStage:
             found.append(list(verdicts))
             if len(found[-1]) != len(t.texts):
                 raise ClipFault(f"score gave {len(found[-1])} numbers for {len(t.texts)} texts")
-        for v in (v for verdicts in found for v in verdicts):
-            if not isinstance(v, float | int | Judged | None):
-                raise ClipFault(f"a verdict is a number, None or a Judged, not {v!r:.60}")
-        return found
+        return [[_sound(v) for v in verdicts] for verdicts in found]
+
+
+def _sound(v: Any) -> Verdict:
+    """A verdict in Python's own numbers, whatever library's it came in. Raises ClipFault."""
+    if v is None:
+        return None
+    if isinstance(v, Judged):
+        return Judged(_number(v.score), [_number(x) for x in v.support])
+    return _number(v)
+
+
+def _number(v: Any) -> float:
+    try:
+        if isinstance(v, SupportsFloat) and math.isfinite(number := float(v)):
+            return number
+    except (TypeError, ValueError):  # an array of several
+        pass
+    raise ClipFault(f"a verdict is a finite number, None or a Judged, not {v!r:.60}")
 
 
 BUILT_IN = {
