@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -114,6 +114,9 @@ Judge = Annotated[
 
 class Choose(Section):
     """Which caption stands for the clip; all but `judges` is changed freely on a finished run."""
+
+    # `--set 'choose={method: …}'` asks for another choice, not for fewer judges; `--set choose.judges=[]` does
+    STAYS: ClassVar[frozenset[str]] = frozenset({"judges"})
 
     judges: tuple[Judge, ...] = Field(
         (), description="who else scores the captions; `consensus` is always there"
