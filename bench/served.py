@@ -11,6 +11,11 @@ each answer in a store on disk, with its checks, keys and fsync. Servers:
 - `transformers serve` with a tiny Qwen2.5-VL: it answers one after the other, so that nothing is won by asking more.
 
 Each way is timed ROUNDS times, in turn, and the median told, with the range.
+
+    python -m bench.served --sources 60
+
+Whole runs of `curate` over so many sources of 3 s, a clip each, at 16 requests at once of our server: the seconds in
+which it was asked anything, and how many requests it had at a time then, by runner.
 """
 
 from __future__ import annotations
@@ -180,6 +185,48 @@ def table(name: str, clips: int, rounds: int, ways: dict[str, Callable[[], float
         )
 
 
+def runs(sources: int, service_s: float) -> None:
+    from tests.fixtures import videos
+
+    print(
+        "\n| runner | whole run, s | server busy, s | requests at a time, mean | most |\n|---|---|---|---|---|"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "raw").mkdir()
+        for n in range(sources):
+            (Path(folder) / f"raw/{n}.mp4").write_bytes(
+                videos.made(videos.rotated, frames=90 + n % 7).read_bytes()
+            )
+        for runner in ("local", "ray"):
+            with ChatServer() as server:
+                server.service_s = service_s
+                one = {"kind": "served", "url": server.url, "model": "m", "concurrency": 16, "frames": FRAMES}
+                sets = ["captions=" + json.dumps([one]), "events.min_s=0.1", "decide.rules={}"]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "jobs.curate",
+                    f"{folder}/raw",
+                    "--out",
+                    f"{folder}/{runner}",
+                ]
+                command += ["--recipe", "smoke", "--runner", runner, *(a for s in sets for a in ("--set", s))]
+                begin = time.perf_counter()
+                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                seen, every = [], 0.02
+                while process.poll() is None:
+                    seen.append(server.running)
+                    time.sleep(every)
+                spent = time.perf_counter() - begin
+                assert process.returncode == 0
+                assert sum(server.answered.values()) == sources
+                busy = [n for n in seen if n]
+                share = spent * len(busy) / len(seen)
+                print(
+                    f"| {runner} | {spent:.1f} | {share:.1f} | {statistics.mean(busy):.1f} | {server.most} |"
+                )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -190,7 +237,11 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--sources", type=int, help="of whole runs; nothing else is timed")
     args = parser.parse_args()
+    if args.sources:
+        runs(args.sources, args.service)
+        return
     servers = {f"our own server, {args.service:g} s an answer": (ours(args.service), 64)}
     if not args.no_transformers:
         servers["transformers serve, tiny Qwen2.5-VL, 8 tokens"] = (transformers_serve(), 8)

@@ -6,35 +6,46 @@ import argparse
 import shlex
 import sys
 
+from jobs.curate import misplaced
+from jobs.ending import STATUS, Ending
+
 EPILOG = """
 DIR is the output of 'clipmill curate'. Captioners and judges that the recipe names and the run lacks see the frames
 that the first ones saw, kept beside each clip; no source is read, and what is there is not touched. What they say
 lies in DIR/layers, one folder each, and counts wherever clips are looked at: shards, report, inspector. Interrupted,
-the same command goes on.
+the same command goes on. Without --recipe and --set captions=… it is what the run and its layers have already: for
+clips that came later, and with --retry-errors for what failed.
 
 examples
   clipmill caption run/ --set 'captions=[{kind: transformers, model: Qwen/Qwen2.5-VL-7B-Instruct}]'
   clipmill caption run/ --recipe teachers.yaml --set choose.method=clip_score
   clipmill caption run/ --recipe teachers.yaml --retry-errors
+  clipmill caption run/
   clipmill caption run/ --list
   clipmill caption run/ --remove caption:Qwen/Qwen2.5-VL-7B-Instruct
 
 --set choose.*, decide.* and shards.* take effect as with 'clipmill shard'.
-
-exit status: as of clipmill curate
 """
+
+ENDING = Ending("clipmill caption")
 
 
 def main(argv: list[str] | None = None) -> int:
+    return ENDING.of(lambda: caption(argv))
+
+
+def caption(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="clipmill caption",
         description=__doc__,
-        epilog=EPILOG,
+        epilog=EPILOG + STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dir", metavar="DIR", help="a finished run: a folder, s3:// or gs://")
     parser.add_argument(
-        "--recipe", metavar="NAME|FILE", help="what to add (default: the run's own recipe, with --set)"
+        "--recipe",
+        metavar="NAME|FILE",
+        help="what to add (default: what the run and its layers have, with --set)",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one recipe key"
@@ -54,25 +65,23 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(typed)
 
     from pipeline import layers, recipe
-    from pipeline.faults import StoreError, WorkerFault
+    from pipeline.faults import StoreError
     from pipeline.io.store import Store
     from pipeline.run import job as run
     from pipeline.run import layering
     from pipeline.run.outcome import Exit
-    from pipeline.run.worker import RunError
     from pipeline.shards.pack import read_run
     from pipeline.sources.signed import clean
 
-    def sorry(e: object, status: Exit) -> int:
-        print(f"clipmill caption: {e}", file=sys.stderr)
-        return status
+    if problem := misplaced(args):
+        return ENDING.sorry(problem, Exit.BAD_INPUT)
 
-    try:
+    def work() -> int:
         store = Store(args.dir)
         try:
             read_run(store)
         except StoreError as e:
-            return sorry(e, Exit.BAD_INPUT)
+            return ENDING.sorry(e, Exit.BAD_INPUT)
         if args.list:
             for layer in layers.layers(store):
                 what = (
@@ -101,17 +110,8 @@ def main(argv: list[str] | None = None) -> int:
             ),
         )
         return found.exit(False)
-    except recipe.RecipeError as e:
-        return sorry(e, Exit.BAD_INPUT)
-    except StoreError as e:
-        return sorry(e, Exit.OUTPUT)
-    except (run.RunEnded, WorkerFault) as e:
-        return sorry(e, Exit.ENDED)
-    except RunError as e:
-        return sorry(e, Exit.BAD_INPUT)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return sorry("stopped; run the same command again to go on", Exit.INTERRUPTED)
+
+    return ENDING.of_work(work)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         help="score against a captioner ('given') or a column of the list (meta.KEY)",
     )
     parser.add_argument("--cover", metavar="SCORE[:MIN]|votes", help="when a captioner covers a clip")
-    parser.add_argument("--keep", type=int, metavar="K", help="show the first K of the set cover")
+    parser.add_argument("--keep", type=whole, metavar="K", help="show the first K of the set cover")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all of it as JSON; -: to the terminal")
     args = parser.parse_args(argv)
 
@@ -71,6 +71,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print("\n\n".join(tables(found, args.keep)))
     return 0
+
+
+def whole(text: str) -> int:
+    """A number from 1 on. Raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
 
 
 def covered_by(text: str | None) -> tuple[str | None, float | None]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import _thread
 import argparse
-import contextlib
 import os
 import re
 import shlex
-import signal
 import sys
-import threading
-import time
-from typing import NoReturn
+
+from jobs.ending import STATUS, Ending
 
 ADDRESS = re.compile(r"auto|local|(ray://)?(\[[0-9a-fA-F:.]+\]|[\w.-]+):\d{1,5}")
 
@@ -33,25 +29,9 @@ Afterwards: change thresholds with 'clipmill shard run/', look at run/report.htm
 
 A source is known by its content: moved or renamed, it is not measured again. What has changed, or left the list,
 since the last run is told at the start; --redo-changed, --refresh-metadata and --prune act on it.
-
-exit status
-  0    done, and something is kept (some sources may have failed: the last lines say how many and why)
-  1    done, and nothing is kept: every source failed, or every clip was dropped
-  2    the command, the recipe or a SOURCE is wrong: said before any work where that can be; what is done is kept
-  3    with --strict: done and something is kept, but a source failed or a captioner failed on a clip
-  4    the output cannot be written or read; what is done is kept
-  5    the run was ended because its workers or the cluster failed; what is done is kept
-  130  stopped by Ctrl-C, 143 by SIGTERM; what is done is kept
 """
 
-
-SAID = "clipmill curate: stopped by SIGTERM; run the same command again to go on"
-STDERR = os.dup(2) if sys.stderr else 2
-PATIENCE_S = 25.0  # to stop in order after SIGTERM; clusters send SIGKILL after 30 s
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: stop as for Ctrl-C."""
+ENDING = Ending("clipmill curate")
 
 
 def renamed(text: str) -> dict[str, str]:
@@ -67,24 +47,26 @@ def renamed(text: str) -> dict[str, str]:
     return {theirs.strip(): ours.strip() for ours, theirs in pairs}
 
 
+def misplaced(args: argparse.Namespace) -> str | None:
+    """What is wrong with where the work is to be done."""
+    if args.workers is not None and args.workers < 1:
+        return f"--workers {args.workers}: at least one worker is needed"
+    if args.address is not None and not ADDRESS.fullmatch(args.address):
+        return (
+            f"--address {args.address}: no address of a Ray cluster; write auto, host:port or ray://host:port"
+        )
+    return None
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The job; SIGTERM ends the process with 143 at any moment of it, and one sentence."""
-    if threading.current_thread() is not threading.main_thread():
-        return curate(argv)
-    before = signal.signal(signal.SIGTERM, stopped)  # nothing is done yet
-    try:
-        return curate(argv)
-    except Terminated:
-        stopped()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return ENDING.of(lambda: curate(argv))
 
 
 def curate(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="clipmill curate",
         description=__doc__,
-        epilog=EPILOG,
+        epilog=EPILOG + STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -160,28 +142,15 @@ def curate(argv: list[str] | None) -> int:
         args.set.append("shots.detector=whole")
 
     from pipeline import recipe
-    from pipeline.faults import StoreError, WorkerFault
     from pipeline.run import job as run
     from pipeline.run import needs
     from pipeline.run.outcome import Exit
-    from pipeline.run.worker import RunError
-    from pipeline.sources.names import SourceError
     from pipeline.sources.signed import clean
 
-    def sorry(e: object, status: Exit) -> int:
-        print(f"clipmill curate: {e}", file=sys.stderr)
-        return status
+    if problem := misplaced(args):
+        return ENDING.sorry(problem, Exit.BAD_INPUT)
 
-    if args.workers is not None and args.workers < 1:
-        return sorry(f"--workers {args.workers}: at least one worker is needed", Exit.BAD_INPUT)
-    if args.address is not None and not ADDRESS.fullmatch(args.address):
-        return sorry(
-            f"--address {args.address}: no address of a Ray cluster; write auto, host:port or ray://host:port",
-            Exit.BAD_INPUT,
-        )
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)
-    try:
+    def work() -> int:
         chosen = recipe.load(args.recipe, args.set)
         needs.check(chosen, args.out)
         found = run.curate(
@@ -203,39 +172,8 @@ def curate(argv: list[str] | None) -> int:
             ),
         )
         return found.exit(args.strict)
-    except (recipe.RecipeError, SourceError) as e:
-        return sorry(e, Exit.BAD_INPUT)
-    except StoreError as e:
-        return sorry(e, Exit.OUTPUT)
-    except (run.RunEnded, WorkerFault) as e:
-        return sorry(e, Exit.ENDED)
-    except RunError as e:
-        return sorry(e, Exit.BAD_INPUT)
-    except Terminated:
-        raise
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return sorry("stopped; run the same command again to go on", Exit.INTERRUPTED)
 
-
-def terminate(signum: int, frame: object) -> None:
-    """Stop as for Ctrl-C; a second signal ends the process at once, and so does stopping that takes too long."""
-    signal.signal(signal.SIGTERM, stopped)
-    _thread.start_new_thread(_stopped_later, ())  # `threading` takes locks that the interrupted code may hold
-    raise Terminated("SIGTERM")
-
-
-def _stopped_later() -> None:
-    time.sleep(PATIENCE_S)
-    stopped()
-
-
-def stopped(*_: object) -> NoReturn:
-    """End the process by SIGTERM's status: Ray's C++ side, taken down in order, now and then aborts."""
-    # not by sys.stderr, which a signal may interrupt in the middle of a write, and fd 2 may be turned away
-    with contextlib.suppress(OSError):
-        os.write(STDERR, f"{SAID}\n".encode())
-    os._exit(143)
+    return ENDING.of_work(work)
 
 
 if __name__ == "__main__":

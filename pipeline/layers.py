@@ -22,13 +22,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
-from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.faults import StoreError
-from pipeline.io.store import Store, below
+from pipeline.io.store import Store, below, folder_name
 from pipeline.recipe_schema import RecipeError, nearest
 from pipeline.tables import CAPTION, CLIP_SCHEMA
 
@@ -56,7 +55,7 @@ class Layer:
 
     @property
     def folder(self) -> str:
-        return f"layers/{quote(self.name, safe=' ,=@+~')}"
+        return f"layers/{folder_name(self.name)}"
 
     @property
     def captions(self) -> bool:
@@ -100,9 +99,18 @@ def layers(store: Store) -> list[Layer]:
     """Those of a run, the lowest first."""
     found = []
     for name in store.list("layers", "/layer.json"):
-        said = json.loads(store.read_bytes(name))
+        said = _json(store, name)
         found.append(Layer(**(said | {"scores": tuple(said["scores"])})))
     return sorted(found, key=lambda layer: (layer.number, layer.name))
+
+
+def _json(store: Store, name: str) -> dict[str, Any]:
+    """What a file says. Raises StoreError where it is damaged."""
+    try:
+        said: dict[str, Any] = json.loads(store.read_bytes(name))
+    except ValueError as e:
+        raise StoreError(f"cannot read {below(store.uri, name)}: {e}; it is damaged") from e
+    return said
 
 
 def create(store: Store, layer: Layer) -> None:
@@ -191,13 +199,13 @@ def unit_of(name: str) -> str:
 def open_run(store: Store) -> tuple[dict[str, Any], Store]:
     """What run.json says, {} without one, and where the clips were measured: elsewhere of another set of shards.
 
-    Raises StoreError where there is no run, ValueError where run.json is none.
+    Raises StoreError where there is no run, or run.json is none.
     """
     if not store.exists("run.json"):
         if not store.list("videos", ".parquet"):
             raise no_run(store)
         return {}, store
-    info: dict[str, Any] = json.loads(store.read_bytes("run.json"))
+    info = _json(store, "run.json")
     return info, Store(info["of"]) if "of" in info else store
 
 
@@ -273,7 +281,13 @@ class Layered:
             table = _put(table, "captions", table["captions"].cast(CAPTIONS.type))
         for layer, some in over:
             path = f"{layer.folder}/{unit_of(name)}.parquet"
-            table = _joined(table, self.store.read_table(path, ["clip_id", *some]), some)
+            try:
+                rows = self.store.read_table(path, ["clip_id", *some])
+            except StoreError as e:
+                if self.store.exists(f"{layer.folder}/layer.json"):
+                    raise
+                raise StoreError(f"layer {layer.name!r} was removed meanwhile; run it again") from e
+            table = _joined(table, rows, some)
         for column in wanted:
             if column not in table.column_names:
                 kind = schema.field(column).type if column in schema.names else pa.null()

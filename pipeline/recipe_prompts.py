@@ -9,6 +9,7 @@ A recipe holds the words from then on: a run writes down what was asked, and no 
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,19 @@ from pydantic import AfterValidator
 from pipeline.recipe_schema import RecipeError, nearest
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "prompts"
+# What a prompt may hold of a clip (pipeline.caption.prompts), and of what captioners and judges give it
+PLACES = (
+    "title",
+    "description",
+    "subtitles",
+    "on_screen_text",
+    "camera",
+    "duration",
+    "schema",
+    "captions",
+    "caption",
+)
+PLACE = re.compile(r"\{([a-z_]+)\}")
 _NAME = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*")
 
 
@@ -28,7 +42,19 @@ def bundled() -> list[str]:
 
 def text(prompt: str) -> str:
     """The words of a prompt. Raises RecipeError where a file cannot be read, or a name is nearly one that is known."""
-    prompt = prompt.strip()
+    words = _found(prompt.strip())
+    for name in PLACE.findall(words):
+        # braces may be the prompt's own, so only what is one or two letters off is taken for a slip
+        if name not in PLACES and (meant := difflib.get_close_matches(name, PLACES, 1, 0.8)):
+            raise RecipeError(f"the prompt has {{{name}}}, did you mean {{{meant[0]}}}? It may hold {told()}")
+    return words
+
+
+def told() -> str:
+    return ", ".join(f"{{{name}}}" for name in PLACES)
+
+
+def _found(prompt: str) -> str:
     if _NAME.fullmatch(prompt):
         if prompt in bundled():
             return _read(FOLDER / f"{prompt}.txt")
@@ -48,7 +74,7 @@ def is_file(prompt: str) -> bool:
 
 def _read(path: Path) -> str:
     try:
-        words = path.read_text(encoding="utf-8").strip()
+        words = path.read_text(encoding="utf-8-sig").strip()  # some editors begin a file with a mark
     except (OSError, UnicodeDecodeError) as e:
         why = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
         raise RecipeError(f"prompt file {path} cannot be read ({why})") from e

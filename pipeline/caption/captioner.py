@@ -37,6 +37,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
+
 from pipeline import own_code, recipe_captions
 from pipeline.caption import hygiene
 from pipeline.faults import ClipFault, OutOfTime, StoreError, TooLong, WorkerFault, kind_of
@@ -47,6 +49,13 @@ from pipeline.stages import Produces, Resources, each, patiently
 from pipeline.watch import time_limit
 
 OUTCOMES = ("ok", "empty", "truncated", "error")
+_WORDS, _NUMBERS = TypeAdapter(str), TypeAdapter(dict[str, FiniteFloat])
+_LIST = TypeAdapter(list[str])
+# What a Caption of somebody's own code holds beside its text and outcome
+HELD: dict[str, TypeAdapter[Any]] = {
+    "prompt": _WORDS, "reason": _WORDS, "raw": _WORDS, "scores": _NUMBERS, "cost": _NUMBERS, "flags": _LIST,
+    "made_from": _LIST, "support": TypeAdapter(dict[str, list[FiniteFloat]]),
+}  # fmt: skip
 
 
 Said = str | Caption | ClipFault | None
@@ -106,7 +115,7 @@ class CaptionStage:
         self.section = section
         self.limit_s = None if captioner.bounded else limit_s
         self.store = Store.of(out) if out else None
-        self.model = captioner.name
+        self.model, self.batch = captioner.name, captioner.batch
         self.name = f"caption:{self.model}"
         self.resources = captioner.resources
         self.produces = Produces()
@@ -132,7 +141,12 @@ class CaptionStage:
         by_shape: dict[Any, list[tuple[Video, Clip]]] = {}
         for video in videos:
             for clip in video.clips:
-                by_shape.setdefault(self.captioner.shape(video, clip), []).append((video, clip))
+                try:
+                    by_shape.setdefault(self.captioner.shape(video, clip), []).append((video, clip))
+                except Exception as e:
+                    if issubclass(kind_of(e), StoreError | WorkerFault):
+                        raise
+                    _assign(clip, self._failed(video, clip, e))
         for clips in by_shape.values():
             for i in range(0, len(clips), self.captioner.batch):
                 self._do(clips[i : i + self.captioner.batch])
@@ -200,6 +214,15 @@ class CaptionStage:
                 f"a Caption has the text {caption.text!r} and the outcome {caption.outcome!r}; the text is to be a "
                 f"str, the outcome one of {', '.join(OUTCOMES)}"
             )
+        for name, kind in HELD.items():
+            try:
+                setattr(caption, name, kind.validate_python(getattr(caption, name)))
+            except ValidationError as e:
+                raise ClipFault(
+                    f"a Caption's {name} is {_a(getattr(caption, name))}: {e.errors()[0]['msg']}"
+                ) from e
+        for name in ("text", "prompt", "reason", "raw"):  # no file holds half a character
+            setattr(caption, name, getattr(caption, name).encode("utf-8", "replace").decode())
         caption.text = " ".join(caption.text.split())
         if not caption.text and caption.outcome == "ok":
             caption.outcome = "empty"

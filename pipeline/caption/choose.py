@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from pipeline.caption.hygiene import FLAGS
 from pipeline.caption.text import words
-from pipeline.recipe_captions import Choose
+from pipeline.recipe_choose import Choose
 from pipeline.recipe_schema import RecipeError, nearest
 from pipeline.record import Caption, Video
 from pipeline.stages import Produces, Resources, each
@@ -34,18 +35,23 @@ def best(captions: Sequence[Mapping[str, Any]], choose: Choose) -> int | None:
             `scores` (a mapping or pairs).
 
     A caption that breaks off ('truncated'), or has a flag of `choose.avoid`, stands only where no other does. Equal
-    scores go to the earlier captioner; captions without that score come last.
+    scores go to the earlier captioner; captions without that score, or with none that is finite, come last.
     """
 
     def rank(i: int) -> tuple[bool, bool, float, int]:
         scores = dict(captions[i]["scores"] or {})
-        score: float | None = scores.get(choose.method)
+
+        def known(name: str) -> float | None:
+            found: float | None = scores.get(name)
+            return None if found is None or not math.isfinite(found) else found
+
+        score = known(choose.method)
         if choose.method == "order":
             model = captions[i]["model"]
             score = -choose.order.index(model) if model in choose.order else -math.inf
         elif choose.method == "weights":
-            score = math.fsum(w * scores.get(name, 0.0) for name, w in choose.weights.items())
-        if score is None or math.isnan(score):
+            score = math.fsum(w * (known(name) or 0.0) for name, w in choose.weights.items())
+        if score is None:
             score = -math.inf
         sound = not set(choose.avoid) & set(captions[i].get("flags") or ())
         return sound, captions[i]["outcome"] != "truncated", score, -i
@@ -54,8 +60,14 @@ def best(captions: Sequence[Mapping[str, Any]], choose: Choose) -> int | None:
     return max(usable, key=rank, default=None)
 
 
-def check_order(section: Choose, captioners: Sequence[str]) -> None:
-    """Raises RecipeError for a preferred captioner that the run does not have."""
+def check_names(section: Choose, captioners: Sequence[str]) -> None:
+    """Raises RecipeError for a preferred captioner that the run does not have, and for a flag that is misspelt.
+
+    Captioners may give flags of their own, so one like none that is known stands.
+    """
+    for flag in section.avoid:
+        if flag not in FLAGS and (meant := nearest(flag, FLAGS)):
+            raise RecipeError(f"choose.avoid: no flag {flag!r}{meant}; there are {', '.join(FLAGS)}")
     for name in section.order if section.method == "order" else ():
         if name not in captioners:
             raise RecipeError(

@@ -23,12 +23,13 @@ and its source a warning. Judges that come with clipmill: `caption/judges.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, SupportsFloat
 
-from pipeline import own_code, recipe_captions
+from pipeline import own_code, recipe_choose
 from pipeline.caption.choose import put
 from pipeline.faults import ClipFault, OutOfTime, StoreError, WorkerFault, kind_of
 from pipeline.io.store import Store
@@ -67,6 +68,7 @@ class Judge:
     name: str  # of the score
     resources = Resources()
     embeddings: Mapping[str, int] = MappingProxyType({})  # of clips: name → length
+    batch = 1  # clips that its model is given at once, of any videos
     store: Store | None = None  # the run's output, from before `setup` on; none: it is run without one
 
     def __init__(self, options: Any = None):
@@ -91,9 +93,9 @@ class Judge:
 class JudgeStage:
     """Has one judge score every caption; called again, it replaces what it wrote."""
 
-    def __init__(self, section: recipe_captions.Judge, out: Store | str | None = None):
+    def __init__(self, section: recipe_choose.Judge, out: Store | str | None = None):
         judge = build(section)
-        self.section, self.score = section, judge.name
+        self.section, self.score, self.batch = section, judge.name, judge.batch
         self.store = Store.of(out) if out else None
         self.name = f"judge:{judge.name}"
         self.resources = judge.resources
@@ -102,7 +104,7 @@ class JudgeStage:
     def setup(self) -> None:
         self.judge = build(self.section)  # not in __init__: a class from a file cannot go to a worker
         self.judge.resources, self.judge.store = self.resources, self.store
-        if isinstance(self.section, recipe_captions.PythonJudge):
+        if isinstance(self.section, recipe_choose.PythonJudge):
             own_code.set_up(self.judge, f"judge {self.section.judge!r}")
         else:
             self.judge.setup()
@@ -151,10 +153,25 @@ class JudgeStage:
             found.append(list(verdicts))
             if len(found[-1]) != len(t.texts):
                 raise ClipFault(f"score gave {len(found[-1])} numbers for {len(t.texts)} texts")
-        for v in (v for verdicts in found for v in verdicts):
-            if not isinstance(v, float | int | Judged | None):
-                raise ClipFault(f"a verdict is a number, None or a Judged, not {v!r:.60}")
-        return found
+        return [[_sound(v) for v in verdicts] for verdicts in found]
+
+
+def _sound(v: Any) -> Verdict:
+    """A verdict in Python's own numbers, whatever library's it came in. Raises ClipFault."""
+    if v is None:
+        return None
+    if isinstance(v, Judged):
+        return Judged(_number(v.score), [_number(x) for x in v.support])
+    return _number(v)
+
+
+def _number(v: Any) -> float:
+    try:
+        if isinstance(v, SupportsFloat) and math.isfinite(number := float(v)):
+            return number
+    except (TypeError, ValueError):  # an array of several
+        pass
+    raise ClipFault(f"a verdict is a finite number, None or a Judged, not {v!r:.60}")
 
 
 BUILT_IN = {
@@ -168,7 +185,7 @@ BUILT_IN = {
 }
 
 
-def judge_stages(judges: Sequence[recipe_captions.Judge], out: Store | str | None = None) -> list[JudgeStage]:
+def judge_stages(judges: Sequence[recipe_choose.Judge], out: Store | str | None = None) -> list[JudgeStage]:
     """A stage a judge, in the recipe's order. Raises RecipeError when two have one name."""
     stages = [JudgeStage(section, out) for section in judges]
     names = [stage.score for stage in stages]
@@ -178,9 +195,9 @@ def judge_stages(judges: Sequence[recipe_captions.Judge], out: Store | str | Non
     return stages
 
 
-def build(section: recipe_captions.Judge) -> Judge:
+def build(section: recipe_choose.Judge) -> Judge:
     """The judge of a recipe's section, not yet set up. Raises RecipeError when there is no such class."""
-    if not isinstance(section, recipe_captions.PythonJudge):
+    if not isinstance(section, recipe_choose.PythonJudge):
         made: Judge = own_code.load_class(BUILT_IN[section.kind], "judge")(section)
         return made
     return own_code.built(section.judge, "judge", Judge, section.options)

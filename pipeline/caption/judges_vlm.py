@@ -10,7 +10,7 @@ from pipeline.caption import prompts
 from pipeline.caption import transformers as vlm
 from pipeline.caption.judge import Judge, Judged, Told, Verdict
 from pipeline.caption.text import sentences
-from pipeline.recipe_captions import YesJudge
+from pipeline.recipe_choose import YesJudge
 
 if TYPE_CHECKING:
     from models.curation.vlm.model import Look
@@ -29,7 +29,7 @@ class Yes(Judge):
 
     def __init__(self, options: YesJudge):
         super().__init__(options)
-        self.name = options.name
+        self.name, self.batch = options.name, options.batch
 
     def check(self) -> str:
         return vlm.check(self.options, "choose.judges")

@@ -10,18 +10,16 @@ serves clips with and without a title. Other braces are the prompt's own: JSON n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping
 
 from pipeline.caption import baselines
-from pipeline.recipe_prompts import text
+from pipeline.recipe_prompts import PLACE, text
 from pipeline.record import Clip, Video
 
 __all__ = ["ask", "known", "render", "text"]
 
 SAID = {"title": "Title", "description": "Description", "subtitles": "Subtitles"}  # columns of the list
 LENGTH = 1000  # characters of each
-_NAME = re.compile(r"\{([a-z_]+)\}")
 
 
 def render(template: str, /, **context: str) -> str:
@@ -31,10 +29,10 @@ def render(template: str, /, **context: str) -> str:
     """
     lines = []
     for line in template.split("\n"):
-        names = [name for name in _NAME.findall(line) if name in context]
+        names = [name for name in PLACE.findall(line) if name in context]
         if names and not any(context[name] for name in names):
             continue
-        lines.append(_NAME.sub(lambda m: context.get(m[1], m[0]), line))
+        lines.append(PLACE.sub(lambda m: context.get(m[1], m[0]), line))
     return "\n".join(lines).strip()
 
 
@@ -66,7 +64,7 @@ def ask(
         more: other values for names of the template; they are not cleaned.
     """
     values = {name: clean(value) for name, value in known(video, clip, context).items()}
-    placed = set(_NAME.findall(template))
+    placed = set(PLACE.findall(template))
     rest = [f"{label}: {values[name]}" for name, label in SAID.items() if values[name] and name not in placed]
     prompt = render(template, **values | dict(more or {}))
     if not rest:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,13 +80,14 @@ def response_format() -> dict[str, Any]:
 
 def parse(said: str) -> Record:
     """The record in an answer; words and a code fence around it do no harm. Raises Broken."""
-    start, end = said.find("{"), said.rfind("}")
-    if start < 0:
+    begins = re.search(r"\{\s*[\"}]", said) or re.search(r"\{", said)
+    if begins is None:
         raise Broken("it holds no JSON object")
-    if end < start:
+    if "}" not in said[begins.start() :]:
         raise Broken("its JSON object breaks off")
     try:
-        return Record.model_validate(json.loads(said[start : end + 1], strict=False), strict=True)
+        found, _ = json.JSONDecoder(strict=False).raw_decode(said, begins.start())
+        return Record.model_validate(found, strict=True)
     except ValidationError as e:
         wrong = "; ".join(
             f"{'.'.join(map(str, x['loc'])) or 'the object'}: {x['msg'].lower()}" for x in e.errors()[:4]
@@ -160,4 +162,4 @@ def _sentence(words: str) -> str:
     words = " ".join(words.split())
     if not words:
         return ""
-    return words[0].upper() + words[1:] + ("" if words[-1] in '.!?…"”' else ".")
+    return words[0].upper() + words[1:] + ("" if words[-1] in '.!?…"”。！？」』' else ".")

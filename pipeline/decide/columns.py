@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
 
-from pipeline.caption.choose import check_order
+from pipeline.caption.choose import check_names
 from pipeline.recipe import Recipe, RecipeError, Rule, nearest
-from pipeline.recipe_captions import Choose
+from pipeline.recipe_choose import Choose
 
 CHOSEN = "caption."  # prefix of a rule's column: a score of the chosen caption
 META = "meta."  # prefix of a rule's column: a column of the list that a source came from
@@ -82,7 +82,7 @@ def check_choice(choose: Choose, captioners: Sequence[str], scores: Iterable[str
     Args:
         scores: those of the judges; consensus is always there.
     """
-    check_order(choose, captioners)
+    check_names(choose, captioners)
     known = sorted({*scores, "consensus"})
     weighed = choose.method == "weights"
     asked = list(choose.weights) if weighed else [choose.method] if choose.method != "order" else []

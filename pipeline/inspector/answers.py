@@ -53,15 +53,18 @@ class NotThere(Exception):
 class Inspector:
     """A run, and what is known of it besides its columns.
 
-    Args: other: a run to compare it with.
+    Args:
+        other: a run to compare it with.
+        before: the same run as it was read before; votes, decoder and encoder are kept.
     """
 
-    def __init__(self, index: Index, other: Inspector | None = None):
+    def __init__(self, index: Index, other: Inspector | None = None, before: Inspector | None = None):
         self.index, self.other = index, other
-        self.media, self.near = Media(index), Near(index)
+        self.media: Media = Media(index, before.media.decoder if before else None)
+        self.near: Near = Near(index, before.near.encoder if before else None)
         self.search = Search(index)
         self._known_ends: dict[str, tuple[np.ndarray, tuple[float | None, float | None]]] = {}
-        self.votes = Votes(index.media)
+        self.votes: Votes = before.votes if before else Votes(index.media)
         self.query = Query(index, lambda q: self.search.rows(q), self._alike, self._voted, self._version)
         self.failed = ""  # why the captions could not be read
         self.comparison = None if other is None else Comparison(index, other.index)
@@ -85,18 +88,17 @@ class Inspector:
                 self.failed = str(e)
                 log.error("%s", e)
 
-    def _read_again(self) -> None:
-        """After layers were added: captions and words as they are now."""
-        with self._busy:
-            try:
-                self.index.reload()
-                self.index.read_captions()
-                before, self.search = self.search, Search(self.index)
-                self.search.fill()
-                before.close()
-            except StoreError as e:
-                self.failed = str(e)
-                log.error("%s", e)
+    def renewed(self) -> Inspector:
+        """The run as it is now, complete; takes the place of this one. Raises StoreError."""
+        other = self.other and Inspector(Index(self.other.index.store), before=self.other)
+        new = Inspector(Index(self.index.store), other, before=self)
+        new.read()
+        if new.failed:
+            raise StoreError(new.failed)
+        for old in (self, self.other):
+            if old is not None:
+                old.search.stop()  # what is still asked of it is answered
+        return new
 
     def close(self) -> None:
         self.search.close()
@@ -250,6 +252,10 @@ class Inspector:
             "media": {"tar": all_["media_tar"], "offset": all_["media_offset"], "size": all_["media_size"]},
         }
 
+    def frames(self, row: int) -> dict[str, Any]:
+        """When each frame of a clip is shown. Raises Gone, StoreError."""
+        return {"times": self.media.times(row)}
+
     def _times(self, all_: dict[str, Any], frames: list[int]) -> list[float]:
         """When the frames that models were shown are shown, seconds from the clip's start."""
         pts, base = all_.get("sample_pts"), self.index.time_base(all_)
@@ -369,10 +375,9 @@ class Inspector:
         raise Wrong(f"kind={kind[:40]}: write choices or votes")
 
     def edits(self) -> dict[str, Any]:
-        """Make layers of what people wrote and chose. Raises StoreError."""
+        """Make layers of what people wrote and chose; seen once the run is read anew. Raises StoreError."""
         self.votes.look(now=True)
         written = choices.write_layers(self.index, self.votes)
-        threading.Thread(target=self._read_again, daemon=True).start()
         uri = self.index.media.uri
         weights = f"{{{HUMAN}: 10, consensus: 1}}"
         return {

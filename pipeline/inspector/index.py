@@ -30,7 +30,7 @@ from pipeline.inspector.nested import Marks, Names, flat, whole
 from pipeline.io.store import Store
 from pipeline.layers import Layered, open_run, unit_of
 from pipeline.recipe import Rule
-from pipeline.recipe_captions import Choose
+from pipeline.recipe_choose import Choose
 from pipeline.tables import DECISION_SCHEMA
 
 PLACE = ("media_tar", "media_offset", "media_size", "stills_offset", "stills_sizes")
@@ -64,6 +64,7 @@ class Index:
         self.places: Places | None = None
         try:
             self.info, self.media = open_run(store)
+            self.stamp = stamp(store, self.media)  # before anything is read
             self.recipe: dict[str, Any] = self.info.get("recipe") or {}
             self._read_clips()
             self._read_decisions()
@@ -180,13 +181,6 @@ class Index:
         self.buckets = Names(code[self.shard.codes], known)
         del self._decisions
 
-    def reload(self) -> None:
-        """Take in layers that were added or removed since: `read_captions` goes over them again. Raises StoreError."""
-        self.layered = Layered(self.media)
-        with self._lock:
-            self._details.clear()
-        self.layer_models = _layer_models(self.layered)
-
     @property
     def caption(self) -> pa.ChunkedArray:
         """The chosen caption of every clip; read when it is first asked for. Raises StoreError."""
@@ -240,7 +234,11 @@ class Index:
 
     def row(self, clip_id: str) -> int | None:
         """Of a clip; none where there is no such clip."""
-        found = pc.index(self.ids, pa.scalar(clip_id, pa.large_string())).as_py()
+        try:
+            wanted = pa.scalar(clip_id, pa.large_string())
+        except UnicodeEncodeError:  # half a character
+            return None
+        found = pc.index(self.ids, wanted).as_py()
         return None if found < 0 else found
 
     def details(self, row: int) -> dict[str, Any]:
@@ -335,6 +333,20 @@ class Places:
         if not 0 <= k < len(sizes):
             return None
         return self._tars[at] or "", int(self._stills_at[at]) + sum(sizes[:k]), sizes[k]
+
+
+def stamp(store: Store, media: Store) -> dict[str, Any]:
+    """What tells that a run has changed: by kind, the files with their sizes and times. Raises StoreError."""
+
+    def seen(store: Store, folder: str) -> frozenset[tuple[str, int, int]]:
+        return frozenset((i.path, i.size, i.mtime_ns) for i in store.files.below(folder))
+
+    decided = store.files.info("decisions.parquet")
+    return {
+        "decisions": (decided.size, decided.mtime_ns),
+        "layers": seen(media, "layers"),
+        "clips": seen(media, "videos"),  # the last file of a unit
+    }
 
 
 def _layer_models(layered: Layered) -> set[str]:

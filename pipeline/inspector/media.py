@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pipeline.inspector.index import Index
@@ -40,16 +41,46 @@ class Gone(Exception):
     """There are no such bytes; the message is a sentence."""
 
 
-class Media:
-    """Of one run."""
+class Decoder:
+    """One confined child that opens mp4s, and the one thread that talks to it: a child lives as long as the thread
+    that started it."""
 
-    def __init__(self, index: Index):
-        self.index = index
-        self._tars = set(index.media.list("media", ".tar"))
-        self._idle: dict[int, queue.LifoQueue[Ranges]] = {}
+    def __init__(self) -> None:
         self._child: Any = None
-        # A child lives as long as the thread that started it
-        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decoder")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
+
+    def call(self, work: Callable[[], Any]) -> Any:
+        """What it returns, run in that thread."""
+        return self._thread.submit(work).result()
+
+    def child(self, function: str, *args: Any) -> Any:
+        """What a function of this module returns in the child; to be called in that thread. Raises Gone."""
+        from pipeline.io.isolate import Child, ChildError
+
+        self._child = self._child or Child(CHILD_GB)
+        try:
+            return self._child.call(f"{__name__}:{function}", *args, stall_s=STALL_S)
+        except (ChildError, OSError, MemoryError) as e:
+            raise Gone(str(e)) from e
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        if self._child is not None:
+            self._child.close()
+
+
+class Media:
+    """Of one run.
+
+    Args: decoder: one that is shared; none: one of its own.
+    """
+
+    def __init__(self, index: Index, decoder: Decoder | None = None):
+        self.index = index
+        self.decoder = decoder or Decoder()
+        self._tars = set(index.media.list("media", ".tar"))
+        self._shards = set(index.store.list("shards", ".tar"))
+        self._idle: dict[int, queue.LifoQueue[Ranges]] = {}
         self._stills: OrderedDict[tuple[int, int], bytes] = OrderedDict()
 
     def place(self, row: int) -> Place:
@@ -58,9 +89,11 @@ class Media:
         tar, offset, size = index.mp4(row)
         if tar in self._tars:
             return Place(index.media, tar, offset, size)
-        if (shard := index.shard[row]) is not None and index.shard_offset[row] >= 0:
+        if (shard := index.shard[row]) in self._shards and shard is not None and index.shard_offset[row] >= 0:
             return Place(index.store, shard, int(index.shard_offset[row]), size)
-        raise Gone("the clip's media is gone: it is not in the shards, and its staging tar was deleted")
+        raise Gone(
+            "the clip's media is gone: its staging tar was deleted, and it is in no shard that is there"
+        )
 
     def read(self, place: Place) -> bytes:
         """Raises StoreError."""
@@ -86,7 +119,7 @@ class Media:
             return self.read(Place(index.media, *found))
         if not 0 <= k < max(SHOWN, index.still_count(row)):
             raise Gone(f"the clip has no still {k}")
-        return self._decoder.submit(self._decoded, row, k).result()
+        return self.decoder.call(partial(self._decoded, row, k))
 
     def _decoded(self, row: int, k: int) -> bytes:
         """Of those decoded before, or else decoded now; in the one thread that does this."""
@@ -99,23 +132,25 @@ class Media:
         return self._stills[key]
 
     def _decode(self, row: int, k: int) -> bytes:
-        from pipeline.io.isolate import Child, ChildError
-
         place = self.place(row)
         if place.size > MOST_MP4:
             raise Gone("the clip has no stills, and is too large to decode one")
         count = max(self.index.still_count(row), SHOWN)
         at = (k + 0.5) / count * float(self.index.end[row] - self.index.start[row])
-        self._child = self._child or Child(CHILD_GB)
         try:
-            return self._child.call("pipeline.inspector.media:frame", self.read(place), at, stall_s=STALL_S)
-        except (ChildError, OSError, MemoryError) as e:
+            return self.decoder.child("frame", self.read(place), at)
+        except Gone as e:
             raise Gone(f"the clip has no stills, and none can be decoded: {e}") from e
 
+    def times(self, row: int) -> list[float]:
+        """When each frame of a clip's mp4 is shown, seconds from its start. Raises Gone, StoreError."""
+        place = self.place(row)
+        if place.size > MOST_MP4:
+            raise Gone("the clip is too large to look for its frames")
+        return self.decoder.call(lambda: self.decoder.child("frame_times", self.read(place)))
+
     def close(self) -> None:
-        self._decoder.shutdown(cancel_futures=True)
-        if self._child is not None:
-            self._child.close()
+        self.decoder.close()
 
 
 def frame(mp4: bytes, at: float, beat: Callable[[], None]) -> bytes:
@@ -142,6 +177,21 @@ def frame(mp4: bytes, at: float, beat: Callable[[], None]) -> bytes:
     size = max(2, round(width * scale)), max(2, round(shown.height * scale))
     small = cv2.resize(shown.to_ndarray(format="bgr24"), size, interpolation=cv2.INTER_AREA)
     return cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+
+
+def frame_times(mp4: bytes, beat: Callable[[], None]) -> list[float]:
+    """When each frame of an mp4 is shown, seconds from its start; nothing is decoded. Runs in the child."""
+    import av
+
+    with av.open(io.BytesIO(mp4), mode="r", format="mp4") as container:
+        stream = container.streams.video[0]
+        first = float((container.start_time or 0) / av.time_base)
+        found = []
+        for packet in container.demux(stream):
+            beat()
+            if packet.pts is not None and packet.size and not packet.is_discard:
+                found.append(round(float(packet.pts * packet.time_base) - first, 6))
+    return sorted(found)
 
 
 def asked_range(header: str | None, size: int) -> tuple[int, int] | None:

@@ -101,16 +101,39 @@ class Vectors:
         return found
 
 
-class Near:
-    """Of one run: by pictures, and by words."""
+class Encoder:
+    """Of sentences, loaded when the first one comes, or before."""
 
-    def __init__(self, index: Index):
+    def __init__(self) -> None:
+        self._words: Any = None
+        self._lock = threading.Lock()
+
+    def load(self) -> Any:
+        from models.measures.visual_fit import Words
+
+        with self._lock:
+            self._words = self._words or Words()
+            return self._words
+
+    def embed(self, text: str) -> np.ndarray:
+        """float32 [d], of unit length."""
+        words = self.load()
+        with self._lock:
+            return words.embed([text])[0]
+
+
+class Near:
+    """Of one run: by pictures, and by words.
+
+    Args: encoder: one that is shared.
+    """
+
+    def __init__(self, index: Index, encoder: Encoder | None = None):
+        self.encoder = encoder or Encoder()
         names = [n for n in index.layered.schema().names if n.startswith("emb_") and n != SIGNATURE]
         semantic = [n for n in names if n != WORDS]
         self.pictures = Vectors(index, (semantic or names)[0]) if names else None
         self.words = Vectors(index, WORDS) if WORDS in names else None
-        self._encoder: Any = None
-        self._lock = threading.Lock()
 
     def like(self, row: int) -> np.ndarray:
         """Raises NotReady."""
@@ -125,12 +148,15 @@ class Near:
                 "this run has no embedding that words find clips by; add the judge visual_fit with "
                 "'clipmill caption', or search the captions' words with q="
             )
-        from models.measures.visual_fit import Words
+        self.words.begin()  # meanwhile
+        return self.words.to(self.encoder.embed(text))
 
-        with self._lock:
-            self._encoder = self._encoder or Words()
-            vector = self._encoder.embed([text])[0]
-        return self.words.to(vector)
+    def warm(self) -> bool:
+        """Whether words can be sought by; what that takes is being loaded from now on."""
+        if self.words is not None:
+            self.words.begin()
+            threading.Thread(target=self.encoder.load, daemon=True).start()
+        return self.words is not None
 
     def wait(self) -> None:
         """Until the embeddings are read."""

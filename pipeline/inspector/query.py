@@ -20,6 +20,11 @@ MOST_TEXT = 500  # characters of a search
 TOP_SOURCES = 50
 KEPT_ANSWERS, KEPT_ORDERS = 16, 24
 FIXED = ("agreement", "fit", "gap", "flag_count", "captions", "words")  # columns made of the captions
+ONE, SEVERAL = (
+    ("q", "like", "text", "sort"),
+    ("kept", "rule", "model", "has", "flag", "source", "bucket", "voted"),
+)
+MOST_VALUES = 100  # of one filter
 VOTED = ("none", "any", "best", "bad", "edit", "keep", "drop")
 
 
@@ -29,37 +34,40 @@ class Wrong(Exception):
 
 @dataclass(frozen=True)
 class Filters:
-    """Which clips; all of it must hold. Names as in the page's address."""
+    """Which clips; all of it must hold, of several values of one name any. Names as in the page's address."""
 
     q: str = ""
-    kept: str = ""
-    rule: str = ""
-    model: str = ""
-    has: str = ""
-    flag: str = ""
-    source: str = ""
-    bucket: str = ""
+    kept: tuple[str, ...] = ()
+    rule: tuple[str, ...] = ()
+    model: tuple[str, ...] = ()
+    has: tuple[str, ...] = ()
+    flag: tuple[str, ...] = ()
+    source: tuple[str, ...] = ()
+    bucket: tuple[str, ...] = ()
+    voted: tuple[str, ...] = ()
     ranges: tuple[tuple[str, float, float], ...] = ()
     like: str = ""
     text: str = ""
-    voted: str = ""
     sort: str = ""
 
     @staticmethod
     def of(items: Iterable[tuple[str, str]]) -> Filters:
         """From the pairs of a query string; others are ignored. Raises Wrong."""
-        said: dict[str, Any] = {}
+        one: dict[str, Any] = {}
+        several: dict[str, dict[str, None]] = {}
         ranges = []
         for name, value in items:
             if name == "range":
                 ranges.append(_range(value))
-            elif name in ("q", "kept", "rule", "model", "has", "flag", "source", "bucket") or name in (
-                *("like", "text", "voted", "sort"),
-            ):
-                said[name] = value
-        if max((len(said.get(n, "")) for n in ("q", "text")), default=0) > MOST_TEXT:
+            elif name in ONE:
+                one[name] = value
+            elif name in SEVERAL and value:
+                several.setdefault(name, {})[value] = None
+        if max((len(one.get(n, "")) for n in ("q", "text")), default=0) > MOST_TEXT:
             raise Wrong(f"a search has at most {MOST_TEXT} characters")
-        return Filters(**said, ranges=tuple(ranges))
+        if max((*map(len, several.values()), len(ranges)), default=0) > MOST_VALUES:
+            raise Wrong(f"at most {MOST_VALUES} values of one filter")
+        return Filters(**one | {n: tuple(v) for n, v in several.items()}, ranges=tuple(ranges))
 
 
 def _range(value: str) -> tuple[str, float, float]:
@@ -136,41 +144,44 @@ class Query:
     def mask(self, filters: Filters, but: str = "") -> np.ndarray:
         """bool [n]: the clips that pass.
 
-        Args: but: a column whose ranges do not count.
+        Args: but: a column whose ranges do not count, or a filter that does not.
         """
         index = self.index
         mask = np.ones(len(index), bool)
-        if filters.kept:
-            wanted = {"1": 1, "0": 0}.get(filters.kept)
-            if wanted is None:
-                raise Wrong(f"kept={filters.kept}: write 1 or 0")
-            mask &= index.kept == wanted
-        if filters.rule:
-            mask &= self._known("rule", filters.rule, index.dropped.rows)
-        for name, names in (("model", index.model), ("bucket", index.buckets)):
-            if asked := getattr(filters, name):
-                mask &= names.codes == names.code(asked)
-        if filters.source:
-            code = index.sources.code(filters.source)
-            names = index.sources if code >= 0 else index.names  # the path, or what the list calls it
-            mask &= names.codes == names.code(filters.source)
-        for name, marks in (("has", index.models), ("flag", index.flags)):
-            if asked := getattr(filters, name):
-                if not index.ready:
-                    raise Wrong(f"{name}: the captions are still being read; ask again in a moment")
-                mask &= self._known(name, asked, marks.rows)
+        for name in SEVERAL:
+            if (asked := getattr(filters, name)) and name != but:
+                mask &= np.logical_or.reduce([self._has(name, value) for value in asked])
         for column, low, high in filters.ranges:
             if column != but:
                 values = self.column(column)
                 mask &= (values >= np.float32(low)) & (values <= np.float32(high))
-        if filters.voted:
-            if filters.voted not in VOTED:
-                raise Wrong(f"voted={filters.voted}: write one of {', '.join(VOTED)}")
-            some = self.voted("any" if filters.voted == "none" else filters.voted)
-            mask &= ~some if filters.voted == "none" else some
         if filters.q.strip():
             mask &= self.search(filters.q)
         return mask
+
+    def _has(self, name: str, asked: str) -> np.ndarray:
+        """bool [n]: clips of one value of a filter. Raises Wrong."""
+        index = self.index
+        if name == "kept":
+            if asked not in ("0", "1"):
+                raise Wrong(f"kept={asked[:40]}: write 1 or 0")
+            return index.kept == int(asked)
+        if name == "rule":
+            return self._known("rule", asked, index.dropped.rows)
+        if name == "voted":
+            if asked not in VOTED:
+                raise Wrong(f"voted={asked[:40]}: write one of {', '.join(VOTED)}")
+            return ~self.voted("any") if asked == "none" else self.voted(asked)
+        if name in ("has", "flag"):
+            if not index.ready:
+                raise Wrong(f"{name}: the captions are still being read; ask again in a moment")
+            return self._known(name, asked, (index.models if name == "has" else index.flags).rows)
+        if name == "source":
+            code = index.sources.code(asked)
+            names = index.sources if code >= 0 else index.names  # the path, or what the list calls it
+        else:
+            names = index.model if name == "model" else index.buckets
+        return names.codes == names.code(asked)
 
     def _known(self, what: str, name: str, rows: Mapping[str, np.ndarray]) -> np.ndarray:
         if name not in rows:
@@ -200,7 +211,7 @@ class Query:
         """int32 [n]: all clips by a column, those without a value last, or at random. Raises Wrong."""
         name, _, seed = sort.partition(":")
         if name == "random":
-            if not (seed or "0").isdigit() or len(seed) > 18:
+            if not ((seed or "0").isdigit() and seed.isascii()) or len(seed) > 18:
                 raise Wrong(f"sort={sort}: write random:SEED, a number")
             values = None
         else:
@@ -213,7 +224,7 @@ class Query:
         if values is None:
             order = np.random.default_rng(int(seed or 0)).permutation(len(self.index)).astype(np.int32)
         else:
-            order = np.argsort(-values if sort.startswith("-") else values, kind="stable").astype(np.int32)
+            order = ascending(-values if sort.startswith("-") else values)
         self._keep(self._orders, key, order, KEPT_ORDERS)
         return order
 
@@ -249,20 +260,38 @@ class Query:
         }
 
     def facets(self, filters: Filters) -> dict[str, Any]:
-        """Clips by what they have, among those that pass."""
-        index, mask = self.index, self.mask(filters)
-        sources = list(index.sources.counts(mask).items())[:TOP_SOURCES]
-        kept = np.bincount(index.kept[mask] + 1, minlength=3)
+        """Clips by what they have, among those that pass; of a filter that is set, by the others: what else may be
+        chosen keeps its count."""
+        index, passing = self.index, self.mask(filters)
+
+        def mask(name: str) -> np.ndarray:
+            return self.mask(filters, but=name) if getattr(filters, name) else passing
+
+        sources = list(index.sources.counts(mask("source")).items())[:TOP_SOURCES]
+        kept = np.bincount(index.kept[mask("kept")] + 1, minlength=3)
         return {
-            "total": int(np.count_nonzero(mask)),
-            "models": index.model.counts(mask),
-            "has": index.models.counts(mask),
-            "flags": index.flags.counts(mask),
-            "rules": index.dropped.counts(mask),
+            "total": int(np.count_nonzero(passing)),
+            "models": index.model.counts(mask("model")),
+            "has": index.models.counts(mask("has")),
+            "flags": index.flags.counts(mask("flag")),
+            "rules": index.dropped.counts(mask("rule")),
             "sources": dict(sources),
-            "buckets": index.buckets.counts(mask),
+            "buckets": index.buckets.counts(mask("bucket")),
             "kept": {"1": int(kept[2]), "0": int(kept[1]), "undecided": int(kept[0])},
         }
+
+
+def ascending(values: np.ndarray) -> np.ndarray:
+    """float32 [n] → int32 [n]: np.argsort(values, kind="stable"), NaN last, in a third of the time.
+
+    Numbers as whole ones of the same order, sorted by their lower and then by their upper half: of 16 bits numpy sorts
+    by radix.
+    """
+    x = np.where(np.isnan(values), np.float32(np.nan), values + np.float32(0))  # one NaN, and no −0
+    bits = x.view(np.uint32)
+    bits ^= np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))
+    by_low = np.argsort(bits.astype(np.uint16), kind="stable")
+    return by_low[np.argsort((bits >> 16).astype(np.uint16)[by_low], kind="stable")].astype(np.int32)
 
 
 def _edges(values: np.ndarray, bins: int) -> np.ndarray:

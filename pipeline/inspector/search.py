@@ -78,8 +78,12 @@ class Search:
         self._db.execute(f"PRAGMA cache_size = -{CACHE >> 10}")
         self._db.execute(SCHEMA)
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Fill it no further; the database goes with the last who asks it."""
         self._closed.set()
+
+    def close(self) -> None:
+        self.stop()
         with self._lock:
             self._db.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import mimetypes
 import time
@@ -25,12 +26,14 @@ from pipeline.inspector.answers import WEB, Inspector, NotThere
 from pipeline.inspector.guard import Guard
 from pipeline.inspector.media import Gone, asked_range
 from pipeline.inspector.query import MOST_ROWS, Filters, Wrong
+from pipeline.inspector.session import Session
 
 # ---------------------------------------------------------------- the application
 
 
 def application(inspector: Inspector, token: str | None = None) -> ASGIApp:
     """Args: token: see Guard."""
+    session = Session(inspector)
 
     def api(answer: Callable[[Request], dict[str, Any]]) -> Callable[[Request], Response]:
         @functools.wraps(answer)
@@ -48,46 +51,73 @@ def application(inspector: Inspector, token: str | None = None) -> ASGIApp:
     @api
     def clips(request: Request) -> dict[str, Any]:
         offset, limit = _whole(request, "offset", 0, 1 << 40), _whole(request, "limit", 60, MOST_ROWS)
-        return inspector.clips(filters(request), offset, limit)
+        return session.inspector.clips(filters(request), offset, limit)
 
     @api
     def histogram(request: Request) -> dict[str, Any]:
         column = request.query_params.get("column", "")
-        return inspector.query.histogram(column, _whole(request, "bins", 40, 1 << 40), filters(request))
+        return session.inspector.query.histogram(
+            column, _whole(request, "bins", 40, 1 << 40), filters(request)
+        )
 
     @api
     def clip(request: Request) -> dict[str, Any]:
-        its = inspector.of(request.query_params.get("run", ""))
+        its = session.inspector.of(request.query_params.get("run", ""))
         return its.clip(its.row(request.path_params["id"]))
 
     @api
     def ab(request: Request) -> dict[str, Any]:
         a, b = _asked(request, "a", "b")
         who = request.query_params.get("who", "")
-        return inspector.pair(a, b, who, _whole(request, "seed", 0, 1 << 40))
+        return session.inspector.pair(a, b, who, _whole(request, "seed", 0, 1 << 40))
 
     @api
     def compare(request: Request) -> dict[str, Any]:
         offset, limit = _whole(request, "offset", 0, 1 << 40), _whole(request, "limit", 60, MOST_ROWS)
-        return inspector.compared(request.query_params.get("change", ""), offset, limit)
+        return session.inspector.compared(request.query_params.get("change", ""), offset, limit)
+
+    @api
+    def frames(request: Request) -> dict[str, Any]:
+        its = session.inspector.of(request.query_params.get("run", ""))
+        return its.frames(its.row(request.path_params["id"]))
+
+    @api
+    def run(request: Request) -> dict[str, Any]:
+        opened = session.opened  # before what it is of: seen too old at most
+        return session.inspector.run() | {"opened": opened}
+
+    @api
+    def edits(request: Request) -> dict[str, Any]:
+        said = session.inspector.edits()
+        session.renew()
+        return said
+
+    @api
+    def renew(request: Request) -> dict[str, Any]:
+        session.renew()
+        return session.state()
 
     routes = [
-        Route("/api/run", api(lambda request: inspector.run())),
+        Route("/api/run", run),
         Route("/api/clips", clips),
         Route("/api/histogram", histogram),
-        Route("/api/facets", api(lambda request: inspector.query.facets(filters(request)))),
-        Route("/api/funnel", api(lambda request: {"rules": inspector.index.rules})),
+        Route("/api/facets", api(lambda request: session.inspector.query.facets(filters(request)))),
+        Route("/api/funnel", api(lambda request: {"rules": session.inspector.index.rules})),
         Route("/api/clip/{id}", clip),
-        Route("/api/vote", api(lambda request: inspector.vote(request.state.json)), methods=["POST"]),
-        Route("/api/votes", api(lambda request: inspector.voters())),
-        Route("/api/export", functools.partial(_export, inspector)),
-        Route("/api/edits", api(lambda request: inspector.edits()), methods=["POST"]),
+        Route("/api/vote", api(lambda request: session.inspector.vote(request.state.json)), methods=["POST"]),
+        Route("/api/votes", api(lambda request: session.inspector.voters())),
+        Route("/api/export", functools.partial(_export, session)),
+        Route("/api/edits", edits, methods=["POST"]),
+        Route("/api/state", api(lambda request: session.state())),
+        Route("/api/renew", renew, methods=["POST"]),
+        Route("/api/warm", api(lambda request: {"text": session.inspector.near.warm()})),
+        Route("/api/frames/{id}", frames),
         Route("/api/ab", ab),
-        Route("/api/ab", api(lambda request: inspector.answer(request.state.json)), methods=["POST"]),
-        Route("/api/ab/result", api(lambda request: inspector.result(*_asked(request, "a", "b")))),
+        Route("/api/ab", api(lambda request: session.inspector.answer(request.state.json)), methods=["POST"]),
+        Route("/api/ab/result", api(lambda request: session.inspector.result(*_asked(request, "a", "b")))),
         Route("/api/compare", compare),
-        Route("/media/{id}.mp4", functools.partial(_media, inspector)),
-        Route("/still/{id}/{k:int}.jpg", functools.partial(_still, inspector)),
+        Route("/media/{id}.mp4", functools.partial(_media, session)),
+        Route("/still/{id}/{k:int}.jpg", functools.partial(_still, session)),
         Route("/", _page),
         Route("/{name}", _page),
     ]
@@ -95,9 +125,14 @@ def application(inspector: Inspector, token: str | None = None) -> ASGIApp:
     @contextlib.asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
         yield
-        inspector.close()
+        session.inspector.close()
 
-    missing = {404: lambda request, e: Plain({"error": "there is no such page"}, 404)}
+    missing = {
+        404: lambda request, e: Plain({"error": "there is no such page"}, 404),
+        500: lambda request, e: Plain(
+            {"error": f"the inspector failed: {type(e).__name__}; see where it runs"}, 500
+        ),
+    }
     return Guard(Starlette(routes=routes, lifespan=life, exception_handlers=missing), token)
 
 
@@ -135,10 +170,10 @@ def _asked(request: Request, *names: str) -> list[str]:
     return found
 
 
-def _export(inspector: Inspector, request: Request) -> Response:
+def _export(session: Session, request: Request) -> Response:
     """Lines of JSON as a file."""
     kind = request.query_params.get("kind", "choices")
-    status, said = _tried(lambda: {"lines": inspector.export(kind)})
+    status, said = _tried(lambda: {"lines": session.inspector.export(kind)})
     if status != 200:
         return Plain(said, status)
 
@@ -150,11 +185,11 @@ def _export(inspector: Inspector, request: Request) -> Response:
     return StreamingResponse(lines(), 200, headers, "application/x-ndjson")
 
 
-def _media(inspector: Inspector, request: Request) -> Response:
+def _media(session: Session, request: Request) -> Response:
     """A clip's mp4, or the range of it that is asked for."""
 
     def found() -> dict[str, Any]:
-        its = inspector.of(request.query_params.get("run", ""))
+        its = session.inspector.of(request.query_params.get("run", ""))
         return {"media": its.media, "place": its.media.place(its.row(request.path_params["id"]))}
 
     status, said = _tried(found)
@@ -170,17 +205,21 @@ def _media(inspector: Inspector, request: Request) -> Response:
     headers["Content-Length"] = str(end - start)
     if asked is not None:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{place.size}"
-    status = 200 if asked is None else 206
+    whole = 200 if asked is None else 206
     if request.method == "HEAD":
-        return Response(status_code=status, headers=headers, media_type="video/mp4")
-    return StreamingResponse(said["media"].blocks(place, start, end), status, headers, "video/mp4")
+        return Response(status_code=whole, headers=headers, media_type="video/mp4")
+    blocks = said["media"].blocks(place, start, end)
+    status, said = _tried(lambda: {"first": next(blocks)})  # what cannot be read is told, not sent half
+    if status != 200:
+        return Plain(said, status)
+    return StreamingResponse(itertools.chain((said["first"],), blocks), whole, headers, "video/mp4")
 
 
-def _still(inspector: Inspector, request: Request) -> Response:
+def _still(session: Session, request: Request) -> Response:
     """A clip's k-th still."""
 
     def found() -> dict[str, Any]:
-        its = inspector.of(request.query_params.get("run", ""))
+        its = session.inspector.of(request.query_params.get("run", ""))
         return {"jpeg": its.media.still(its.row(request.path_params["id"]), request.path_params["k"])}
 
     status, said = _tried(found)

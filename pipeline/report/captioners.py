@@ -16,22 +16,28 @@ from typing import Any
 
 import numpy as np
 
+from models.measures.student_t import quantile
 from pipeline.caption.choose import best, weights
+from pipeline.decide.columns import check_choice
 from pipeline.decide.rules import META
 from pipeline.faults import StoreError
 from pipeline.layers import Layered, read_ahead, unit_of
-from pipeline.recipe_captions import Choose
+from pipeline.recipe_choose import Choose
 from pipeline.recipe_schema import RecipeError, nearest
 
 SAMPLE = 10_000  # clips
-Z = 1.96  # of a 95 % interval
+LEVEL = 0.95  # of intervals
 AHEAD = 8  # files of clips in memory
 VOTES = "votes"
 
 
 @dataclass
 class Mean:
-    """A mean and its interval, where values of one source go together (cluster-robust variance)."""
+    """A mean and its interval, where values of one source go together.
+
+    Cluster-robust variance (Liang and Zeger 1986) with t of one degree of freedom less than there are sources, since
+    few of them say little of how sources differ.
+    """
 
     n: int = 0
     total: float = 0.0
@@ -54,7 +60,8 @@ class Mean:
         squares = max(0.0, self._ss - 2 * mean * self._sn + mean * mean * self._nn)
         half = math.nan
         if self.groups > 1:
-            half = Z * math.sqrt(squares * self.groups / (self.groups - 1)) / self.n
+            t = quantile(0.5 + LEVEL / 2, self.groups - 1)
+            half = t * math.sqrt(squares * self.groups / (self.groups - 1)) / self.n
         low, high = (None, None) if math.isnan(half) else (mean - half, mean + half)
         return {"mean": mean, "low": low, "high": high, "clips": self.n}
 
@@ -172,6 +179,7 @@ class Captioners:
                 f"no caption has the score {self.cover!r}{nearest(self.cover, scores)}; they have "
                 f"{', '.join(scores) or 'none'}"
             )
+        check_choice(self.choose, list(self.models), scores)
         known = [META + key for key in sorted(self._meta)] if self._by_meta else sorted(self.models)
         if self.reference and self.reference not in known:
             raise RecipeError(

@@ -87,7 +87,7 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
                 _say(line)
             media.check(store)
             answered = answers.stored(store)
-            units = _left_to_do(store, listed, job)
+            units = _left_to_do(store, listed, recipe, job)
             before = commit.units(store)
             try:
                 if job.retry_errors:
@@ -189,7 +189,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video]]:
+def _left_to_do(store: Store, listed: list[Source], recipe: Recipe, job: Job) -> list[list[Video]]:
     """Bring the record in line with the list, and give what is still to be measured."""
     known = commit.known_sources(store)
     here = {s.uri for s in listed}
@@ -216,7 +216,8 @@ def _left_to_do(store: Store, listed: list[Source], job: Job) -> list[list[Video
     for line in lines:
         _say(line)
     commit.sweep_uncommitted(store)
-    units = _units(identity.untaken(listed, known, found, done), done, commit.units(store))
+    many = any(getattr(s, "batch", 1) > 1 for s in build(recipe, store))
+    units = _units(identity.untaken(listed, known, found, done), done, commit.units(store), many)
     commit.take_up_chunks(store, units)
     todo = sum(map(len, units))
     if todo < len(listed):
@@ -366,16 +367,22 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _units(listed: list[Source], done: set[str], committed: set[str]) -> list[list[Video]]:
+def _units(listed: list[Source], done: set[str], committed: set[str], many: bool) -> list[list[Video]]:
     """Fresh records of what is not done, by unit of work.
 
-    Small runs get a unit a source, so that every worker has something to do; large ones few files. The
-    groups are formed over all sources, so an interrupted run and an undisturbed one have the same. A unit never
-    takes the name of a committed one: a uri may stand for other content than it did then.
+    Small runs get a unit a source, so that every worker has something to do; large ones few files. Where models take
+    many clips at once, short sources go together all the same: a model sees no more than a unit at a time, and a
+    server that is asked for one clip idles. The groups are formed over all sources, so an interrupted run and an
+    undisturbed one have the same. A unit never takes the name of a committed one: a uri may stand for other content
+    than it did then.
+
+    Args:
+        many: some stage takes many clips at once.
     """
-    size = min(16, max(1, len(listed) // 64))
+    few = min(16, max(1, len(listed) // 64))
+    most = min(16, max(few, len(listed) // 4)) if many else few
     units = []
-    for whole in sources.units(listed, max_sources=size):
+    for whole in sources.units(listed, max_sources=most, short=few):
         if group := [s for s in whole if s.uri not in done]:
             name = sources.unit_name(group)
             while name in committed:

@@ -105,22 +105,39 @@ def _are(uris: list[str]) -> str:
 UNKNOWN_BYTES = 16 << 20  # a guess at a source of unknown size: a minute of 720p
 
 
-def units(sources: list[Source], max_bytes: int = 64 << 20, max_sources: int = 16) -> list[list[Source]]:
+def units(
+    sources: list[Source], max_bytes: int = 64 << 20, max_sources: int = 16, short: int = 16
+) -> list[list[Source]]:
     """Contiguous groups of sources, each committed at once; a source above `max_bytes` stands alone.
 
     A source of unknown size counts as UNKNOWN_BYTES. How long sources are shows only when they are decoded: see
     `pipeline.run.chunks` for units that turn out long.
+
+    Args:
+        short: from so many sources on a group holds no more than SHORT_S seconds, as far as sizes tell.
     """
     groups: list[list[Source]] = []
-    filled = 0
+    filled = seconds = 0.0
     for source in sources:
         size = UNKNOWN_BYTES if source.size is None else source.size
-        if not groups or len(groups[-1]) == max_sources or filled + size > max_bytes:
+        long = _seconds(source)
+        full = bool(groups) and len(groups[-1]) >= short and seconds + long > SHORT_S
+        if not groups or len(groups[-1]) == max_sources or filled + size > max_bytes or full:
             groups.append([])
-            filled = 0
+            filled = seconds = 0.0
         groups[-1].append(source)
-        filled += size
+        filled, seconds = filled + size, seconds + long
     return groups
+
+
+SHORT_S = 60.0
+
+
+def _seconds(source: Source) -> float:
+    """A guess at how much of a source becomes clips: its given intervals, or its bytes at a minute of 720p's."""
+    bytes_ = source.bytes
+    whole = 60.0 * (UNKNOWN_BYTES if bytes_ is None else bytes_) / UNKNOWN_BYTES
+    return whole if source.intervals is None else min(whole, sum(b - a for a, b in source.intervals))
 
 
 def unit_name(sources: list[Source]) -> str:

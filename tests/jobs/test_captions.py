@@ -6,12 +6,13 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from jobs import captions
 from pipeline import layers
 from pipeline.caption.choose import best, similarity
 from pipeline.io.store import Store
-from pipeline.recipe_captions import Choose
+from pipeline.recipe_choose import Choose
 from pipeline.report.captioners import Mean
 from tests.fixtures.run_folder import CAPTIONERS, make_run_folder
 
@@ -153,6 +154,8 @@ def test_references_are_a_model_or_a_column_of_the_list(run, capsys):
         (["--reference", "new/modle"], "did you mean 'new/model'"),
         (["--cover", "consensu"], "did you mean 'consensus'"),
         (["--cover", "consensus:high"], "'high' is no number"),
+        (["--cover", "consensus", "--set", "choose.method=consensu"], "did you mean 'consensus'"),
+        (["--set", "choose.method=order", "--set", "choose.order=[new/modle]"], "did you mean 'new/model'"),
         (["--set", "choose.methd=x"], "did you mean"),
     ],
 )
@@ -190,6 +193,30 @@ def test_an_interval_knows_that_clips_of_one_source_go_together():
     assert held["naive"] / 400 < 0.8
 
 
+@pytest.mark.parametrize("sources", [3, 6])
+def test_an_interval_of_few_sources_holds_the_truth_as_often_as_it_says(sources):
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(1000):
+        mean = Mean()
+        mean.add({str(i): (4, 4 * x) for i, x in enumerate(rng.normal(size=sources))})
+        told = mean.told()
+        held += told["low"] <= 0 <= told["high"]
+    assert 0.93 <= held / 1000 <= 0.97
+
+
+@pytest.mark.parametrize("keep", ["0", "-1", "two"])
+def test_what_is_no_number_to_keep_is_told(run, capsys, keep):
+    with pytest.raises(SystemExit):
+        captions.main([str(run), "--keep", keep])
+    assert f"'{keep}' is no whole number from 1 on" in capsys.readouterr().err
+
+
+def test_more_to_keep_than_there_are_is_all_of_them(run, capsys):
+    assert captions.main([str(run), "--keep", "99"]) == 0
+    assert len(capsys.readouterr().out.rpartition("keep (")[2].splitlines()) <= 1 + len(CAPTIONERS) + 1
+
+
 def test_the_interval_is_the_cluster_robust_formula_written_out():
     groups = {"a": [1.0, 2.0], "b": [4.0], "c": [0.0, 1.0, 5.0]}
     mean = Mean()
@@ -198,7 +225,7 @@ def test_the_interval_is_the_cluster_robust_formula_written_out():
     meat = defaultdict(float)
     for k, v in groups.items():
         meat[k] = sum(x - m for x in v) ** 2
-    half = 1.96 * math.sqrt(sum(meat.values()) * 3 / 2) / 6
+    half = scipy.stats.t.ppf(0.975, 2) * math.sqrt(sum(meat.values()) * 3 / 2) / 6
     assert mean.told()["high"] - m == pytest.approx(half)
     assert Mean().told()["mean"] is None
     one = Mean()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import curate, shard
+from jobs import curate, ending, shard
 from tests.fixtures import videos
 from tests.fixtures.videos import WEIRD_NAMES, made
 
@@ -385,7 +385,7 @@ def test_values_that_are_no_numbers_are_told_at_the_end_and_by_shard(tmp_path, c
 def test_the_table_of_exit_codes_in_the_help_is_complete():
     from pipeline.run.outcome import Exit
 
-    assert all(str(int(status)) in curate.EPILOG for status in Exit)
+    assert all(str(int(status)) in ending.STATUS for status in Exit)
 
 
 def test_a_source_that_the_moment_failed_is_tried_again_by_the_same_command(tmp_path, monkeypatch, capsys):
@@ -561,9 +561,9 @@ def test_sources_that_give_no_clip_are_told_with_the_reason(tmp_path, capsys):
 
 def test_sigterm_that_is_not_heeded_in_time_ends_the_process_all_the_same():
     program = (
-        "import time\nfrom jobs import curate\ncurate.PATIENCE_S = 0.3\n"
+        "import time\nfrom jobs import curate, ending\nending.PATIENCE_S = 0.3\n"
         "def deaf(argv):\n"
-        "    curate.signal.signal(curate.signal.SIGTERM, curate.terminate)\n"
+        "    ending.signal.signal(ending.signal.SIGTERM, curate.ENDING.terminate)\n"
         "    print('here', flush=True)\n"
         "    while True:\n"
         "        try: time.sleep(60)\n"

@@ -1,28 +1,32 @@
 """METEOR 1.5: words of a text matched to a reference's by form, stem, synonym and paraphrase (Denkowski, Lavie 2014).
 
-The stems, synonyms and paraphrases are the metric, so it is its authors' own program that runs: meteor-1.5.jar of the
-package `pycocoevalcap`, with Java.
+The stems, synonyms and paraphrases are the metric, so it is its authors' own program that runs: meteor-1.5.jar (LGPL,
+cs.cmu.edu/~alavie/METEOR), which no package carries that may be used freely. Where it is says METEOR_JAR.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from models.hub import MissingModel
 
+JAR = "METEOR_JAR"
+
 
 def jar() -> Path:
     """Where the program is. Raises MissingModel: one sentence with the fix."""
-    spec = find_spec("pycocoevalcap")
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingModel("METEOR comes in the package pycocoevalcap: pip install pycocoevalcap")
+    path = Path(os.environ.get(JAR) or "meteor-1.5.jar")
+    if not path.is_file():
+        raise MissingModel(
+            f"METEOR: no file {str(path)!r}: fetch meteor-1.5.jar, and say in {JAR} where it is"
+        )
     if shutil.which("java") is None:
         raise MissingModel("METEOR is a Java program, and there is no 'java' here: install a Java runtime")
-    return Path(spec.submodule_search_locations[0]) / "meteor" / "meteor-1.5.jar"
+    return path
 
 
 def meteor(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, list[float]]:

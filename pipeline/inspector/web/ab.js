@@ -79,8 +79,8 @@ function Pair({ a, b, who, onAnswered }) {
   return html`<div class="pair" aria-busy=${busy}>
     ${clip && html`<${Player} key=${clip.id} clip=${{ ...clip, stills: 0, sample_times: [] }} autoplay=${!matchMedia("(prefers-reduced-motion: reduce)").matches} />`}
     <div class="sides">
-      <button class="side" onClick=${() => answer("left")} disabled=${busy}><span class="text" dir="auto">${pair.left}</span><span class="soft"><kbd>←</kbd> left is better</span></button>
-      <button class="side" onClick=${() => answer("right")} disabled=${busy}><span class="text" dir="auto">${pair.right}</span><span class="soft">right is better <kbd>→</kbd></span></button>
+      <button class="side" onClick=${() => answer("left")} disabled=${busy}><span class="text" dir="auto">${pair.left}</span><span class="soft"><kbd>←</kbd> this one is better</span></button>
+      <button class="side" onClick=${() => answer("right")} disabled=${busy}><span class="text" dir="auto">${pair.right}</span><span class="soft">this one is better <kbd>→</kbd></span></button>
     </div>
     <p class="row center"><button onClick=${() => answer("tie")} disabled=${busy}><kbd>↓</kbd> a tie</button></p>
     ${error && html`<p class="message" role="alert">${error}</p>`}
@@ -105,7 +105,7 @@ export function Blind({ run, state }) {
   return html`<main class="sheet">
     <div class="row">
       <h1>Blind comparison</h1>
-      <span class="row push">${select("a", a)}<span class="soft">against</span>${select("b", b)}</span>
+      <span class="row push against">${select("a", a)}<span class="soft">against</span>${select("b", b)}</span>
     </div>
     <p class="soft">Names are hidden and sides are drawn by lot. Which text describes the clip better?</p>
     ${who ? html`<${Pair} key=${`${a}\n${b}\n${who}`} a=${a} b=${b} who=${who} onAnswered=${() => setAgain(again + 1)} />` : html`<${Who} who="" onName=${(name) => (name ? (remember("who", name), setWho(name)) : go(changed(state, { view: "" })))} />`}

@@ -1,7 +1,8 @@
 // The page of `clipmill inspect`: its header, its routes, its theme.
 import { html, render, useEffect, useRef, useState } from "./preact-htm.js";
 import { Blind } from "./ab.js";
-import { carried, useAnswer } from "./api.js";
+import { carried, get, useAnswer } from "./api.js";
+import { Changed } from "./changed.js";
 import { Clip } from "./clip.js";
 import { Compare } from "./compare.js";
 import { Chips, Filters } from "./filters.js";
@@ -47,6 +48,8 @@ function Search({ run, state }) {
   const [meaning, setMeaning] = useState(Boolean(state.text));
   const name = meaning ? "text" : "q";
   const typed = useRef(false);
+  // What a search by meaning takes is loaded while the words are being typed.
+  useEffect(() => void (meaning && !carried && get("api/warm").catch(() => {})), [meaning]);
   useEffect(() => {
     if (document.activeElement !== input.current) input.current.value = state.text ?? state.q ?? "";
     if (state.text || state.q) setMeaning(Boolean(state.text));
@@ -145,6 +148,7 @@ function App() {
             <button class="narrow" aria-expanded=${drawer} onClick=${() => setDrawer(!drawer)}>Filters</button>
             <span class="total" role="status"><b>${count(found.total)}</b> of ${count(run.counts.clips)} clips</span>
             ${found.ms != null && html`<span class="soft small hide-narrow">${Math.max(1, Math.round(found.ms))} ms</span>`}
+            ${state.text && found.loading && html`<span class="soft small late" role="status">looking by meaning; the first time what reads the words is loaded …</span>`}
             ${reading && html`<span class="soft small">reading captions: ${percent(Math.min(reading.captions, reading.words) / (reading.of || 1))}</span>`}
             ${run.reading?.failed && html`<span class="small failed" role="alert">${run.reading.failed}</span>`}
             <${Chips} run=${run} state=${state} />
@@ -156,7 +160,7 @@ function App() {
           <${Grid} key=${grown} state=${state} cardWidth=${WIDTHS[size]} onFound=${setFound} />
         </main>
       </div>`;
-  return html`<div class="app">
+  return html`<div class=${state.clip ? "app one" : "app"}>
     <header class="top">
       <a class="name" href="#" title=${run.uri}><b>clipmill</b> <bdi>${run.name}</bdi></a>
       <${Search} run=${run} state=${state} />
@@ -168,6 +172,7 @@ function App() {
         <button class="plain" onClick=${() => setHelp(true)} aria-label="Keys" title="Keys  ?">?</button>
       </span>
     </header>
+    ${!carried && html`<${Changed} run=${run} />`}
     ${main}
     ${help && html`<${Help} onClose=${() => setHelp(false)} />`}
   </div>`;

@@ -85,7 +85,7 @@ function VoteBar({ voting, captions, onNext, ahead, setAhead, onEdit }) {
   const button = (key, label, kind, on, act) =>
     html`<button class=${`vote ${kind}`} aria-pressed=${on} onClick=${act}><kbd>${key}</kbd> ${label}</button>`;
   return html`<div class="votebar" role="toolbar" aria-label="Votes">
-    <span class="soft hide-narrow"><kbd>1</kbd>–<kbd>${Math.min(9, Math.max(1, captions.length))}</kbd> best</span>
+    ${captions.length > 0 && html`<span class="soft hide-narrow"><kbd>1</kbd>${captions.length > 1 && html`–<kbd>${Math.min(9, captions.length)}</kbd>`} best</span>`}
     ${button("0", "all bad", "bad", mine.caption?.kind === "bad", () => onNext(voting.cast("bad")))}
     ${button("e", "edit", "edit", mine.caption?.kind === "edit", onEdit)}
     <span class="divider" />

@@ -3,7 +3,7 @@ import { html, useState } from "./preact-htm.js";
 import { useAnswer } from "./api.js";
 import { columnLabel, count, number } from "./format.js";
 import { Histogram } from "./histogram.js";
-import { changed, FILTERS, filters, go, hasFilters, noFilters, recall, remember, withRange } from "./state.js";
+import { changed, FILTERS, filters, go, hasFilters, noFilters, recall, remember, SEVERAL, toggled, withRange } from "./state.js";
 
 // Histograms that come first; the first four that a run has are open from the start.
 const FIRST = ["agreement", "fit", "gap", "duration_s", "score_motion", "score_sharpness"];
@@ -15,10 +15,15 @@ const VOTED = { none: "not voted on", any: "voted on", best: "best chosen", bad:
 
 export function Chips({ run, state }) {
   if (!hasFilters(state)) return null;
-  const chips = FILTERS.filter((name) => state[name]).map((name) => {
-    const value = name === "kept" ? (state.kept === "1" ? "kept" : "dropped") : name === "voted" ? (VOTED[state.voted] ?? state.voted) : state[name];
-    return { label: NAMES[name], value, without: () => go(changed(state, { [name]: "", at: "" })) };
-  });
+  const chips = [];
+  for (const name of FILTERS.filter((name) => state[name]))
+    if (SEVERAL.includes(name))
+      for (const [k, value] of state[name].entries())
+        chips.push({ label: NAMES[name], joined: k > 0, value: name === "voted" ? (VOTED[value] ?? value) : value, without: () => go(toggled(state, name, value)) });
+    else {
+      const value = name === "kept" ? (state.kept === "1" ? "kept" : "dropped") : state[name];
+      chips.push({ label: NAMES[name], value, without: () => go(changed(state, { [name]: "", at: "" })) });
+    }
   for (const [column, [low, high]] of Object.entries(state.range)) {
     const [a, b] = [low === "" ? "" : number(Number(low)), high === "" ? "" : number(Number(high))];
     const value = a && b ? `${a} – ${b}` : a ? `≥ ${a}` : `≤ ${b}`;
@@ -26,8 +31,8 @@ export function Chips({ run, state }) {
   }
   return html`<ul class="chips" aria-label="Filters that are set">
     ${chips.map(
-      ({ label, value, without }) => html`<li>
-        <span class="soft">${label}</span> <bdi>${value}</bdi>
+      ({ label, joined, value, without }) => html`<li class=${joined ? "joined" : ""}>
+        <span class="soft">${joined ? "or" : label}</span> <bdi>${value}</bdi>
         <button class="plain" onClick=${without} aria-label=${`Remove filter ${label} ${value}`}>✕</button>
       </li>`,
     )}
@@ -35,18 +40,18 @@ export function Chips({ run, state }) {
   </ul>`;
 }
 
-// Names with counts, the most first; one of them can be chosen, and let go by choosing it again.
+// Names with counts, the most first; those chosen, of which a clip has any, are let go by choosing them again.
 function Facet({ state, name, counts, most = 8, search = false }) {
   const [all, setAll] = useState(false);
   const [sought, setSought] = useState("");
-  const chosen = state[name];
+  const chosen = state[name] ?? [];
   let entries = Object.entries(counts).filter(([, n]) => n !== 0).sort((a, b) => b[1] - a[1]);
-  if (chosen && !counts[chosen] && name !== "voted") entries.unshift([chosen, 0]);
+  for (const value of chosen) if (!counts[value] && name !== "voted") entries.unshift([value, 0]);
   if (entries.length === 0) return null;
   const many = entries.length > most;
   if (sought) entries = entries.filter(([value]) => value.toLowerCase().includes(sought.toLowerCase()));
   const top = Math.max(...entries.map(([, n]) => n), 1);
-  const shown = all || sought ? entries : entries.filter(([value], k) => k < most || value === chosen);
+  const shown = all || sought ? entries : entries.filter(([value], k) => k < most || chosen.includes(value));
   return html`<section class="facet" role="group" aria-label=${NAMES[name]}>
     <h3>${NAMES[name]}</h3>
     ${search && many && html`<input type="search" placeholder="find …" aria-label=${`Find among: ${NAMES[name]}`} value=${sought} onInput=${(event) => setSought(event.target.value)} />`}
@@ -55,9 +60,9 @@ function Facet({ state, name, counts, most = 8, search = false }) {
         ([value, n]) => html`<li key=${value}>
           <button
             class="option"
-            aria-pressed=${value === chosen}
+            aria-pressed=${chosen.includes(value)}
             title=${value}
-            onClick=${() => go(changed(state, { [name]: value === chosen ? "" : value, at: "" }))}
+            onClick=${() => go(toggled(state, name, value))}
           >
             <span class="share" style=${{ width: `${(100 * n) / top}%` }} />
             <bdi>${name === "voted" ? VOTED[value] : name === "source" ? value.split("/").at(-1) : value}</bdi><span class="n">${n === null ? "" : count(n)}</span>
@@ -70,6 +75,8 @@ function Facet({ state, name, counts, most = 8, search = false }) {
 }
 
 function Decision({ state, kept }) {
+  if (!state.kept && kept?.undecided && !kept[0] && !kept[1])
+    return html`<p class="soft small">Nothing is decided yet: <code>clipmill shard</code> keeps and drops.</p>`;
   const option = (value, label, n) => html`<button
     aria-pressed=${(state.kept ?? "") === value}
     onClick=${() => go(changed(state, { kept: value, at: "" }))}

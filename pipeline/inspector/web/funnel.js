@@ -26,10 +26,10 @@ export function Funnel({ run, state }) {
     <div class="wide">
       <table>
         <thead>
-          <tr><th>rule</th><th>keeps</th><th class="right">takes here</th><th class="right">takes alone</th><th class="right">left</th><th class="growing"></th></tr>
+          <tr><th>rule</th><th>keeps</th><th class="right">takes here</th><th class="right">takes alone</th><th class="right">left</th><th class="growing hide-narrow"></th></tr>
         </thead>
         <tbody>
-          <tr><td>found</td><td /><td /><td /><td class="right">${count(all)}</td><td>${bar(all, 0)}</td></tr>
+          <tr><td>found</td><td /><td /><td /><td class="right">${count(all)}</td><td class="hide-narrow">${bar(all, 0)}</td></tr>
           ${rules.map(
             (rule) => html`<tr>
               <td><a href=${address(changed(bare, { rule: rule.name }))}>${words(rule.name)}</a></td>
@@ -37,12 +37,12 @@ export function Funnel({ run, state }) {
               <td class="right">${count(rule.in_order)}</td>
               <td class="right">${count(rule.alone)}</td>
               <td class="right">${count(rule.left)}</td>
-              <td>${bar(rule.left, rule.in_order)}</td>
+              <td class="hide-narrow">${bar(rule.left, rule.in_order)}</td>
             </tr>`,
           )}
           <tr class="total">
             <td><a href=${address(changed(bare, { kept: "1" }))}>kept</a></td><td /><td /><td />
-            <td class="right">${count(run.counts.kept)}</td><td class="soft">${percent(run.counts.kept / (all || 1))} of the clips</td>
+            <td class="right">${count(run.counts.kept)}</td><td class="soft hide-narrow">${percent(run.counts.kept / (all || 1))} of the clips</td>
           </tr>
         </tbody>
       </table>

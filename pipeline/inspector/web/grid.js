@@ -166,7 +166,7 @@ export function Grid({ state, cardWidth, onFound }) {
     ${
       !rows.error && rows.total === 0 &&
       html`<div class="message">
-        <p>No clip passes these filters.</p>
+        <p>${hasFilters(state) ? "No clip passes these filters." : "There is no clip in this run yet."}</p>
         ${hasFilters(state) && html`<button onClick=${() => go(noFilters(state))}>Show all clips</button>`}
       </div>`
     }

@@ -3,14 +3,19 @@ import { useEffect, useState } from "./preact-htm.js";
 
 // Filters in the order they are shown; the server knows them under the same names.
 export const FILTERS = ["q", "text", "like", "kept", "rule", "model", "has", "flag", "bucket", "source", "voted"];
+export const SEVERAL = ["rule", "model", "has", "flag", "bucket", "source", "voted"]; // of several values any will do
 const OWN = ["view", "clip", "at", "vs", "a", "b", "change", "page"]; // names of this page alone
 const SINGLE = [...FILTERS, "sort", ...OWN];
 
-// '#q=dog&range=fit:0.1:' → {q: "dog", range: {fit: ["0.1", ""]}}; names nobody knows are dropped.
+// '#q=dog&flag=loop&range=fit:0.1:' → {q: "dog", flag: ["loop"], range: {fit: ["0.1", ""]}}; names nobody knows are
+// dropped.
 export function parse(hash) {
   const query = new URLSearchParams(hash.replace(/^#/, ""));
   const state = { range: {} };
-  for (const name of SINGLE) if (query.get(name)) state[name] = query.get(name);
+  for (const name of SINGLE) {
+    const values = [...new Set(query.getAll(name).filter(Boolean))];
+    if (values.length) state[name] = SEVERAL.includes(name) ? values : values[0];
+  }
   for (const text of query.getAll("range")) {
     const [, column, low, high] = /^(.*):([^:]*):([^:]*)$/.exec(text) ?? [];
     if (column && (low || high)) state.range[column] = [low, high];
@@ -20,7 +25,7 @@ export function parse(hash) {
 
 function write(state, names) {
   const query = new URLSearchParams();
-  for (const name of names) if (state[name]) query.append(name, state[name]);
+  for (const name of names) for (const value of state[name] ? [state[name]].flat() : []) query.append(name, value);
   for (const [column, [low, high]] of Object.entries(state.range)) query.append("range", `${column}:${low}:${high}`);
   return query.toString();
 }
@@ -37,6 +42,13 @@ export function address(state) {
 // The state with `patch` laid over it; an empty value takes a name away.
 export function changed(state, patch) {
   return { ...state, ...patch, range: { ...(patch.range ?? state.range) } };
+}
+
+// With one more value of a filter, or without it where it was there.
+export function toggled(state, name, value) {
+  const before = state[name] ?? [];
+  const values = before.includes(value) ? before.filter((v) => v !== value) : [...before, value];
+  return changed(state, { [name]: values.length ? values : "", at: "" });
 }
 
 export function withRange(state, column, pair) {

@@ -38,14 +38,18 @@ function votesOf(clip, kind) {
   return kind === "any" ? kinds.length > 0 : kinds.includes(kind);
 }
 
-function chosen(clips, query, exceptRange = "") {
+function chosen(clips, query, except = "") {
   const tests = [];
+  for (const name of new Set(query.keys())) {
+    if (name === except) continue;
+    const test = TESTS[name] ?? (TEXTS[name] && ((clip, text) => clip[TEXTS[name]] === text));
+    const values = query.getAll(name).filter(Boolean);
+    if (test && values.length) tests.push((clip) => values.some((text) => test(clip, text, clips)));
+  }
   for (const [name, text] of query) {
-    if (TESTS[name]) tests.push((clip) => TESTS[name](clip, text, clips));
-    else if (TEXTS[name]) tests.push((clip) => clip[TEXTS[name]] === text);
-    else if (name === "range") {
+    if (name === "range") {
       const [, column, low, high] = /^(.*):([^:]*):([^:]*)$/.exec(text);
-      if (column === exceptRange) continue;
+      if (column === except) continue;
       tests.push((clip) => {
         const x = value(clip, column);
         return x !== null && (low === "" || x >= Number(low)) && (high === "" || x <= Number(high));
@@ -109,17 +113,17 @@ function histogram(clips, query) {
   return { ...result, edges: Array.from({ length: bins + 1 }, (_, k) => low + k * step) };
 }
 
-function facets(clips) {
+// Of a filter that is set by the others, so that what else may be chosen keeps its count.
+function facets(clips, query) {
   const result = { models: {}, flags: {}, rules: {}, sources: {}, buckets: {}, kept: {} };
   const add = (kind, name) => name != null && (result[kind][name] = (result[kind][name] ?? 0) + 1);
-  for (const clip of clips) {
-    add("models", clip.model);
-    add("sources", clip.source);
-    add("buckets", clip.bucket);
-    add("kept", clip.kept ? 1 : 0);
-    clip.flags.forEach((flag) => add("flags", flag));
-    clip.dropped_by.forEach((rule) => add("rules", rule));
-  }
+  const of = (name) => chosen(clips, query, name);
+  for (const clip of of("model")) add("models", clip.model);
+  for (const clip of of("source")) add("sources", clip.source);
+  for (const clip of of("bucket")) add("buckets", clip.bucket);
+  for (const clip of of("kept")) add("kept", clip.kept ? 1 : 0);
+  for (const clip of of("flag")) clip.flags.forEach((flag) => add("flags", flag));
+  for (const clip of of("rule")) clip.dropped_by.forEach((rule) => add("rules", rule));
   return result;
 }
 
@@ -130,7 +134,7 @@ export function answer(data, path) {
   if (route === "run") return { ...data.run, voting: false, text_search: false };
   if (route === "funnel") return { rules: data.rules };
   if (route === "histogram") return histogram(data.clips, query);
-  if (route === "facets") return facets(chosen(data.clips, query));
+  if (route === "facets") return facets(data.clips, query);
   if (route === "clips") {
     const found = sorted(chosen(data.clips, query), query.get("sort"), data.clips, query.get("like"));
     const offset = Number(query.get("offset") ?? 0);

@@ -305,6 +305,42 @@ def test_a_file_of_ones_own_that_is_wrong_is_one_sentence_with_its_line(tmp_path
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("raise ValueError('no size')", r"ValueError: no size at mine\.py"),
+        ("return [1, 2]", r"unhashable type: 'list'"),
+    ],
+)
+def test_a_shape_that_cannot_be_had_is_that_clips_error(tmp_path, body, why):
+    own_shape = f"def shape(self, video, clip):\n        if clip.start_frame == 1:\n            {body}\n"
+    (tmp_path / "mine.py").write_text(OWN.format(body="return ['x'] * len(clips)") + f"\n    {own_shape}")
+    v = video([plain("808080")] * 3, [(i, i + 1) for i in range(3)])
+    said = run(CaptionStage(section(kind="python", captioner=f"{tmp_path}/mine.py:Batch")), [v])
+    assert [c[0].outcome for c in said] == ["ok", "error", "ok"]
+    assert re.search(why, said[1][0].reason)
+    assert len(v.warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "why"),
+    [
+        ("prompt=None", "prompt is None"), ("raw=5", "raw is an int"), ("scores={'a': 'b'}", "scores is a dict"),
+        ("cost={'usd': float('nan')}", "cost is a dict"), ("flags='loop'", "flags is a str"),
+        ("support={'a': 1.0}", "support is a dict"), ("made_from=[1]", "made_from is a list"),
+    ],
+)  # fmt: skip
+def test_a_caption_that_no_file_can_hold_is_an_error_that_names_the_field(tmp_path, field, why):
+    (c, *_), _ = own(tmp_path, f"return Caption('', 'a car', {field})")
+    assert (c.text, c.outcome) == ("", "error")
+    assert c.reason.startswith(f"a Caption's {why}")
+
+
+def test_half_a_character_is_a_question_mark(tmp_path):
+    (c, *_), _ = own(tmp_path, "return Caption('', 'a \\ud83d car', prompt='\\udc80', raw='\\ud83d')")
+    assert (c.text, c.prompt, c.raw, c.outcome) == ("a ? car", "?", "?", "ok")
+
+
 def test_a_setup_that_fails_is_the_workers_fault_with_its_line(tmp_path):
     text = "from pipeline.captions import Captioner\nclass Own(Captioner):\n    name = 'x'\n"
     (tmp_path / "mine.py").write_text(text + "    def setup(self): 1 / 0\n")

@@ -14,7 +14,7 @@ from pipeline import recipe
 from pipeline.caption import choose
 from pipeline.caption.choose import ChooseStage, best, consensus, similarity
 from pipeline.caption.judge import JudgeStage, build
-from pipeline.recipe_captions import ClipScoreJudge
+from pipeline.recipe_choose import ClipScoreJudge
 from pipeline.record import Caption
 from pipeline.tables import CAPTION
 from tests.fixtures.clips import noise, video
@@ -48,6 +48,8 @@ def row(text, outcome="ok", **scores):
         ([row("a"), row("b")], 0),
         ([row("a"), row("b", consensus=0.0)], 1),
         ([row("a", consensus=float("nan")), row("b", consensus=0.0)], 1),
+        ([row("a", consensus=math.inf), row("b", consensus=0.0)], 1),
+        ([row("a", consensus=0.1) | {"flags": ["loop"]}, row("b", consensus=0.2) | {"flags": ["leak"]}], 1),
         ([row("a", "truncated", consensus=0.9), row("b", consensus=0.1)], 1),
         ([row("a", "truncated", consensus=0.1), row("b", "truncated", consensus=0.2)], 1),
         ([row("a", "error", consensus=0.9), row("b")], 1),
@@ -76,14 +78,29 @@ def test_an_order_takes_the_first_that_says_something_whole_ones_first(order, ro
 
 
 def test_an_order_of_captioners_that_are_not_there_names_the_nearest():
-    choose.check_order(recipe.Choose(method="order", order=("tags",)), ["tags", "given"])
-    choose.check_order(recipe.Choose(order=("gone",)), ["tags"])  # another method does not read it
+    choose.check_names(recipe.Choose(method="order", order=("tags",)), ["tags", "given"])
+    choose.check_names(recipe.Choose(order=("gone",)), ["tags"])  # another method does not read it
     with pytest.raises(
         recipe.RecipeError, match=r"no captioner 'tag' \(did you mean 'tags'\?\); there are tags, given"
     ):
-        choose.check_order(recipe.Choose(method="order", order=("given", "tag")), ["tags", "given"])
+        choose.check_names(recipe.Choose(method="order", order=("given", "tag")), ["tags", "given"])
     with pytest.raises(recipe.RecipeError, match="needs choose"):
         recipe.load("smoke", ["choose.method=order"])
+
+
+def test_a_flag_that_is_misspelt_is_told_and_one_of_ones_own_is_not():
+    choose.check_names(recipe.Choose(avoid=("loop", "too_rude")), ["tags"])
+    with pytest.raises(
+        recipe.RecipeError, match=r"choose.avoid: no flag 'refusl' \(did you mean 'refusal'\?\)"
+    ):
+        choose.check_names(recipe.Choose(avoid=("loop", "refusl")), ["tags"])
+
+
+def test_captions_without_spaces_between_words_agree_by_their_characters():
+    alike, other = similarity("一只狗在跑", "一只狗在跑步"), similarity("一只狗在跑", "红色的汽车")
+    assert alike > 0.8
+    assert other == 0
+    assert similarity("犬が走る", "犬が走る。") == pytest.approx(1)
 
 
 def test_what_chooses_is_no_part_of_what_is_measured_but_the_scores_that_open_clip_needs_are():
@@ -116,6 +133,10 @@ def test_weights_add_scores_up_and_a_missing_one_counts_nothing():
         ({"x": 1.0, "y": 2.0}, 1),
     ):
         assert best(rows, recipe.Choose(method="weights", weights=weights)) == index
+    odd = [row("a", x=math.nan, y=0.9), row("b", x=-math.inf, y=math.inf), row("c", y=0.1)]
+    assert best(odd, recipe.Choose(method="weights", weights={"x": 1.0, "y": 1.0})) == 0
+    with pytest.raises(recipe.RecipeError, match=r"weights\.x: input should be a finite number"):
+        recipe.parse({"name": "x", "choose": {"method": "weights", "weights": {"x": math.nan}}}, [], "x")
     with pytest.raises(recipe.RecipeError, match=r"method weights needs choose\.weights"):
         recipe.load("smoke", ["choose.method=weights"])
 

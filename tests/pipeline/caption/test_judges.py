@@ -12,7 +12,7 @@ from pipeline.caption.judge import JudgeStage, build
 from pipeline.caption.text import STOP_WORDS
 from pipeline.io.store import Store
 from pipeline.layers import Layer, Layered, create
-from pipeline.recipe_captions import ConsensusJudge, PacSJudge, VisualFitJudge
+from pipeline.recipe_choose import ConsensusJudge, PacSJudge, PythonJudge, VisualFitJudge
 from pipeline.record import Caption, Sample
 from pipeline.run import layering
 from pipeline.run.reopen import ReopenStage
@@ -117,6 +117,56 @@ def test_two_consensus_judges_are_two_scores():
     assert [s.score for s in judge_stages(chosen.choose.judges)] == ["consensus_minilm", "consensus_cider"]
     with pytest.raises(recipe.RecipeError, match="'consensus_minilm' is taken"):
         judge_stages(recipe.load("smoke", [f"choose.judges={section[:1] * 2}"]).choose.judges)
+
+
+OWN = """
+import math
+import numpy as np
+import torch
+from pipeline.captions import Judge
+from pipeline.caption.judge import Judged
+
+class Own(Judge):
+    name = "own"
+
+    def score(self, video, clip, texts):
+        n = len(texts)
+        {body}
+"""
+
+
+def own(folder, body):
+    """Verdicts of a judge of this body on `told`, and the warnings."""
+    (folder / "mine.py").write_text(OWN.format(body=body))
+    made = JudgeStage(PythonJudge(kind="python", judge=f"{folder}/mine.py:Own"))
+    made.setup()
+    v = told()
+    made([v])
+    return [c.scores.get("own") for c in v.clips[0].captions], v.clips[0].captions, v.warnings
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["return [1.5] * n", "return np.full(n, 1.5, np.float32)", "return np.full(n, 1.5)", "return torch.full((n,), 1.5)",
+     "return [Judged(np.float32(1.5), list(torch.ones(1)))] * n"],
+)  # fmt: skip
+def test_a_number_is_a_number_whatever_library_it_comes_from(tmp_path, body):
+    scores, captions, warnings = own(tmp_path, body)
+    assert scores == [1.5, 1.5, None, 1.5]
+    assert all(type(x) is float for c in captions for x in [*c.scores.values(), *c.support.get("own", [])])
+    assert warnings == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["return [math.nan] * n", "return [1.0, math.inf, 1.0]", "return ['high'] * n", "return np.ones((n, 2))",
+     "return [Judged(math.nan)] * n", "return [Judged(1.0, [math.nan])] * n", "return dict.fromkeys(texts, 1.0)"],
+)  # fmt: skip
+def test_what_is_no_finite_number_is_no_score_and_a_warning(tmp_path, body):
+    scores, captions, (warning,) = own(tmp_path, body)
+    assert scores == [None] * 4
+    assert not any(c.support for c in captions)
+    assert "a verdict is a finite number, None or a Judged, not " in warning
 
 
 def test_as_a_layer_it_brings_scores_and_the_words_that_a_search_finds_clips_by(stage, tmp_path):

@@ -31,11 +31,34 @@ def test_a_prompt_is_words_a_bundled_name_or_a_file(tmp_path):
         ("structurd", "no prompt 'structurd' .did you mean 'structured'"),
         ("none/such.txt", r"prompt file none/such\.txt cannot be read .No such file"),
         ("  ", "cannot be empty"),
+        ("Describe it. Title: {titel}", r"the prompt has \{titel\}, did you mean \{title\}\?"),
+        ("It is called {subtitle}.", r"did you mean \{subtitles\}\? It may hold \{title\}, \{descr"),
     ],
 )
 def test_a_prompt_that_is_not_there_is_one_sentence(prompt, message):
     with pytest.raises(recipe.RecipeError, match=message):
         prompts.text(prompt)
+
+
+def test_a_file_may_come_from_any_editor(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_bytes("\ufeffSay “it”.\r\nTitle: {title}\r\n".encode())
+    assert prompts.text(str(path)) == "Say “it”.\nTitle: {title}"
+    path.write_bytes("Say it.".encode("utf-16"))
+    with pytest.raises(recipe.RecipeError, match=r"mine\.txt cannot be read \(it is not UTF-8\)"):
+        prompts.text(str(path))
+    with pytest.raises(recipe.RecipeError, match=r"cannot be read \(Is a directory\)"):
+        (tmp_path / "folder.txt").mkdir()
+        prompts.text(str(tmp_path / "folder.txt"))
+
+
+def test_braces_that_are_no_slip_are_the_prompts_own():
+    for said in (
+        'Answer as {"name": "…"}.',
+        "Fill in {name}, {style}, {time} and {action}.",
+        "{{title}} and {} { }",
+    ):
+        assert prompts.text(said) == said
 
 
 def test_a_recipe_holds_the_words_of_a_file_beside_it(tmp_path):

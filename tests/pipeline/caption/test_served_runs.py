@@ -196,3 +196,30 @@ def test_a_fused_caption_is_made_again_when_one_of_its_sources_is_tried_again(ra
         ["first", "second"],
         ["second", "first"],
     ]
+
+
+def test_a_server_is_asked_for_clips_of_several_short_sources_at_once(server, tmp_path):
+    for n in range(9):
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        shutil.copyfile(made(videos.rotated, frames=20 + n), tmp_path / f"raw/{n}.mp4")
+    server.service_s = 0.2
+    asked = command(tmp_path / "raw", tmp_path / "run", teachers(server, "first", concurrency=16))
+    assert curate.main(asked) == 0
+    units = {p.stem for p in (tmp_path / "run/videos").iterdir()}
+    assert len(units) == 5  # workers have something to do
+    assert server.most == 2
+    # interrupted, it has the same units
+    server.troubles = [Trouble()] * 3 + [Trouble(stall=60)] * 9
+    other = command(tmp_path / "raw", tmp_path / "other", teachers(server, "first", concurrency=16))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.curate", *other], stdout=-1, stderr=-1, start_new_session=True
+    )
+    end = time.monotonic() + 60
+    while not list((tmp_path / "other").glob("videos/*.parquet")) and time.monotonic() < end:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    server.troubles = []
+    server.let_go.set()
+    assert curate.main(other) == 0
+    assert {p.stem for p in (tmp_path / "other/videos").iterdir()} == units

@@ -37,6 +37,7 @@ def test_a_record_in_words():
         "tide. Live action. A long shot at eye level. Soft evening light! The camera holds still."
     )
     assert text(EMPTY) == ""
+    assert text(EMPTY.model_copy(update={"action": "犬が走る。", "scene": "公園"})) == "犬が走る。 公園."
 
 
 def test_every_record_is_valid_by_the_schema_and_nothing_else_is():
@@ -66,7 +67,11 @@ def test_strict_servers_get_every_field_required_and_no_other_allowed():
         assert sorted(one["required"]) == sorted(one["properties"])
 
 
-@pytest.mark.parametrize("around", ["{}", "```json\n{}\n```", "Here it is: {} I hope it helps."])
+@pytest.mark.parametrize(
+    "around",
+    ["{}", "```json\n{}\n```", "Here it is: {} I hope it helps.", "Here is {the} object: {}", "{} }", "{} {}", "[{}]",
+     "\ufeff{}", "{}\n\nNote that {braces} are allowed."],
+)  # fmt: skip
 def test_words_around_the_object_do_no_harm(around):
     assert parse(around.replace("{}", FULL.model_dump_json())) == FULL
 

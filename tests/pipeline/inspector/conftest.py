@@ -1,4 +1,6 @@
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +39,17 @@ def inspector(made_run: Store):
     found.read()
     yield found
     found.close()
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator:
+    """Chromium, started once for all of this folder."""
+    chromium = Path("/usr/bin/chromium")
+    if not chromium.exists():
+        pytest.skip("needs Debian's chromium at /usr/bin/chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    args = ["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required"]
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=str(chromium), args=args)
+        yield browser
+        browser.close()

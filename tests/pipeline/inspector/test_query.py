@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.inspector.answers import Inspector
-from pipeline.inspector.query import Filters, Wrong
+from pipeline.inspector.query import Filters, Wrong, ascending
 from pipeline.inspector.search import expression
 from tests.fixtures.inspected import LAYER
 from tests.fixtures.run_folder import CAPTIONERS
@@ -91,6 +91,15 @@ FILTERS = {
         and any(c["model"] == LAYER and c["text"] for c in r["captions"])
         and column("words", r) >= 5
     ),
+    "kept=1&kept=0&rule=duplicate&rule=still": lambda r: (
+        {"still", "duplicate"} & set(r["decision"]["dropped_by"]) != set()
+    ),
+    "flag=loop&flag=refusal&range=duration_s:3:": lambda r: (
+        any({"loop", "refusal"} & set(c["flags"]) for c in r["captions"]) and r["duration_s"] >= 3
+    ),
+    "source=/videos/a folder/video 3.mp4&source=a folder/video 4.mp4&source=": lambda r: r["source"].endswith(
+        ("video 3.mp4", "video 4.mp4")
+    ),
     "bucket=no such bucket": lambda r: False,
 }
 
@@ -101,6 +110,15 @@ def test_a_filter_lets_through_what_a_loop_would(inspector: Inspector, rows: lis
     assert found(inspector, query) == wanted
     if "no such" not in query:
         assert 0 < len(wanted) < len(rows)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_is_that_of_a_stable_sort(seed: int):
+    rng = np.random.default_rng(seed)
+    values = (rng.normal(size=2000) * 10.0 ** rng.integers(-40, 38, 2000)).astype(np.float32)
+    values[rng.integers(0, 2000, 900)] = rng.choice([0.0, -0.0, 1.5, np.nan, -np.nan, np.inf, -np.inf], 900)
+    for some in (values, -values, values[:0]):
+        np.testing.assert_array_equal(ascending(some), np.argsort(some, kind="stable"))
 
 
 def test_a_bucket_is_the_folder_of_the_shard(inspector: Inspector, rows: list[dict]):
@@ -175,6 +193,18 @@ def test_facets_are_counts_of_what_passes(inspector: Inspector, rows: list[dict]
     assert said["has"] == has
 
 
+def test_what_else_a_filter_may_be_set_to_keeps_its_count(inspector: Inspector, rows: list[dict]):
+    said = inspector.query.facets(Filters.of([("kept", "1"), ("flag", "loop")]))
+    loop = [r for r in rows if any("loop" in c["flags"] for c in r["captions"])]
+    kept = [r for r in rows if r["decision"]["keep"]]
+    assert said["total"] == sum(r in loop for r in kept)
+    assert said["kept"]["0"] == sum(not r["decision"]["keep"] for r in loop)
+    flags = Counter(f for r in kept for f in {f for c in r["captions"] for f in c["flags"]})
+    assert {k: v for k, v in said["flags"].items() if v} == flags
+    assert len(flags) > 1
+    assert said["models"] == Counter(m for r in kept if r in loop if (m := r["decision"]["caption_model"]))
+
+
 def test_the_funnel_is_that_of_the_decisions(inspector: Inspector, rows: list[dict]):
     dropped = [r["decision"]["dropped_by"] for r in rows]
     left = len(rows)
@@ -192,6 +222,8 @@ def test_the_funnel_is_that_of_the_decisions(inspector: Inspector, rows: list[di
         ("flag=lop", "did you mean 'loop'"),
         ("sort=score_motoin", "did you mean 'score_motion'"),
         ("sort=random:x", "random:SEED"),
+        ("sort=random:²", "random:SEED"),
+        ("&".join(f"source={i}" for i in range(101)), "at most 100"),
         ("range=duration_s:a:b", "COLUMN:MIN:MAX"),
         ("range=duration_s:nan:", "COLUMN:MIN:MAX"),
         ("range=:1:2", "COLUMN:MIN:MAX"),

@@ -12,6 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from pipeline.caption.text import sentences
+from pipeline.faults import StoreError
 from pipeline.inspector.answers import Inspector
 from pipeline.inspector.guard import MOST_BODY
 from pipeline.inspector.index import Index
@@ -142,6 +143,39 @@ def test_without_media_the_shards_are_played_and_then_nothing(own_run, rows):
             assert client.get(f"/still/{clip}/0.jpg").content.startswith(b"\xff\xd8")
         got = client.get(f"/media/{gone[0]}.mp4")
         assert (got.status_code, "media is gone" in got.json()["error"]) == (404, True)
+    later = Inspector(Index(store))
+    shutil.rmtree(store.path("shards"))  # while it is looked at: told, and no half answer
+    with client_of(later) as client:
+        for path in (f"/media/{kept[-1]}.mp4", f"/still/{kept[-1]}/1.jpg", f"/api/frames/{kept[-1]}"):
+            got = client.get(path)
+            assert (got.status_code, "missing" in got.json()["error"]) == (500, True)
+    with client_of(Inspector(Index(store))) as client:
+        for path in (f"/media/{kept[0]}.mp4", f"/still/{kept[0]}/0.jpg", f"/api/frames/{kept[0]}"):
+            got = client.get(path)
+            assert (got.status_code, "media is gone" in got.json()["error"]) == (404, True)
+
+
+@pytest.mark.parametrize("name", ["run.json", "layers/x/layer.json", "decisions.parquet"])
+def test_a_file_that_is_damaged_is_named(own_run, name):
+    own_run.write_bytes(name, b"{")
+    with pytest.raises(StoreError, match=re.escape(name) + ".*damaged"):
+        Index(own_run)
+
+
+def test_when_each_frame_is_shown_is_what_a_decoder_says(client, run, rows):
+    for row in rows[:3]:
+        with av.open(io.BytesIO(mp4(run, row))) as container:
+            wanted = [f.time for f in container.decode(video=0)]
+        said = client.get(f"/api/frames/{row['clip_id']}").json()["times"]
+        assert said == pytest.approx([t - wanted[0] for t in wanted], abs=1e-5)
+
+
+@pytest.mark.parametrize("clip", ["\\ud800", "\\u0000", "x" * 64, "../x", " "])
+def test_a_vote_on_no_clip_is_refused_with_a_sentence(client, clip):
+    body = f'{{"clip": "{clip}", "kind": "keep", "who": "ann"}}'
+    got = client.post("/api/vote", content=body, headers=POST | {"Content-Type": "application/json"})
+    assert got.status_code in (400, 404)
+    assert len(got.json()["error"]) > 10
 
 
 def test_another_set_of_shards_is_inspected_with_the_media_of_its_run(run, rows, tmp_path):
@@ -388,7 +422,7 @@ def test_measures_are_read_when_they_are_first_asked_for_and_not_for_the_first_p
 
 def test_an_undecided_run_shows_the_caption_that_would_be_chosen(own_run, rows):
     from pipeline.caption.choose import best
-    from pipeline.recipe_captions import Choose
+    from pipeline.recipe_choose import Choose
 
     own_run.delete("decisions.parquet")
     inspector = Inspector(Index(own_run))

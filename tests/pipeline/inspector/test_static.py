@@ -3,11 +3,9 @@
 import base64
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from pipeline.inspector import static
 from pipeline.inspector.answers import Inspector
@@ -82,21 +80,10 @@ def test_nothing_is_loaded_from_anywhere(text: str):
     assert len(re.findall(r"'sha256-", policy)) == 2
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("no Chromium on this machine")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-def test_it_opens_from_a_disk_in_a_browser_that_is_offline(inspector, text, tmp_path, chromium):
+def test_it_opens_from_a_disk_in_a_browser_that_is_offline(inspector, text, tmp_path, browser):
     file = tmp_path / "sample.html"
     file.write_text(text, encoding="utf-8")
-    context = chromium.new_context(offline=True)
+    context = browser.new_context(offline=True)
     page = context.new_page()
     said, asked = [], []
     page.on("console", lambda m: said.append(m.text) if m.type == "error" else None)

@@ -661,6 +661,17 @@ def test_units_are_contiguous_bounded_and_keep_large_sources_alone() -> None:
     assert units([]) == []
 
 
+def test_short_sources_go_together_and_long_ones_stay_alone_as_far_as_sizes_and_intervals_tell() -> None:
+    minute = UNKNOWN_BYTES
+    sizes = [minute // 20] * 6 + [2 * minute, None] + [minute // 2] * 3
+    listed = [Source(f"/{i}", f"{i}", size=size) for i, size in enumerate(sizes)]
+    assert [len(g) for g in units(listed, max_bytes=64 << 20, max_sources=4, short=1)] == [4, 2, 1, 1, 2, 1]
+    assert [len(g) for g in units(listed, max_bytes=64 << 20, max_sources=4, short=2)] == [4, 2, 2, 2, 1]
+    # of a source of unknown size a few seconds are given
+    given = [Source(f"/{i}", f"{i}", intervals=((5.0, 8.0), (9.0, 12.0))) for i in range(4)]
+    assert [len(g) for g in units(given, max_bytes=64 << 20, max_sources=8, short=1)] == [4]
+
+
 def test_a_units_name_depends_on_its_uris_alone() -> None:
     a, b = Source("/a", "a", size=1), Source("/b", "b")
     assert unit_name([a, b]) == unit_name([Source("/a", "other", {"x": "y"}), b])
