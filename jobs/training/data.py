@@ -23,8 +23,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -197,10 +198,21 @@ class Loader:
             pin_memory=self.pin,
             worker_init_fn=_undisturbed,
         )
-        for batch in loader:
-            self.step += 1
-            self.skipped += len(batch["skipped"])
-            yield batch
+        others = set(multiprocessing.active_children())
+        batches: Any = iter(loader)
+        mine = set(multiprocessing.active_children()) - others
+        try:
+            for batch in batches:
+                if isinstance(batch, Exception):
+                    raise batch
+                self.step += 1
+                self.skipped += len(batch["skipped"])
+                yield batch
+        finally:
+            if mine:
+                batches._shutdown_workers()  # what its __del__ does, which a traceback may put off
+            for process in mine:  # one that it could not end would keep this process from ending
+                process.kill()
 
     def state_dict(self) -> dict[str, Any]:
         """How many micro-batches all ranks have taken, and what the list is made of; plain numbers."""
@@ -212,6 +224,11 @@ class Loader:
         Raises ValueError where the state is of other data or settings.
         """
         for name, mine in self._made_of().items():
+            if name == "clips" and state.get(name) != mine:
+                raise ValueError(
+                    f"{self.reader.folder} has other clips than training began with (others chosen, other bytes or "
+                    "captions): give those, or another --out, with start: where it is to begin with the model so far"
+                )
             if state.get(name) != mine:
                 raise ValueError(
                     f"the saved state has {name} {state.get(name)}, this loader {mine}; use the same"
@@ -221,11 +238,19 @@ class Loader:
     def _made_of(self) -> dict[str, Any]:
         return {
             "seed": self.reader.seed,
-            "clips": len(self.reader.keys),
+            "clips": self.identity,
             "sizes": self.sizes,
             "images": self.images,
             "stills": self.stills,
         }
+
+    @functools.cached_property
+    def identity(self) -> str:
+        return self.reader.identity()
+
+    def table(self) -> str:
+        """What fills each bucket, for a person; '' of a cache, whose buckets were told when it was made."""
+        return self.reader.table
 
     @functools.cached_property
     def _epoch(self) -> Any:
@@ -248,12 +273,16 @@ class _Batches(IterableDataset):
     def __init__(self, loader: Loader):
         self.loader = loader
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | Exception]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         own, step = self.loader, self.loader.step + worker
         while True:
-            yield own.batch(own.first + step * own.world + own.rank)
+            try:
+                yield own.batch(own.first + step * own.world + own.rank)
+            except Exception as e:  # as it is, not as torch quotes it
+                yield e
+                return
             step += workers
 
 
@@ -302,17 +331,46 @@ def beside(recipe: TrainRecipe) -> DiffusionData:
     return recipe.data if isinstance(recipe.data, DiffusionData) else DiffusionData()
 
 
-def made_with(recipe: DiffusionRecipe) -> dict[str, Any]:
-    """What a cache of a recipe depends on."""
+def made_with(recipe: DiffusionRecipe, weights: Mapping[str, str]) -> dict[str, Any]:
+    """What a cache of a recipe depends on, but for the clips.
+
+    Args:
+        weights: `System.weights`.
+    """
     frozen = recipe.text.kind == "transformers"
     return {
         "buckets": [list(s) for s in shapes_of(recipe)],
         "fps": recipe.data.fps,
         "captions": recipe.data.captions,
         "seed": recipe.seed,
-        "autoencoder": recipe.autoencoder.model_dump(mode="json"),
-        "text": recipe.text.model_dump(mode="json", include={"model", "length"}) if frozen else None,
+        "autoencoder": recipe.autoencoder.model_dump(mode="json", exclude={"path"}),
+        "text": recipe.text.model_dump(mode="json", include={"length"}) if frozen else None,
+        **weights,
     }
+
+
+def clips_of(recipe: DiffusionRecipe, data: str) -> ShardReader:
+    """The clips of the run in folder `data`, whether or not the recipe has a cache of them."""
+    return reader_of(recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": None})}), data)
+
+
+def check_cache(recipe: DiffusionRecipe, data: str, weights: Mapping[str, str]) -> None:
+    """Raise ValueError or StoreError where the recipe's cache is not one of these clips by these encoders."""
+    cache = recipe.data.cache
+    if not cache:
+        return
+    there = made_of(cache)
+    for name, mine in made_with(recipe, weights).items():
+        if there.get(name) != mine:
+            raise ValueError(
+                f"data.cache {cache} was made with {name} {there.get(name)}, this recipe has {mine}; "
+                "encode again, or train with what it was made with"
+            )
+    if there["clips"] != clips_of(recipe, data).identity():
+        raise ValueError(
+            f"data.cache {cache} was made of other clips than {data} has now (others chosen, other bytes or captions): "
+            "run the same 'clipmill encode' again, which does what has changed"
+        )
 
 
 def reader_of(recipe: TrainRecipe, data: str) -> ShardReader:
@@ -327,13 +385,7 @@ def reader_of(recipe: TrainRecipe, data: str) -> ShardReader:
             seed=recipe.seed,
             layout="CTHW",
         )
-    there = made_of(recipe.data.cache)
-    for name, mine in made_with(recipe).items():
-        if there.get(name) != mine:
-            raise ValueError(
-                f"data.cache {recipe.data.cache} was made with {name} {there.get(name)}, this recipe has {mine}; "
-                "encode again, or train with what it was made with"
-            )
+    made_of(recipe.data.cache)  # it is finished
     return LatentReader(recipe.data.cache, shapes, length=recipe.text.length, seed=recipe.seed)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs.training.checkpoint import CheckpointError
-from jobs.training.data import Loader, build_loader
+from jobs.training.data import Loader, build_loader, check_cache
 from jobs.training.frechet import FrechetInLoop
 from jobs.training.recipe import DiffusionRecipe, Tasks, TrainRecipe
 from jobs.training.system import (
@@ -77,7 +77,10 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
         system = build_system(recipe, world.device)
     except MissingModel as e:
         raise ValueError(str(e)) from e
+    if recipe.data.cache:
+        check_cache(recipe, start.data, system.weights())
     loader = build_loader(recipe, start.data, system.autoencoder, world)
+    system.trained = [shape for shape, clips in loader.buckets.items() if clips]
     if start.saved:  # measured when the run began, and a part of it from then on
         system.normalizer = normalizer_of(start.saved).to(world.device)
     elif recipe.start:

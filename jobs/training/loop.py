@@ -44,6 +44,7 @@ from jobs.training.task import (
 )
 from models import attention
 from models.ema import PowerEMA, local
+from pipeline.faults import one_line
 
 Build = Callable[[TrainRecipe, Start], tuple[Task, Loader]]
 
@@ -95,6 +96,13 @@ def train(
             return trainer.run(watch, signals)
         except torch.OutOfMemoryError as e:
             raise TrainError(trainer.out_of_memory()) from e
+        except RuntimeError as e:  # torch raises it wherever the main thread is just then
+            if "DataLoader worker" not in str(e):
+                raise
+            raise TrainError(
+                f"a process that decodes was ended from outside ({one_line(e)}): where memory ran out, set data.workers "
+                f"below {recipe.data.workers}; the same command goes on from the last checkpoint"
+            ) from e
         finally:
             watch.close()
 
@@ -204,10 +212,11 @@ class Trainer:
         self.saver = checkpoint.Saver(self.out, run.keep, self.world)
         if self.folder:
             watch.resume(self.step)
-        watch.plan(self.plan.text)
+        announced = "\n".join(filter(None, (self.loader.table(), self.plan.text)))
+        watch.plan(announced)
         if self.world.rank == 0:
             since = f"from step {self.step} " if self.step else ""
-            print(f"{self.recipe.name}: {since}to {run.steps}\n{self.plan.text}", file=sys.stderr, flush=True)
+            print(f"{self.recipe.name}: {since}to {run.steps}\n{announced}", file=sys.stderr, flush=True)
         figures: dict[str, float] = {}
         saved = self.step if self.folder else 0
         self.metrics.read(self.world, {}, 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from models.diffusion.noise import Cosine, Flow, Linear, Schedule
 from models.diffusion.objective import MinSNR, Process, Uncertainty, Weighting, prediction_error, uniform
 from models.diffusion.samplers import SAMPLERS
 from models.encoders.text import PretrainedText, WordText
+from models.measures.features import weights_hash
+from pipeline.shards.buckets import Shape
 
 
 class Network(nn.Module):
@@ -96,6 +98,7 @@ class System:
     text: PretrainedText | None
     network: Network
     device: torch.device
+    trained: list[Shape] = field(default_factory=list)  # buckets that clips fill
 
     @property
     def process(self) -> Process:
@@ -169,7 +172,9 @@ class System:
     @property
     def bucket(self) -> Bucket:
         """The longest that it was trained on: what is sampled."""
-        return max(self.recipe.data.buckets, key=lambda b: b.frames)
+        every = self.recipe.data.buckets
+        filled = [b for b in every if (b.frames, b.height, b.width) in self.trained]
+        return max(filled or every, key=lambda b: b.frames)
 
     def shape(self, count: int, frames: int | None = None) -> tuple[int, int, int, int, int]:
         """[B, C, T, h, w] of so many videos of `bucket`; `frames`: of pixels, in place of its own."""
@@ -181,11 +186,17 @@ class System:
         """[B, 3, T, H, W] in −1…1 → normalised latents [B, C, T, h, w], without drawing."""
         return self.normalizer(self.encode(video).mean)
 
+    def weights(self) -> dict[str, str]:
+        """Hashes of the frozen encoders' weights, by whose latents and features a network is trained."""
+        frozen = {"autoencoder": self.autoencoder, "text": self.text}
+        return {f"{name}_weights": weights_hash(m) for name, m in frozen.items() if isinstance(m, nn.Module)}
+
     def state(self) -> dict[str, Any]:
         """What `load_system` needs beside the network's weights; plain values."""
         return {
             "trains": "diffusion",
             "recipe": self.recipe.model_dump(mode="json"),
+            "trained": [list(shape) for shape in self.trained],
             "normalizer": {"mean": self.normalizer.mean.tolist(), "std": self.normalizer.std.tolist()},
         }
 
@@ -294,7 +305,9 @@ def build_system(
 
 def load_system(state: dict[str, Any], device: torch.device) -> System:
     """The system of a checkpoint's `state`; its network's weights are for the caller to load."""
-    return build_system(DiffusionRecipe.model_validate(state["recipe"]), device, normalizer_of(state))
+    system = build_system(DiffusionRecipe.model_validate(state["recipe"]), device, normalizer_of(state))
+    system.trained = [(t, h, w) for t, h, w in state.get("trained", [])]
+    return system
 
 
 def normalizer_of(state: dict[str, Any]) -> Normalizer:
