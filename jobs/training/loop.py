@@ -41,6 +41,8 @@ from jobs.training.task import (
     Task,
     part_weights,
     seed_torch,
+    tensors_of,
+    to_device,
 )
 from models import attention
 from models.ema import PowerEMA, local
@@ -100,8 +102,8 @@ def train(
             if "DataLoader worker" not in str(e):
                 raise
             raise TrainError(
-                f"a process that decodes was ended from outside ({one_line(e)}): where memory ran out, set data.workers "
-                f"below {recipe.data.workers}; the same command goes on from the last checkpoint"
+                f"a process that decodes was ended from outside ({one_line(e)}): where memory ran out, set "
+                f"data.workers below {recipe.data.workers}; the same command goes on from the last checkpoint"
             ) from e
         finally:
             watch.close()
@@ -201,7 +203,7 @@ class Trainer:
 
     def _examples(self) -> Iterator[Batch]:
         for batch in self.loader.examples():
-            self.batch = self._to_device(batch)
+            self.batch = to_device(batch, self.world.device)
             yield self.batch
 
     # ------------------------------------------------------------ the loop
@@ -279,16 +281,10 @@ class Trainer:
         if batch is None:
             raise TrainError("the loader has ended, though it must go on epoch after epoch")
         waited = time.perf_counter() - start
-        batch = self._to_device(batch)
+        batch = to_device(batch, self.world.device)
         tokens, skipped = self.task.tokens(batch), len(batch.get("skipped", ()))
         self.metrics.batch(tokens, self.plan.flops(batch, tokens), len(batch["key"]), skipped, waited)
         return batch
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {
-            k: v.to(self.world.device, non_blocking=True) if isinstance(v, Tensor) else v
-            for k, v in batch.items()
-        }
 
     def take_step(self, batches: list[Batch], counts: dict[str, float]) -> None:
         """Every phase once, on the same micro-batches.
@@ -405,7 +401,7 @@ class Trainer:
             return self.task.evaluate(module, self.step)
 
     def out_of_memory(self) -> str:
-        shapes = {k: "×".join(map(str, v.shape)) for k, v in self.batch.items() if isinstance(v, Tensor)}
+        shapes = {k: "×".join(map(str, v.shape)) for k, v in tensors_of(self.batch).items()}
         tokens = self.task.tokens(self.batch) if self.batch else 0
         fixes = [f"data.tokens {tokens // 2}", f"data.batch {max(len(self.batch.get('key', ())) // 2, 1)}"]
         if self.recipe.data.batch is None:
