@@ -102,8 +102,8 @@ def train(
             if "DataLoader worker" not in str(e):
                 raise
             raise TrainError(
-                f"a process that decodes was ended from outside ({one_line(e)}): where memory ran out, set "
-                f"data.workers below {recipe.data.workers}; the same command goes on from the last checkpoint"
+                f"a process that decodes was ended from outside ({one_line(e)}): if memory ran out, set data.workers "
+                f"below {recipe.data.workers}; the same command goes on from the last checkpoint"
             ) from e
         finally:
             watch.close()
