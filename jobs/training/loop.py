@@ -44,7 +44,6 @@ from jobs.training.task import (
     tensors_of,
     to_device,
 )
-from models import attention
 from models.ema import PowerEMA, local
 from pipeline.faults import one_line
 
@@ -88,7 +87,7 @@ def train(
     build = build or import_module(f"jobs.training.{recipe.trains}").build
     monitor = monitor or import_module("jobs.training.monitor").Monitor
     out = Path(out)
-    with Signals() as signals, connect(device) as world, attention.backend(recipe.compute.attention):
+    with Signals() as signals, connect(device) as world:
         torch.manual_seed(recipe.seed)
         trainer = Trainer(recipe, data, out, world, build)
         if trainer.step >= recipe.run.steps:
