@@ -33,7 +33,7 @@ from pipeline.caption.choose import best, similarity
 from pipeline.caption.text import STOP_WORDS
 from pipeline.io.store import Store
 from pipeline.layers import Layered
-from pipeline.recipe_captions import Choose
+from pipeline.recipe_choose import Choose
 from pipeline.samples import spread
 
 ROOT = Path(__file__).parent.parent

@@ -3,8 +3,9 @@
     .venv/bin/python bench/inspector.py [--clips 1000000] [--folder /tmp/clipmill-bench-inspector] [--embedding 0]
 
 Makes a run of that many clips (four captions a clip, made of Zipf-distributed words; no media), starts
-`clipmill inspect` on it, and times: until the first page of clips is there, until captions and words are read, and
-then filters, sorts, searches and histograms, none asked twice. Prints the table of bench/results/inspector.md.
+`clipmill inspect` on it, and times: until the first page of clips is there (several times), until captions and words
+are read, and then filters, sorts, searches and histograms, none asked twice. Prints the figures of
+bench/results/inspector.md.
 """
 
 from __future__ import annotations
@@ -269,6 +270,7 @@ def main() -> None:
         "--embedding", type=int, default=0, metavar="D", help="numbers of an embedding, 0: none"
     )
     parser.add_argument("--port", type=int, default=8899)
+    parser.add_argument("--starts", type=int, default=7, help="of which the best and the median are printed")
     args = parser.parse_args()
     begun = time.perf_counter()
     make(args.folder, args.clips, args.embedding)
@@ -277,28 +279,41 @@ def main() -> None:
         f"{args.clips:,} clips, {size:.2f} GB of parquet, made in {time.perf_counter() - begun:.0f} s",
         flush=True,
     )
-    for start in ("first start", "next start"):
+    found = []
+    for _ in range(args.starts):
         server = Server(args.folder, args.port)
         try:
             usable = server.wait("/api/clips?limit=60&kept=1", lambda said: len(said["rows"]) == 60)
-            busy = server.cpu()
-            memory = server.memory()[0]
-            captions = server.wait("/api/run", lambda said: said["reading"]["captions"] >= args.clips)
-            words = server.wait("/api/run", lambda said: said["reading"]["done"])
-            every = server.cpu()
-            print(
-                f"| {start}: first page of clips | {usable:.2f} s ({busy:.2f} s of a core) | {memory:.2f} GB |"
-            )
-            print(f"| … numbers of the captions | {captions:.1f} s | |")
-            now, most = server.memory()
-            print(
-                f"| … full text | {words:.1f} s ({every:.1f} s of a core) | {now:.2f} GB, {most:.2f} GB at most |"
-            )
-            sys.stdout.flush()
-            if start == "next start":
-                ask(server, args)
+            cpu, load = server.cpu(), os.getloadavg()[0]
+            run = server.wait("/api/run", lambda said: bool(said["columns"]))
+            found.append((usable, run, cpu, server.memory()[0], load))
         finally:
             server.stop()
+    print(f"first page of clips, {len(found)} starts; load of the machine beside it")
+    for name, values in zip(
+        ("s", "s, and the run", "s of a core", "GB", "load"), zip(*found, strict=True), strict=True
+    ):
+        print(
+            f"| {name} | best {min(values):.2f} | median {np.median(values):.2f} | most {max(values):.2f} |"
+        )
+    server = Server(args.folder, args.port)
+    try:
+        measures = server.wait(
+            "/api/run", lambda said: any(c["name"].startswith("score_") for c in said["columns"])
+        )
+        captions = server.wait("/api/run", lambda said: said["reading"]["captions"] >= args.clips)
+        words = server.wait("/api/run", lambda said: said["reading"]["done"])
+        every = server.cpu()
+        now, most = server.memory()
+        print(f"| measures | {measures:.1f} s |\n| numbers of the captions | {captions:.1f} s |")
+        print(
+            f"| full text | {words:.1f} s ({every:.1f} s of a core) | {now:.2f} GB, {most:.2f} GB at most |"
+        )
+        print(f"load {os.getloadavg()[0]:.1f}", flush=True)
+        ask(server, args)
+        print(f"load {os.getloadavg()[0]:.1f}")
+    finally:
+        server.stop()
 
 
 def ask(server: Server, args: argparse.Namespace) -> None:

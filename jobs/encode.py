@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jobs.training.recipe import DiffusionRecipe
     from jobs.training.system import System
+    from pipeline.io.store import Store
     from pipeline.shards.latents import Encoded, Part
     from pipeline.shards.reader import Sample, ShardReader
 
@@ -96,7 +98,7 @@ def encode(
     import numpy as np
     from torch.utils.data import DataLoader
 
-    from jobs.training.data import made_with, reader_of
+    from jobs.training.data import clips_of, made_with
     from jobs.training.distributed import device_of
     from jobs.training.system import build_system
     from models.autoencoders.latents import latent_shape
@@ -104,21 +106,22 @@ def encode(
     from pipeline.io.store import Store
     from pipeline.shards import latents
 
-    if recipe.data.cache:
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": None})})
-    reader = reader_of(recipe, run)
+    reader = clips_of(recipe, run)
     system = build_system(recipe, device_of(device))
     assert reader.shapes is not None
     positions = [int(np.prod(latent_shape(system.autoencoder, *shape))) for shape in reader.shapes]
     parts = latents.plan(reader, [4 * system.autoencoder.channels * n for n in positions], clips, copies)
     store = Store(out)
-    counts = {"clips": latents.fingerprint(reader), "clips_a_tar": clips, "copies": copies}
-    latents.begin(store, made_with(recipe) | counts)
+    counts = {"clips": reader.identity(), "clips_a_tar": clips, "copies": copies}
+    if rank == 0:
+        print(reader.table, flush=True)
+    if latents.begin(store, made_with(recipe, system.weights()) | counts):
+        print("the run's clips have changed since: what differs is encoded again", flush=True)
 
-    todo = [part for part in parts[rank::world] if not latents.is_done(store, part)]
+    todo = [part for part in parts[rank::world] if _to_do(store, part, reader)]
     work = [(part.copy, rows) for part in todo for rows in _batches(part, batch)]
-    clips_of: Any = _Clips(reader, work)
-    stream = iter(DataLoader(clips_of, batch_size=None, num_workers=workers))
+    batches: Any = _Clips(reader, work)
+    stream = iter(DataLoader(batches, batch_size=None, num_workers=workers))
     for part in todo:
         broken: list[str] = []
         start, count = time.monotonic(), -(-len(part.rows) // batch)
@@ -134,6 +137,22 @@ def encode(
     print(
         f"{counted(len(index), 'clip')} in {counted(len(parts), 'tar')}, {left_out:,} broken left out: {store.uri}"
     )
+
+
+def _to_do(store: Store, part: Part, reader: ShardReader) -> bool:
+    """It is not there, of other clips, or can have clips now that were broken."""
+    from pipeline.shards import latents
+    from pipeline.shards.reader import BrokenSample
+
+    if not latents.is_done(store, part):
+        return True
+    broken = set(latents.broken_in(store, part))
+    for row in part.rows.tolist() if broken else ():
+        if reader.keys[row].as_py() in broken:
+            with contextlib.suppress(BrokenSample):
+                reader.read(row)
+                return True
+    return False
 
 
 def _batches(part: Part, size: int) -> list[Any]:

@@ -22,13 +22,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
-from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.faults import StoreError
-from pipeline.io.store import Store, below
+from pipeline.io.store import Store, below, folder_name
 from pipeline.recipe_schema import RecipeError, nearest
 from pipeline.tables import CAPTION, CLIP_SCHEMA
 
@@ -56,7 +55,7 @@ class Layer:
 
     @property
     def folder(self) -> str:
-        return f"layers/{quote(self.name, safe=' ,=@+~')}"
+        return f"layers/{folder_name(self.name)}"
 
     @property
     def captions(self) -> bool:
@@ -282,7 +281,13 @@ class Layered:
             table = _put(table, "captions", table["captions"].cast(CAPTIONS.type))
         for layer, some in over:
             path = f"{layer.folder}/{unit_of(name)}.parquet"
-            table = _joined(table, self.store.read_table(path, ["clip_id", *some]), some)
+            try:
+                rows = self.store.read_table(path, ["clip_id", *some])
+            except StoreError as e:
+                if self.store.exists(f"{layer.folder}/layer.json"):
+                    raise
+                raise StoreError(f"layer {layer.name!r} was removed meanwhile; run it again") from e
+            table = _joined(table, rows, some)
         for column in wanted:
             if column not in table.column_names:
                 kind = schema.field(column).type if column in schema.names else pa.null()

@@ -1,7 +1,8 @@
 """A recipe: every number and model of a run, in one YAML file, checked before any work starts.
 
-One class a stage, in the order the data flows (captioners in recipe_captions.py); recipe_file.py reads the files, and
-`clipmill recipe explain` prints what is described here. `load` reads a bundled recipe by name or a file, applies
+One class a stage, in the order the data flows (captioners in recipe_captions.py, judges and the choice in
+recipe_choose.py); recipe_file.py reads the files, and `clipmill recipe explain` prints what is described here. `load`
+reads a bundled recipe by name or a file, applies
 `--set a.b=value` overrides, and returns a frozen `Recipe`. What changes the measured data (`Recipe.measured`) is
 covered by `measure_key`: an output folder belongs to one such key.
 """
@@ -18,7 +19,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline import recipe_file
-from pipeline.recipe_captions import Captioner, Choose
+from pipeline.recipe_captions import Captioner
+from pipeline.recipe_choose import Choose
 from pipeline.recipe_file import load_as, parse_as
 from pipeline.recipe_schema import CODE, MAYBE_PATH, PATH, RecipeError, Section, nearest
 

@@ -326,12 +326,23 @@ def put(kind: type[BaseModel], data: dict[str, Any], keys: list[str], value: Any
             raise RecipeError(f"--set {item}: {keys[0]!r} lies below a plain value")
         keys = keys[n:]
         if not keys:
+            if isinstance(node, dict):
+                value = _with_what_stays(below(annotation, node, key).annotation, node.get(key), value)
             node[key] = value
             return
         place = below(annotation, node, key)
         if isinstance(node, dict) and node.get(key) is None:
             node[key] = {}
         node, annotation = node[key], place.annotation
+
+
+def _with_what_stays(annotation: Any, before: Any, value: Any) -> Any:
+    """A section that is set as a whole, with the options that it has until they are set themselves."""
+    section = section_of(annotation, value)
+    stays = getattr(section, "STAYS", ())
+    if not (isinstance(before, dict) and isinstance(value, dict)):
+        return value
+    return {k: before[k] for k in stays if k in before} | value
 
 
 def _length(annotation: Any, node: dict[str, Any], keys: list[str], value: Any) -> int:

@@ -42,9 +42,12 @@ from jobs.training.task import (
     Task,
     part_weights,
     seed_torch,
+    tensors_of,
+    to_device,
 )
 from models import attention
 from models.ema import PowerEMA, local
+from pipeline.faults import one_line
 
 Build = Callable[[TrainRecipe, Start], tuple[Task, Loader]]
 
@@ -96,6 +99,13 @@ def train(
             return trainer.run(watch, signals)
         except torch.OutOfMemoryError as e:
             raise TrainError(trainer.out_of_memory()) from e
+        except RuntimeError as e:  # torch raises it wherever the main thread is just then
+            if "DataLoader worker" not in str(e):
+                raise
+            raise TrainError(
+                f"a process that decodes was ended from outside ({one_line(e)}): if memory ran out, set data.workers "
+                f"below {recipe.data.workers}; the same command goes on from the last checkpoint"
+            ) from e
         finally:
             watch.close()
 
@@ -188,7 +198,7 @@ class Trainer:
 
     def _examples(self) -> Iterator[Batch]:
         for batch in self.loader.examples():
-            self.batch = self._to_device(batch)
+            self.batch = to_device(batch, self.world.device)
             yield self.batch
 
     # ------------------------------------------------------------ the loop
@@ -199,10 +209,11 @@ class Trainer:
         self.saver = checkpoint.Saver(self.out, run.keep, self.world)
         if self.folder:
             watch.resume(self.step)
-        watch.plan(self.plan.text)
+        announced = "\n".join(filter(None, (self.loader.table(), self.plan.text)))
+        watch.plan(announced)
         if self.world.rank == 0:
             since = f"from step {self.step} " if self.step else ""
-            print(f"{self.recipe.name}: {since}to {run.steps}\n{self.plan.text}", file=sys.stderr, flush=True)
+            print(f"{self.recipe.name}: {since}to {run.steps}\n{announced}", file=sys.stderr, flush=True)
         figures: dict[str, float] = {}
         saved = self.step if self.folder else 0
         self.metrics.read(self.world, {}, 1)
@@ -265,16 +276,10 @@ class Trainer:
         if batch is None:
             raise TrainError("the loader has ended, though it must go on epoch after epoch")
         waited = time.perf_counter() - start
-        batch = self._to_device(batch)
+        batch = to_device(batch, self.world.device)
         tokens, skipped = self.task.tokens(batch), len(batch.get("skipped", ()))
         self.metrics.batch(tokens, self.plan.flops(batch, tokens), len(batch["key"]), skipped, waited)
         return batch
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {
-            k: v.to(self.world.device, non_blocking=True) if isinstance(v, Tensor) else v
-            for k, v in batch.items()
-        }
 
     def take_step(self, batches: list[Batch], counts: dict[str, float]) -> None:
         """Every phase once, on the same micro-batches.
@@ -391,7 +396,7 @@ class Trainer:
             return self.task.evaluate(module, self.step)
 
     def out_of_memory(self) -> str:
-        shapes = {k: "×".join(map(str, v.shape)) for k, v in self.batch.items() if isinstance(v, Tensor)}
+        shapes = {k: "×".join(map(str, v.shape)) for k, v in tensors_of(self.batch).items()}
         tokens = self.task.tokens(self.batch) if self.batch else 0
         fixes = [f"data.tokens {tokens // 2}", f"data.batch {max(len(self.batch.get('key', ())) // 2, 1)}"]
         if self.recipe.data.batch is None:

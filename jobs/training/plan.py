@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jobs.training.distributed import World
 from jobs.training.recipe import TrainRecipe
-from jobs.training.task import Batch, Draws, Phase, Task
+from jobs.training.task import Batch, Draws, Phase, Task, tensors_of
 from models.flops import Peak, cost, peak
 
 MOMENTS = 2  # that Adam keeps of a parameter
@@ -38,7 +38,7 @@ class Plan:
 
 
 def shapes(batch: Batch) -> Shapes:
-    return tuple((name, tuple(x.shape)) for name, x in sorted(batch.items()) if isinstance(x, Tensor))
+    return tuple((name, tuple(x.shape)) for name, x in sorted(tensors_of(batch).items()))
 
 
 def autocast(recipe: TrainRecipe, device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -53,6 +53,10 @@ class Data(Section):
 class DiffusionData(Data):
     """What a diffusion model sees of the clips."""
 
+    pack: bool = Field(
+        False,
+        description="clips and pictures of all buckets share a micro-batch of `tokens`, as one sequence",
+    )
     images: int = Field(0, ge=0, description="independent images beside each clip (Ho et al. 2022: 4 to 8)")
     stills: int = Field(0, ge=0, description="micro-batches of single frames before the first of clips")
     cache: str | None = Field(
@@ -60,6 +64,15 @@ class DiffusionData(Data):
         description="folder of `clipmill encode`: latents and text, no decoding",
         json_schema_extra=PATH,
     )
+
+    @model_validator(mode="after")
+    def _packed(self) -> DiffusionData:
+        for name in ("batch", "images"):
+            if self.pack and getattr(self, name):
+                raise ValueError(
+                    f"{name}: packed micro-batches hold what `tokens` do: leave it out, or set pack to false"
+                )
+        return self
 
 
 class Autoencoder(Section):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,42 @@ from models.autoencoders.latents import Autoencoder, BlockDCT, Normalizer, Poste
 from models.diffusion.condition import Condition
 from models.diffusion.generate import Draw, drawer
 from models.diffusion.noise import Cosine, Flow, Linear, Schedule
-from models.diffusion.objective import MinSNR, Process, Uncertainty, Weighting, prediction_error, uniform
+from models.diffusion.objective import (
+    MinSNR,
+    Process,
+    Uncertainty,
+    Weighting,
+    error_of,
+    noisy_input,
+    uniform,
+)
 from models.diffusion.samplers import SAMPLERS
 from models.encoders.text import PretrainedText, WordText
+from models.measures.features import weights_hash
+from pipeline.shards.buckets import Shape
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the network is asked of B clips of one shape while it trains.
+
+    x, noise: [B, C, T, h, w]; t: [B] in 0…1. texts: captions that the network's own encoder reads, or None.
+    dropped: bool [B], rows that are trained on without their text.
+    """
+
+    x: Tensor
+    t: Tensor
+    noise: Tensor
+    condition: Condition
+    texts: list[str] | None
+    dropped: Tensor
+
+
+class Answer(NamedTuple):
+    """Of each clip, [B]: what is minimised, and the plain error, detached."""
+
+    loss: Tensor
+    error: Tensor
 
 
 class Network(nn.Module):
@@ -57,30 +91,29 @@ class Network(nn.Module):
         assert self.text is not None
         return self.text(texts)
 
-    def losses(self, *parts: tuple[Any, ...]) -> list[tuple[Tensor, Tensor]]:
-        """`loss` of each part, such as clips and the images beside them."""
-        return [self.loss(*part) for part in parts]
+    def losses(self, questions: Sequence[Question], packed: bool = False) -> list[Answer]:
+        """The loss of each question's samples; `packed`: all of them in one sequence, which changes no number."""
+        conditions = [self._condition(q) for q in questions]
+        latents = [noisy_input(self.process, q.x, q.t, q.noise) for q in questions]
+        levels = [self.process.level(q.t) for q in questions]
+        if packed:
+            packing: Any = self.denoiser
+            predicted = packing.packed(latents, levels, conditions)
+        else:
+            predicted = [self.denoiser(*asked) for asked in zip(latents, levels, conditions, strict=True)]
+        answers = []
+        for q, condition, p in zip(questions, conditions, predicted, strict=True):
+            error = error_of(p, self.process, q.x, q.t, q.noise, condition)
+            answers.append(Answer(self.weighting(error, self.process, q.t), error.detach()))
+        return answers
 
-    def loss(
-        self,
-        x: Tensor,
-        t: Tensor,
-        noise: Tensor,
-        condition: Condition,
-        texts: list[str] | None,
-        dropped: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Weighted and plain loss of each sample, [B] both; texts are read here where they are given.
-
-        Args:
-            dropped: bool [B], rows that are trained on without their text.
-        """
-        if texts is not None:
-            features, mask = self.read(texts)
+    def _condition(self, question: Question) -> Condition:
+        """With the text that is read here, and without that of dropped captions."""
+        condition = question.condition
+        if question.texts is not None:
+            features, mask = self.read(question.texts)
             condition = replace(condition, text=features, text_mask=mask)
-        condition = condition.without_text(dropped)
-        error = prediction_error(self.denoiser, self.process, x, t, noise, condition)
-        return self.weighting(error, self.process, t), error.detach()
+        return condition.without_text(question.dropped)
 
 
 @dataclass
@@ -96,6 +129,7 @@ class System:
     text: PretrainedText | None
     network: Network
     device: torch.device
+    trained: list[Shape] = field(default_factory=list)  # buckets that clips fill
 
     @property
     def process(self) -> Process:
@@ -169,7 +203,9 @@ class System:
     @property
     def bucket(self) -> Bucket:
         """The longest that it was trained on: what is sampled."""
-        return max(self.recipe.data.buckets, key=lambda b: b.frames)
+        every = self.recipe.data.buckets
+        filled = [b for b in every if (b.frames, b.height, b.width) in self.trained]
+        return max(filled or every, key=lambda b: b.frames)
 
     def shape(self, count: int, frames: int | None = None) -> tuple[int, int, int, int, int]:
         """[B, C, T, h, w] of so many videos of `bucket`; `frames`: of pixels, in place of its own."""
@@ -181,11 +217,17 @@ class System:
         """[B, 3, T, H, W] in −1…1 → normalised latents [B, C, T, h, w], without drawing."""
         return self.normalizer(self.encode(video).mean)
 
+    def weights(self) -> dict[str, str]:
+        """Hashes of the frozen encoders' weights, by whose latents and features a network is trained."""
+        frozen = {"autoencoder": self.autoencoder, "text": self.text}
+        return {f"{name}_weights": weights_hash(m) for name, m in frozen.items() if isinstance(m, nn.Module)}
+
     def state(self) -> dict[str, Any]:
         """What `load_system` needs beside the network's weights; plain values."""
         return {
             "trains": "diffusion",
             "recipe": self.recipe.model_dump(mode="json"),
+            "trained": [list(shape) for shape in self.trained],
             "normalizer": {"mean": self.normalizer.mean.tolist(), "std": self.normalizer.std.tolist()},
         }
 
@@ -294,7 +336,9 @@ def build_system(
 
 def load_system(state: dict[str, Any], device: torch.device) -> System:
     """The system of a checkpoint's `state`; its network's weights are for the caller to load."""
-    return build_system(DiffusionRecipe.model_validate(state["recipe"]), device, normalizer_of(state))
+    system = build_system(DiffusionRecipe.model_validate(state["recipe"]), device, normalizer_of(state))
+    system.trained = [(t, h, w) for t, h, w in state.get("trained", [])]
+    return system
 
 
 def normalizer_of(state: dict[str, Any]) -> Normalizer:

@@ -24,6 +24,26 @@ from jobs.training.recipe import Optimizer
 
 Batch = dict[str, Any]
 
+PARTS = "parts"  # of a batch whose samples have several shapes: batches of one shape each
+
+
+def parts_of(batch: Batch) -> list[Batch]:
+    """Batches of one shape each, in the order of the batch's samples."""
+    return batch.get(PARTS, [batch])
+
+
+def tensors_of(batch: Batch) -> dict[str, Tensor]:
+    """Every tensor of a batch, by name; of parts with their number."""
+    found = {name: x for name, x in batch.items() if isinstance(x, Tensor)}
+    for i, part in enumerate(batch.get(PARTS, ())):
+        found |= {f"{name} {i + 1}": x for name, x in tensors_of(part).items()}
+    return found
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return moved | {PARTS: [to_device(part, device) for part in batch[PARTS]]} if PARTS in batch else moved
+
 
 class Summed(NamedTuple):
     """Something to log: its mean over parts is sum ÷ parts, over all ranks and micro-batches."""
@@ -119,6 +139,10 @@ class Loader(Protocol):
 
     def examples(self) -> Iterable[Batch]:
         """A micro-batch of each shape, the same on every rank; they are not taken from the list."""
+        ...
+
+    def table(self) -> str:
+        """Lines that say what of the data is trained on, and how."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...

@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 from pipeline.caption.client import Client, Json
 from pipeline.faults import ClipFault
-from pipeline.io.store import Store
+from pipeline.io.store import Store, folder_name
 from pipeline.recipe_captions import ServedModel
 from pipeline.watch import progress
 
@@ -57,7 +56,7 @@ class Server:
     def __init__(self, options: ServedModel, store: Store | None, client: Client | None = None):
         self.options, self.store = options, store
         self.client = client or Client(options)
-        self.folder = f"{FOLDER}/{_safe(options.model)}"
+        self.folder = f"{FOLDER}/{folder_name(options.model)}"
         self._pool = ThreadPoolExecutor(options.concurrency)
 
     def body(self, content: list[Json] | str, **more: Any) -> Json:
@@ -199,9 +198,3 @@ def _without_media(value: Any) -> Any:
     if isinstance(value, str) and value.startswith("data:") and ";base64," in value[:64]:
         return f"{value.partition(',')[0]}, sha256 {hashlib.sha256(value.encode()).hexdigest()}"
     return value
-
-
-def _safe(name: str) -> str:
-    """A model's name as that of a folder; none that is hidden or leads upwards."""
-    found = quote(name, safe=" ,=@+~")
-    return f"%2E{found[1:]}" if found.startswith(".") else found

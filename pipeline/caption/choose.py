@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline.caption.hygiene import FLAGS
 from pipeline.caption.text import words
-from pipeline.recipe_captions import Choose
+from pipeline.recipe_choose import Choose
 from pipeline.recipe_schema import RecipeError, nearest
 from pipeline.record import Caption, Video
 from pipeline.stages import Produces, Resources, each

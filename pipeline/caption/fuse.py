@@ -9,7 +9,8 @@ from itertools import takewhile
 from pipeline.caption import prompts
 from pipeline.caption.served import Asking
 from pipeline.faults import ClipFault
-from pipeline.recipe_captions import Choose, FuseCaptioner
+from pipeline.recipe_captions import FuseCaptioner
+from pipeline.recipe_choose import Choose
 from pipeline.record import Caption, Clip, Video
 
 

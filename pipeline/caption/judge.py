@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, SupportsFloat
 
-from pipeline import own_code, recipe_captions
+from pipeline import own_code, recipe_choose
 from pipeline.caption.choose import put
 from pipeline.faults import ClipFault, OutOfTime, StoreError, WorkerFault, kind_of
 from pipeline.io.store import Store
@@ -93,7 +93,7 @@ class Judge:
 class JudgeStage:
     """Has one judge score every caption; called again, it replaces what it wrote."""
 
-    def __init__(self, section: recipe_captions.Judge, out: Store | str | None = None):
+    def __init__(self, section: recipe_choose.Judge, out: Store | str | None = None):
         judge = build(section)
         self.section, self.score, self.batch = section, judge.name, judge.batch
         self.store = Store.of(out) if out else None
@@ -104,7 +104,7 @@ class JudgeStage:
     def setup(self) -> None:
         self.judge = build(self.section)  # not in __init__: a class from a file cannot go to a worker
         self.judge.resources, self.judge.store = self.resources, self.store
-        if isinstance(self.section, recipe_captions.PythonJudge):
+        if isinstance(self.section, recipe_choose.PythonJudge):
             own_code.set_up(self.judge, f"judge {self.section.judge!r}")
         else:
             self.judge.setup()
@@ -185,7 +185,7 @@ BUILT_IN = {
 }
 
 
-def judge_stages(judges: Sequence[recipe_captions.Judge], out: Store | str | None = None) -> list[JudgeStage]:
+def judge_stages(judges: Sequence[recipe_choose.Judge], out: Store | str | None = None) -> list[JudgeStage]:
     """A stage a judge, in the recipe's order. Raises RecipeError when two have one name."""
     stages = [JudgeStage(section, out) for section in judges]
     names = [stage.score for stage in stages]
@@ -195,9 +195,9 @@ def judge_stages(judges: Sequence[recipe_captions.Judge], out: Store | str | Non
     return stages
 
 
-def build(section: recipe_captions.Judge) -> Judge:
+def build(section: recipe_choose.Judge) -> Judge:
     """The judge of a recipe's section, not yet set up. Raises RecipeError when there is no such class."""
-    if not isinstance(section, recipe_captions.PythonJudge):
+    if not isinstance(section, recipe_choose.PythonJudge):
         made: Judge = own_code.load_class(BUILT_IN[section.kind], "judge")(section)
         return made
     return own_code.built(section.judge, "judge", Judge, section.options)

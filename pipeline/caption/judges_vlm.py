@@ -10,7 +10,7 @@ from pipeline.caption import prompts
 from pipeline.caption import transformers as vlm
 from pipeline.caption.judge import Judge, Judged, Told, Verdict
 from pipeline.caption.text import sentences
-from pipeline.recipe_captions import YesJudge
+from pipeline.recipe_choose import YesJudge
 
 if TYPE_CHECKING:
     from models.curation.vlm.model import Look

@@ -21,7 +21,8 @@ from pipeline.caption.judge import Judge, Judged, Told, Verdict
 from pipeline.caption.text import sentences
 from pipeline.faults import ClipFault, Fault, StoreError, WorkerFault
 from pipeline.io.store import Ranges
-from pipeline.recipe_captions import ServedCaptioner, ServedModel, ServedYesJudge
+from pipeline.recipe_captions import ServedCaptioner, ServedModel
+from pipeline.recipe_choose import ServedYesJudge
 from pipeline.recipe_schema import RecipeError
 from pipeline.record import Caption, Clip, Video
 from pipeline.samples import samples, spread

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipeline.caption.choose import check_names
 from pipeline.recipe import Recipe, RecipeError, Rule, nearest
-from pipeline.recipe_captions import Choose
+from pipeline.recipe_choose import Choose
 
 CHOSEN = "caption."  # prefix of a rule's column: a score of the chosen caption
 META = "meta."  # prefix of a rule's column: a column of the list that a source came from

@@ -42,7 +42,7 @@ from pipeline.decide.duplicates import near_duplicates
 from pipeline.io.store import Store
 from pipeline.layers import Layered
 from pipeline.recipe import Decide, Duplicates, Recipe, Rule
-from pipeline.recipe_captions import Choose
+from pipeline.recipe_choose import Choose
 from pipeline.tables import DECISION_SCHEMA
 
 log = logging.getLogger("clipmill")

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from pipeline.caption.choose import best
 from pipeline.decide.rules import CHOSEN
 from pipeline.inspector.nested import Marks, Names, by_key, flat
-from pipeline.recipe_captions import Choose
+from pipeline.recipe_choose import Choose
 
 CONSENSUS, FIT = "consensus", "visual_fit"
 HUMAN = "human"  # a score: the share of people who would have this caption (pipeline.inspector.choices)

@@ -30,7 +30,7 @@ from pipeline.inspector.nested import Marks, Names, flat, whole
 from pipeline.io.store import Store
 from pipeline.layers import Layered, open_run, unit_of
 from pipeline.recipe import Rule
-from pipeline.recipe_captions import Choose
+from pipeline.recipe_choose import Choose
 from pipeline.tables import DECISION_SCHEMA
 
 PLACE = ("media_tar", "media_offset", "media_size", "stills_offset", "stills_sizes")

@@ -224,7 +224,7 @@ class Query:
         if values is None:
             order = np.random.default_rng(int(seed or 0)).permutation(len(self.index)).astype(np.int32)
         else:
-            order = np.argsort(-values if sort.startswith("-") else values, kind="stable").astype(np.int32)
+            order = ascending(-values if sort.startswith("-") else values)
         self._keep(self._orders, key, order, KEPT_ORDERS)
         return order
 
@@ -279,6 +279,19 @@ class Query:
             "buckets": index.buckets.counts(mask("bucket")),
             "kept": {"1": int(kept[2]), "0": int(kept[1]), "undecided": int(kept[0])},
         }
+
+
+def ascending(values: np.ndarray) -> np.ndarray:
+    """float32 [n] → int32 [n]: np.argsort(values, kind="stable"), NaN last, in a third of the time.
+
+    Numbers as whole ones of the same order, sorted by their lower and then by their upper half: of 16 bits numpy sorts
+    by radix.
+    """
+    x = np.where(np.isnan(values), np.float32(np.nan), values + np.float32(0))  # one NaN, and no −0
+    bits = x.view(np.uint32)
+    bits ^= np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))
+    by_low = np.argsort(bits.astype(np.uint16), kind="stable")
+    return by_low[np.argsort((bits >> 16).astype(np.uint16)[by_low], kind="stable")].astype(np.int32)
 
 
 def _edges(values: np.ndarray, bins: int) -> np.ndarray:

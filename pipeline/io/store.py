@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -34,6 +35,18 @@ def below(address: str, name: str) -> str:
     """The address of a folder inside another; options behind '?' stay behind."""
     base, mark, options = address.partition("?") if "://" in address else (address, "", "")
     return f"{base.rstrip('/')}/{name}{mark}{options}"
+
+
+def folder_name(name: str) -> str:
+    """Any text as the name of one folder: none that is hidden or leads upwards, at most 240 letters of ASCII."""
+    found = quote(name, safe=" ,=@+~")
+    if found.startswith("."):
+        found = f"%2E{found[1:]}"
+    if len(found) > 240:  # a file system takes 255
+        cut = found[:220]
+        cut = cut[: cut.rindex("%")] if "%" in cut[-2:] else cut
+        found = f"{cut}~{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return found
 
 
 class Store:

@@ -22,7 +22,7 @@ from pipeline.decide.columns import check_choice
 from pipeline.decide.rules import META
 from pipeline.faults import StoreError
 from pipeline.layers import Layered, read_ahead, unit_of
-from pipeline.recipe_captions import Choose
+from pipeline.recipe_choose import Choose
 from pipeline.recipe_schema import RecipeError, nearest
 
 SAMPLE = 10_000  # clips

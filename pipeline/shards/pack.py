@@ -157,6 +157,7 @@ def _samples(
                         clip["width"], clip["height"], sar, clip["duration_s"], recipe.shards.lengths_s
                     ),
                     "json_size": len(text),
+                    "captions_hash": hashlib.blake2b(candidates(about), digest_size=16).hexdigest(),
                     "tail_at": tails.tell(),
                     "tail_size": len(tail),
                     "tail_hash": hashlib.blake2b(tail, digest_size=16).hexdigest(),
@@ -179,6 +180,7 @@ _FACTS = pa.schema(
     [
         ("bucket", pa.string()),
         ("json_size", pa.int64()),
+        ("captions_hash", pa.string()),
         ("tail_at", pa.int64()),
         ("tail_size", pa.int64()),
         ("tail_hash", pa.string()),
@@ -238,6 +240,12 @@ def _build(run: Store, store: Store, index: pa.Table, tails: IO[bytes]) -> None:
     if store.exists("shards.partial/.plan"):
         store.delete("shards.partial/.plan")
     store.replace_folder("shards.partial", "shards", last="index.parquet")
+
+
+def candidates(about: dict[str, Any]) -> bytes:
+    """What training may draw a caption from."""
+    said = [[c[n] for n in ("model", "text", "raw", "scores")] for c in about["captions"]]
+    return json.dumps([said, about["scores"]]).encode()
 
 
 def _plan_of(store: Store, folder: str) -> str:

@@ -25,6 +25,7 @@ Randomness (which window of time, which caption) comes from (seed, epoch, clip) 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tarfile
@@ -37,7 +38,7 @@ import pyarrow.compute as pc
 
 from pipeline.faults import StoreError
 from pipeline.io.store import Ranges, Store
-from pipeline.shards.buckets import Shape, deal, fit, whole_batches
+from pipeline.shards.buckets import Shape, deal, fit, table, whole_batches
 from pipeline.shards.pixels import BrokenSample, decode
 
 try:
@@ -157,15 +158,22 @@ class ShardReader(IterableDataset):
         self.captions, self.batch_size, self.by_bucket, self.decode = captions, batch_size, by_bucket, decode
         self.seed, self.rank, self.world, self.last, self.shuffle = seed, rank, world, last, shuffle
         self.layout = layout
-        index = read_index(folder)
-        if where is not None:
-            index = index.filter(where)
+        self.where = where
+        index = self._index()
+        self.fitted = fit(index, shapes, fps) if shapes else None
+        self.table = ""  # of the buckets, for a person
+        if self.fitted is not None:
+            seconds = "duration_s" in index.column_names and index["duration_s"].fill_null(0.0).to_numpy()
+            self.table = table(
+                self.fitted, shapes or (), len(index), fps, None if seconds is False else seconds
+            )
+            index = index.take(pa.array(self.fitted.rows))
         self.keys = index["clip_id"].combine_chunks()
         self.tars = index["tar"].combine_chunks().dictionary_encode()
         self.bucket = np.zeros(len(index), np.int32)
         self.shapes = shapes
-        if shapes:
-            self.bucket = fit(index, shapes, fps)
+        if self.fitted is not None:
+            self.bucket = self.fitted.bucket
         elif by_bucket:
             self.bucket = index["bucket"].combine_chunks().dictionary_encode().indices.to_numpy()
         span = ("offset", "size", "json_offset", "json_size")
@@ -180,6 +188,26 @@ class ShardReader(IterableDataset):
                 f"{folder}: {len(index)} samples are not one batch of {batch_size} for each of {world} ranks; "
                 f"use last='wrap', a smaller batch_size, or keep more clips"
             )
+
+    def _index(self) -> pa.Table:
+        index = read_index(self.folder)
+        return index if self.where is None else index.filter(self.where)
+
+    def contents(self) -> pa.Table:
+        """What training sees of each sample, by row, without reading it: its id, the hash of its bytes, its captions.
+
+        Of shards without hashes, where the bytes lie; without captions, nothing is said of them.
+        """
+        index = self._index()
+        if self.fitted is not None:
+            index = index.take(pa.array(self.fitted.rows))
+        media = ["media_sha256"] if "media_sha256" in index.column_names else ["tar", "offset", "size"]
+        captions = "caption" if self.captions == "chosen" else "captions_hash"
+        return index.select([n for n in ("clip_id", *media, captions) if n in index.column_names])
+
+    def identity(self) -> str:
+        """A hash of `contents` and of the buckets: of another folder, other bytes, other captions it is another."""
+        return digest(self.contents(), self.bucket)
 
     # ------------------------------------------------------------ the order
 
@@ -399,6 +427,17 @@ def stack(samples: list[Sample]) -> dict[str, Any]:
     if len({getattr(v, "shape", None) for v in batch["video"]} - {None}) == 1:
         batch["video"] = torch.from_numpy(np.stack(batch["video"]))
     return batch
+
+
+def digest(rows: pa.Table, *more: np.ndarray) -> str:
+    """A hash of a table's values, and of arrays, in their order."""
+    found = hashlib.blake2b(digest_size=16)
+    for name in rows.column_names:
+        for chunk in rows[name].cast(pa.large_string()).chunks:
+            found.update("\0".join(["", *(v or "" for v in chunk.to_pylist())]).encode())
+    for array in more:
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
 
 
 def json_of(told: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from jobs import captions
 from pipeline import layers
 from pipeline.caption.choose import best, similarity
 from pipeline.io.store import Store
-from pipeline.recipe_captions import Choose
+from pipeline.recipe_choose import Choose
 from pipeline.report.captioners import Mean
 from tests.fixtures.run_folder import CAPTIONERS, make_run_folder
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -14,13 +15,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from jobs import encode as job
 from jobs import shard
 from jobs.training.diffusion import build, images_of
 from jobs.training.recipe import DiffusionRecipe
 from jobs.training.task import Draws
+from models.autoencoders import vae
 from models.autoencoders.latents import BlockDCT, Posterior
+from pipeline.faults import StoreError
 from pipeline.shards import latents
 from pipeline.shards.reader import ShardReader, read_index
 from tests.fixtures.run_folder import flip, make_run_folder
@@ -133,6 +137,70 @@ def test_a_broken_clip_is_left_out_and_told(run, tmp_path):
     assert len(kept) == 16
     assert row["clip_id"] not in kept
     assert latents.statistics(str(tmp_path / "cache"))["broken"] == [row["clip_id"]]
+
+
+def test_a_repaired_clip_is_encoded_and_nothing_else_again(run, cache, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    row = read_index(f"{run}/shards").to_pylist()[3]
+    with open(tmp_path / "run/shards" / row["tar"], "r+b") as f:
+        f.seek(row["offset"])
+        f.write(bytes(row["size"]))
+    out = tmp_path / "cache"
+    job.encode(str(tmp_path / "run"), recipe(), str(out), clips=3, batch=2)
+    assert len(read_index(str(out))) == 16
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*/*.parquet")}
+    shutil.copytree(run, tmp_path / "run", dirs_exist_ok=True)
+    job.encode(str(tmp_path / "run"), recipe(), str(out), clips=3, batch=2)
+    assert digest(out) == digest(cache)
+    assert sum(p.stat().st_mtime_ns != t for p, t in before.items()) == 1
+
+
+def test_other_clips_or_captions_are_refused_by_training_and_encoded_anew(run, tmp_path):
+    folder, out = tmp_path / "run", tmp_path / "cache"
+    shutil.copytree(run, folder)
+    job.encode(str(folder), recipe(), str(out), clips=3)
+    cached = recipe(data={"cache": str(out)})
+    build(cached, start(str(folder)))
+    lengths = sorted(set(read_index(f"{folder}/shards")["duration_s"].to_pylist()))
+    assert (
+        shard.main([str(folder), "--set", f"decide.rules.short={{column: duration_s, min: {lengths[1]}}}"])
+        == 0
+    )
+    with pytest.raises(ValueError, match="was made of other clips than"):
+        build(cached, start(str(folder)))
+    with pytest.raises(StoreError, match="folder of shards"):
+        build(cached, start(str(tmp_path / "nowhere")))
+    job.encode(str(folder), recipe(), str(out), clips=3)
+    build(cached, start(str(folder)))
+    assert sorted(read_index(str(out))["clip_id"].to_pylist()) == sorted(
+        read_index(f"{folder}/shards")["clip_id"].to_pylist()
+    )
+
+
+def test_an_autoencoder_of_other_weights_at_the_same_path_is_refused(run, tmp_path, capsys):
+    options = {"stride": [1, 4, 4], "width": 8, "multipliers": [1, 2, 2], "depth": 1, "channels": 4}
+
+    def save(seed):
+        torch.manual_seed(seed)
+        folder = tmp_path / "vae"
+        folder.mkdir(exist_ok=True)
+        weights = {f"vae/{name}": x for name, x in vae.build(**options).state_dict().items()}
+        save_file(weights, folder / "model.safetensors", {"step": "1"})
+        (folder / "model.json").write_text(json.dumps({"recipe": {}}))
+        torch.save({"vae": options}, folder / "model.pt")
+
+    save(0)
+    wanted = recipe(autoencoder={"kind": "vae", "path": str(tmp_path / "vae")}, data={"tokens": 1000})
+    job.encode(run, wanted, str(tmp_path / "cache"))
+    cached = wanted.model_copy(
+        update={"data": wanted.data.model_copy(update={"cache": str(tmp_path / "cache")})}
+    )
+    build(cached, start(run))
+    save(1)
+    with pytest.raises(ValueError, match="made with autoencoder_weights"):
+        build(cached, start(run))
+    with pytest.raises(StoreError, match="a cache whose autoencoder_weights was"):
+        job.encode(run, wanted, str(tmp_path / "cache"))
 
 
 # ------------------------------------------------------------ training from it

@@ -245,6 +245,29 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def test_a_process_that_decodes_is_killed_and_training_ends_with_a_sentence(data, tmp_path):
+    arguments = command(
+        data, tmp_path, "--steps", "100000", "--set", "data.workers=2", "--set", "run.log_every=1"
+    )
+    metrics = tmp_path / "metrics.jsonl"
+    with subprocess.Popen(
+        [sys.executable, "-m", "jobs.train", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        workers = [
+            int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ]
+        assert len(workers) == 2
+        os.kill(workers[0], signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "a process that decodes was ended from outside" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
 TWO = ["--steps", "2", "--set", "data.micro_batches=2"]
 
 

@@ -108,3 +108,13 @@ def test_where_a_file_is_no_yaml_is_said_by_line_and_column(tmp_path):
         with pytest.raises(recipe.RecipeError, match="not valid YAML") as e:
             recipe.load(str(tmp_path / "r.yaml"))
         assert "<unicode string>" not in str(e.value)
+
+
+def test_another_choice_keeps_the_judges_unless_it_names_others():
+    judges = recipe.load("embedded", []).choose.judges
+    assert judges
+    assert recipe.load("embedded", ["choose={method: consensus}"]).choose.judges == judges
+    assert recipe.load("embedded", ["choose={method: consensus}"]).choose.method == "consensus"
+    assert not recipe.load("embedded", ["choose.judges=[]", "choose={method: consensus}"]).choose.judges
+    assert not recipe.load("embedded", ["choose={judges: [], method: consensus}"]).choose.judges
+    assert recipe.load("embedded", ["choose={method: order, order: [a]}"]).choose.weights == {}

@@ -1,7 +1,7 @@
 """Words as the caption metrics count them: lower case, without punctuation, in the manner of the Penn Treebank.
 
-COCO's evaluation hands every caption to Stanford's PTBTokenizer, a Java program, before it scores it; this gives the same
-words for plain English sentences without Java. Brackets are left out here; there they stay, as -lrb- and -rrb-.
+COCO's evaluation hands every caption to Stanford's PTBTokenizer, a Java program, before it scores it; this gives the
+same words for plain English sentences without Java. Brackets are left out here; there they stay, as -lrb- and -rrb-.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ export function Player({ clip, run = "", autoplay = false }) {
           <button onClick=${toggle} aria-label=${playing ? "Pause" : "Play"}>${playing ? "❚❚" : "►"}</button>
           <button onClick=${() => step(-1)} aria-label="A frame back" title="A frame back  ,">◂</button>
           <button onClick=${() => step(1)} aria-label="A frame on" title="A frame on  .">▸</button>
-          <span class="clock">${now.toFixed(2)}<span class="hide-narrow"> / ${length.toFixed(2)}</span> s · frame <b data-frame>${frame}</b> / ${frames - 1}</span>
+          <span class="clock">${now.toFixed(2)}<span class="hide-narrow"> / ${length.toFixed(2)}</span> s · frame <b data-frame>${frame}</b><span class="hide-narrow"> / ${frames - 1}</span></span>
           <select class="push" aria-label="Speed" value=${String(speed)} onChange=${(event) => setSpeed(Number(event.target.value))}>
             ${SPEEDS.map((s) => html`<option value=${String(s)}>${s}×</option>`)}
           </select>

@@ -17,7 +17,7 @@ from jobs.training.distributed import World
 from jobs.training.recipe import DiffusionRecipe
 from models.autoencoders.latents import BlockDCT
 from pipeline.faults import StoreError
-from pipeline.shards.buckets import fit
+from pipeline.shards.buckets import fit, table
 from pipeline.shards.reader import ShardReader, read_index
 from tests.fixtures.run_folder import make_run_folder
 
@@ -48,21 +48,29 @@ def take(loader, n):
 
 
 def brute(clip, shapes, fps):
-    """The rule of `fit` in words, one clip at a time."""
+    """The rule of `fit` in words, one clip at a time; None where it fills no shape."""
     width, height, seconds = clip
-    shortest = min(s[0] for s in shapes)
-    longest = max((s[0] for s in shapes if seconds * fps > s[0] - 0.5), default=shortest)
-    alike = [s for s in shapes if s[0] == longest]
+    filled = [s for s in shapes if seconds * fps > s[0] - 0.5]
 
-    def crop(s):
-        return round(abs(np.log(width / height) - np.log(s[2] / s[1])), 6)
+    def kept(s):
+        return round(min(width / height / (s[2] / s[1]), s[2] / s[1] / (width / height)), 6)
 
-    near = [s for s in alike if crop(s) == min(map(crop, alike))]
-    fits = [s for s in near if s[1] <= 1.02 * height and s[2] <= 1.02 * width]
-    return max(fits, key=lambda s: s[1] * s[2]) if fits else min(near, key=lambda s: s[1] * s[2])
+    near = [s for s in filled if kept(s) >= max(map(kept, filled)) - 0.05]
+    longest = [s for s in near if s[0] == max(s[0] for s in near)]
+    alike = [s for s in longest if kept(s) == max(map(kept, longest))]
+    fits = [s for s in alike if s[1] <= 1.02 * height and s[2] <= 1.02 * width]
+    if fits:
+        return max(fits, key=lambda s: s[1] * s[2])
+    return min(alike, key=lambda s: s[1] * s[2], default=None)
 
 
-def test_a_clip_goes_to_the_longest_bucket_it_fills_of_the_nearest_aspect():
+def sizes(clips):
+    return pa.table(
+        dict(zip(("width", "height", "duration_s"), map(list, zip(*clips, strict=True)), strict=True))
+    )
+
+
+def test_a_clip_goes_to_the_longest_bucket_that_it_fills_and_that_keeps_its_picture():
     shapes = [
         (8, 64, 64),
         (8, 64, 112),
@@ -73,23 +81,56 @@ def test_a_clip_goes_to_the_longest_bucket_it_fills_of_the_nearest_aspect():
         (32, 64, 64),
     ]
     rng = np.random.default_rng(0)
-    clips = [
-        (int(w), int(h), float(s))
-        for w, h, s in zip(
-            rng.integers(40, 400, 200), rng.integers(40, 400, 200), rng.uniform(0.2, 6, 200), strict=True
-        )
+    columns = rng.integers(40, 400, 200), rng.integers(40, 400, 200), rng.uniform(0.2, 6, 200)
+    clips = [(int(w), int(h), float(s)) for w, h, s in zip(*columns, strict=True)]
+    found = fit(sizes(clips), shapes, 8.0)
+    given = dict(zip(found.rows.tolist(), found.bucket.tolist(), strict=True))
+    wanted = [brute(clip, shapes, 8.0) for clip in clips]
+    assert [shapes[given[i]] if i in given else None for i in range(200)] == wanted
+    assert set(wanted) == {*shapes, None}
+    assert found.short.tolist() == [i for i, shape in enumerate(wanted) if shape is None]
+
+
+def test_a_portrait_clip_keeps_its_picture_however_long_it_is():
+    shapes = [(17, 256, 256), (33, 192, 336), (33, 336, 192), (65, 192, 336)]
+    found = fit(sizes([(1080, 1920, 20.0), (1920, 1080, 20.0), (1080, 1080, 20.0)]), shapes, 16.0)
+    assert [shapes[b] for b in found.bucket] == [(33, 336, 192), (65, 192, 336), (17, 256, 256)]
+    assert found.kept.min() > 0.97
+
+
+def test_buckets_of_one_frame_take_a_still_of_every_clip():
+    shapes = [(1, 64, 64), (1, 64, 112), (8, 64, 112)]
+    found = fit(sizes([(64, 36, 5.0), (40, 40, 5.0), (64, 36, 0.2)]), shapes, 8.0)
+    assert list(zip(found.rows.tolist(), found.bucket.tolist(), strict=True)) == [
+        (0, 2), (1, 2), (0, 1), (1, 0), (2, 1)
+    ]  # fmt: skip
+    assert not len(found.short)
+    alone = fit(sizes([(64, 36, 5.0)]), shapes[:2], 8.0)
+    assert (alone.rows.tolist(), alone.bucket.tolist()) == ([0], [1])
+
+
+def test_the_table_tells_what_fills_a_bucket_and_what_is_left_out():
+    shapes = [(8, 64, 64), (8, 64, 112), (32, 64, 64)]
+    clips = sizes([(64, 64, 2.0), (64, 36, 3.5), (640, 640, 3.0), (64, 64, 0.5)])
+    lines = table(fit(clips, shapes, 8.0), shapes, 4, 8.0, clips["duration_s"].to_numpy()).splitlines()
+    assert lines == [
+        "bucket       8×64×64: 2 clips, 100% of the picture kept; 1 s of 2 to 3 s",
+        "bucket       8×64×112: 1 clip, 98% of the picture kept; 1 s of 3.5 to 3.5 s",
+        "bucket       32×64×64: no clip fills it, so it is never trained",
+        "left out     1 of 4 clips, too short for every bucket",
     ]
-    index = pa.table(
-        dict(zip(("width", "height", "duration_s"), map(list, zip(*clips, strict=True)), strict=True))
-    )
-    found = [shapes[i] for i in fit(index, shapes, 8.0)]
-    assert found == [brute(clip, shapes, 8.0) for clip in clips]
-    assert len(set(found)) == len(shapes)
+
+
+def test_clips_that_all_are_too_short_are_refused_with_what_is_missing():
+    with pytest.raises(
+        StoreError, match=r"none of 2 clips fills a bucket: the longest lasts 0.50 s, 8 frames at 8"
+    ):
+        fit(sizes([(64, 64, 0.5), (64, 64, 0.25)]), [(8, 64, 64)], 8.0)
 
 
 def test_one_bucket_needs_no_index_and_several_say_what_is_missing():
     bare = pa.table({"clip_id": ["a", "b"]})
-    assert fit(bare, [(4, 8, 8)], 8.0).tolist() == [0, 0]
+    assert fit(bare, [(4, 8, 8)], 8.0).bucket.tolist() == [0, 0]
     with pytest.raises(StoreError, match="no duration_s"):
         fit(bare, [(4, 8, 8), (8, 8, 8)], 8.0)
 

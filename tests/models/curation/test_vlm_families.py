@@ -95,6 +95,19 @@ def test_one_frame_and_odd_counts_are_answered_and_the_last_frame_counts(vlm, na
         assert model([one])[0].new_tokens > 0
 
 
+@pytest.mark.parametrize(("name", "input"), CASES + ENCODERS)
+def test_pictures_without_contrast_and_of_any_shape_are_answered(vlm, name, input):
+    model = vlm(name, input, max_new_tokens=2)
+    shapes = [(48, 64), (160, 48), (16, 320), (47, 63), (1, 1)]
+    looks = [prompted(model, look(7, 2, *shape)) for shape in shapes]
+    looks += [replace(looks[0], frames=[np.full_like(f, grey) for f in looks[0].frames]) for grey in (0, 255)]
+    assert all(answer.new_tokens for answer in model(looks))
+    for one in looks:
+        pixels = [x for n, x in model.inputs([one]).items() if n.startswith("pixel_values")]
+        assert pixels
+        assert all(torch.isfinite(x).all() for x in pixels)
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "glm4v"])
 def test_a_frame_too_few_is_the_last_one_again_at_its_own_time(vlm, name):
     model = vlm(name, "video")

@@ -14,7 +14,7 @@ from pipeline import recipe
 from pipeline.caption import choose
 from pipeline.caption.choose import ChooseStage, best, consensus, similarity
 from pipeline.caption.judge import JudgeStage, build
-from pipeline.recipe_captions import ClipScoreJudge
+from pipeline.recipe_choose import ClipScoreJudge
 from pipeline.record import Caption
 from pipeline.tables import CAPTION
 from tests.fixtures.clips import noise, video

@@ -12,7 +12,7 @@ from pipeline.caption.judge import JudgeStage, build
 from pipeline.caption.text import STOP_WORDS
 from pipeline.io.store import Store
 from pipeline.layers import Layer, Layered, create
-from pipeline.recipe_captions import ConsensusJudge, PacSJudge, PythonJudge, VisualFitJudge
+from pipeline.recipe_choose import ConsensusJudge, PacSJudge, PythonJudge, VisualFitJudge
 from pipeline.record import Caption, Sample
 from pipeline.run import layering
 from pipeline.run.reopen import ReopenStage

@@ -6,15 +6,22 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
+import uvicorn
 
 from pipeline import layers
+from pipeline.inspector import session
+from pipeline.inspector.answers import Inspector
+from pipeline.inspector.index import Index
+from pipeline.inspector.server import application
 from pipeline.io.store import Store
 from pipeline.layers import Layer
 from pipeline.record import Caption, Clip
@@ -550,24 +557,37 @@ def test_a_server_that_is_killed_loses_no_vote(visit, clips):
         assert [v["model"] for v in standing(clips[16])] == ["teacher/one", "teacher-two"]
 
 
-def test_a_layer_that_someone_adds_is_told_and_shown_when_it_is_asked_for(visit, clips, tmp_path):
+@pytest.fixture
+def changing(clips, tmp_path, monkeypatch) -> Iterator[tuple[str, Store]]:
+    """A run of its own, served from a thread, where changes are looked for at every question."""
     shutil.copytree(OTHER, tmp_path / "run")
     store = Store(str(tmp_path / "run"))
-    with Server(str(tmp_path / "run"), port=18821) as server:
-        page = visit(f"{server.url}#{row(0, clips)}")
-        page.get_by_role("article", name="Caption of hostile").wait_for()
-        layer = Layer("caption:added", 1)
-        layers.create(store, layer)
-        caption = caption_row(Caption("added", "Zebras graze."))
-        layers.write(store, layer, "000000-inspected", [{"clip_id": clips[0].clip_id, "caption": caption}])
-        page.wait_for_timeout(3000)  # the server looks no more often
-        page.evaluate(
-            "document.dispatchEvent(new Event('visibilitychange'))"
-        )  # as when its tab is shown again
-        page.get_by_role("button", name="Read it anew").click()
-        page.get_by_role("button", name="Show it").click()
-        page.get_by_role("article", name="Caption of added").wait_for()
-        assert query(page)["clip"] == [clips[0].clip_id]
+    monkeypatch.setattr(session, "LOOK_S", 0.0)
+    inspector = Inspector(Index(store))
+    inspector.read()
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(application(inspector), log_level="error", ws="none", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield f"http://localhost:{listening.getsockname()[1]}/", store
+    server.should_exit = True
+    thread.join()
+
+
+def test_a_layer_that_someone_adds_is_told_and_shown_when_it_is_asked_for(clips, changing, visit):
+    url, store = changing
+    page = visit(f"{url}#{row(0, clips)}")
+    page.get_by_role("article", name="Caption of hostile").wait_for()
+    layer = Layer("caption:added", 1)
+    layers.create(store, layer)
+    caption = caption_row(Caption("added", "Zebras graze."))
+    layers.write(store, layer, "000000-inspected", [{"clip_id": clips[0].clip_id, "caption": caption}])
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # as when its tab is shown again
+    page.get_by_role("button", name="Read it anew").click()
+    page.get_by_role("button", name="Show it").click()
+    page.get_by_role("article", name="Caption of added").wait_for()
+    assert query(page)["clip"] == [clips[0].clip_id]
 
 
 # ---------------------------------------------------------------- comparisons

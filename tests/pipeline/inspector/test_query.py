@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.inspector.answers import Inspector
-from pipeline.inspector.query import Filters, Wrong
+from pipeline.inspector.query import Filters, Wrong, ascending
 from pipeline.inspector.search import expression
 from tests.fixtures.inspected import LAYER
 from tests.fixtures.run_folder import CAPTIONERS
@@ -110,6 +110,15 @@ def test_a_filter_lets_through_what_a_loop_would(inspector: Inspector, rows: lis
     assert found(inspector, query) == wanted
     if "no such" not in query:
         assert 0 < len(wanted) < len(rows)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_is_that_of_a_stable_sort(seed: int):
+    rng = np.random.default_rng(seed)
+    values = (rng.normal(size=2000) * 10.0 ** rng.integers(-40, 38, 2000)).astype(np.float32)
+    values[rng.integers(0, 2000, 900)] = rng.choice([0.0, -0.0, 1.5, np.nan, -np.nan, np.inf, -np.inf], 900)
+    for some in (values, -values, values[:0]):
+        np.testing.assert_array_equal(ascending(some), np.argsort(some, kind="stable"))
 
 
 def test_a_bucket_is_the_folder_of_the_shard(inspector: Inspector, rows: list[dict]):

@@ -422,7 +422,7 @@ def test_measures_are_read_when_they_are_first_asked_for_and_not_for_the_first_p
 
 def test_an_undecided_run_shows_the_caption_that_would_be_chosen(own_run, rows):
     from pipeline.caption.choose import best
-    from pipeline.recipe_captions import Choose
+    from pipeline.recipe_choose import Choose
 
     own_run.delete("decisions.parquet")
     inspector = Inspector(Index(own_run))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.faults import StoreError
-from pipeline.io.store import Store
+from pipeline.io.store import Store, folder_name
 
 
 def test_a_file_appears_only_when_its_block_ends(tmp_path):
@@ -96,3 +96,28 @@ def test_a_second_driver_is_refused_and_a_dead_ones_lock_is_free(tmp_path):
     time.sleep(0.1)
     with Store(str(tmp_path)).lock():
         pass
+
+
+def test_any_text_names_one_folder_of_its_own(tmp_path):
+    names = [
+        "a/b",
+        "a b",
+        ".",
+        "..",
+        ".hidden",
+        "模型/" * 60,
+        "模型/" * 61,
+        "x" * 300,
+        "x" * 301,
+        "é%2F",
+        "a%2Fb",
+        "a:b",
+    ]
+    names += ["y" * (218 + n) + "/" * 30 for n in range(4)]
+    folders = [folder_name(name) for name in names]
+    assert len(set(folders)) == len(names)
+    for n, folder in enumerate(folders):
+        assert not folder.startswith(".")
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{n}").touch()
+    assert len(list(tmp_path.iterdir())) == len(names)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import caption, curate, shard
+from pipeline.faults import StoreError
 from pipeline.io.store import Store
 from pipeline.layers import Layer, Layered, create, layers
 from tests.fixtures import videos
@@ -54,19 +55,12 @@ class World:
         return [a for s in sets for a in ("--set", s)]
 
     def curate(self, out: str, *names: str, judge: bool = False) -> int:
-        local = ["--recipe", "smoke", "--runner", "local"]
-        return curate.main(
-            [
-                str(self.folder / "raw"),
-                "--out",
-                str(self.folder / out),
-                *local,
-                *self.sets(*names, judge=judge),
-            ]
-        )
+        where = ["--out", out if "://" in out else str(self.folder / out)]
+        local = ["--recipe", "smoke", "--runner", "local", *self.sets(*names, judge=judge)]
+        return curate.main([str(self.folder / "raw"), *where, *local])
 
     def caption(self, out: str, *names: str, judge: bool = False, more: tuple[str, ...] = ()) -> list[str]:
-        command = [str(self.folder / out), "--runner", "local", "--recipe", "smoke"]
+        command = [out if "://" in out else str(self.folder / out), "--runner", "local", "--recipe", "smoke"]
         return [*command, *self.sets(*names, judge=judge), *more]
 
     def calls(self) -> Counter[str]:
@@ -407,3 +401,49 @@ def test_sigterm_stops_it_with_a_sentence_and_the_same_command_goes_on(world, ru
     assert (out / "run.log").read_text().splitlines()[-1].endswith(" stopped by SIGTERM")
     assert caption.main(world.caption("one", "old", "new", judge=True)) == 0
     assert measured(out) == measured(world.folder / "both")
+
+
+ODD = ["a/b c/d", "模型" * 40, "..", "x" * 300]
+
+
+def test_on_an_object_store_and_under_odd_names_layers_are_as_on_disk(
+    world, object_store, monkeypatch, capsys
+):
+    for name, value in object_store.environment().items():
+        monkeypatch.setenv(name, value)
+    far = object_store.bucket() + "/run"
+    names = [f"'{name}'" for name in ODD]
+    assert world.curate(far, "old") == 0
+    for out in (far, "one"):
+        assert caption.main(world.caption(out, *names, judge=True)) == 0
+        assert caption.main([world.caption(out)[0], "--remove", f"caption:{ODD[0]}"]) == 0
+    found = [Layered(Store(out)) for out in (far, str(world.folder / "one"))]
+    assert [layer.name for layer in found[0].layers] == [layer.name for layer in found[1].layers]
+    assert {layer.name for layer in found[0].layers} >= {f"caption:{name}" for name in ODD[1:]}
+    captions = [
+        {r["clip_id"]: r["captions"] for name in view.files for r in view.read(name).to_pylist()}
+        for view in found
+    ]
+    assert captions[0] == captions[1]
+    # what is left of the removed one is not taken for new
+    assert caption.main(world.caption(far, *names[:1], judge=True)) == 0
+    assert {layer.name for layer in layers(Store(far))} >= {f"caption:{name}" for name in ODD}
+
+
+def test_two_commands_at_once_on_one_run_are_told_apart(world, capsys):
+    with Store(str(world.folder / "one")).lock():
+        assert caption.main(world.caption("one", "new")) == 4
+        assert caption.main([str(world.folder / "one"), "--remove", "caption:new"]) == 4
+        assert caption.main([str(world.folder / "one"), "--list"]) == 0
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert err.count("clipmill caption: ") == 2
+
+
+def test_who_reads_while_a_layer_is_removed_gets_a_sentence(world, capsys):
+    out = world.folder / "one"
+    assert caption.main(world.caption("one", "new")) == 0
+    clips = Layered(Store(str(out)))
+    assert caption.main([str(out), "--remove", "caption:new"]) == 0
+    with pytest.raises(StoreError, match="layer 'caption:new' was removed meanwhile; run it again"):
+        list(clips.tables(["captions"]))

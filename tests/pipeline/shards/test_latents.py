@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from pipeline.faults import StoreError
 from pipeline.io.store import Store
 from pipeline.shards import latents
 from pipeline.shards.latents import Encoded, LatentReader, Part
-from pipeline.shards.reader import BrokenSample
+from pipeline.shards.reader import BrokenSample, read_index
 from tests.fixtures.run_folder import flip
 
 SHAPES = [(4, 16, 16), (8, 16, 24)]
@@ -30,13 +31,13 @@ def clips(n, bucket, variance, seed=0):
 
 def parts_of():
     names = ["4x16x16/4x16x16-000000", "4x16x16/4x16x16-000001", "8x16x24/8x16x24-000000"]
-    return [Part(name, SHAPES[b], np.arange(3)) for name, b in zip(names, (0, 0, 1), strict=True)]
+    return [Part(name, SHAPES[b], np.arange(3), "of these") for name, b in zip(names, (0, 0, 1), strict=True)]
 
 
 def made(folder, variance=True):
     """A cache of 3 tars."""
     store, parts = Store(str(folder)), parts_of()
-    latents.begin(store, {"fps": 8})
+    latents.begin(store, {"clips": "a", "fps": 8})
     for i, part in enumerate(parts):
         bucket = SHAPES.index(part.shape)
         own = [
@@ -151,9 +152,24 @@ def test_latents_that_half_precision_cannot_hold_are_refused_by_name(tmp_path, b
 
 def test_another_cache_is_not_overwritten(tmp_path):
     store, _ = made(tmp_path)
-    latents.begin(store, {"fps": 8})
+    latents.begin(store, {"clips": "a", "fps": 8})
     with pytest.raises(StoreError, match="fps was 8, not 4"):
-        latents.begin(store, {"fps": 4})
+        latents.begin(store, {"clips": "a", "fps": 4})
+
+
+def test_of_other_clips_a_cache_is_unfinished_and_only_their_tars_are_to_do(tmp_path):
+    store, parts = made(tmp_path)
+    assert not latents.begin(store, {"clips": "a"})
+    latents.finish(store, parts)
+    assert latents.begin(store, {"clips": "b"})
+    with pytest.raises(StoreError, match="no finished cache"):
+        latents.made_of(str(tmp_path))
+    now = [replace(parts[0], of="of others"), *parts[1:-1]]
+    assert [latents.is_done(store, part) for part in now] == [False, *[True] * (len(now) - 1)]
+    latents.write(store, now[0], [], [])
+    latents.finish(store, now)
+    assert not (tmp_path / f"{parts[-1].name}.tar").exists()  # what the run no longer has
+    assert set(read_index(str(tmp_path))["tar"].to_pylist()) == {f"{p.name}.tar" for p in now[1:]}
 
 
 def test_a_damaged_sample_is_broken(tmp_path):
