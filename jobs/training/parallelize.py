@@ -106,12 +106,11 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     called: none falls back to running uncompiled. Hooks around the block (FSDP's) stay outside of the graph.
     """
     kinds: dict[object, Callable[..., Any]] = {}
+    options: dict[str, Any] = {"fullgraph": True, "recompile_limit": GRAPHS, "isolate_recompiles": True}
     for block in blocks:
         kind = type(block), tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
         if kind not in kinds:
-            kinds[kind] = torch.compile(
-                _called, fullgraph=True, recompile_limit=GRAPHS, isolate_recompiles=True
-            )
+            kinds[kind] = torch.compile(_called, **options)
         block.forward = partial(kinds[kind], block.forward)
 
 
