@@ -165,17 +165,19 @@ class VideoLDM(nn.Module):
         )  # B T C' h w
         check_stride(x, self.spatial.stride)
         text, text_mask = tokens(z, condition, self.text_width)
+        # images alone: an empty batch goes through the temporal layers, whose parameters take part in every step
+        rows, times = (b, videos) if videos else (0, t)
         known = [None] * (max(self.levels) + 1)
         if self.known is not None:
-            known = self.known(x[:, :videos, self.channels :])
+            known = self.known(x[:rows, :times, self.channels :])
         pairs = iter(zip(self.temporal, self.levels, strict=True))
 
         def mix(image: Tensor, emb: Tensor) -> Tensor:
             temporal, at = next(pairs)
-            if not videos:
-                return image
             frames = image.reshape(b, t, *image.shape[-3:])  # B T C h w
-            clip = temporal(frames[:, :videos], emb.unflatten(0, (b, t))[:, :videos], known[at])
+            clip = temporal(frames[:rows, :times], emb.unflatten(0, (b, t))[:rows, :times], known[at])
+            if not videos:
+                return torch.cat([clip.flatten(0, 1).reshape(0, *image.shape[1:]), image])
             return torch.cat([clip, frames[:, videos:]], dim=1).reshape(image.shape)
 
         def each(y: Tensor | None) -> Tensor | None:
@@ -197,14 +199,14 @@ class Temporal(nn.Module):
         kind = TimeResBlock if layer.kind == "residual" else TimeAttention
         self.temporal = kind(layer.channels, emb)
         self.known = nn.Linear(known, layer.channels) if known else None
-        self.alpha = nn.Parameter(torch.ones(1))  # of one element, not none: FSDP shards no scalars
+        # β = 1 − α, of one element: near 0 a number is exact in any type, near 1 it would be stuck in bfloat16
+        self.beta = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, emb: Tensor, known: Tensor | None = None) -> Tensor:
         """emb [B, T, E]; known [B, T, h, w, K]"""
         y = x if self.known is None else x + self.known(known).permute(0, 1, 4, 2, 3)
-        alpha = UnitInterval.apply(self.alpha)
-        # each factor rounded by itself: 1 − α of an α that was rounded to bfloat16 would stay 0 for long
-        return alpha.to(x.dtype) * x + (1 - alpha).to(x.dtype) * self.temporal(y, emb)
+        beta = UnitInterval.apply(self.beta.float() if x.dtype != torch.float64 else self.beta)
+        return (1 - beta).to(x.dtype) * x + beta.to(x.dtype) * self.temporal(y, emb)
 
 
 class TimeResBlock(nn.Module):

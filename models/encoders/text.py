@@ -52,10 +52,14 @@ class WordText(nn.Module):
         found = [words(text)[: self.length] for text in texts]
         device, rows = self.position.device, self.embed.num_embeddings
         mask = torch.tensor([[i < len(row) for i in range(self.length)] for row in found], device=device)
-        places = [[h % rows for h in hashes(word)] for row in found for word in row]
-        x = self.position.repeat(len(texts), 1, 1)  # B L D
-        if places:
-            x = x.masked_scatter(mask[..., None], x[mask] + self.embed(torch.tensor(places, device=device)))
+        places = [
+            [h % rows for h in hashes(row[i])] if i < len(row) else [0, 0]
+            for row in found
+            for i in range(self.length)
+        ]
+        # no shape depends on the words, and the table takes part where there are none
+        word = self.embed(torch.tensor(places, device=device)).unflatten(0, mask.shape)  # B L D
+        x = torch.where(mask[..., None], self.position + word, self.position)
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x), mask
