@@ -453,8 +453,8 @@ def build_loader(
         stills=beside(recipe).stills,
         areas=[math.prod(latent_shape(autoencoder, *s)[1:]) for s in shapes_of(recipe)],
         lone=autoencoder.stride[0] == 1,
-        rank=world.rank,
-        world=world.size,
+        rank=world.data_rank,
+        world=world.data_size,
         workers=recipe.data.workers,
         pin=world.device.type == "cuda",
     )

@@ -75,6 +75,8 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     assert isinstance(recipe, DiffusionRecipe)
     _check(recipe)
     world = start.world
+    if recipe.compute.attention == "flex" and world.device.type == "cpu":
+        raise ValueError("compute.attention flex has no gradients on a CPU: use auto")
     try:
         system = build_system(recipe, world.device)
     except MissingModel as e:

@@ -23,6 +23,7 @@ from jobs.training.distributed import device_of
 from jobs.training.recipe import Autoencoder as AutoencoderRecipe
 from jobs.training.recipe import Bucket, DiffusionRecipe, Objective, Tasks, import_spec
 from jobs.training.recipe import Text as TextRecipe
+from models.attention import choose_kernel
 from models.autoencoders.latents import Autoencoder, BlockDCT, Normalizer, Posterior, latent_shape
 from models.diffusion.condition import Condition
 from models.diffusion.generate import Draw, drawer
@@ -314,7 +315,9 @@ def build_network(recipe: DiffusionRecipe, channels: int, frozen_text: Pretraine
         weighting = MinSNR(recipe.objective.min_snr_gamma)
     elif recipe.objective.weighting == "uncertainty":
         weighting = Uncertainty()
-    return Network(build(channels, width, **options), own, build_process(recipe.objective), weighting)
+    network = Network(build(channels, width, **options), own, build_process(recipe.objective), weighting)
+    choose_kernel(network, recipe.compute.attention)
+    return network
 
 
 def build_system(

@@ -18,7 +18,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from jobs.training.distributed import World, local_gradients
+from jobs.training.distributed import World
+from jobs.training.parallelize import local_gradients
 from jobs.training.recipe import Optimizer
 
 Batch = dict[str, Any]
@@ -259,7 +260,7 @@ class Step:
 
     def total(self, batch: Batch, losses: Losses) -> Tensor:
         """What is to be differentiated: DDP and FSDP give the mean of the ranks' gradients, the loss is a sum."""
-        every = [x * (self.weights[kind] * self.world.size) for kind, x in losses.sums.items()]
+        every = [x * (self.weights[kind] * self.world.data_size) for kind, x in losses.sums.items()]
         total = torch.stack(every).sum()
         self.tell(batch, losses, total.detach())
         return total
