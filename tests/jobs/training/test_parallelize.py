@@ -229,6 +229,7 @@ def denoising(recipe, start):
 
 def train_denoising(out, compute):
     torch.compiler.set_default_backend("aot_eager")
+    torch._dynamo.utils.counters.clear()
     wanted = recipe(run={"steps": 3, "save_every": 3}, data={"micro_batches": 2}, compute=compute)
     run(wanted, out, build=denoising)
     counted = torch._dynamo.utils.counters
