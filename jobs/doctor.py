@@ -273,7 +273,7 @@ def on_cpu(recipe: Recipe | TrainRecipe) -> list[str]:
 
     if not trains(recipe):
         return [setting(["resources", n, "gpus"], 0) for n, r in recipe.resources.items() if r.gpus]
-    cpu = {"precision": "fp32", "compile": "false", "checkpointing": "false", "parallel": "ddp"}
+    cpu = {"precision": "fp32", "compile": "false", "activation_checkpointing": "none", "parallel": "ddp"}
     had = recipe.compute.model_dump(mode="json")
     return [setting(["compute", k], v) for k, v in cpu.items() if str(had[k]).lower() != v]
 

@@ -20,7 +20,7 @@ and gives what an uninterrupted run would have given; so do more --steps, unless
 step of the recipe. Ctrl-C ends the step, saves and stops.
 
 A recipe is a YAML file; the bundled ones lie in recipes/training. compute.precision=bf16,
-compute.checkpointing=true, compute.compile=true and compute.parallel=fsdp are for GPUs.
+compute.activation_checkpointing=selective (or full), compute.compile=true and compute.parallel=fsdp are for GPUs.
 """
 
 

@@ -90,6 +90,9 @@ class Cost:
     saved: int = 0
     recomputed: int = 0
 
+    def kept(self, mode: str) -> int:
+        return self.saved if mode == "none" else self.recomputed
+
 
 def cost(
     loss: Callable[[], Tensor], module: nn.Module, blocks: Iterable[nn.Module], device: torch.device

@@ -171,6 +171,17 @@ def forget(store: Store, unit: str, clips: pa.Table) -> None:
                 store.write_table(name, kept)
 
 
+def unjudge(store: Store, model: str) -> None:
+    """Take the scores of a captioner out of the layers of judges: its text is another now, or it is gone."""
+    for layer in layers(store):
+        for name in store.list(layer.folder, ".parquet") if layer.judges else ():
+            table = store.read_table(name)
+            judged = [rows or [] for rows in table["judged"].to_pylist()]
+            left = [[j for j in rows if j["model"] != model] for rows in judged]
+            if left != judged:
+                store.write_table(name, _put(table, "judged", pa.array(left, JUDGED)))
+
+
 def clip_files(store: Store) -> list[str]:
     """The clips/*.parquet of committed units, sorted: a unit counts once its videos/*.parquet is there."""
     committed = {name.removeprefix("videos/") for name in store.list("videos", ".parquet")}
@@ -221,8 +232,11 @@ class Layered:
         self.layers = layers(store) if over is None else list(over)
         self.files = clip_files(store)
         there = set(store.list("layers", ".parquet")) if self.layers else set()
+        order = sorted(
+            self.layers, key=lambda layer: layer.judges
+        )  # scores find captions that came after them, too
         self.over = {
-            name: [layer for layer in self.layers if f"{layer.folder}/{unit_of(name)}.parquet" in there]
+            name: [layer for layer in order if f"{layer.folder}/{unit_of(name)}.parquet" in there]
             for name in self.files
         }
 

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.recipe_prompts import Prompt
+from pipeline.recipe_prompts import Context, Prompt
 from pipeline.recipe_schema import CODE, MAYBE_PATH, WORDS, Section
 
 
@@ -103,9 +103,11 @@ class TransformersCaptioner(Looking):
         "suits the model's family, mostly one sentence on the main subject and what happens",
         json_schema_extra=WORDS,
     )
-    context: bool | tuple[Literal["title", "description", "subtitles"], ...] = Field(
-        False,
-        description="which of the source's title, description and subtitles it is told; true: all three",
+    context: Context = Field(
+        None,
+        validate_default=True,
+        description="which of the source's title, description and subtitles it is told; none: those that its prompt "
+        "names; true: all three",
     )
     first_sentence: bool = Field(False, description="keep no more than the first sentence")
     max_new_tokens: int = Field(96, ge=1, description="of an answer; a longer one is cut off")
@@ -220,9 +222,11 @@ class ServedCaptioner(ServedModel):
     detail: Literal["low", "high", "auto"] | None = Field(
         None, description="of each image, for servers that know it; none: not sent"
     )
-    context: bool | tuple[Literal["title", "description", "subtitles"], ...] = Field(
-        False,
-        description="which of the source's title, description and subtitles it is told; true: all three",
+    context: Context = Field(
+        None,
+        validate_default=True,
+        description="which of the source's title, description and subtitles it is told; none: those that its prompt "
+        "names; true: all three",
     )
     structured: bool = Field(
         False,

@@ -12,9 +12,9 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, ValidationInfo
 
 from pipeline.recipe_schema import RecipeError, nearest
 
@@ -31,7 +31,7 @@ PLACES = (
     "captions",
     "caption",
 )
-PLACE = re.compile(r"\{([a-z_]+)\}")
+PLACE = re.compile(r"\{([a-z_]+|meta\.[^{}\n]+)\}")  # meta.KEY: any column of the list
 _NAME = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*")
 
 
@@ -51,7 +51,7 @@ def text(prompt: str) -> str:
 
 
 def told() -> str:
-    return ", ".join(f"{{{name}}}" for name in PLACES)
+    return ", ".join(f"{{{name}}}" for name in (*PLACES, "meta.KEY"))
 
 
 def _found(prompt: str) -> str:
@@ -84,3 +84,23 @@ def _read(path: Path) -> str:
 
 
 Prompt = Annotated[str, AfterValidator(text)]
+
+
+SAID = ("title", "description", "subtitles")  # what a list may say of a source
+
+
+def named(prompt: str | None) -> tuple[str, ...]:
+    """Those of SAID that a prompt has a place for."""
+    places = set(PLACE.findall(prompt or ""))
+    return tuple(name for name in SAID if name in places)
+
+
+def _as_named(context: bool | tuple[str, ...] | None, info: ValidationInfo) -> bool | tuple[str, ...]:
+    """What a captioner is told where its section does not say: what its prompt asks for."""
+    return (named(info.data.get("prompt")) or False) if context is None else context
+
+
+# Of a section that has its prompt before it; None becomes what the prompt names
+Context = Annotated[
+    bool | tuple[Literal["title", "description", "subtitles"], ...] | None, AfterValidator(_as_named)
+]

@@ -36,7 +36,7 @@ FREE = (  # what a resumed run may have otherwise: how long, and how the same nu
     "run.",
     "data.workers",
     "optimizer.decay_until",
-    "compute.checkpointing",
+    "compute.activation_checkpointing",
     "compute.compile",
     "compute.parallel",
     "compute.attention",

@@ -10,6 +10,9 @@ of clips is whole, so it holds more than half of them: of two ranks at the same 
 work of the other. The nearer `tokens` is to a common multiple of the buckets' positions, the more alike
 (`Loader.weights` says how much).
 
+**Packing.** With `data.pack` a micro-batch is no longer of one bucket: clips and pictures of every shape fill the
+`data.tokens` positions together, each once an epoch (`jobs.training.packing`), and a batch is made of parts.
+
 **Stills.** What things look like is learned sooner from single frames than from clips, whose frames are
 much alike: the first `data.stills` micro-batches hold frames of clips, as many as the clips' would, dealt
 in epochs of their own.
@@ -34,8 +37,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from jobs.training.distributed import World
+from jobs.training.packing import deal_packed, micro_batches, pack, used
 from jobs.training.recipe import DiffusionData, DiffusionRecipe, TrainRecipe
-from jobs.training.task import Batch
+from jobs.training.task import PARTS, Batch
 from models.autoencoders.latents import Autoencoder, latent_shape
 from pipeline.faults import StoreError
 from pipeline.io.store import below
@@ -53,6 +57,7 @@ class Loader:
         reader: with `shapes`; where samples come from.
         positions: latent positions of one sample of each bucket, images included.
         tokens: positions a micro-batch may hold; batch: samples it holds, in place of that.
+        packed: samples of all buckets share a micro-batch.
         images: image frames that come with each clip.
         stills: micro-batches of single frames before the first of clips; areas: latent positions of a frame
             of each bucket, where there are any.
@@ -64,7 +69,8 @@ class Loader:
     A batch is {'key', 'caption', 'skipped': lists; 'video': uint8 [B, 3, T, H, W]} or, from a cache,
     {…, 'mean', 'logvar': float16 [B, C, T, h, w], 'text': [B, L, D], 'text_mask': bool [B, L]}; with images
     also the same of B · n clips of one frame, those of the first clip first, under 'image_key', 'image_video',
-    'image_mean' and so on.
+    'image_mean' and so on. Packed, it is {'key', 'caption', 'skipped', 'parts'}: of the parts each is a batch of one
+    shape, in the order of 'key'.
 
     Raises ValueError where a bucket is larger than a micro-batch may be.
     """
@@ -76,6 +82,7 @@ class Loader:
         *,
         tokens: int = 8192,
         batch: int | None = None,
+        packed: bool = False,
         images: int = 0,
         stills: int = 0,
         areas: Sequence[int] = (),
@@ -92,12 +99,16 @@ class Loader:
                 f"one clip of bucket {'×'.join(map(str, reader.shapes[worst]))} has {positions[worst]} latent "
                 f"positions, more than data.tokens {tokens}: raise data.tokens, set data.batch, or make it smaller"
             )
+        if packed and (batch is not None or images):
+            raise ValueError(
+                "packed samples are as many as data.tokens hold, pictures among them: no data.batch or images"
+            )
         if images and len(reader.keys) < 2:
             raise ValueError("data.images takes frames of other clips, but there is only one: set it to 0")
         self.reader, self.positions, self.images, self.stills = reader, list(positions), images, stills
         self.sizes = [batch or tokens // p for p in positions]  # samples a micro-batch, by bucket
-        areas = areas or positions
-        self.still_sizes = [n * p // a for n, p, a in zip(self.sizes, positions, areas, strict=True)]
+        self.tokens, self.packed, self.areas = tokens, packed, list(areas or positions)
+        self.still_sizes = [n * p // a for n, p, a in zip(self.sizes, positions, self.areas, strict=True)]
         self.rank, self.world, self.workers, self.pin, self.lone = rank, world, workers, pin, lone
         self.first = self.step = (
             0  # the list's number before this rank's first; micro-batches handed out since
@@ -105,15 +116,22 @@ class Loader:
         self.skipped = 0  # broken samples met by this rank
         counts = np.bincount(reader.bucket, minlength=len(positions)).tolist()
         self.buckets = dict(zip(reader.shapes, counts, strict=True))  # clips in each
+        if packed:
+            self.runs, self.still_runs = (pack(counts, each, tokens) for each in (self.positions, self.areas))
+            self.epoch_length, self.stills_length = map(micro_batches, (self.runs, self.still_runs))
+            return
         self.epoch_length = sum(map(whole_batches, counts, self.sizes))
         self.stills_length = sum(map(whole_batches, counts, self.still_sizes))
 
     @property
     def weights(self) -> tuple[int, int]:
         """Fewest and most latent positions of a micro-batch, over the buckets that have clips."""
+        if self.packed:
+            filled = used(self.runs, self.positions)
+            return min(filled), max(filled)
         held = [n * p for n, p in zip(self.sizes, self.positions, strict=True)]
-        used = [held[b] for b in np.unique(self.reader.bucket)]
-        return min(used), max(used)
+        filled = [held[b] for b in np.unique(self.reader.bucket).tolist()]
+        return min(filled), max(filled)
 
     def rows(self, number: int) -> tuple[int, np.ndarray]:
         """(epoch, rows of the index) of a micro-batch of the endless list."""
@@ -126,9 +144,11 @@ class Loader:
     def batch(self, number: int) -> Batch:
         """The micro-batch of that number of the endless list."""
         self.reader.epoch, rows = self.rows(number)
+        if self.packed:
+            return self._parts(rows, stills=number < self.stills)
         if number < self.stills:
             assert self.reader.shapes is not None
-            *_, height, width = self.reader.shapes[self.reader.bucket[rows[0]]]
+            *_, height, width = self.reader.shapes[int(self.reader.bucket[rows[0]])]
             return collate([self._frame(self.reader.sound, row, height, width) for row in rows.tolist()])
         samples = [self.reader.sound(int(row)) for row in rows]
         if not self.images:
@@ -139,13 +159,27 @@ class Loader:
         batch["skipped"] += batch.pop("image_skipped")
         return batch
 
+    def _parts(self, rows: np.ndarray, stills: bool) -> Batch:
+        assert self.reader.shapes is not None
+        parts: list[Batch] = []
+        for bucket, alike in itertools.groupby(rows.tolist(), lambda row: int(self.reader.bucket[row])):
+            if stills:
+                read = functools.partial(self._frame, self.reader.sound)
+                height, width = self.reader.shapes[bucket][1:]
+                parts.append(collate([read(row, height, width) for row in alike]))
+            else:
+                parts.append(collate([self.reader.sound(row) for row in alike]))
+        names = ("key", "caption", "skipped")
+        return {name: [x for part in parts for x in part[name]] for name in names} | {PARTS: parts}
+
     def examples(self) -> Iterator[Batch]:
         """The first micro-batch of each shape, for planning."""
-        seen = set()
+        seen: set[Any] = set()
         stills = range(min(self.stills, self.stills_length))
         clips = range(self.stills, self.stills + self.epoch_length)
         for number in itertools.chain(stills, clips):
-            shape = number < self.stills, int(self.reader.bucket[self.rows(number)[1][0]])
+            buckets = self.reader.bucket[self.rows(number)[1]].tolist()
+            shape = number < self.stills, tuple(buckets) if self.packed else buckets[0]
             if shape not in seen:
                 seen.add(shape)
                 yield self.batch(number)
@@ -242,15 +276,25 @@ class Loader:
             "sizes": self.sizes,
             "images": self.images,
             "stills": self.stills,
-        }
+        } | ({"packed": self.tokens} if self.packed else {})
 
     @functools.cached_property
     def identity(self) -> str:
         return self.reader.identity()
 
     def table(self) -> str:
-        """What fills each bucket, for a person; '' of a cache, whose buckets were told when it was made."""
-        return self.reader.table
+        """What fills each bucket, for a person (not of a cache, whose buckets were told when it was made), and how
+        micro-batches are packed."""
+        if not self.packed:
+            return self.reader.table
+        filled = used(self.runs, self.positions)
+        every = sum(n * run.repeats for n, run in zip(filled, self.runs, strict=True))
+        share = every / (self.tokens * self.epoch_length)
+        line = (
+            f"packed       {self.epoch_length:,} micro-batches an epoch, of {self.tokens:,} latent "
+            f"positions each, {share:.1%} of them used"
+        )
+        return "\n".join(filter(None, (self.reader.table, line)))
 
     @functools.cached_property
     def _epoch(self) -> Any:
@@ -259,6 +303,9 @@ class Loader:
 
     def _deal(self, epoch: int, stills: bool) -> list[np.ndarray]:
         rng = np.random.RandomState([self.reader.seed, epoch])
+        if self.packed:
+            dealt = deal_packed(self.reader.bucket, self.still_runs if stills else self.runs, rng)
+            return [dealt[i] for i in rng.permutation(len(dealt))]
         size = (self.still_sizes if stills else self.sizes).__getitem__
         dealt = [rows for bucket in deal(self.reader.bucket, size, rng) for rows in bucket]
         return [dealt[i] for i in rng.permutation(len(dealt))]
@@ -401,12 +448,13 @@ def build_loader(
         positions_of(recipe, autoencoder),
         tokens=recipe.data.tokens,
         batch=recipe.data.batch,
+        packed=beside(recipe).pack,
         images=beside(recipe).images,
         stills=beside(recipe).stills,
         areas=[math.prod(latent_shape(autoencoder, *s)[1:]) for s in shapes_of(recipe)],
         lone=autoencoder.stride[0] == 1,
-        rank=world.rank,
-        world=world.size,
+        rank=world.data_rank,
+        world=world.data_size,
         workers=recipe.data.workers,
         pin=world.device.type == "cuda",
     )

@@ -24,6 +24,8 @@ from jobs.training.frechet import FrechetInLoop
 from jobs.training.recipe import DiffusionRecipe, Tasks, TrainRecipe
 from jobs.training.system import (
     LOW_NOISE,
+    Answer,
+    Question,
     System,
     blurred,
     build_system,
@@ -32,7 +34,7 @@ from jobs.training.system import (
     normalizer_of,
     to_unit,
 )
-from jobs.training.task import Batch, Draws, Evaluation, Losses, Phase, Start, Summed, Task
+from jobs.training.task import PARTS, Batch, Draws, Evaluation, Losses, Phase, Start, Summed, Task, parts_of
 from models.autoencoders.latents import Normalizer, Posterior, Statistics, latent_shape
 from models.diffusion.condition import Condition
 from models.diffusion.objective import TIMES, at_level
@@ -53,12 +55,12 @@ def measure(system: System, loader: Loader) -> Normalizer:
         return Normalizer(torch.tensor(found["mean"]), torch.tensor(found["std"]))
     measured, clips = Statistics(system.autoencoder.channels), 0
     for number in range(loader.epoch_length):
-        batch = loader.batch(loader.stills + number)
-        posterior = system.encode(to_unit(batch["video"].to(system.device)))
-        measured.add(posterior.mean)
-        if posterior.logvar is not None:  # the variance of what will be sampled: that of the mean, and σ²
-            measured.squares += posterior.logvar.exp().double().sum((0, 2, 3, 4)).cpu()
-        clips += len(batch["key"])
+        for batch in parts_of(loader.batch(loader.stills + number)):
+            posterior = system.encode(to_unit(batch["video"].to(system.device)))
+            measured.add(posterior.mean)
+            if posterior.logvar is not None:  # the variance of what will be sampled: that of the mean, and σ²
+                measured.squares += posterior.logvar.exp().double().sum((0, 2, 3, 4)).cpu()
+            clips += len(batch["key"])
         if clips >= MEASURED:
             break
     return measured.normalizer()
@@ -72,10 +74,16 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     assert isinstance(recipe, DiffusionRecipe)
     _check(recipe)
     world = start.world
+    if recipe.compute.attention == "flex" and world.device.type == "cpu":
+        raise ValueError("compute.attention flex has no gradients on a CPU: use auto")
     try:
         system = build_system(recipe, world.device)
     except MissingModel as e:
         raise ValueError(str(e)) from e
+    if recipe.data.pack and not hasattr(system.network.denoiser, "packed"):
+        raise ValueError(
+            f"data.pack: model.kind {recipe.model.kind} takes one shape at a time: set it to false, or use sora"
+        )
     if recipe.data.cache:
         check_cache(recipe, start.data, system.weights())
     loader = build_loader(recipe, start.data, system.autoencoder, world)
@@ -160,27 +168,42 @@ class Diffusion(Task):
         3.1), where frames meet in attention alone; but each image has its own caption and noise level, and
         nothing is spent on masked pairs. A sample's loss is the mean over its T + n frames.
         """
-        parts = [self._question(batch, draws)]
+        if PARTS in batch:
+            return self._packed_loss(model, batch, draws)
+        questions = [self.question(batch, draws)]
         images = images_of(batch)
         if images:
-            parts.append(self._question(images, replace(draws, part=1)))
-        found = model("losses", *parts)
-        levels = torch.cat([self.system.process.level(t).detach() for _, t, *_ in parts])
-        errors = torch.cat([error for _, error in found])
-        frames = [x.shape[2] for x, *_ in parts]
-        loss, error = (mean_over_frames(values, frames) for values in zip(*found, strict=True))
-        report = {"error": Summed(error.sum(), len(error))}
-        return Losses({"clips": loss.sum()}, report, loss.detach(), levels, errors)
+            questions.append(self.question(images, replace(draws, part=1)))
+        answers = model("losses", questions)
+        frames = [q.x.shape[2] for q in questions]
+        loss, error = (mean_over_frames(values, frames) for values in zip(*answers, strict=True))
+        return self._losses(questions, answers, loss, error)
 
-    def _question(self, batch: Batch, draws: Draws) -> tuple[Any, ...]:
-        """What `Network.loss` is asked of a batch."""
+    def _packed_loss(self, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
+        """Clips and pictures of all shapes in one sequence; each counts once, whatever its length."""
+        questions = [self.question(part, replace(draws, part=i)) for i, part in enumerate(batch[PARTS])]
+        answers = model("losses", questions, True)
+        loss, error = (torch.cat(values) for values in zip(*answers, strict=True))
+        return self._losses(questions, answers, loss, error)
+
+    def _losses(
+        self, questions: list[Question], answers: list[Answer], loss: Tensor, error: Tensor
+    ) -> Losses:
+        levels = torch.cat([self.system.process.level(q.t).detach() for q in questions])
+        errors = torch.cat([answer.error for answer in answers])
+        return Losses(
+            {"clips": loss.sum()}, {"error": Summed(error.sum(), len(error))}, loss.detach(), levels, errors
+        )
+
+    def question(self, batch: Batch, draws: Draws) -> Question:
+        """What the network is asked of a batch of one shape."""
         x = self.latents(batch, draws)
         o = self.recipe.objective
         u = (draws.uniform(len(x), TIME) - o.pure_noise) / (1 - o.pure_noise)  # below 0: pure noise
         t = self.system.shifted(torch.where(u < 0, 1.0, TIMES[o.times](u.clamp(min=0))), x.shape)
         dropped = draws.uniform(len(x), DROPPED) < self.recipe.text.dropout
         texts = batch["caption"] if self.system.network.text is not None else None
-        return x, t, draws.normal(x, NOISE), self.condition(x, batch, draws), texts, dropped
+        return Question(x, t, draws.normal(x, NOISE), self.condition(x, batch, draws), texts, dropped)
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
         """Normalised latents of the clips, [B, C, T, h, w]."""
@@ -225,6 +248,8 @@ class Diffusion(Task):
         return blocks_of(network.denoiser)
 
     def tokens(self, batch: Batch) -> int:
+        if PARTS in batch:
+            return sum(map(self.tokens, batch[PARTS]))
         where = batch["mean" if "mean" in batch else "video"]
         t, h, w = where.shape[2:]
         if "mean" not in batch:
@@ -249,6 +274,7 @@ class Diffusion(Task):
         prompts = list(self.recipe.run.prompts or batch["caption"][:SHOWN])
         factor = self.recipe.tasks.upsampling
         if factor:
+            batch = parts_of(batch)[0]
             prompts = batch["caption"][:SHOWN]
         mine: dict[int, Tensor] = {}
         for i in world.share(len(prompts)):

@@ -1,4 +1,4 @@
-"""Several processes that train as one: who they are, how they agree, how a module is spread over them.
+"""Several processes that train as one: who they are, and how they agree.
 
 A launcher (torchrun, Ray Train) starts the processes; alone, there is one and nothing here does anything.
 Host-side agreement (counts, "stop now", errors) goes through gloo, so that it never waits for the GPU.
@@ -8,30 +8,44 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together."""
+    """This process among those that train together.
+
+    mesh: of all of them, [data, context]; none: there is one. Ranks along 'data' see different samples, those along
+        'context' parts of the same ones (for now there is one).
+    host: gloo group of all ranks, for host-side agreement; writing: another one, for the thread that writes
+        checkpoints.
+    """
 
     rank: int
     size: int
     device: torch.device
-    host: Any = None  # gloo group of all ranks, for host-side agreement
-    writing: Any = None  # another one, for the thread that writes checkpoints
+    mesh: DeviceMesh | None = None
+    host: Any = None
+    writing: Any = None
+
+    @property
+    def data_rank(self) -> int:
+        """Whose samples these are, of `data_size`."""
+        return self.rank if self.mesh is None else self.mesh.get_local_rank("data")
+
+    @property
+    def data_size(self) -> int:
+        return self.size if self.mesh is None else self.mesh["data"].size()
 
     def sum(self, *values: float) -> list[float]:
         """Of host numbers, over all ranks."""
@@ -78,8 +92,10 @@ def connect(device: str | None = None) -> Iterator[World]:
         own = True
     try:
         if dist.is_initialized() and dist.get_world_size() > 1:
+            size = dist.get_world_size()
+            mesh = init_device_mesh(where.type, (size, 1), mesh_dim_names=("data", "context"))
             groups = [dist.new_group(backend="gloo") for _ in range(2)]
-            yield World(dist.get_rank(), dist.get_world_size(), where, *groups)
+            yield World(dist.get_rank(), size, where, mesh, *groups)
         else:
             yield World(0, 1, where)
     finally:
@@ -120,73 +136,3 @@ def device_of(name: str | None) -> torch.device:
             )
         return torch.device("cuda", index)
     return device
-
-
-# ---------------------------------------------------------------- a module, spread
-
-
-def recompute(blocks: Iterable[nn.Module]) -> None:
-    """Gradient checkpointing: each block keeps its inputs and is run again in the backward pass.
-
-    In place, so that parameters keep their names.
-    """
-    for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def spread(
-    module: nn.Module,
-    blocks: Iterable[nn.Module],
-    optimizer: torch.optim.Optimizer,
-    parallel: str,
-    world: World,
-) -> nn.Module:
-    """What to call in place of the module: its gradients are means over the ranks.
-
-    ddp: every rank holds all; a parameter may stay unused in a step. fsdp: parameters, gradients, moments
-    and averages are sharded, block by block (FSDP2); the optimizer is given the sharded parameters in place
-    of those it was made with, and communication is in float32, so that both give the same numbers.
-    """
-    if world.size == 1:
-        return module
-    if parallel == "ddp":
-        from torch.nn.parallel import DistributedDataParallel
-
-        ids = [world.device.index] if world.device.type == "cuda" else None
-        return DistributedDataParallel(
-            module, device_ids=ids, find_unused_parameters=True, gradient_as_bucket_view=True
-        )
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    names = {id(p): name for name, p in module.named_parameters()}
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
-    sharded = dict(module.named_parameters())
-    for group in optimizer.param_groups:
-        group["params"] = [sharded[names[id(p)]] for p in group["params"]]
-    return module
-
-
-@contextlib.contextmanager
-def local_gradients(module: nn.Module, local: bool) -> Iterator[None]:
-    """Inside, gradients are summed on this rank only: for all micro-batches of a step but the last."""
-    from torch.distributed.fsdp import FSDPModule
-    from torch.nn.parallel import DistributedDataParallel
-
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(not local)
-        yield
-    elif local and isinstance(module, DistributedDataParallel):
-        with module.no_sync():
-            yield
-    else:
-        yield
-
-
-def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """Of all of them together, over all shards; a scalar on the device."""
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from jobs.training import checkpoint
-from jobs.training.distributed import World, connect, gradient_norm, recompute, spread
+from jobs.training.distributed import World, connect
 from jobs.training.metrics import Metrics, Progress
+from jobs.training.parallelize import gradient_norm, parallelize
 from jobs.training.plan import autocast, make_plan
 from jobs.training.recipe import Optimizer, TrainRecipe
 from jobs.training.task import (
@@ -41,8 +42,9 @@ from jobs.training.task import (
     Task,
     part_weights,
     seed_torch,
+    tensors_of,
+    to_device,
 )
-from models import attention
 from models.ema import PowerEMA, local
 from pipeline.faults import one_line
 
@@ -86,7 +88,7 @@ def train(
     build = build or import_module(f"jobs.training.{recipe.trains}").build
     monitor = monitor or import_module("jobs.training.monitor").Monitor
     out = Path(out)
-    with Signals() as signals, connect(device) as world, attention.backend(recipe.compute.attention):
+    with Signals() as signals, connect(device) as world:
         torch.manual_seed(recipe.seed)
         trainer = Trainer(recipe, data, out, world, build)
         if trainer.step >= recipe.run.steps:
@@ -100,7 +102,7 @@ def train(
             if "DataLoader worker" not in str(e):
                 raise
             raise TrainError(
-                f"a process that decodes was ended from outside ({one_line(e)}): where memory ran out, set data.workers "
+                f"a process that decodes was ended from outside ({one_line(e)}): if memory ran out, set data.workers "
                 f"below {recipe.data.workers}; the same command goes on from the last checkpoint"
             ) from e
         finally:
@@ -175,22 +177,16 @@ class Trainer:
     # ------------------------------------------------------------ before
 
     def _prepare(self) -> None:
-        """Measure on a micro-batch of each shape, then spread the phases and read the checkpoint."""
+        """Measure on a micro-batch of each shape, then parallelize the phases and read the checkpoint."""
         self.batches: Any = iter(self.loader)
         seed_torch(self.recipe.seed, 0)
         self.plan = make_plan(self.recipe, self.task, self._examples(), self.world)
-        compute = self.recipe.compute
-        self.models: dict[str, nn.Module] = {}
-        for phase in self.task.phases:
-            blocks = list(self.task.blocks(phase.module))
-            if compute.checkpointing:
-                recompute(blocks)
-            if compute.compile:
-                for block in blocks:
-                    block.compile()
-            self.models[phase.name] = spread(
-                phase.module, blocks, phase.optimizer, compute.parallel, self.world
+        self.models: dict[str, nn.Module] = {
+            phase.name: parallelize(
+                phase.module, self.task.blocks(phase.module), phase.optimizer, self.recipe.compute, self.world
             )
+            for phase in self.task.phases
+        }
         self.averages = {
             p.name: PowerEMA(p.module, self.recipe.ema.lengths)
             for p in self.task.phases
@@ -201,7 +197,7 @@ class Trainer:
 
     def _examples(self) -> Iterator[Batch]:
         for batch in self.loader.examples():
-            self.batch = self._to_device(batch)
+            self.batch = to_device(batch, self.world.device)
             yield self.batch
 
     # ------------------------------------------------------------ the loop
@@ -279,16 +275,10 @@ class Trainer:
         if batch is None:
             raise TrainError("the loader has ended, though it must go on epoch after epoch")
         waited = time.perf_counter() - start
-        batch = self._to_device(batch)
+        batch = to_device(batch, self.world.device)
         tokens, skipped = self.task.tokens(batch), len(batch.get("skipped", ()))
         self.metrics.batch(tokens, self.plan.flops(batch, tokens), len(batch["key"]), skipped, waited)
         return batch
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {
-            k: v.to(self.world.device, non_blocking=True) if isinstance(v, Tensor) else v
-            for k, v in batch.items()
-        }
 
     def take_step(self, batches: list[Batch], counts: dict[str, float]) -> None:
         """Every phase once, on the same micro-batches.
@@ -299,7 +289,7 @@ class Trainer:
         self.step += 1
         recipe, world = self.recipe, self.world
         before = (self.step - 1) * recipe.data.micro_batches
-        numbers = [before + a * world.size + world.rank for a in range(len(batches))]
+        numbers = [before + a * world.data_size + world.data_rank for a in range(len(batches))]
         weights = part_weights(self.task.weights, counts)
         factor = rate_factor(recipe.optimizer, self.step, recipe.run.steps)
         for phase in self.task.phases:
@@ -405,15 +395,15 @@ class Trainer:
             return self.task.evaluate(module, self.step)
 
     def out_of_memory(self) -> str:
-        shapes = {k: "×".join(map(str, v.shape)) for k, v in self.batch.items() if isinstance(v, Tensor)}
+        shapes = {k: "×".join(map(str, v.shape)) for k, v in tensors_of(self.batch).items()}
         tokens = self.task.tokens(self.batch) if self.batch else 0
         fixes = [f"data.tokens {tokens // 2}", f"data.batch {max(len(self.batch.get('key', ())) // 2, 1)}"]
         if self.recipe.data.batch is None:
             fixes.pop()
         else:
             fixes.pop(0)
-        if not self.recipe.compute.checkpointing:
-            fixes.append("compute.checkpointing true")
+        if self.recipe.compute.activation_checkpointing != "full":
+            fixes.append("compute.activation_checkpointing full")
         if self.recipe.compute.precision == "fp32":
             fixes.append("compute.precision bf16")
         what = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
@@ -460,14 +450,14 @@ def check_horizon(out: Path, saved: dict[str, Any], recipe: TrainRecipe) -> None
 
 def share_of_step(micro_batches: int, world: World) -> int:
     """How many of a step's micro-batches a rank does. Raises TrainError where they do not go round."""
-    if micro_batches % world.size:
+    if micro_batches % world.data_size:
         may = " or ".join(str(n) for n in range(1, micro_batches + 1) if micro_batches % n == 0)
-        more = -(-micro_batches // world.size) * world.size
+        more = -(-micro_batches // world.data_size) * world.data_size
         raise TrainError(
-            f"data.micro_batches {micro_batches} cannot be shared by {world.size} processes: start {may}, or set it to "
-            f"{more}, which makes a step's batch larger"
+            f"data.micro_batches {micro_batches} cannot be shared by {world.data_size} processes: start {may}, "
+            f"or set it to {more}, which makes a step's batch larger"
         )
-    return micro_batches // world.size
+    return micro_batches // world.data_size
 
 
 def rate_factor(optimizer: Optimizer, step: int, steps: int) -> float:

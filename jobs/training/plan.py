@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jobs.training.distributed import World
 from jobs.training.recipe import TrainRecipe
-from jobs.training.task import Batch, Draws, Phase, Task
+from jobs.training.task import Batch, Draws, Phase, Task, tensors_of
 from models.flops import Peak, cost, peak
 
 MOMENTS = 2  # that Adam keeps of a parameter
@@ -38,7 +38,7 @@ class Plan:
 
 
 def shapes(batch: Batch) -> Shapes:
-    return tuple((name, tuple(x.shape)) for name, x in sorted(batch.items()) if isinstance(x, Tensor))
+    return tuple((name, tuple(x.shape)) for name, x in sorted(tensors_of(batch).items()))
 
 
 def autocast(recipe: TrainRecipe, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -63,12 +63,12 @@ def make_plan(recipe: TrainRecipe, task: Task, examples: Iterable[Batch], world:
 
             found = cost(loss, phase.module, task.blocks(phase.module), device)
             costs += found.flops
-            saved = max(saved, found.recomputed if compute.checkpointing else found.saved)
+            saved = max(saved, found.kept(compute.activation_checkpointing))
         counted[shapes(batch)] = costs
         if costs >= flops:
             flops, tokens = costs, task.tokens(batch)
     most = peak(device, torch.bfloat16 if compute.precision == "bf16" else torch.float32)
-    shards = world.size if compute.parallel == "fsdp" else 1
+    shards = world.data_size if compute.parallel == "fsdp" else 1
     every = [(p, phase) for phase in task.phases for p in phase.module.parameters()]
     trained = sum(p.numel() for p, _ in every if p.requires_grad)
     frozen = sum(p.numel() for p, _ in every if not p.requires_grad)
@@ -85,7 +85,7 @@ def make_plan(recipe: TrainRecipe, task: Task, examples: Iterable[Batch], world:
         f"optimizer    {_bytes(moments)} (estimated: {MOMENTS} float32 moments a parameter)",
         f"averages     {_bytes(averages)} ({len(recipe.ema.lengths)} lengths)",
         f"activations  {_bytes(saved)} (what autograd kept of one micro-batch of {tokens:,} tokens"
-        + (", less what is recomputed)" if compute.checkpointing else ")"),
+        + (", less what is recomputed)" if compute.activation_checkpointing != "none" else ")"),
         f"memory       {_bytes(total)} in sum a device"
         + (f", of {_bytes(_there(device))}" if _there(device) else ""),
         f"a step       {a_step / 1e12:.3g} TFLOP, forward and backward (counted; "

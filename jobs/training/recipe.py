@@ -54,6 +54,10 @@ class Data(Section):
 class DiffusionData(Data):
     """What a diffusion model sees of the clips."""
 
+    pack: bool = Field(
+        False,
+        description="clips and pictures of all buckets share a micro-batch of `tokens`, as one sequence",
+    )
     images: int = Field(0, ge=0, description="independent images beside each clip (Ho et al. 2022: 4 to 8)")
     stills: int = Field(0, ge=0, description="micro-batches of single frames before the first of clips")
     cache: str | None = Field(
@@ -61,6 +65,15 @@ class DiffusionData(Data):
         description="folder of `clipmill encode`: latents and text, no decoding",
         json_schema_extra=PATH,
     )
+
+    @model_validator(mode="after")
+    def _packed(self) -> DiffusionData:
+        for name in ("batch", "images"):
+            if self.pack and getattr(self, name):
+                raise ValueError(
+                    f"{name}: packed micro-batches hold what `tokens` do: leave it out, or set pack to false"
+                )
+        return self
 
 
 class Autoencoder(Section):
@@ -96,7 +109,7 @@ class Model(Section):
     """The network: `models/*/<kind>.py`, whose `build` takes what else is written here."""
 
     model_config = Section.model_config | {"extra": "allow"}
-    PATHS: ClassVar = {"spatial": "maybe"}  # of what `build` takes: a file or folder
+    PATHS: ClassVar = {"spatial": "maybe", "weights": "maybe"}  # of what `build` takes: a file or folder
     kind: str = Field("dit", description="dit, unet3d, video_ldm or sora; vae; small_vlm")
     preset: str | None = Field(None, description="a name in PRESETS of that file")
 
@@ -263,15 +276,22 @@ class EMA(Section):
         return lengths
 
 
+ActivationCheckpointing = Literal["none", "selective", "full"]
+
+
 class Compute(Section):
     """How the steps are computed."""
 
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast, weights stay in fp32")
-    checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    compile: bool = Field(False, description="torch.compile of the repeated blocks")
+    activation_checkpointing: ActivationCheckpointing = Field(
+        "none",
+        description="what the backward pass computes again of a block: full, all; selective, all but matrix products, "
+        "convolutions and attention",
+    )
+    compile: bool = Field(False, description="torch.compile of the repeated blocks, each as one graph")
     parallel: Literal["ddp", "fsdp"] = Field("ddp", description="fsdp: the weights are sharded over the GPUs")
-    attention: Literal["auto", "plain", "math", "efficient", "flash", "cudnn"] = Field(
-        "auto", description="which kernel"
+    attention: Literal["auto", "plain", "sdpa", "math", "efficient", "flash", "cudnn", "flex"] = Field(
+        "auto", description="which kernel, see models/attention.py"
     )
 
 

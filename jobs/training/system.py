@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +23,49 @@ from jobs.training.distributed import device_of
 from jobs.training.recipe import Autoencoder as AutoencoderRecipe
 from jobs.training.recipe import Bucket, DiffusionRecipe, Objective, Run, Tasks, import_spec
 from jobs.training.recipe import Text as TextRecipe
+from models.attention import choose_kernel
 from models.autoencoders.latents import Autoencoder, BlockDCT, Normalizer, Posterior, latent_shape
 from models.diffusion.condition import Condition
 from models.diffusion.generate import Draw, drawer
 from models.diffusion.noise import Cosine, Flow, Linear, ScaledLinear, Schedule, shift_of, shifted
-from models.diffusion.objective import MinSNR, Process, Uncertainty, Weighting, prediction_error, uniform
+from models.diffusion.objective import (
+    MinSNR,
+    Process,
+    Uncertainty,
+    Weighting,
+    error_of,
+    noisy_input,
+    uniform,
+)
 from models.diffusion.samplers import named
 from models.encoders.text import PretrainedText, WordText
 from models.measures.features import weights_hash
 from pipeline.shards.buckets import Shape
 
-LOW_NOISE = (
-    0.5  # highest level of noise added to the low-resolution video that super-resolution is trained with
-)
+LOW_NOISE = 0.5  # highest level of noise in the low-resolution videos of super-resolution
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the network is asked of B clips of one shape while it trains.
+
+    x, noise: [B, C, T, h, w]; t: [B] in 0…1. texts: captions that the network's own encoder reads, or None.
+    dropped: bool [B], rows that are trained on without their text.
+    """
+
+    x: Tensor
+    t: Tensor
+    noise: Tensor
+    condition: Condition
+    texts: list[str] | None
+    dropped: Tensor
+
+
+class Answer(NamedTuple):
+    """Of each clip, [B]: what is minimised, and the plain error, detached."""
+
+    loss: Tensor
+    error: Tensor
 
 
 class Network(nn.Module):
@@ -64,30 +94,29 @@ class Network(nn.Module):
         assert self.text is not None
         return self.text(texts)
 
-    def losses(self, *parts: tuple[Any, ...]) -> list[tuple[Tensor, Tensor]]:
-        """`loss` of each part, such as clips and the images beside them."""
-        return [self.loss(*part) for part in parts]
+    def losses(self, questions: Sequence[Question], packed: bool = False) -> list[Answer]:
+        """The loss of each question's samples; `packed`: all of them in one sequence, which changes no number."""
+        conditions = [self._condition(q) for q in questions]
+        latents = [noisy_input(self.process, q.x, q.t, q.noise) for q in questions]
+        levels = [self.process.level(q.t) for q in questions]
+        if packed:
+            packing: Any = self.denoiser
+            predicted = packing.packed(latents, levels, conditions)
+        else:
+            predicted = [self.denoiser(*asked) for asked in zip(latents, levels, conditions, strict=True)]
+        answers = []
+        for q, condition, p in zip(questions, conditions, predicted, strict=True):
+            error = error_of(p, self.process, q.x, q.t, q.noise, condition)
+            answers.append(Answer(self.weighting(error, self.process, q.t), error.detach()))
+        return answers
 
-    def loss(
-        self,
-        x: Tensor,
-        t: Tensor,
-        noise: Tensor,
-        condition: Condition,
-        texts: list[str] | None,
-        dropped: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Weighted and plain loss of each sample, [B] both; texts are read here where they are given.
-
-        Args:
-            dropped: bool [B], rows that are trained on without their text.
-        """
-        if texts is not None:
-            features, mask = self.read(texts)
+    def _condition(self, question: Question) -> Condition:
+        """With the text that is read here, and without that of dropped captions."""
+        condition = question.condition
+        if question.texts is not None:
+            features, mask = self.read(question.texts)
             condition = replace(condition, text=features, text_mask=mask)
-        condition = condition.without_text(dropped)
-        error = prediction_error(self.denoiser, self.process, x, t, noise, condition)
-        return self.weighting(error, self.process, t), error.detach()
+        return condition.without_text(question.dropped)
 
 
 @dataclass
@@ -104,10 +133,8 @@ class System:
     network: Network
     device: torch.device
     trained: list[Shape] = field(default_factory=list)  # buckets that clips fill
-    step: int = (
-        0  # of training, and σ_rel of the averaged weights (0: the last themselves), where they were loaded
-    )
-    ema: float = 0.0
+    step: int = 0  # of training, of loaded weights
+    ema: float = 0.0  # σ_rel of their average; 0: the last themselves
 
     @property
     def process(self) -> Process:
@@ -320,7 +347,9 @@ def build_network(recipe: DiffusionRecipe, channels: int, frozen_text: Pretraine
         weighting = MinSNR(recipe.objective.min_snr_gamma)
     elif recipe.objective.weighting == "uncertainty":
         weighting = Uncertainty()
-    return Network(build(channels, width, **options), own, build_process(recipe.objective), weighting)
+    network = Network(build(channels, width, **options), own, build_process(recipe.objective), weighting)
+    choose_kernel(network, recipe.compute.attention)
+    return network
 
 
 def build_system(

@@ -18,10 +18,31 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from jobs.training.distributed import World, local_gradients
+from jobs.training.distributed import World
+from jobs.training.parallelize import local_gradients
 from jobs.training.recipe import Optimizer
 
 Batch = dict[str, Any]
+
+PARTS = "parts"  # of a batch whose samples have several shapes: batches of one shape each
+
+
+def parts_of(batch: Batch) -> list[Batch]:
+    """Batches of one shape each, in the order of the batch's samples."""
+    return batch.get(PARTS, [batch])
+
+
+def tensors_of(batch: Batch) -> dict[str, Tensor]:
+    """Every tensor of a batch, by name; of parts with their number."""
+    found = {name: x for name, x in batch.items() if isinstance(x, Tensor)}
+    for i, part in enumerate(batch.get(PARTS, ())):
+        found |= {f"{name} {i + 1}": x for name, x in tensors_of(part).items()}
+    return found
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return moved | {PARTS: [to_device(part, device) for part in batch[PARTS]]} if PARTS in batch else moved
 
 
 class Summed(NamedTuple):
@@ -239,7 +260,7 @@ class Step:
 
     def total(self, batch: Batch, losses: Losses) -> Tensor:
         """What is to be differentiated: DDP and FSDP give the mean of the ranks' gradients, the loss is a sum."""
-        every = [x * (self.weights[kind] * self.world.size) for kind, x in losses.sums.items()]
+        every = [x * (self.weights[kind] * self.world.data_size) for kind, x in losses.sums.items()]
         total = torch.stack(every).sum()
         self.tell(batch, losses, total.detach())
         return total

@@ -34,8 +34,8 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Captioning, Loader]:
         [task.positions],
         tokens=recipe.data.tokens,
         batch=recipe.data.batch,
-        rank=world.rank,
-        world=world.size,
+        rank=world.data_rank,
+        world=world.data_size,
         workers=recipe.data.workers,
         pin=world.device.type == "cuda",
     )

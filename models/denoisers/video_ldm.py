@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.denoisers.conditions import with_conditions
 from models.denoisers.unet3d import (
     Attention,
     CrossAttention,
@@ -35,7 +36,6 @@ from models.denoisers.unet3d import (
     UNet,
     check_sizes,
     check_stride,
-    inputs,
     tokens,
 )
 from models.diffusion.condition import Condition, LevelEmbedding, sinusoids
@@ -82,7 +82,7 @@ class Spatial(nn.Module):
         z: Tensor,  # N C h w
         level: Tensor,  # N
         text: Tensor | None = None,  # N L D
-        text_mask: Tensor | None = None,  # N 1 1 L
+        text_mask: Tensor | None = None,  # N L
         mix: Mix = lambda x, emb: x,
     ) -> Tensor:
         """→ [N, C, h, w]"""
@@ -160,20 +160,24 @@ class VideoLDM(nn.Module):
     def forward(self, z: Tensor, level: Tensor, condition: Condition) -> Tensor:
         b, t = len(z), z.shape[2]
         videos = t - condition.images
-        x = inputs(z, condition, context=self.known is not None, upsample=False).transpose(1, 2)  # B T C' h w
+        x = with_conditions(z, condition, context=self.known is not None, upsample=False).transpose(
+            1, 2
+        )  # B T C' h w
         check_stride(x, self.spatial.stride)
         text, text_mask = tokens(z, condition, self.text_width)
+        # images alone: an empty batch goes through the temporal layers, whose parameters take part in every step
+        rows, times = (b, videos) if videos else (0, t)
         known = [None] * (max(self.levels) + 1)
         if self.known is not None:
-            known = self.known(x[:, :videos, self.channels :])
+            known = self.known(x[:rows, :times, self.channels :])
         pairs = iter(zip(self.temporal, self.levels, strict=True))
 
         def mix(image: Tensor, emb: Tensor) -> Tensor:
             temporal, at = next(pairs)
-            if not videos:
-                return image
             frames = image.reshape(b, t, *image.shape[-3:])  # B T C h w
-            clip = temporal(frames[:, :videos], emb.unflatten(0, (b, t))[:, :videos], known[at])
+            clip = temporal(frames[:rows, :times], emb.unflatten(0, (b, t))[:rows, :times], known[at])
+            if not videos:
+                return torch.cat([clip.flatten(0, 1).reshape(0, *image.shape[1:]), image])
             return torch.cat([clip, frames[:, videos:]], dim=1).reshape(image.shape)
 
         def each(y: Tensor | None) -> Tensor | None:
@@ -195,14 +199,14 @@ class Temporal(nn.Module):
         kind = TimeResBlock if layer.kind == "residual" else TimeAttention
         self.temporal = kind(layer.channels, emb)
         self.known = nn.Linear(known, layer.channels) if known else None
-        self.alpha = nn.Parameter(torch.ones(1))  # of one element, not none: FSDP shards no scalars
+        # β = 1 − α, of one element: near 0 a number is exact in any type, near 1 it would be stuck in bfloat16
+        self.beta = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, emb: Tensor, known: Tensor | None = None) -> Tensor:
         """emb [B, T, E]; known [B, T, h, w, K]"""
         y = x if self.known is None else x + self.known(known).permute(0, 1, 4, 2, 3)
-        alpha = UnitInterval.apply(self.alpha)
-        # each factor rounded by itself: 1 − α of an α that was rounded to bfloat16 would stay 0 for long
-        return alpha.to(x.dtype) * x + (1 - alpha).to(x.dtype) * self.temporal(y, emb)
+        beta = UnitInterval.apply(self.beta.float() if x.dtype != torch.float64 else self.beta)
+        return (1 - beta).to(x.dtype) * x + beta.to(x.dtype) * self.temporal(y, emb)
 
 
 class TimeResBlock(nn.Module):
@@ -404,7 +408,6 @@ class DiffusersUNet(Spatial):
         extra = unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added)
         emb = emb if extra is None else emb + extra
         if text is not None and text_mask is not None:
-            text_mask = text_mask[:, 0, 0]  # N L
             text = text * text_mask.any(dim=1)[:, None, None]
 
         def run(resnet: nn.Module, attention: nn.Module | None, x: Tensor) -> Tensor:

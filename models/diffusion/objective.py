@@ -124,14 +124,25 @@ Weighting = Callable[[Tensor, Process, Tensor], Tensor]
 def prediction_error(
     model: nn.Module, process: Process, x: Tensor, t: Tensor, noise: Tensor, condition: Condition
 ) -> Tensor:
+    """`error_of` what the model predicts of `noisy_input`."""
+    predicted = model(noisy_input(process, x, t, noise), process.level(t), condition)
+    return error_of(predicted, process, x, t, noise, condition)
+
+
+def noisy_input(process: Process, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """z, computed in float32 at least, in x's type."""
+    return process.noisy(_at_least_float32(x), t, _at_least_float32(noise)).to(x.dtype)
+
+
+def error_of(
+    predicted: Tensor, process: Process, x: Tensor, t: Tensor, noise: Tensor, condition: Condition
+) -> Tensor:
     """Mean square of prediction − target for each sample, [B], in float32 (float64 if x is).
 
     Where `condition.settled` is 1, latents are noised like the others but do not count: the network
     sees them clean in `condition.known` and is not asked for them. A sample of known frames only has error 0.
     """
     clean, noise = _at_least_float32(x), _at_least_float32(noise)
-    z = process.noisy(clean, t, noise)
-    predicted = model(z.to(x.dtype), process.level(t), condition)
     square = (_at_least_float32(predicted) - process.target(clean, t, noise)) ** 2
     if condition.settled is None:
         return square.flatten(1).mean(1)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.attention import attend, join_heads, split_heads
+from models.attention import AttentionLayer, Mask, join_heads, split_heads
 from models.hub import MissingModel, transformers_weights
 
 TOWERS = {"clip": "CLIPTextModel", "siglip": "SiglipTextModel"}  # of two-tower checkpoints only the text one
@@ -52,10 +52,14 @@ class WordText(nn.Module):
         found = [words(text)[: self.length] for text in texts]
         device, rows = self.position.device, self.embed.num_embeddings
         mask = torch.tensor([[i < len(row) for i in range(self.length)] for row in found], device=device)
-        places = [[h % rows for h in hashes(word)] for row in found for word in row]
-        x = self.position.repeat(len(texts), 1, 1)  # B L D
-        if places:
-            x = x.masked_scatter(mask[..., None], x[mask] + self.embed(torch.tensor(places, device=device)))
+        places = [
+            [h % rows for h in hashes(row[i])] if i < len(row) else [0, 0]
+            for row in found
+            for i in range(self.length)
+        ]
+        # no shape depends on the words, and the table takes part where there are none
+        word = self.embed(torch.tensor(places, device=device)).unflatten(0, mask.shape)  # B L D
+        x = torch.where(mask[..., None], self.position + word, self.position)
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x), mask
@@ -76,7 +80,7 @@ def hashes(word: str) -> tuple[int, int]:
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
-class _Block(nn.Module):
+class _Block(AttentionLayer):
     """Self-attention, then an MLP, each after a norm and beside a shortcut."""
 
     def __init__(self, width: int, heads: int):
@@ -88,7 +92,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.norms[0](x)).chunk(3, dim=-1))
-        x = x + self.out(join_heads(attend(q, k, v, mask[:, None, None])))
+        x = x + self.out(join_heads(self.attend(q, k, v, Mask.padding(mask))))
         return x + self.mlp(self.norms[1](x))
 
 

@@ -11,6 +11,7 @@ from pipeline.caption.served import Asking
 from pipeline.faults import ClipFault
 from pipeline.recipe_captions import FuseCaptioner
 from pipeline.recipe_choose import Choose
+from pipeline.recipe_prompts import named
 from pipeline.record import Caption, Clip, Video
 
 
@@ -28,10 +29,12 @@ class Fuse(Asking):
             told = "\n".join(c.raw for c in sources)
         else:
             told = "\n".join(f"{n}. {c.text}" for n, c in enumerate(sources, 1))
-        asked = prompts.ask(self.options.prompt, video, clip, more={"captions": told})
+        template = self.options.prompt
+        context = named(template)
+        asked = prompts.ask(template, video, clip, context, more={"captions": told})
         answer = self.asks.ask(clip.clip_id, self.asks.body(asked), stop)
         # its prompt without the captions: they are beside it, and to repeat them is its task
-        prompt = prompts.ask(self.options.prompt, video, clip, more={"captions": "{captions}"})
+        prompt = prompts.ask(template, video, clip, context, more={"captions": "{captions}"})
         caption = self.caption_of([answer], prompt)
         caption.made_from = [c.model for c in sources]
         return caption

@@ -1,9 +1,10 @@
 """What a model is asked about a clip: a prompt, with what is known of the clip put where the prompt wants it.
 
-A prompt may hold `{title}`, `{description}`, `{subtitles}` (what the list says, where the recipe's `context` lets it),
-`{on_screen_text}` (what OCR read), `{camera}` (the measured motion in words), `{duration}` ('4.2 seconds'), and
-whatever else a captioner gives it. A line that holds such names, all of which say nothing, is left out, so one file
-serves clips with and without a title. Other braces are the prompt's own: JSON needs no quoting.
+A prompt may hold `{title}`, `{description}`, `{subtitles}` (what the list says, but where the recipe's `context` keeps
+it out), `{meta.KEY}` (any column of the list), `{on_screen_text}` (what OCR read), `{camera}` (the measured motion in
+words), `{duration}` ('4.2 seconds'), and whatever else a captioner gives it. A line that holds such names, all of which
+say nothing, is left out, so one file serves clips with and without a title. Other braces are the prompt's own: JSON
+needs no quoting.
 
 `text` (from pipeline.recipe_prompts) says which words a recipe's `prompt:` names.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 
 from pipeline.caption import baselines
+from pipeline.faults import ClipFault
 from pipeline.recipe_prompts import PLACE, text
 from pipeline.record import Clip, Video
 
@@ -62,11 +64,20 @@ def ask(
             come after it.
         clean: takes from a value what must not stand in a prompt (a model's control tokens).
         more: other values for names of the template; they are not cleaned.
+
+    Raises ClipFault where nothing is left of it: a model that is asked nothing says anything.
     """
-    values = {name: clean(value) for name, value in known(video, clip, context).items()}
     placed = set(PLACE.findall(template))
+    meta = video.source.meta | clip.meta
+    columns = {name: _line(meta.get(name[5:], "")) for name in placed if name.startswith("meta.")}
+    values = {name: clean(value) for name, value in (known(video, clip, context) | columns).items()}
     rest = [f"{label}: {values[name]}" for name, label in SAID.items() if values[name] and name not in placed]
     prompt = render(template, **values | dict(more or {}))
+    if template and not prompt:
+        names = ", ".join(f"{{{name}}}" for name in sorted(placed))
+        raise ClipFault(
+            f"nothing is left of the prompt: each of its lines needs {names}, which say nothing of this clip"
+        )
     if not rest:
         return prompt
     return "\n".join([prompt, "This is said of the whole source and may not fit this part of it:", *rest])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.caption import prompts
 from pipeline.caption.captioner import Captioner
 from pipeline.caption.text import sentences
+from pipeline.faults import ClipFault
 from pipeline.recipe_captions import Looking, TransformersCaptioner
 from pipeline.recipe_schema import RecipeError
 from pipeline.record import Caption, Clip, Sample, Video
@@ -49,16 +50,22 @@ class Transformers(Captioner):
     def shape(self, video: Video, clip: Clip) -> tuple[int, ...]:
         return shape_of(seen(self.model, self.options, video, clip))
 
-    def caption_batch(self, clips: list[tuple[Video, Clip]]) -> list[str | Caption]:
+    def caption_batch(self, clips: list[tuple[Video, Clip]]) -> list[str | Caption | ClipFault]:
         looks = [self._look(video, clip) for video, clip in clips]
-        answers = iter(self.model([look for look in looks if look]))
-        return [self._caption(next(answers)) if look else "" for look in looks]
+        answers = iter(self.model([look for look in looks if not isinstance(look, ClipFault | None)]))
+        return [
+            look or "" if isinstance(look, ClipFault | None) else self._caption(next(answers))
+            for look in looks
+        ]
 
-    def _look(self, video: Video, clip: Clip) -> Look | None:
+    def _look(self, video: Video, clip: Clip) -> Look | ClipFault | None:
         """What the model is shown and asked of a clip; none where no sampled frame lies in it."""
         chosen = seen(self.model, self.options, video, clip)
         words = self.options.prompt or self.model.prompt
-        prompt = prompts.ask(words, video, clip, self.context, self.model.clean)
+        try:
+            prompt = prompts.ask(words, video, clip, self.context, self.model.clean)
+        except ClipFault as e:
+            return e
         return look_at(video, clip, chosen, prompt) if chosen else None
 
     def _caption(self, answer: Answer) -> Caption:

@@ -81,6 +81,7 @@ def write_layers(index: Index, votes: Votes) -> dict[str, int]:
     if not rows:
         raise StoreError(f"{store.uri} has no votes on captions yet")
     with store.lock():
+        layers.unjudge(store, EDITED)
         there = {layer.name: layer for layer in layers.layers(store)}
         number = max((layer.number for layer in there.values()), default=0)
         for name, by_unit in zip(LAYERS, (edited, judged), strict=True):

@@ -22,7 +22,7 @@ from typing import Any
 
 from pipeline.caption import answers
 from pipeline.decide.columns import META, check_listed, listed_asked, no_number, number_in
-from pipeline.faults import counted
+from pipeline.faults import WorkerFault, counted
 from pipeline.graph import build, check
 from pipeline.io.store import Store, below
 from pipeline.layers import Layered
@@ -280,7 +280,11 @@ def _add(
     over = layering.noted(store, clips, added, wanted, versions.get("versions", {}) | _versions())
     units = layering.units(clips, wanted, known)
     last = layering.LayerStage(store, over, wanted)
-    _run(layering.stages(store, recipe, added, wanted, last), units, recipe, job)
+    try:
+        _run(layering.stages(store, recipe, added, wanted, last), units, recipe, job)
+    except (RunError, WorkerFault):  # a server that nobody started, a model that it has not
+        layering.drop_empty(store, over)
+        raise
     store.sweep()
 
 

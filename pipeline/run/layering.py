@@ -168,7 +168,10 @@ def check(stages: Sequence[Stage], run: Recipe, clips: Layered) -> None:
             )
     there: dict[str, Section] = {s.name: s.section for s in caption_stages(run.captions)}
     there |= {s.name: s.section for s in judge_stages(run.choose.judges)}
-    over = {layer.name: section_of(layer) for layer in clips.layers}
+    begun = {
+        layer.name for some in clips.over.values() for layer in some
+    }  # one that holds nothing is in nobody's way
+    over = {layer.name: section_of(layer) for layer in clips.layers if layer.name in begun}
     there |= {name: section for name, section in over.items() if section is not None}
     for stage in stages:
         if isinstance(stage, CaptionStage | JudgeStage) and stage.name in there:
@@ -277,8 +280,9 @@ def units(clips: Layered, wanted: Wanted, listed: Mapping[str, Source]) -> list[
 def noted(
     store: Store, clips: Layered, stages: Sequence[Stage], wanted: Wanted, versions: dict[str, str]
 ) -> list[Layer]:
-    """The layers that the wanted stages write, each noted in the run; those that are there go on."""
-    there = {layer.name: layer for layer in clips.layers}
+    """The layers that the wanted stages write, each noted in the run; those that hold something go on."""
+    begun = {layer.name for some in clips.over.values() for layer in some}
+    there = {layer.name: layer for layer in clips.layers if layer.name in begun}
     number = max((layer.number for layer in clips.layers), default=0)
     found = []
     for stage in stages:
@@ -301,6 +305,13 @@ def noted(
             create(store, layer)
         found.append(layer)
     return found
+
+
+def drop_empty(store: Store, some: Sequence[Layer]) -> None:
+    """Take away those of some layers that hold nothing: what was to make them ended before it said anything."""
+    for layer in some:
+        if not store.list(layer.folder, ".parquet"):
+            remove(store, layer.name)
 
 
 def stages(

@@ -110,15 +110,13 @@ def test_images_beside_clips_train_as_if_appended_in_time_and_masked(run, model)
 
     images = images_of(batch)
     assert len(images["key"]) == 6
-    clip_parts = task._question(batch, draws)
-    image_parts = task._question(images, replace(draws, part=1))
-    parts = [clip_parts, image_parts]
-    for (x, *_), videos in zip(parts, (batch["video"], images["video"]), strict=True):
+    of_clips, of_images = task.question(batch, draws), task.question(images, replace(draws, part=1))
+    for question, videos in zip((of_clips, of_images), (batch["video"], images["video"]), strict=True):
         encoded = BlockDCT(8, 3).encode(to_unit(videos)).mean
-        torch.testing.assert_close(x, task.system.normalizer(encoded))
+        torch.testing.assert_close(question.x, task.system.normalizer(encoded))
     # with the clip's caption and level for its images, both ways ask the network the same
-    x, t, noise, told, _, _ = clip_parts
-    x_images, _, noise_images, *_ = image_parts
+    x, t, noise, told = of_clips.x, of_clips.t, of_clips.noise, of_clips.condition
+    x_images, noise_images = of_images.x, of_images.noise
     text, mask = network.read(batch["caption"])
     told = replace(told, text=text, text_mask=mask)
     again = replace(told, text=text.repeat_interleave(2, 0), text_mask=mask.repeat_interleave(2, 0))

@@ -174,7 +174,7 @@ def test_running_out_of_memory_names_the_batch_and_what_would_fit(tmp_path):
         run(recipe(), tmp_path, build=large)
     said = str(e.value)
     assert "x 3×8" in said
-    assert "set data.tokens 1 or compute.checkpointing true" in said
+    assert "set data.tokens 1 or compute.activation_checkpointing full" in said
     assert list(checkpoints(tmp_path)) == [2]
 
 
@@ -219,9 +219,10 @@ def test_making_the_plan_changes_nothing(tmp_path, monkeypatch):
     same(weights(tmp_path / "with", 6), weights(tmp_path / "without", 6))
 
 
-def test_recomputing_activations_gives_the_same_bits(tmp_path):
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputing_activations_gives_the_same_bits(tmp_path, mode):
     run(recipe(run={"steps": 3}), tmp_path / "kept")
-    run(recipe(run={"steps": 3}, compute={"checkpointing": True}), tmp_path / "again")
+    run(recipe(run={"steps": 3}, compute={"activation_checkpointing": mode}), tmp_path / "again")
     same(weights(tmp_path / "kept", 3), weights(tmp_path / "again", 3))
     assert "less what is recomputed" in Notes.newest.texts[0]
 
@@ -446,10 +447,3 @@ def test_a_second_signal_stops_at_once():
     while not (done := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < end:
         time.sleep(0.01)
     assert os.waitstatus_to_exitcode(done[1]) == 143
-
-
-def test_blocks_are_compiled_one_by_one(tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
-    run(recipe(run={"steps": 1}, compute={"compile": True}), tmp_path, build=build)
-    assert compiled == ["Block", "Block"]

@@ -36,7 +36,7 @@ def ours(alpha: float, images: int = 0, known: int = 0, **options: Any) -> tuple
     model = scattered(build(CHANNELS, TEXT, **TINY, context=True, **options))
     assert isinstance(model, VideoLDM)
     for layer in model.temporal:
-        layer.alpha.data[:] = alpha
+        layer.beta.data[:] = 1 - alpha
     z = normal(2, CHANNELS, FRAMES, SIDE, SIDE)
     mask = (torch.arange(FRAMES) < known).double().view(1, 1, -1, 1, 1).expand(2, -1, -1, -1, -1)
     condition = Condition(
@@ -58,7 +58,7 @@ def as_images(model: VideoLDM, z: Tensor, condition: Condition) -> Tensor:
         z.transpose(1, 2).flatten(0, 1),
         LEVEL.repeat_interleave(t),
         condition.text.repeat_interleave(t, dim=0),
-        condition.text_mask.repeat_interleave(t, dim=0)[:, None, None],
+        condition.text_mask.repeat_interleave(t, dim=0),
     )
     return y.unflatten(0, (len(z), t)).transpose(1, 2)
 
@@ -66,7 +66,7 @@ def as_images(model: VideoLDM, z: Tensor, condition: Condition) -> Tensor:
 def test_with_alpha_1_it_is_the_image_model_bit_for_bit():
     model, z, condition = ours(alpha=1.0, known=2)
     assert torch.equal(model(z, LEVEL, condition), as_images(model, z, condition))
-    assert all(temporal.alpha == 1 for temporal in build(CHANNELS, **TINY).temporal)
+    assert all(temporal.beta == 0 for temporal in build(CHANNELS, **TINY).temporal)
 
 
 @pytest.mark.parametrize("kind", ["residual", "attention"])
@@ -82,7 +82,7 @@ def test_a_temporal_layer_is_the_identity_at_first_and_its_branch_is_not(kind: A
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_alpha_blends_towards_the_temporal_branch(kind: Any, alpha: float):
     layer = scattered(Temporal(Layer(kind, 8, 0), 16))
-    layer.alpha.data[:] = alpha
+    layer.beta.data[:] = 1 - alpha
     x, emb = normal(2, 3, 8, 2, 2), normal(2, 3, 16)
     assert torch.allclose(layer(x, emb), alpha * x + (1 - alpha) * layer.temporal(x, emb), atol=1e-12)
 
@@ -97,7 +97,7 @@ def test_alpha_stays_in_0_to_1_and_returns_from_beyond():
 
 def test_in_bfloat16_temporal_layers_learn_from_an_alpha_hardly_below_1():
     layer = Temporal(Layer("residual", 8, 0), 16)
-    layer.alpha.data[:] = 0.9995  # rounds to 1
+    layer.beta.data[:] = 1 - 0.9995  # rounds to 1
     layer.temporal.bfloat16()
     x = torch.randn(1, 3, 8, 2, 2, dtype=torch.bfloat16)
     layer(x, torch.randn(1, 3, 16, dtype=torch.bfloat16)).square().sum().backward()
@@ -177,9 +177,9 @@ def test_a_frozen_spatial_part_gets_no_gradient_and_the_temporal_layers_do():
     model, z, condition = ours(alpha=1.0, known=1, frozen=True)
     model(z, LEVEL, condition).square().mean().backward()
     assert all(p.grad is None for p in model.spatial.parameters())
-    assert any(layer.alpha.grad.any() for layer in model.temporal)
+    assert any(layer.beta.grad.any() for layer in model.temporal)
     for layer in model.temporal:
-        layer.alpha.data[:] = 0.9
+        layer.beta.data[:] = 1 - 0.9
     model(z, LEVEL, condition).square().mean().backward()
     assert all(p.grad is None for p in model.spatial.parameters())
     rest = [p for n, p in model.named_parameters() if not n.startswith("spatial.")]
@@ -215,7 +215,7 @@ def test_with_a_frozen_image_model_the_temporal_layers_learn():
     model = build(4, width=16, multipliers=(1,), depth=1, head_dim=16, frozen=True)
     model.spatial.unet.conv_out.weight.data.normal_(std=0.1)  # as 0 it would let nothing through
     assert learnt(model) < 0.8
-    assert min(layer.alpha.item() for layer in model.temporal) < 0.99
+    assert max(layer.beta.item() for layer in model.temporal) > 0.01
 
 
 STABLE_DIFFUSION: dict[str, dict[str, Any]] = {  # the families' configs, with fewer channels
@@ -278,7 +278,7 @@ def test_with_alpha_1_a_video_is_stable_diffusion_on_each_frame(family: str, mas
             added_cond_kwargs=added,
         ).sample
         assert torch.allclose(video[:, :, i], image, rtol=0, atol=1e-5)
-    model.temporal[3].alpha.data[:] = 0.5
+    model.temporal[3].beta.data[:] = 1 - 0.5
     assert not torch.allclose(model(z, level, Condition(text=text, text_mask=mask)), video, atol=1e-4)
 
 
@@ -301,7 +301,7 @@ def test_a_frozen_stable_diffusion_keeps_its_weights_and_its_names(tmp_path: Pat
         torch.randn(1, CHANNELS, 3, 8, 8), torch.rand(1), Condition(text=torch.randn(1, 2, TEXT))
     ).sum().backward()
     assert all(p.grad is None and torch.equal(p, unet.get_parameter(n)) for n, p in inside.items())
-    assert any(layer.alpha.grad is not None for layer in model.temporal)
+    assert any(layer.beta.grad is not None for layer in model.temporal)
 
 
 def test_levels_of_the_training_schedule_are_its_time_steps():
@@ -350,7 +350,7 @@ def test_a_folder_without_such_a_model_is_refused(tmp_path: Path, monkeypatch: p
     [
         (Condition(images=9), SIDE, "images=9"),
         (Condition(known=torch.zeros(1)), SIDE, "context=True"),
-        (Condition(low=torch.zeros(1)), SIDE, "not built to upsample"),
+        (Condition(low=torch.zeros(1)), SIDE, "takes no low-resolution"),
         (Condition(text=torch.zeros(1, 1, TEXT)), SIDE, "text"),
         (Condition(), 5, "5×5.*multiples of 2"),
     ],

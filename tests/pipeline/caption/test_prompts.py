@@ -7,6 +7,7 @@ import yaml
 
 from pipeline import recipe, recipe_prompts
 from pipeline.caption import prompts
+from pipeline.faults import ClipFault
 from pipeline.record import Clip, Source, Video
 
 
@@ -107,6 +108,47 @@ def test_what_is_measured_can_be_told():
     said = prompts.ask("{camera}, {on_screen_text}, {duration}", video, clip)
     assert said == "the camera pans to the right, SALE 50; today, 2.5 seconds"
     assert prompts.ask("{schema}", video, clip, more={"schema": "{title}"}) == "{title}"
+
+
+SECTIONS = [
+    {"kind": "transformers", "model": "a/b"},
+    {"kind": "served", "model": "m", "url": "http://localhost:1/v1"},
+]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s["kind"])
+@pytest.mark.parametrize(
+    ("values", "context"),
+    [
+        ({"prompt": "Describe {title} briefly."}, ("title",)),
+        ({"prompt": "panda"}, ("title", "description", "subtitles")),
+        ({"prompt": "panda", "context": False}, False),
+        ({"prompt": "panda", "context": ["subtitles"]}, ("subtitles",)),
+        ({"prompt": "Describe it."}, False),
+        ({"prompt": "Describe it.", "context": True}, True),
+        ({}, False),
+    ],
+)
+def test_a_captioner_is_told_what_its_prompt_names_unless_its_recipe_says_otherwise(section, values, context):
+    read = recipe.parse({"name": "x", "captions": [section | values]}, [], "x")
+    assert read.captions[0].context == context
+    again = recipe.parse(read.model_dump(mode="json"), [], "run.json")  # as a resumed run reads it
+    assert again.captions == read.captions
+
+
+def test_any_column_of_the_list_can_be_told():
+    video, clip = clip_of({"title": "t", "views": "12", "my tag": "a  {camera}"}, {"views": "13"})
+    said = prompts.ask("Seen {meta.views} times, {meta.my tag}\nBy {meta.author}\n{views}", video, clip)
+    assert said == "Seen 13 times, a {camera}\n{views}"
+    cleaned = prompts.ask("{meta.views}", video, clip, clean=lambda v: v.replace("3", ""))
+    assert cleaned == "1"
+
+
+def test_a_prompt_of_which_nothing_is_left_is_not_asked():
+    video, clip = clip_of({"title": ""})
+    with pytest.raises(ClipFault, match=r"nothing is left of the prompt.*\{title\}"):
+        prompts.ask("Describe {title} briefly.", video, clip, ("title",))
+    assert prompts.ask("", video, clip) == ""  # a family's that wants no words
 
 
 def test_context_is_cleaned_and_the_prompt_is_not():

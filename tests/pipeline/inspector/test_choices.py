@@ -118,6 +118,30 @@ def test_an_edited_caption_is_a_layer_that_shard_can_choose(run):
     assert by[other]["caption_model"] != "edited"
 
 
+def test_scores_of_an_edit_go_with_its_words(run):
+    store, rows, client = run
+    clip = next(clip for clip, row in rows.items() if written(row))
+    vote(client, clip=clip, kind="edit", text="A first try.", who="ann")
+    client.post("/api/edits", json={}, headers=POST)
+    judge = layers.Layer("judge:brevity", 90)
+    told = [
+        {"model": m, "scores": [("brevity", 0.5)], "support": []}
+        for m in ("edited", written(rows[clip])[0]["model"])
+    ]
+    file = next(n for n, t in Layered(store).tables(["clip_id"]) if clip in t["clip_id"].to_pylist())
+    layers.create(store, judge)
+    layers.write(store, judge, layers.unit_of(file), [{"clip_id": clip, "judged": told}])
+
+    def judged() -> set[str]:
+        row = next(r for _, t in Layered(store).tables() for r in t.to_pylist() if r["clip_id"] == clip)
+        return {c["model"] for c in row["captions"] if "brevity" in dict(c["scores"])}
+
+    assert judged() == {t["model"] for t in told}
+    vote(client, clip=clip, kind="edit", text="A second one.", who="ann")
+    client.post("/api/edits", json={}, headers=POST)
+    assert judged() == {told[1]["model"]}
+
+
 def test_the_page_shows_the_layer_once_it_is_written(run):
     _store, rows, client = run
     clip = next(clip for clip, row in rows.items() if written(row))

@@ -16,7 +16,9 @@ import pytest
 from jobs import caption, curate, shard
 from pipeline.faults import StoreError
 from pipeline.io.store import Store
-from pipeline.layers import Layer, Layered, create, layers
+from pipeline.layers import Layer, Layered, clip_files, create, layers, unit_of, unjudge, write
+from pipeline.record import Caption
+from pipeline.tables import caption_row
 from tests.fixtures import videos
 from tests.fixtures.videos import made
 
@@ -320,6 +322,57 @@ def test_a_name_that_is_there_with_other_options_is_refused_and_says_which(world
         assert f"the run has a caption:{name} made with other options" in err
         assert 'options.log is "' in err
         assert ("--remove caption:new first" in err) == (name == "new")
+
+
+def test_a_server_that_is_not_there_leaves_no_layer_in_the_way(world, capsys):
+    out = world.folder / "one"
+    served = "captions=[{kind: served, name: new, model: m, url: 'http://127.0.0.1:9/v1'}]"
+    assert caption.main([str(out), "--runner", "local", "--set", served]) != 0
+    assert "nobody answers" in capsys.readouterr().err
+    assert layers(Store(str(out))) == []
+    assert caption.main([str(out), "--runner", "local"]) == 0
+    assert "lacks" not in capsys.readouterr().out
+
+
+def test_a_layer_that_a_kill_left_empty_may_be_made_otherwise(world):
+    out = world.folder / "one"
+    store = Store(str(out))
+    served = {"kind": "served", "name": "new", "model": "m", "url": "http://127.0.0.1:9/v1"}
+    create(store, Layer("caption:new", 1, served))  # killed here
+    assert caption.main(world.caption("one", "new")) == 0
+    made = {layer.name: layer.section["kind"] for layer in layers(store) if layer.captions}
+    assert made == {"caption:new": "python"}
+    assert all({c["model"] for c in r["captions"]} == {"old", "new"} for r in measured(out).values())
+
+
+def test_judges_see_what_people_wrote_and_that_is_the_end_of_it(world, capsys):
+    out = world.folder / "one"
+    assert caption.main(world.caption("one", "new", judge=True)) == 0
+    store = Store(str(out))
+    number = max(layer.number for layer in layers(store)) + 1
+    edited, (clip, row) = Layer("caption:edited", number), next(iter(measured(out).items()))
+    create(store, edited)
+    said = {"clip_id": clip, "caption": caption_row(Caption("edited", "A tram."))}
+    write(store, edited, unit_of(next(f for f in clip_files(store) if clip in ids(store, f))), [said])
+
+    def scores() -> dict[str, float]:
+        return next(dict(c["scores"]) for c in measured(out)[clip]["captions"] if c["model"] == "edited")
+
+    for _ in range(2):
+        capsys.readouterr()
+        assert caption.main([str(out), "--runner", "local"]) == 0
+        assert scores()["brevity"] == pytest.approx(1 / len("A tram."))
+        assert "said nothing" not in capsys.readouterr().err
+    before = {m["model"]: dict(m["scores"]) for m in measured(out)[clip]["captions"]}
+    unjudge(store, "edited")
+    assert not scores()
+    after = {m["model"]: dict(m["scores"]) for m in measured(out)[clip]["captions"]}
+    assert {**after, "edited": None} == {**before, "edited": None}
+    assert row["captions"][0]["text"]
+
+
+def ids(store: Store, name: str) -> list[str]:
+    return store.read_table(name, ["clip_id"])["clip_id"].to_pylist()
 
 
 def test_layers_that_people_made_are_nothing_to_run(world):
