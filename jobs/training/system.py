@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -71,8 +71,8 @@ class Answer(NamedTuple):
 class Network(nn.Module):
     """All that is trained: the denoiser, a text encoder trained along, the weighting's own parameters.
 
-    DDP and FSDP act around `forward` alone, so everything is asked of it: `network("losses", …)`,
-    `network("predict", …)`, `network("read", texts)`.
+    DDP and FSDP act around `forward` alone, so everything is asked through it: `network(Network.losses, …)`,
+    `network(Network.predict, …)`, `network(Network.read, texts)`.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class Network(nn.Module):
         self.denoiser, self.text, self.process = denoiser, text, process
         self.weighting = weighting
 
-    def forward(self, call: str, *args: Any) -> Any:
-        return getattr(self, call)(*args)
+    def forward(self, method: Callable[..., Any], *args: Any) -> Any:
+        return method(self, *args)
 
     def predict(self, z: Tensor, level: Tensor, condition: Condition) -> Tensor:
         """z [B, C, T, h, w], level [B] → prediction of z's shape."""
@@ -146,7 +146,7 @@ class System:
         if self.text is not None:
             features, mask = self.text(texts)
         elif self.network.text is not None:
-            features, mask = network("read", texts)
+            features, mask = network(Network.read, texts)
         else:
             return Condition()
         return Condition(text=features, text_mask=mask)
@@ -187,7 +187,7 @@ class System:
         """
         run = run or self.recipe.run
         return drawer(
-            partial(network or self.network, "predict"),  # type: ignore[arg-type]
+            partial(network or self.network, Network.predict),  # type: ignore[arg-type]
             self.process,
             sampler=named(run.sampler, run.sampler_options),
             steps=run.sample_steps,
