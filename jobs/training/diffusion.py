@@ -23,6 +23,7 @@ from jobs.training.data import Loader, build_loader, check_cache
 from jobs.training.frechet import FrechetInLoop
 from jobs.training.recipe import DiffusionRecipe, Tasks, TrainRecipe
 from jobs.training.system import (
+    LOW_NOISE,
     Answer,
     Network,
     Question,
@@ -46,8 +47,6 @@ MEASURED = 64  # clips whose latents the normaliser is measured on, at least (or
 
 # Streams of `Draws`, one for each thing that is drawn.
 NOISE, TIME, POSTERIOR, KNOWN, CONTEXT, DROPPED, LOW, LOW_LEVEL = range(8)
-
-LOW_NOISE = 0.5  # highest level of noise added to the low-resolution video of super-resolution
 
 
 def measure(system: System, loader: Loader) -> Normalizer:
@@ -208,7 +207,7 @@ class Diffusion(Task):
         x = self.latents(batch, draws)
         o = self.recipe.objective
         u = (draws.uniform(len(x), TIME) - o.pure_noise) / (1 - o.pure_noise)  # below 0: pure noise
-        t = torch.where(u < 0, 1.0, TIMES[o.times](u.clamp(min=0)))
+        t = self.system.shifted(torch.where(u < 0, 1.0, TIMES[o.times](u.clamp(min=0))), x.shape)
         dropped = draws.uniform(len(x), DROPPED) < self.recipe.text.dropout
         texts = batch["caption"] if self.system.network.text is not None else None
         return Question(x, t, draws.normal(x, NOISE), self.condition(x, batch, draws), texts, dropped)
