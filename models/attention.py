@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast
@@ -82,6 +82,9 @@ class Tokens:
         return Tokens(document, frame, place, None if self.spans is None else self.spans.between(start, stop))
 
 
+ANY = Tokens()  # of which nothing is known
+
+
 @dataclass(frozen=True, eq=False)
 class Mask:
     """Which keys a query may look at: those for which every rule says yes that both sides have something of.
@@ -93,8 +96,8 @@ class Mask:
         moving: how many frames the clip has; those after them are images by themselves.
     """
 
-    queries: Tokens = field(default_factory=Tokens)
-    keys: Tokens = field(default_factory=Tokens)
+    queries: Tokens = ANY
+    keys: Tokens = ANY
     moving: int = 0
     causal: bool = False
 

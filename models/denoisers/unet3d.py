@@ -123,7 +123,7 @@ class UNet3D(nn.Module):
         if self.places is not None:  # before the rest, which training for more tasks appends to
             x = torch.cat([self.places(x, condition.images), x], dim=2)
         mask = Mask.frames(x.shape[1], condition.images, device=z.device)
-        return self.unet(x, emb, text, text_mask, mask).transpose(1, 2)  # B C T h w
+        return self.unet(x, emb, text, Mask.padding(text_mask), mask).transpose(1, 2)  # B C T h w
 
 
 build = UNet3D  # a recipe's options are its arguments
@@ -150,7 +150,7 @@ class Block(nn.Module):
         x: Tensor,  # B T C h w
         emb: Tensor,  # B E
         text: Tensor | None = None,  # B L D
-        text_mask: Tensor | None = None,  # B L
+        text_mask: Mask | None = None,
         frame_mask: Mask | None = None,
     ) -> Tensor:
         x = self.residual(x, emb)
@@ -269,10 +269,10 @@ class CrossAttention(nn.Module):
         self.norm, self.attention = FrameNorm(channels), Attention(channels, heads, text_width)
         zeroed(self.attention.out)
 
-    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, text_mask: Mask | None = None) -> Tensor:
         b, t, c, h, w = x.shape
         y = self.norm(x).permute(0, 1, 3, 4, 2).reshape(b, t * h * w, c)  # B Thw C
-        y = self.attention(y, text, Mask.padding(text_mask))
+        y = self.attention(y, text, text_mask)
         return x + y.reshape(b, t, h, w, c).permute(0, 1, 4, 2, 3)
 
 

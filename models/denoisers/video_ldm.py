@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import Mask
 from models.denoisers.conditions import with_conditions
 from models.denoisers.unet3d import (
     Attention,
@@ -326,7 +327,7 @@ class ImageUNet(Spatial):
         text_mask: Tensor | None = None,
         mix: Mix = lambda x, emb: x,
     ) -> Tensor:
-        return self.unet(z[:, None], self.level(level), text, text_mask, mix)[:, 0]
+        return self.unet(z[:, None], self.level(level), text, Mask.padding(text_mask), mix)[:, 0]
 
 
 class ImageBlock(nn.Module):
@@ -340,7 +341,7 @@ class ImageBlock(nn.Module):
         self.cross = CrossAttention(c_out, heads, text_width) if heads and text_width else None
 
     def forward(
-        self, x: Tensor, emb: Tensor, text: Tensor | None, text_mask: Tensor | None, mix: Mix
+        self, x: Tensor, emb: Tensor, text: Tensor | None, text_mask: Mask | None, mix: Mix
     ) -> Tensor:
         x = mix(self.residual(x, emb), emb)
         if self.space is None:
