@@ -67,6 +67,12 @@ def measure(system: System, loader: Loader) -> Normalizer:
     return measured.normalizer()
 
 
+def published(system: System) -> Normalizer | None:
+    """The autoencoder's own, where a denoiser begins with published weights: it was trained on such latents."""
+    begins = system.recipe.model.options().get("weights") is not None
+    return getattr(system.autoencoder, "normalizer", None) if begins else None
+
+
 def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     """The task and this rank's loader.
 
@@ -78,7 +84,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     if recipe.compute.attention == "flex" and world.device.type == "cpu":
         raise ValueError("compute.attention flex has no gradients on a CPU: use auto")
     try:
-        system = build_system(recipe, world.device)
+        system = build_system(recipe, world.device, fresh=not (start.saved or recipe.start))
     except MissingModel as e:
         raise ValueError(str(e)) from e
     if recipe.data.pack and not hasattr(system.network.denoiser, "packed"):
@@ -94,7 +100,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     elif recipe.start:
         begin_with(system, recipe.start)
     else:
-        system.normalizer = measure(system, loader).to(world.device)
+        system.normalizer = (published(system) or measure(system, loader)).to(world.device)
     return Diffusion(system, loader, start), loader
 
 
