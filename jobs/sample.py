@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
 
-    from jobs.training.checkpoint import CheckpointError
+    from jobs.training.exported import CheckpointError
     from models.hub import MissingModel
     from pipeline.io.ffmpeg import FFmpegError
     from pipeline.shards.reader import BrokenSample
