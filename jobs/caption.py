@@ -65,7 +65,7 @@ def caption(argv: list[str] | None) -> int:
     args = parser.parse_args(typed)
 
     from pipeline import layers, recipe
-    from pipeline.faults import StoreError
+    from pipeline.faults import StoreError, counted
     from pipeline.io.store import Store
     from pipeline.run import job as run
     from pipeline.run import layering
@@ -83,10 +83,11 @@ def caption(argv: list[str] | None) -> int:
         except StoreError as e:
             return ENDING.sorry(e, Exit.BAD_INPUT)
         if args.list:
+            lacks = layers.Layered(store).behind()
             for layer in layers.layers(store):
-                what = (
-                    "how far all captions agree; kept in line with them" if layer.name == "consensus" else ""
-                )
+                what = f"lacks {counted(lacks[layer.name], 'clip')}" if layer.name in lacks else ""
+                if layer.name == layers.CONSENSUS:
+                    what = "how far all captions agree; kept in line with them"
                 print(f"{layer.name:40} {layer.made}  {what}".rstrip())
             print(f"of the run itself: {', '.join(layers.own(store)) or 'no captioner'}")
             return Exit.OK

@@ -110,11 +110,17 @@ def write_static(inspector: Inspector, file: str, view: str | None, most: int) -
     from pathlib import Path
     from urllib.parse import parse_qsl
 
-    from pipeline.inspector.query import Filters
+    from pipeline.inspector.query import ONE, SEVERAL, Filters, Wrong
     from pipeline.inspector.static import page
+    from pipeline.recipe_schema import nearest
 
     inspector.read()
-    filters = None if view is None else Filters.of(parse_qsl(view.lstrip("#?")))
+    asked = parse_qsl((view or "").lstrip("#?"))
+    known = ("range", *ONE, *SEVERAL)
+    for name, _ in asked:  # an address holds other things too: which clip is open
+        if name not in known and (meant := nearest(name, known)):
+            raise Wrong(f"--view: there is no {name!r}{meant}; known here: {', '.join(known)}")
+    filters = None if view is None else Filters.of(asked)
     text = page(inspector, filters, most)
     inspector.close()
     Path(file).write_text(text, encoding="utf-8")

@@ -129,27 +129,39 @@ def check_later(item: str) -> None:
 
 
 def tell(decisions: pa.Table) -> int:
-    """Print the funnel; returns how many clips are kept."""
+    """Print the funnel, and whose captions the kept clips have; returns how many are kept."""
+    from collections import Counter
+
     from pipeline.decide.rules import funnel
 
     print(f"{'rule':24} {'fail it':>9} {'dropped':>9} {'left':>9}")
     print(f"{'(measured)':24} {'':>9} {'':>9} {len(decisions):>9,}")
     for line in funnel(decisions):
         print(f"{line.rule:24} {line.alone:>9,} {line.in_order:>9,} {line.left:>9,}")
-    return sum(decisions["keep"].to_pylist())
+    kept = decisions.filter(decisions["keep"])
+    if whose := Counter(kept["caption_model"].drop_null().to_pylist()).most_common():
+        print(f"captions by: {', '.join(f'{model} {n:,}' for model, n in whose)}")
+    return len(kept)
 
 
 def compared(store: Store, decisions: pa.Table) -> str:
     """What would change beside the decisions that are there."""
     if not store.exists("decisions.parquet"):
         return ""
-    before = store.read_table("decisions.parquet", ["clip_id", "keep"])
+    before = store.read_table("decisions.parquet", ["clip_id", "keep", "caption"])
     kept = [
-        {c for c, k in zip(t["clip_id"].to_pylist(), t["keep"].to_pylist(), strict=True) if k}
+        {
+            c: text
+            for c, k, text in zip(*(t[n].to_pylist() for n in ("clip_id", "keep", "caption")), strict=True)
+            if k
+        }
         for t in (before, decisions)
     ]
+    stay = kept[0].keys() & kept[1].keys()
+    other = sum(kept[0][c] != kept[1][c] for c in stay)
     return (
-        f" ({len(kept[0]):,} are now; {len(kept[0] - kept[1]):,} would go, {len(kept[1] - kept[0]):,} come)"
+        f" ({len(kept[0]):,} are now; {len(kept[0]) - len(stay):,} would go, {len(kept[1]) - len(stay):,} come, "
+        f"{other:,} have another caption)"
     )
 
 

@@ -1,18 +1,21 @@
 """Attention over sequences, through whichever kernel: all give the same numbers (tested).
 
-q, k, v are [B, H, L, D] (heads before length). `mask` is bool, True where a query may look at a key;
-`bias` is added to the logits. Both broadcast to [B, H, Lq, Lk].
+q, k, v are [B, H, L, D] (heads before length). Who may look at whom is one structure, `Mask`: documents that lie end
+to end on one axis, padding, frames, causal order; every kernel reads of it what it needs. `bias` is added to the
+logits and broadcasts to [B, H, Lq, Lk].
 
-Below the kernels, what the transformers share: sequences of different lengths packed end to end, rotary
-positions over time, row and column, and the layers of self- and cross-attention.
+Below the kernels, what the transformers share: rotary positions over time, row and column, and the layers of self-
+and cross-attention.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from itertools import pairwise
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,45 +27,248 @@ try:
 except ImportError:  # an older torch
     varlen_attn = None  # type: ignore[assignment]
 
-Backend = Literal["auto", "plain", "math", "efficient", "flash", "cudnn"]
+Kernel = Literal["auto", "plain", "sdpa", "math", "efficient", "flash", "cudnn", "flex", "varlen"]
+"""auto: by document where there are some, else torch's choice. plain: the formula written out. sdpa: torch's choice
+under a dense mask; math, efficient, flash, cudnn: that one of torch's. flex: a block mask, which skips blocks of keys
+that none may look at. varlen: by document."""
+
 _SDPA = {
     "math": SDPBackend.MATH,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-_backend: Backend = "auto"
+_DENSE = ("sdpa", "math", "efficient")  # of documents too
 MOST_ROWS = 65_535  # sequences a CUDA kernel takes at once: its grid's second side
 
 
-@contextlib.contextmanager
-def backend(name: Backend) -> Iterator[None]:
-    """Every attention inside uses this kernel: 'auto' is torch's choice, 'plain' is the formula written out."""
-    global _backend
-    before, _backend = _backend, name
-    try:
-        with sdpa_kernel(_SDPA[name]) if name in _SDPA else contextlib.nullcontext():
-            yield
-    finally:
-        _backend = before
+# ---------------------------------------------------------------- who may look at whom
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √D + bias) v, [B, H, Lq, D]; a query that may look nowhere gets 0."""
-    if len(q) > MOST_ROWS and all(x is None or x.ndim < 4 or len(x) == 1 for x in (mask, bias)):
+class Spans(NamedTuple):
+    """Where each of S documents lies when all are laid end to end on one axis, without padding."""
+
+    offsets: Tensor  # int32 [S + 1]: the beginnings, then the end of the last
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | None = None) -> Spans:
+        offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return cls(offsets.to(device), max(lengths))
+
+    def between(self, start: int, stop: int) -> Spans:
+        """Those of the places from start to stop; of a document that lies elsewhere nothing is left."""
+        offsets = self.offsets.clamp(start, stop) - start
+        return Spans(offsets, min(self.longest, stop - start))
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """What a mask knows of the places of one axis, each int [L], or [B, L] where batch rows differ.
+
+    document: which one a place belongs to; −1: padding, which no one sees. frame: of the clip, see `Mask.moving`.
+    place: in causal order. spans: where documents lie, if each is one run of places, in order.
+    """
+
+    document: Tensor | None = None
+    frame: Tensor | None = None
+    place: Tensor | None = None
+    spans: Spans | None = None
+
+    def between(self, start: int, stop: int) -> Tokens:
+        document, frame, place = (
+            None if x is None else x[..., start:stop] for x in (self.document, self.frame, self.place)
+        )
+        return Tokens(document, frame, place, None if self.spans is None else self.spans.between(start, stop))
+
+
+ANY = Tokens()  # of which nothing is known
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which keys a query may look at: those for which every rule says yes that both sides have something of.
+
+    documents: its own. frames: the clip's where it is in the clip, its own where it is an independent image.
+    causal: none of a later place.
+
+    Args:
+        moving: how many frames the clip has; those after them are images by themselves.
+    """
+
+    queries: Tokens = ANY
+    keys: Tokens = ANY
+    moving: int = 0
+    causal: bool = False
+
+    @classmethod
+    def documents(
+        cls, queries: Sequence[int], keys: Sequence[int] | None = None, device: torch.device | None = None
+    ) -> Mask:
+        """Packed: document i of the queries, so long, sees document i of the keys (none: the same axis)."""
+        sides = []
+        for lengths in (queries, keys):
+            if lengths is not None:
+                each = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
+                sides.append(Tokens(each, spans=Spans.of(lengths, device)))
+        return cls(sides[0], sides[-1])
+
+    @classmethod
+    def padding(cls, there: Tensor | None) -> Mask | None:
+        """Keys where `there` (bool [B, L]) says that a token is."""
+        return None if there is None else cls(keys=Tokens(there.int() - 1))
+
+    @classmethod
+    def frames(
+        cls, frames: int, images: int, tokens: int = 1, device: torch.device | None = None
+    ) -> Mask | None:
+        """Of a clip whose last frames are independent images (Ho et al. 2022); None where there are none.
+
+        Args:
+            tokens: of a frame.
+        """
+        if not images:
+            return None
+        side = Tokens(frame=torch.arange(frames, device=device).repeat_interleave(tokens))
+        return cls(side, side, moving=frames - images)
+
+    def in_order(self, queries: int, keys: int | None = None, device: torch.device | None = None) -> Mask:
+        """The same and causal: no place sees a later one. Args: their numbers of places (keys: none, the same)."""
+        sides = (self.queries, queries), (self.keys, queries if keys is None else keys)
+        placed = [replace(side, place=torch.arange(n, device=device)) for side, n in sides]
+        return replace(self, queries=placed[0], keys=placed[1], causal=True)
+
+    def part(self, queries: tuple[int, int], keys: tuple[int, int]) -> Mask:
+        """Of the queries from start to stop and the keys from start to stop, as ring attention meets them."""
+        return replace(self, queries=self.queries.between(*queries), keys=self.keys.between(*keys))
+
+    @property
+    def spans(self) -> tuple[Spans, Spans] | None:
+        """Of queries and keys, where documents are all there is to say."""
+        q, k = self.queries, self.keys
+        only = q.frame is None and k.frame is None and not self.causal
+        return (q.spans, k.spans) if only and q.spans is not None and k.spans is not None else None
+
+    @property
+    def rows(self) -> int:
+        """Batch rows that it tells apart; 1 where it is the same for all."""
+        each = (x for side in (self.queries, self.keys) for x in (side.document, side.frame, side.place))
+        return max((len(x) for x in each if x is not None and x.ndim > 1), default=1)
+
+    def allows(self, query: Callable[[Tensor], Tensor], key: Callable[[Tensor], Tensor]) -> Tensor:
+        """bool, the rules on what `query` and `key` pick of a side's places."""
+        q, k, rules = self.queries, self.keys, []
+        if k.document is not None:
+            rules.append(key(k.document) >= 0)
+            if q.document is not None:
+                rules.append(query(q.document) == key(k.document))
+        if q.frame is not None and k.frame is not None:
+            a, b = query(q.frame), key(k.frame)
+            rules.append((a == b) | ((a < self.moving) & (b < self.moving)))
+        if self.causal and q.place is not None and k.place is not None:
+            rules.append(key(k.place) <= query(q.place))
+        if not rules:
+            return torch.ones((), dtype=torch.bool)
+        found = rules[0]
+        for rule in rules[1:]:
+            found = found & rule
+        return found
+
+    def dense(self) -> Tensor:
+        """bool [B or 1, 1, Lq or 1, Lk]."""
+        return self.allows(lambda x: x.view(-1, 1, x.shape[-1], 1), lambda x: x.view(-1, 1, 1, x.shape[-1]))
+
+    @cached_property
+    def _dense(self) -> Tensor:
+        return self.dense()
+
+    @cached_property
+    def _blocks(self) -> dict[tuple[int, int], Any]:
+        return {}
+
+    def blocks(self, queries: int, keys: int, device: torch.device) -> Any:
+        """flex_attention's BlockMask for so many queries and keys; made once."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return self.allows(
+                lambda x: x[b, i] if x.ndim > 1 else x[i], lambda x: x[b, j] if x.ndim > 1 else x[j]
+            )
+
+        if (queries, keys) not in self._blocks:
+            rows = None if self.rows == 1 else self.rows
+            self._blocks[queries, keys] = create_block_mask(rule, rows, None, queries, keys, device)
+        return self._blocks[queries, keys]
+
+
+# ---------------------------------------------------------------- kernels
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None = None,
+    bias: Tensor | None = None,
+    kernel: Kernel = "auto",
+) -> Tensor:
+    """softmax(q kᵀ / √D + bias) v under the mask, [B, H, Lq, D]; a query that may look nowhere gets 0."""
+    if len(q) > MOST_ROWS and (mask is None or mask.rows == 1) and (bias is None or bias.ndim < 4):
         parts = zip(q.split(MOST_ROWS), k.split(MOST_ROWS), v.split(MOST_ROWS), strict=True)
-        return torch.cat([attend(a, b, c, mask, bias) for a, b, c in parts])  # over time there are B·h·w
-    if _backend == "plain":
+        return torch.cat([attend(a, b, c, mask, bias, kernel) for a, b, c in parts])  # over time: B·h·w
+    spans = None if mask is None or bias is not None or kernel in ("plain", "flex", *_DENSE) else mask.spans
+    if kernel == "varlen" and spans is None:
+        raise ValueError("attention kernel varlen: it knows documents that lie end to end alone; use auto")
+    if spans is not None and kernel in ("auto", "flash", "varlen") and _varlen(q):
+        return _by_kernel(q, k, v, *spans)
+    if spans is not None and not torch.compiler.is_compiling():
+        return _one_by_one(q, k, v, *spans, kernel=kernel)
+    if kernel == "flex" and mask is not None and bias is None:
+        return _flex(q.device)(q, k, v, block_mask=mask.blocks(q.shape[2], k.shape[2], q.device))
+    seen = None if mask is None else mask.dense() if torch.compiler.is_compiling() else mask._dense
+    if kernel == "plain":
         logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         logits = logits if bias is None else logits + bias
-        logits = logits if mask is None else logits.masked_fill(~mask, float("-inf"))
+        logits = logits if seen is None else logits.masked_fill(~seen, float("-inf"))
         return torch.softmax(logits, dim=-1).nan_to_num(0.0) @ v
     if bias is not None:
-        bias = bias.to(q.dtype)
-        mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
-    if mask is not None and mask.ndim == 3:
-        mask = mask[None]  # the fast kernels know two or four axes
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        bias = bias[None].to(q.dtype) if bias.ndim == 3 else bias.to(q.dtype)  # kernels know two or four axes
+        seen = bias if seen is None else bias.masked_fill(~seen, float("-inf"))
+    with sdpa_kernel(_SDPA[kernel]) if kernel in _SDPA else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
+def _varlen(q: Tensor) -> bool:
+    """Whether torch's kernel for documents of any length takes it."""
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and varlen_attn is not None
+
+
+def _by_kernel(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans) -> Tensor:
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # L H D each
+    sizes = queries.offsets, keys.offsets, queries.longest, keys.longest
+    return cast(Tensor, varlen_attn(q, k, v, *sizes)).transpose(0, 1)[None]
+
+
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, kernel: Kernel) -> Tensor:
+    """Document by document, which costs no padding either; for hosts, that know the offsets without waiting."""
+    kernel = "auto" if kernel == "varlen" else kernel
+    spans = zip(pairwise(queries.offsets.tolist()), pairwise(keys.offsets.tolist()), strict=True)
+    return torch.cat(
+        [
+            attend(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], kernel=kernel) if c < d else q[:, :, a:b] * 0.0
+            for (a, b), (c, d) in spans
+            if a < b
+        ],
+        dim=2,
+    )
+
+
+@cache
+def _flex(device: torch.device) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    kernel: Any = flex_attention
+    return torch.compile(kernel) if device.type == "cuda" else kernel
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -73,33 +279,6 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def join_heads(x: Tensor) -> Tensor:
     """[B, H, L, D] → [B, L, H·D]"""
     return x.transpose(1, 2).flatten(2)
-
-
-class Packing(NamedTuple):
-    """Where each of S sequences lies when all are laid end to end on one axis, without padding."""
-
-    offsets: Tensor  # int32 [S + 1]: the beginnings, then the end of the last
-    longest: int
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | None = None) -> Packing:
-        offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(offsets.to(device), max(lengths))
-
-
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, queries: Packing, keys: Packing) -> Tensor:
-    """Block-diagonal attention: sequence i of the queries sees sequence i of the keys, nothing else.
-
-    q [1, H, Lq, D]; k, v [1, H, Lk, D]; L the sum of the lengths. One variable-length kernel on CUDA in half
-    precision ('auto', 'flash'); otherwise `attend` once a sequence, which costs no padding either.
-    """
-    half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
-    if half and _backend in ("auto", "flash") and varlen_attn is not None:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # L H D each
-        sizes = queries.offsets, keys.offsets, queries.longest, keys.longest
-        return cast(Tensor, varlen_attn(q, k, v, *sizes)).transpose(0, 1)[None]
-    spans = zip(pairwise(queries.offsets.tolist()), pairwise(keys.offsets.tolist()), strict=True)
-    return torch.cat([attend(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d]) for (a, b), (c, d) in spans], dim=2)
 
 
 class Rotary(NamedTuple):
@@ -131,82 +310,85 @@ class Rotary(NamedTuple):
         return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
 
 
-class SelfAttention(nn.Module):
+class AttentionLayer(nn.Module):
+    """A layer that asks `attend`; `choose_kernel` says of which kernel."""
+
+    kernel: Kernel = "auto"
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        return attend(q, k, v, mask, bias, self.kernel)
+
+
+def choose_kernel(module: nn.Module, kernel: Kernel) -> None:
+    """Every attention layer of the module uses this one from now on."""
+    for layer in module.modules():
+        if isinstance(layer, AttentionLayer):
+            layer.kernel = kernel
+
+
+QKNorm = Literal["none", "head", "width"]
+
+
+class SelfAttention(AttentionLayer):
     """[B, L, dim] → [B, L, dim].
 
     Args:
-        qk_norm: RMS norm of each head's queries and keys, which keeps the logits bounded (Dehghani et al.
-            2023, sec. 2; Henry et al. 2020).
+        qk_norm: RMS norm of queries and keys, which keeps the logits bounded (Dehghani et al. 2023, sec. 2; Henry et
+            al. 2020): of each head, or of all at once, as Wan has it.
     """
 
-    def __init__(self, dim: int, heads: int, qk_norm: bool = False):
+    def __init__(self, dim: int, heads: int, qk_norm: QKNorm = "none"):
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.q_norm, self.k_norm = _head_norms(dim, heads, qk_norm)
+        self.q_norm, self.k_norm = _qk_norms(dim, heads, qk_norm)
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        rotary: Rotary | None = None,
-        packing: Packing | None = None,
-    ) -> Tensor:
-        """mask as in `attend`; with a packing B is 1 and each sequence sees itself only."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # B H L D each
-        q, k = self.q_norm(q), self.k_norm(k)
+    def forward(self, x: Tensor, mask: Mask | None = None, rotary: Rotary | None = None) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # B L dim each
+        q, k, v = (split_heads(y, self.heads) for y in (self.q_norm(q), self.k_norm(k), v))  # B H L D
         if rotary is not None:
             q, k = rotary.turn(q), rotary.turn(k)
-        out = attend(q, k, v, mask) if packing is None else attend_packed(q, k, v, packing, packing)
-        return self.proj(join_heads(out))
+        return self.proj(join_heads(self.attend(q, k, v, mask)))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(AttentionLayer):
     """x [B, L, dim] looks at tokens [B, M, dim] → [B, L, dim]."""
 
-    def __init__(self, dim: int, heads: int, qk_norm: bool = False):
+    def __init__(self, dim: int, heads: int, qk_norm: QKNorm = "none"):
         super().__init__()
         self.heads = heads
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.q_norm, self.k_norm = _head_norms(dim, heads, qk_norm)
+        self.q_norm, self.k_norm = _qk_norms(dim, heads, qk_norm)
 
-    def forward(
-        self,
-        x: Tensor,
-        tokens: Tensor,
-        mask: Tensor | None = None,
-        packings: tuple[Packing, Packing] | None = None,
-    ) -> Tensor:
-        """mask: bool [B, M], True where there is a token. packings: of x and of tokens; then B is 1."""
-        q = split_heads(self.q(x), self.heads)
-        k, v = self.kv(tokens).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # B H M D each
-        q, k = self.q_norm(q), self.k_norm(k)
-        if packings is None:
-            out = attend(q, k, v, None if mask is None else mask[:, None, None])
-        else:
-            out = attend_packed(q, k, v, *packings)
-        return self.proj(join_heads(out))
+    def forward(self, x: Tensor, tokens: Tensor, mask: Mask | None = None) -> Tensor:
+        k, v = self.kv(tokens).chunk(2, dim=-1)  # B M dim each
+        q, k, v = (split_heads(y, self.heads) for y in (self.q_norm(self.q(x)), self.k_norm(k), v))
+        return self.proj(join_heads(self.attend(q, k, v, mask)))
 
 
-class HeadNorm(nn.RMSNorm):
-    """RMS norm over a head's features; its weight takes x's type, as autocast does for linear layers."""
+class RMSNorm(nn.RMSNorm):
+    """Over runs of `size` features of the last axis; its weight takes x's type, as autocast does for linear layers."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        runs = x.unflatten(-1, (-1, len(self.weight)))
+        return F.rms_norm(runs, self.normalized_shape, self.weight.to(x.dtype), self.eps).flatten(-2)
 
 
-def _head_norms(dim: int, heads: int, qk_norm: bool) -> tuple[nn.Module, nn.Module]:
+def _qk_norms(dim: int, heads: int, qk_norm: QKNorm) -> tuple[nn.Module, nn.Module]:
     if dim % heads:
         raise ValueError(f"heads={heads} does not divide dim={dim}: choose a divisor")
-    if not qk_norm:
+    if qk_norm == "none":
         return nn.Identity(), nn.Identity()
-    return HeadNorm(dim // heads, eps=1e-6), HeadNorm(dim // heads, eps=1e-6)
+    size = dim if qk_norm == "width" else dim // heads
+    return RMSNorm(size, eps=1e-6), RMSNorm(size, eps=1e-6)
 
 
 Axis = Literal["full", "space", "time"]
 
 
-def along(axis: Axis, attention: Callable[..., Tensor], x: Tensor, mask: Tensor | None = None) -> Tensor:
+def along(axis: Axis, attention: Callable[..., Tensor], x: Tensor, mask: Mask | None = None) -> Tensor:
     """`attention(x [B, L, dim], mask)` on x [B, T, N, dim]: over all tokens, a frame's, or those at a place."""
     if axis == "full":
         return attention(x.flatten(1, 2), mask).view_as(x)

@@ -362,6 +362,14 @@ def _length(annotation: Any, node: dict[str, Any], keys: list[str], value: Any) 
 # ---------------------------------------------------------------- what is said of mistakes
 
 
+# pydantic's names of what is to be a list or a mapping, in YAML's words
+SHAPES = {
+    "tuple_type": "should be a list: write it in [ ]",
+    "list_type": "should be a list: write it in [ ]",
+    "dict_type": "should be a mapping: write it in { }",
+}
+
+
 def _explain(err: Any, kind: type[Section]) -> str:
     """One of pydantic's errors, with the key as the recipe writes it."""
     keys: list[Any] = []
@@ -381,8 +389,14 @@ def _explain(err: Any, kind: type[Section]) -> str:
         said = str(err["ctx"]["tag"])
         return f"{key}.kind: there is no kind {said!r}{nearest(said, known)}; known here: {', '.join(known)}"
     if err["type"] != "extra_forbidden":
-        said = err["msg"].removeprefix("Value error, ")
-        return f"{key}: {said[:1].lower()}{said[1:]} (got {err['input']!r})"
+        said = SHAPES.get(err["type"]) or err["msg"].removeprefix("Value error, ")
+        # what is wrong with a section as a whole names its options itself
+        got = (
+            ""
+            if err["type"] == "value_error" and isinstance(err["input"], dict)
+            else f" (got {err['input']!r})"
+        )
+        return f"{key}: {said[:1].lower()}{said[1:]}{got}"
     section = section_of(parent, {})
     known = list(section.model_fields) if section else []
     return f"{key}: unknown key{_meant(kind, str(keys[-1]), known)}" + (

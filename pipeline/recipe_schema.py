@@ -174,7 +174,9 @@ def said_type(annotation: Any, limits: Iterable[Any] = ()) -> str:
         if get_origin(a) is Literal:
             words.append("one of " + ", ".join(map(str, get_args(a))))
         elif (item := items_of(a)) is not None:
-            words.append("mapping" if item.role == "entry" else f"list of {said_type(item.annotation)}s")
+            said = said_type(item.annotation)
+            many = f"list of some of {said[7:]}" if said.startswith("one of ") else f"list of {said}s"
+            words.append("mapping" if item.role == "entry" else many)
         else:
             words.append({type(None): "null", Any: "anything"}.get(a) or NUMBERS.get(a, str(a)))
     bounds = [

@@ -37,14 +37,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from jobs.training.distributed import World
-from jobs.training.packing import deal_packed, micro_batches, pack, used
+from jobs.training.packing import pack, used
 from jobs.training.recipe import DiffusionData, DiffusionRecipe, TrainRecipe
 from jobs.training.task import PARTS, Batch
 from models.autoencoders.latents import Autoencoder, latent_shape
 from pipeline.faults import StoreError
 from pipeline.io.store import below
-from pipeline.shards.buckets import Shape, deal, whole_batches
+from pipeline.shards.buckets import Shape
 from pipeline.shards.latents import LatentReader, made_of
+from pipeline.shards.order import Order, whole
 from pipeline.shards.reader import PATIENCE, BrokenSample, Sample, ShardReader
 
 ARRAYS = ("video", "mean", "logvar", "text", "text_mask")
@@ -117,33 +118,32 @@ class Loader:
         counts = np.bincount(reader.bucket, minlength=len(positions)).tolist()
         self.buckets = dict(zip(reader.shapes, counts, strict=True))  # clips in each
         if packed:
-            self.runs, self.still_runs = (pack(counts, each, tokens) for each in (self.positions, self.areas))
-            self.epoch_length, self.stills_length = map(micro_batches, (self.runs, self.still_runs))
-            return
-        self.epoch_length = sum(map(whole_batches, counts, self.sizes))
-        self.stills_length = sum(map(whole_batches, counts, self.still_sizes))
+            runs, still_runs = (pack(counts, each, tokens) for each in (self.positions, self.areas))
+        else:
+            runs, still_runs = (whole(counts, each) for each in (self.sizes, self.still_sizes))
+        self.order = Order(reader.bucket, runs, reader.seed)
+        self.still_order = Order(reader.bucket, still_runs, reader.seed)
+        self.epoch_length, self.stills_length = len(self.order), len(self.still_order)
 
     @property
     def weights(self) -> tuple[int, int]:
         """Fewest and most latent positions of a micro-batch, over the buckets that have clips."""
-        if self.packed:
-            filled = used(self.runs, self.positions)
-            return min(filled), max(filled)
-        held = [n * p for n, p in zip(self.sizes, self.positions, strict=True)]
-        filled = [held[b] for b in np.unique(self.reader.bucket).tolist()]
+        filled = used(self.order.runs, self.positions)
         return min(filled), max(filled)
 
     def rows(self, number: int) -> tuple[int, np.ndarray]:
         """(epoch, rows of the index) of a micro-batch of the endless list."""
-        if number < self.stills:
-            epoch, place = divmod(number, self.stills_length)
-            return epoch, self._epoch(epoch, stills=True)[place]
-        epoch, place = divmod(number - self.stills, self.epoch_length)
-        return epoch, self._epoch(epoch, stills=False)[place]
+        stills = number < self.stills
+        order = self.still_order if stills else self.order
+        epoch, place = divmod(number if stills else number - self.stills, len(order))
+        return epoch, order.batch(epoch, place)
 
     def batch(self, number: int) -> Batch:
         """The micro-batch of that number of the endless list."""
         self.reader.epoch, rows = self.rows(number)
+        return self._made(rows, number)
+
+    def _made(self, rows: np.ndarray, number: int) -> Batch:
         if self.packed:
             return self._parts(rows, stills=number < self.stills)
         if number < self.stills:
@@ -173,32 +173,28 @@ class Loader:
         return {name: [x for part in parts for x in part[name]] for name in names} | {PARTS: parts}
 
     def examples(self) -> Iterator[Batch]:
-        """The first micro-batch of each shape, for planning."""
-        seen: set[Any] = set()
-        stills = range(min(self.stills, self.stills_length))
-        clips = range(self.stills, self.stills + self.epoch_length)
-        for number in itertools.chain(stills, clips):
-            buckets = self.reader.bucket[self.rows(number)[1]].tolist()
-            shape = number < self.stills, tuple(buckets) if self.packed else buckets[0]
-            if shape not in seen:
-                seen.add(shape)
-                yield self.batch(number)
+        """A micro-batch of each composition, for planning."""
+        self.reader.epoch = 0
+        orders = [(self.still_order, 0)] if self.stills else []
+        for order, number in (*orders, (self.order, self.stills)):
+            for run in range(len(order.runs)):
+                yield self._made(order.example(run), number)
 
     def _images(self, sample: Sample, row: int, place: int) -> list[Sample]:
         """One frame of each of n other clips, in the sample's size; drawn by (seed, number of the batch, row)."""
         reader, wanted = self.reader, self.images
-        from_cache = isinstance(reader, LatentReader)
         assert reader.shapes is not None
         _, height, width = reader.shapes[reader.bucket[row]]
-        alike = [s[1:] == (height, width) for s in reader.shapes]
-        usable = np.flatnonzero(np.array(alike)[reader.bucket]) if from_cache else np.arange(len(reader.keys))
+        every = range(len(reader.shapes))
+        usable = [b for b in every if reader.shapes[b][1:] == (height, width)]
+        usable = usable if isinstance(reader, LatentReader) else [*every]
         rng = np.random.default_rng([reader.seed, place, row])
         found: list[Sample] = []
         broken: list[str] = []
         itself = 0
         while len(found) < wanted and len(broken) < PATIENCE:
             try:
-                other = int(rng.choice(usable))
+                other = self.order.drawn(usable, rng)
                 if reader.keys[other].as_py() == sample["key"]:
                     itself += 1
                     if itself == PATIENCE:
@@ -287,31 +283,14 @@ class Loader:
         micro-batches are packed."""
         if not self.packed:
             return self.reader.table
-        filled = used(self.runs, self.positions)
-        every = sum(n * run.repeats for n, run in zip(filled, self.runs, strict=True))
+        filled = used(self.order.runs, self.positions)
+        every = sum(n * run.repeats for n, run in zip(filled, self.order.runs, strict=True))
         share = every / (self.tokens * self.epoch_length)
         line = (
             f"packed       {self.epoch_length:,} micro-batches an epoch, of {self.tokens:,} latent "
             f"positions each, {share:.1%} of them used"
         )
         return "\n".join(filter(None, (self.reader.table, line)))
-
-    @functools.cached_property
-    def _epoch(self) -> Any:
-        """epoch → the rows of its micro-batches; the last one stays in memory."""
-        return functools.lru_cache(maxsize=1)(self._deal)
-
-    def _deal(self, epoch: int, stills: bool) -> list[np.ndarray]:
-        rng = np.random.RandomState([self.reader.seed, epoch])
-        if self.packed:
-            dealt = deal_packed(self.reader.bucket, self.still_runs if stills else self.runs, rng)
-            return [dealt[i] for i in rng.permutation(len(dealt))]
-        size = (self.still_sizes if stills else self.sizes).__getitem__
-        dealt = [rows for bucket in deal(self.reader.bucket, size, rng) for rows in bucket]
-        return [dealt[i] for i in rng.permutation(len(dealt))]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_epoch"}
 
 
 class _Batches(IterableDataset):

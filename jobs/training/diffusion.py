@@ -24,6 +24,7 @@ from jobs.training.frechet import FrechetInLoop
 from jobs.training.recipe import DiffusionRecipe, Tasks, TrainRecipe
 from jobs.training.system import (
     Answer,
+    Network,
     Question,
     System,
     blurred,
@@ -75,6 +76,8 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     assert isinstance(recipe, DiffusionRecipe)
     _check(recipe)
     world = start.world
+    if recipe.compute.attention == "flex" and world.device.type == "cpu":
+        raise ValueError("compute.attention flex has no gradients on a CPU: use auto")
     try:
         system = build_system(recipe, world.device)
     except MissingModel as e:
@@ -175,7 +178,7 @@ class Diffusion(Task):
         images = images_of(batch)
         if images:
             questions.append(self.question(images, replace(draws, part=1)))
-        answers = model("losses", questions)
+        answers = model(Network.losses, questions)
         frames = [q.x.shape[2] for q in questions]
         loss, error = (mean_over_frames(values, frames) for values in zip(*answers, strict=True))
         return self._losses(questions, answers, loss, error)
@@ -183,7 +186,7 @@ class Diffusion(Task):
     def _packed_loss(self, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
         """Clips and pictures of all shapes in one sequence; each counts once, whatever its length."""
         questions = [self.question(part, replace(draws, part=i)) for i, part in enumerate(batch[PARTS])]
-        answers = model("losses", questions, True)
+        answers = model(Network.losses, questions, True)
         loss, error = (torch.cat(values) for values in zip(*answers, strict=True))
         return self._losses(questions, answers, loss, error)
 

@@ -45,7 +45,6 @@ from jobs.training.task import (
     tensors_of,
     to_device,
 )
-from models import attention
 from models.ema import PowerEMA, local
 from pipeline.faults import one_line
 
@@ -89,12 +88,7 @@ def train(
     build = build or import_module(f"jobs.training.{recipe.trains}").build
     monitor = monitor or import_module("jobs.training.monitor").Monitor
     out = Path(out)
-    with (
-        Signals() as signals,
-        connect(device) as world,
-        checkpoint.lock(out, world),
-        attention.backend(recipe.compute.attention),
-    ):
+    with Signals() as signals, connect(device) as world, checkpoint.lock(out, world):
         torch.manual_seed(recipe.seed)
         trainer = Trainer(recipe, data, out, world, build)
         if trainer.step >= recipe.run.steps:

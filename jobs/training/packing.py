@@ -7,17 +7,8 @@ Sizes are the buckets', so an epoch is planned from the number of clips in each 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import numpy as np
-
-
-@dataclass(frozen=True)
-class Run:
-    """So many micro-batches of one composition: `samples` of each bucket."""
-
-    samples: tuple[int, ...]
-    repeats: int
+from pipeline.shards.order import Run
 
 
 def pack(counts: Sequence[int], lengths: Sequence[int], budget: int) -> list[Run]:
@@ -84,24 +75,3 @@ def micro_batches(runs: Sequence[Run]) -> int:
 def used(runs: Sequence[Run], lengths: Sequence[int]) -> list[int]:
     """Tokens of a micro-batch of each run."""
     return [sum(n * length for n, length in zip(run.samples, lengths, strict=True)) for run in runs]
-
-
-def deal_packed(bucket: np.ndarray, runs: Sequence[Run], rng: np.random.RandomState) -> list[np.ndarray]:
-    """Rows of each micro-batch, those of one bucket together, run after run; which rows meet is drawn.
-
-    Args:
-        bucket: int [n], which bucket each row is in.
-    """
-    each = [np.flatnonzero(bucket == b) for b in range(len(runs[0].samples))]
-    for rows in each:
-        rng.shuffle(rows)
-    taken = [0] * len(each)
-    dealt: list[np.ndarray] = []
-    for run in runs:
-        parts = []
-        for b, n in enumerate(run.samples):
-            end = taken[b] + n * run.repeats
-            parts.append(each[b][taken[b] : end].reshape(run.repeats, n))
-            taken[b] = end
-        dealt.extend(np.concatenate(parts, axis=1))
-    return dealt

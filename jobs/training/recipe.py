@@ -108,7 +108,7 @@ class Model(Section):
     """The network: `models/*/<kind>.py`, whose `build` takes what else is written here."""
 
     model_config = Section.model_config | {"extra": "allow"}
-    PATHS: ClassVar = {"spatial": "maybe"}  # of what `build` takes: a file or folder
+    PATHS: ClassVar = {"spatial": "maybe", "weights": "maybe"}  # of what `build` takes: a file or folder
     kind: str = Field("dit", description="dit, unet3d, video_ldm or sora; vae; small_vlm")
     preset: str | None = Field(None, description="a name in PRESETS of that file")
 
@@ -257,8 +257,8 @@ class Compute(Section):
     )
     compile: bool = Field(False, description="torch.compile of the repeated blocks, each as one graph")
     parallel: Literal["ddp", "fsdp"] = Field("ddp", description="fsdp: the weights are sharded over the GPUs")
-    attention: Literal["auto", "plain", "math", "efficient", "flash", "cudnn"] = Field(
-        "auto", description="which kernel"
+    attention: Literal["auto", "plain", "sdpa", "math", "efficient", "flash", "cudnn", "flex"] = Field(
+        "auto", description="which kernel, see models/attention.py"
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from jobs.training.exported import load_model
 from jobs.training.recipe import Autoencoder as AutoencoderRecipe
 from jobs.training.recipe import Bucket, DiffusionRecipe, Objective, Tasks, import_spec
 from jobs.training.recipe import Text as TextRecipe
+from models.attention import choose_kernel
 from models.autoencoders.latents import Autoencoder, BlockDCT, Normalizer, Posterior, latent_shape
 from models.diffusion.condition import Condition
 from models.diffusion.generate import Draw, drawer
@@ -68,8 +69,8 @@ class Answer(NamedTuple):
 class Network(nn.Module):
     """All that is trained: the denoiser, a text encoder trained along, the weighting's own parameters.
 
-    DDP and FSDP act around `forward` alone, so everything is asked of it: `network("losses", …)`,
-    `network("predict", …)`, `network("read", texts)`.
+    DDP and FSDP act around `forward` alone, so everything is asked through it: `network(Network.losses, …)`,
+    `network(Network.predict, …)`, `network(Network.read, texts)`.
     """
 
     def __init__(
@@ -79,8 +80,8 @@ class Network(nn.Module):
         self.denoiser, self.text, self.process = denoiser, text, process
         self.weighting = weighting
 
-    def forward(self, call: str, *args: Any) -> Any:
-        return getattr(self, call)(*args)
+    def forward(self, method: Callable[..., Any], *args: Any) -> Any:
+        return method(self, *args)
 
     def predict(self, z: Tensor, level: Tensor, condition: Condition) -> Tensor:
         """z [B, C, T, h, w], level [B] → prediction of z's shape."""
@@ -141,7 +142,7 @@ class System:
         if self.text is not None:
             features, mask = self.text(texts)
         elif self.network.text is not None:
-            features, mask = network("read", texts)
+            features, mask = network(Network.read, texts)
         else:
             return Condition()
         return Condition(text=features, text_mask=mask)
@@ -189,7 +190,7 @@ class System:
         if name != "auto" and name not in SAMPLERS:
             raise ValueError(f"sampler {name!r} is none of auto, {', '.join(SAMPLERS)}")
         return drawer(
-            partial(network or self.network, "predict"),  # type: ignore[arg-type]
+            partial(network or self.network, Network.predict),  # type: ignore[arg-type]
             self.process,
             sampler=SAMPLERS["dpmpp_2m" if name == "auto" else name],
             steps=run.sample_steps if steps is None else steps,
@@ -314,7 +315,9 @@ def build_network(recipe: DiffusionRecipe, channels: int, frozen_text: Pretraine
         weighting = MinSNR(recipe.objective.min_snr_gamma)
     elif recipe.objective.weighting == "uncertainty":
         weighting = Uncertainty()
-    return Network(build(channels, width, **options), own, build_process(recipe.objective), weighting)
+    network = Network(build(channels, width, **options), own, build_process(recipe.objective), weighting)
+    choose_kernel(network, recipe.compute.attention)
+    return network
 
 
 def build_system(

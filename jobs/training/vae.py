@@ -23,6 +23,7 @@ from jobs.training.exported import load_model
 from jobs.training.recipe import TrainRecipe, VAERecipe
 from jobs.training.system import to_bytes, to_unit
 from jobs.training.task import Batch, Draws, Evaluation, Loader, Losses, Phase, Start, Summed, Task
+from models.attention import choose_kernel
 from models.autoencoders import perceptual, vae
 from models.autoencoders.discriminator import (
     PatchDiscriminator,
@@ -57,6 +58,7 @@ class AutoencoderTask(Task):
         self.made_of = {"channels": wanted.channels} | recipe.model.options()
         torch.manual_seed(recipe.seed)
         self.vae = vae.build(**self.made_of)
+        choose_kernel(self.vae, recipe.compute.attention)
         if wanted.image:
             trained = load_model(Path(wanted.image))
             if "vae" not in trained.weights:

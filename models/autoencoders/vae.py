@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import attend, join_heads, split_heads
+from models.attention import AttentionLayer, join_heads, split_heads
 from models.autoencoders.latents import Posterior, latent_shape
 
 IMAGE: dict[str, Any] = {"stride": (1, 8, 8), "width": 128, "multipliers": (1, 2, 4, 4), "depth": 2}
@@ -315,7 +315,7 @@ class ResBlock(nn.Module):
         return x if self.temporal is None else x + self.temporal(x, memory)
 
 
-class FrameAttention(nn.Module):
+class FrameAttention(AttentionLayer):
     """Self-attention among the positions of each frame, heads of 64."""
 
     def __init__(self, width: int):
@@ -328,7 +328,7 @@ class FrameAttention(nn.Module):
         b, _, _, h, w = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1)  # B·T, h·w, C
         q, k, v = (split_heads(y, self.heads) for y in self.qkv(tokens).chunk(3, dim=-1))
-        y = self.out(join_heads(attend(q, k, v)))
+        y = self.out(join_heads(self.attend(q, k, v)))
         return x + y.unflatten(1, (h, w)).unflatten(0, (b, -1)).permute(0, 4, 1, 2, 3)
 
 

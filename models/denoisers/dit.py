@@ -12,7 +12,7 @@ a caption.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, Literal
 
@@ -20,8 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Axis, CrossAttention, SelfAttention, along
-from models.diffusion.condition import Condition, LevelEmbedding, frame_mask, sinusoids
+from models.attention import Axis, CrossAttention, Mask, SelfAttention, along
+from models.denoisers.conditions import (
+    Caption,
+    input_channels,
+    low_level,
+    mlp,
+    modulate,
+    no_text,
+    patchify,
+    unpatchify,
+    with_conditions,
+)
+from models.diffusion.condition import Condition, LevelEmbedding, sinusoids
 
 SIZES: dict[str, dict[str, Any]] = {
     "XS": {"dim": 192, "depth": 6, "heads": 3},  # small enough for a CPU
@@ -43,7 +54,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 Attention = Literal["full", "factorised", "alternating"]
 Conditioning = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
-MODULATIONS = {"adaln_zero": 3, "adaln": 2, "cross_attention": 0, "in_context": 0}  # vectors a layer
 
 
 class DiT(nn.Module):
@@ -89,7 +99,9 @@ class DiT(nn.Module):
         if conditioning == "in_context" and attention != "full":
             raise ValueError(f"attention={attention!r}: tokens in context need attention='full'")
         self.dim, self.patch = dim, (patch_t, patch, patch)
-        self.attention, self.conditioning = attention, conditioning
+        self.attention, self.in_context = attention, conditioning == "in_context"
+        block = BLOCKS[conditioning]
+        self.modulated = block.vectors > 0  # else level, class and pooled text are tokens
         self.context, self.upsample = context, upsample
         volume = patch_t * patch * patch
         self.embed = nn.Linear(volume * input_channels(channels, context, upsample), dim)
@@ -99,14 +111,12 @@ class DiT(nn.Module):
         self.caption = Caption(text_width) if text_width is not None else None
         self.pooled = mlp(text_width, dim, dim) if text_width is not None and text != "tokens" else None
         self.words = mlp(text_width, dim, dim) if text_width is not None and text != "pooled" else None
-        prompted = conditioning == "cross_attention" or (
-            conditioning != "in_context" and self.words is not None
-        )
+        prompted = not self.in_context and (not self.modulated or self.words is not None)
         self.blocks = nn.ModuleList(
-            Block(dim, heads, axes(attention, i), conditioning, prompted, mlp_ratio, qk_norm)
-            for i in range(depth)
+            block(dim, heads, axes(attention, i), prompted, mlp_ratio, qk_norm) for i in range(depth)
         )
-        self.final = FinalLayer(dim, volume * channels * (2 if learn_sigma else 1), conditioning)
+        final = FinalLayer if self.modulated else PlainFinalLayer
+        self.final = final(dim, volume * channels * (2 if learn_sigma else 1))
         self._initialise()
 
     def _initialise(self) -> None:
@@ -122,7 +132,7 @@ class DiT(nn.Module):
                 for layer in module.mlp:
                     if isinstance(layer, nn.Linear):
                         nn.init.normal_(layer.weight, std=0.02)
-            elif isinstance(module, Block | FinalLayer):
+            elif isinstance(module, Block | FinalLayer | PlainFinalLayer):
                 module.zero()
 
     def forward(self, z: Tensor, level: Tensor, condition: Condition, label: Tensor | None = None) -> Tensor:
@@ -131,7 +141,7 @@ class DiT(nn.Module):
         T, h, w may differ from call to call; they must be multiples of the patch.
         Raises ValueError for a condition that the model was not built for.
         """
-        if condition.images and (self.patch[0] > 1 or self.conditioning == "in_context"):
+        if condition.images and (self.patch[0] > 1 or self.in_context):
             raise ValueError(
                 f"condition.images={condition.images}: independent images need patch_t=1 and no tokens in context"
             )
@@ -142,30 +152,23 @@ class DiT(nn.Module):
         if t > 1:
             x = x + time_positions(t, condition.images, self.dim, z.device).to(x.dtype)
 
-        c, prompt, prompt_mask = self._conditions(level, condition, label)
-        mask = frame_mask(t, condition.images, z.device)
-        if mask is not None and self.attention == "full":
-            mask = mask.repeat_interleave(h * w, 0).repeat_interleave(h * w, 1)  # TN TN
-
-        if self.conditioning == "in_context":
-            x, prompt, mask = self._join(x, prompt, prompt_mask)  # B 1 TN+L D
-        for block in self.blocks:
-            x = block(x, c, prompt, prompt_mask, mask)
-        if self.conditioning == "in_context":
-            x = x[:, 0, : t * h * w].unflatten(1, (t, h * w))
-
+        c, prompt, there = self._conditions(level, condition, label)
+        if self.in_context:
+            x = self._in_context(x, c, prompt, there)
+        else:
+            seen = Mask.padding(there)
+            mask = Mask.frames(t, condition.images, h * w if self.attention == "full" else 1, z.device)
+            for block in self.blocks:
+                x = block(x, c, prompt, seen, mask)
         return unpatchify(self.final(x, c).unflatten(2, (h, w)), self.patch)
 
     def _conditions(
         self, level: Tensor, condition: Condition, label: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The vector c [B, D], and tokens to look at [B, L, D] with their mask [B, L] (None: no tokens)."""
+        """The vector c [B, D], tokens to look at [B, L, D] or None, and where there is one, bool [B, L]."""
         vectors = [self.level(level)]
         if self.low_level is not None:
-            low_level = condition.low_level
-            vectors[0] = vectors[0] + self.low_level(
-                torch.zeros_like(level) if low_level is None else low_level
-            )
+            vectors[0] = vectors[0] + self.low_level(low_level(level, condition))
         if self.label is not None:
             if label is None:
                 label = torch.full_like(level, self.label.num_embeddings - 1, dtype=torch.long)
@@ -173,34 +176,38 @@ class DiT(nn.Module):
         elif label is not None:
             raise ValueError("label: this model knows no classes; build it with classes=n")
 
-        tokens, mask = None, None
+        words, there = None, None
         if self.caption is not None:
             text, mask = self.caption(condition, len(level))  # B L W, B L
             if self.pooled is not None:
                 vectors.append(self.pooled(text.sum(1) / mask.sum(1, keepdim=True)))
-            tokens = None if self.words is None else self.words(text)  # B L D
-        elif condition.text is not None:
-            raise ValueError("condition.text: this model takes no text; build it with a text_width")
+            if self.words is not None:
+                words, there = self.words(text), mask  # B L D
+        else:
+            no_text(condition)
+        if self.modulated:
+            return sum(vectors[1:], vectors[0]), words, there
+        return vectors[0], *as_tokens(vectors, words, there)
 
-        if MODULATIONS[self.conditioning]:
-            return sum(vectors[1:], vectors[0]), tokens, None if tokens is None else mask
-        # the paper's other two ways: each vector is a token
-        first = torch.stack(vectors, dim=1)
-        seen = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
-        if tokens is None or mask is None:
-            return vectors[0], first, seen
-        return vectors[0], torch.cat([first, tokens], dim=1), torch.cat([seen, mask], dim=1)
-
-    def _join(
-        self, x: Tensor, prompt: Tensor | None, prompt_mask: Tensor | None
-    ) -> tuple[Tensor, None, Tensor]:
-        """The prompt as further tokens of the sequence, and which keys are no padding: bool [B, 1, 1, TN + L]."""
+    def _in_context(self, x: Tensor, c: Tensor, prompt: Tensor | None, there: Tensor | None) -> Tensor:
+        """Through the blocks with the prompt as further tokens of the sequence, which then are left out."""
         assert prompt is not None
-        assert prompt_mask is not None
-        x = x.flatten(1, 2)
-        seen = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        mask = torch.cat([seen, prompt_mask], dim=1)[:, None, None]
-        return torch.cat([x, prompt.to(x.dtype)], dim=1)[:, None], None, mask
+        assert there is not None
+        own = x.flatten(1, 2)  # B TN D
+        seen = torch.cat([there.new_ones(own.shape[:2]), there], dim=1)
+        y, mask = torch.cat([own, prompt.to(x.dtype)], dim=1)[:, None], Mask.padding(seen)  # B 1 TN+L D
+        for block in self.blocks:
+            y = block(y, c, mask=mask)
+        return y[:, 0, : own.shape[1]].view_as(x)
+
+
+def as_tokens(vectors: list[Tensor], words: Tensor | None, there: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The paper's other two ways: level, class and pooled text, [B, D] each, as tokens before the words [B, L, D]."""
+    first = torch.stack(vectors, dim=1)
+    seen = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
+    if words is None or there is None:
+        return first, seen
+    return torch.cat([first, words], dim=1), torch.cat([seen, there], dim=1)
 
 
 def axes(attention: Attention, index: int) -> tuple[Axis, ...]:
@@ -212,29 +219,34 @@ def axes(attention: Attention, index: int) -> tuple[Axis, ...]:
     return ("time" if index % 2 else "space",)
 
 
+class AxisAttention(SelfAttention):
+    """Self-attention of x [B, T, N, D] along one axis."""
+
+    def __init__(self, dim: int, heads: int, axis: Axis, qk_norm: bool):
+        super().__init__(dim, heads, "head" if qk_norm else "none")
+        self.axis = axis
+
+    def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:  # type: ignore[override]
+        """mask: of frames (along time) or of all tokens; within a frame there is none."""
+        return along(self.axis, super().forward, x, None if self.axis == "space" else mask)
+
+
 class Block(nn.Module):
-    """One attention layer for each axis, cross-attention if `prompted`, then an MLP; each added to x."""
+    """adaLN-Zero: attention along each axis, cross-attention if `prompted`, then an MLP; each added to x."""
+
+    vectors = 3  # that modulate a layer: shift, scale, gate
 
     def __init__(
-        self,
-        dim: int,
-        heads: int,
-        axes: tuple[Axis, ...],
-        conditioning: Conditioning,
-        prompted: bool,
-        mlp_ratio: float,
-        qk_norm: bool,
+        self, dim: int, heads: int, axes: tuple[Axis, ...], prompted: bool, mlp_ratio: float, qk_norm: bool
     ):
         super().__init__()
-        self.axes, self.modulations = axes, MODULATIONS[conditioning]
-        layers = len(axes) + 1
-        affine = not self.modulations
+        layers, affine = len(axes) + 1, not self.vectors
         self.norms = nn.ModuleList(nn.LayerNorm(dim, 1e-6, elementwise_affine=affine) for _ in range(layers))
-        self.attentions = nn.ModuleList(SelfAttention(dim, heads, qk_norm) for _ in axes)
+        self.attentions = nn.ModuleList(AxisAttention(dim, heads, axis, qk_norm) for axis in axes)
         self.cross_norm = nn.LayerNorm(dim, 1e-6) if prompted else None
-        self.cross = CrossAttention(dim, heads, qk_norm) if prompted else None
+        self.cross = CrossAttention(dim, heads, "head" if qk_norm else "none") if prompted else None
         self.mlp = mlp(dim, round(mlp_ratio * dim), dim)
-        self.ada = nn.Linear(dim, layers * self.modulations * dim) if self.modulations else None
+        self.ada = nn.Linear(dim, layers * self.vectors * dim) if self.vectors else None
 
     def zero(self) -> None:
         """Under adaLN-Zero the block becomes the identity; otherwise modulation becomes none."""
@@ -248,136 +260,88 @@ class Block(nn.Module):
         x: Tensor,
         c: Tensor,
         prompt: Tensor | None = None,
-        prompt_mask: Tensor | None = None,
-        mask: Tensor | None = None,
+        seen: Mask | None = None,
+        mask: Mask | None = None,
     ) -> Tensor:
-        """x [B, T, N, D], c [B, D], prompt [B, L, D], prompt_mask bool [B, L] → [B, T, N, D].
-
-        mask: which frames (full attention: which tokens) may see which, as `attend` takes it.
-        """
-        ada = None
-        if self.ada is not None:
-            ada = self.ada(F.silu(c)).unflatten(-1, (len(self.norms), self.modulations, 1, 1, -1))
-        for i, (axis, attention) in enumerate(zip(self.axes, self.attentions, strict=True)):
-            layer = partial(along, axis, attention, mask=None if axis == "space" else mask)
-            x = self._residual(x, i, layer, ada)
+        """x [B, T, N, D], c [B, D], prompt [B, L, D] → [B, T, N, D]. seen: of the prompt; mask: see `AxisAttention`."""
+        ada = self.modulation(c)
+        for i, attention in enumerate(self.attentions):
+            x = self.residual(x, self.norms[i], partial(attention, mask=mask), ada[i])
         if self.cross is not None and self.cross_norm is not None:
-            x = x + self.cross(self.cross_norm(x).flatten(1, 2), prompt, prompt_mask).view_as(x)
-        return self._residual(x, len(self.axes), self.mlp, ada)
+            x = x + self.cross(self.cross_norm(x).flatten(1, 2), prompt, seen).view_as(x)
+        return self.residual(x, self.norms[-1], self.mlp, ada[-1])
 
-    def _residual(self, x: Tensor, i: int, layer: Callable[[Tensor], Tensor], ada: Tensor | None) -> Tensor:
-        """x + gate · layer((1 + scale) · norm(x) + shift), as far as the conditioning modulates."""
-        y = self.norms[i](x)
-        if ada is None:
-            return x + layer(y)
-        shift, scale, *gate = ada[:, i].unbind(1)  # B 1 1 D each
-        y = layer(modulate(y, shift, scale))
-        return x + (gate[0] * y if gate else y)
+    def modulation(self, c: Tensor) -> Sequence[Tensor]:
+        """Of each layer, [B, vectors, 1, 1, D]."""
+        assert self.ada is not None
+        return self.ada(F.silu(c)).unflatten(-1, (len(self.norms), self.vectors, 1, 1, -1)).unbind(1)
+
+    @staticmethod
+    def residual(x: Tensor, norm: nn.Module, layer: Callable[[Tensor], Tensor], ada: Tensor) -> Tensor:
+        shift, scale, gate = ada.unbind(1)
+        return x + gate * layer(modulate(norm(x), shift, scale))
+
+
+class AdaLNBlock(Block):
+    """The paper's adaLN: no gate."""
+
+    vectors = 2
+
+    @staticmethod
+    def residual(x: Tensor, norm: nn.Module, layer: Callable[[Tensor], Tensor], ada: Tensor) -> Tensor:
+        return x + layer(modulate(norm(x), *ada.unbind(1)))
+
+
+class PlainBlock(Block):
+    """For conditions that are tokens, to look at or in context: nothing is modulated."""
+
+    vectors = 0
+
+    def modulation(self, c: Tensor) -> Sequence[Tensor]:
+        return [c] * len(self.norms)
+
+    @staticmethod
+    def residual(x: Tensor, norm: nn.Module, layer: Callable[[Tensor], Tensor], ada: Tensor) -> Tensor:
+        return x + layer(norm(x))
+
+
+BLOCKS: dict[Conditioning, type[Block]] = {
+    "adaln_zero": Block,
+    "adaln": AdaLNBlock,
+    "cross_attention": PlainBlock,
+    "in_context": PlainBlock,
+}
 
 
 class FinalLayer(nn.Module):
     """Tokens [B, T, N, D] → patches [B, T, N, P], 0 until trained."""
 
-    def __init__(self, dim: int, size: int, conditioning: Conditioning):
+    def __init__(self, dim: int, size: int):
         super().__init__()
-        modulated = MODULATIONS[conditioning] > 0
-        self.norm = nn.LayerNorm(dim, 1e-6, elementwise_affine=not modulated)
-        self.ada = nn.Linear(dim, 2 * dim) if modulated else None
+        self.norm = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
+        self.ada = nn.Linear(dim, 2 * dim)
         self.linear = nn.Linear(dim, size)
 
     def zero(self) -> None:
         nn.init.zeros_(self.linear.weight)
-        if self.ada is not None:
-            nn.init.zeros_(self.ada.weight)
+        nn.init.zeros_(self.ada.weight)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        x = self.norm(x)
-        if self.ada is not None:
-            x = modulate(x, *self.ada(F.silu(c))[:, None, None].chunk(2, dim=-1))
-        return self.linear(x)
+        return self.linear(modulate(self.norm(x), *self.ada(F.silu(c))[:, None, None].chunk(2, dim=-1)))
 
 
-class Caption(nn.Module):
-    """Text features as a network wants them: padding 0, and a learned token where there is no text."""
+class PlainFinalLayer(nn.Module):
+    """The same without modulation."""
 
-    def __init__(self, width: int):
+    def __init__(self, dim: int, size: int):
         super().__init__()
-        self.null = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.norm, self.linear = nn.LayerNorm(dim, 1e-6), nn.Linear(dim, size)
 
-    def forward(self, condition: Condition, batch: int) -> tuple[Tensor, Tensor]:
-        """[B, L, W] and bool [B, L], True where a token is: at least one in every row."""
-        text, mask = condition.text, condition.text_mask
-        if text is None:
-            null = self.null.expand(batch, 1, -1)
-            return null, torch.ones(null.shape[:2], dtype=torch.bool, device=null.device)
-        if text.shape[-1] != len(self.null):
-            raise ValueError(
-                f"condition.text has {text.shape[-1]} features a token, the model was built for {len(self.null)}: "
-                "use the text encoder it was trained with"
-            )
-        if mask is None:
-            mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        # in the first place of rows without a token; no shape depends on the data
-        stand_in = (~mask.any(dim=1, keepdim=True)) & (torch.arange(text.shape[1], device=text.device) == 0)
-        text = torch.where(stand_in[..., None], self.null.to(text.dtype), text)
-        mask = mask | stand_in
-        return torch.where(mask[..., None], text, 0.0), mask
+    def zero(self) -> None:
+        nn.init.zeros_(self.linear.weight)
 
-
-def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU("tanh"), nn.Linear(hidden, outputs))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
-
-
-def input_channels(channels: int, context: bool, upsample: bool) -> int:
-    """Of what `with_conditions` returns."""
-    return channels + (channels + 1) * context + channels * upsample
-
-
-def with_conditions(z: Tensor, condition: Condition, context: bool, upsample: bool) -> Tensor:
-    """z and what is known of the video, as further channels: [B, C (+ C + 1) (+ C), T, h, w].
-
-    Without known frames those channels are 0, as for a text-to-video sample of a model that knows both.
-    """
-    parts = [z]
-    if condition.known is not None and not context:
-        raise ValueError("condition.known: this model takes no known frames; build it with context=True")
-    if condition.low is not None and not upsample:
-        raise ValueError(
-            "condition.low: this model takes no low-resolution video; build it with upsample=True"
-        )
-    if context and condition.known is not None:
-        if condition.known_mask is None:
-            raise ValueError("condition.known is without condition.known_mask: say which frames are known")
-        parts += [condition.known, condition.known_mask.expand(-1, -1, *z.shape[2:])]
-    elif context:
-        parts.append(z.new_zeros(z.shape[0], z.shape[1] + 1, *z.shape[2:]))
-    if upsample:
-        if condition.low is None:
-            raise ValueError(
-                "condition.low is missing: this model upsamples; give it the low-resolution video"
-            )
-        parts.append(condition.low)
-    return torch.cat([part.to(z.dtype) for part in parts], dim=1) if len(parts) > 1 else z
-
-
-def patchify(z: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """[B, C, T, h, w] → [B, T/p, h/q, w/r, p·q·r·C] for patch (p, q, r)."""
-    if any(size % side for size, side in zip(z.shape[2:], patch, strict=True)):
-        shape, sides = ("×".join(map(str, sizes)) for sizes in (z.shape[2:], patch))
-        raise ValueError(f"latents of {shape} do not divide into patches of {sides}: choose sizes that do")
-    p, q, r = patch
-    z = z.unflatten(4, (-1, r)).unflatten(3, (-1, q)).unflatten(2, (-1, p))  # B C T p h q w r
-    return z.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4)
-
-
-def unpatchify(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """Undoes `patchify`."""
-    x = x.unflatten(4, (*patch, -1)).permute(0, 7, 1, 4, 2, 5, 3, 6)  # B C T p h q w r
-    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.linear(self.norm(x))
 
 
 # Tables of positions follow from the grid, whatever it is, and are no part of a model's state.

@@ -20,8 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import CrossAttention, Packing, Rotary, SelfAttention
-from models.denoisers.dit import Caption, input_channels, mlp, modulate, patchify, unpatchify, with_conditions
+from models.attention import CrossAttention, Mask, QKNorm, Rotary, SelfAttention
+from models.denoisers import wan
+from models.denoisers.conditions import (
+    Caption,
+    input_channels,
+    low_level,
+    mlp,
+    modulate,
+    no_text,
+    patchify,
+    unpatchify,
+    with_conditions,
+)
 from models.diffusion.condition import Condition, LevelEmbedding
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -29,7 +40,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "S": {"dim": 384, "ffn": 1536, "heads": 6, "depth": 12},
     "B": {"dim": 768, "ffn": 3072, "heads": 12, "depth": 12},
     "L": {"dim": 1024, "ffn": 4096, "heads": 16, "depth": 24},
-    "Wan-1.3B": {"dim": 1536, "ffn": 8960, "heads": 12, "depth": 30},
+    # all that the published weights need: `weights` takes them
+    "Wan-1.3B": {"dim": 1536, "ffn": 8960, "heads": 12, "depth": 30, **wan.OPTIONS},
 }
 
 
@@ -39,7 +51,10 @@ class Sora(nn.Module):
     Args:
         ffn: width of the MLPs' hidden layer.
         patch: latents a token covers in time and along each side.
-        qk_norm: RMS norm of each head's queries and keys.
+        qk_norm: RMS norm of queries and keys, of each head or of all at once.
+        flow_time: the network is told rectified flow's time σ/(α + σ) in place of the noise's angle.
+        text_length: texts are filled up with zeros to so many tokens, which are looked at too; None: no padding.
+        weights: folder of a published Wan transformer to begin with, see `models.denoisers.wan`.
         context: takes `Condition.known` and its mask as channels; upsample: takes `Condition.low`.
 
     Raises ValueError for sizes that do not fit each other.
@@ -55,7 +70,10 @@ class Sora(nn.Module):
         heads: int = 6,
         depth: int = 12,
         patch: tuple[int, int, int] = (1, 2, 2),
-        qk_norm: bool = True,
+        qk_norm: QKNorm = "head",
+        flow_time: bool = False,
+        text_length: int | None = None,
+        weights: str | None = None,
         context: bool = False,
         upsample: bool = False,
     ):
@@ -66,6 +84,7 @@ class Sora(nn.Module):
             raise ValueError(f"dim={dim}, heads={heads}: rotary positions need heads of an even width")
         self.patch, self.head = (patch[0], patch[1], patch[2]), dim // heads
         self.context, self.upsample = context, upsample
+        self.flow_time, self.text_length = flow_time, text_length
         volume = patch[0] * patch[1] * patch[2]
         self.embed = nn.Linear(volume * input_channels(channels, context, upsample), dim)
         self.level = LevelEmbedding(dim)
@@ -80,6 +99,8 @@ class Sora(nn.Module):
         self.table = nn.Parameter(torch.zeros(2, dim))
         self.out = nn.Linear(dim, volume * channels)
         self._initialise()
+        if weights is not None:
+            wan.load(self, weights)
 
     def _initialise(self) -> None:
         """Xavier, with 0 for modulation, cross-attention's end and the output: blocks begin as the identity."""
@@ -128,61 +149,77 @@ class Sora(nn.Module):
         turns = [rotary(t, h, w, self.head, parts[0].device, wide) for _, t, h, w in grids]
         texts = [self._text(condition, len(x)) for x, condition in zip(parts, conditions, strict=True)]
         if len(parts) == 1:  # one shape: a plain batch
-            x, turn, (text, text_mask), layout = parts[0].flatten(1, 3), turns[0], texts[0], None
+            x, turn, (text, there) = parts[0].flatten(1, 3), turns[0], texts[0]
+            layout = Layout(words=Mask.padding(there))
         else:
             x = torch.cat([x.flatten(0, 3) for x in parts])[None]  # 1 N P
             each = [turn for grid, turn in zip(grids, turns, strict=True) for _ in range(grid[0])]
             turn = Rotary(*(torch.cat(tables) for tables in zip(*each, strict=True)))
-            text, text_mask, layout = self._lay_out(grids, texts, x.device)
+            text, layout = _lay_out(grids, texts, x.device)
 
-        c = self.level(torch.cat(list(levels)))  # S D
-        if self.low_level is not None:
-            low = [_low_level(level, condition) for level, condition in zip(levels, conditions, strict=True)]
-            c = c + self.low_level(torch.cat(low))
+        c = torch.cat([self._level(*told) for told in zip(levels, conditions, strict=True)])  # S D
         ada = self.ada(F.silu(c)).unflatten(-1, (6, -1))  # S 6 D
         words = None if text is None or self.words is None else self.words(text)
         x = self.embed(x)
         for block in self.blocks:
-            x = block(x, ada, turn, words, text_mask, layout)
-        shift, scale = (spread(m, layout) for m in (self.table + c[:, None]).unbind(1))
+            x = block(x, ada, turn, words, layout)
+        shift, scale = (layout.spread(m) for m in (self.table + c[:, None]).unbind(1))
         x = self.out(modulate(self.norm(x), shift, scale)).flatten(0, 1)  # N P
         runs = x.split([grid.numel() for grid in grids])
         return [unpatchify(run.unflatten(0, grid), self.patch) for run, grid in zip(runs, grids, strict=True)]
 
-    def _text(self, condition: Condition, batch: int) -> tuple[Tensor | None, Tensor | None]:
-        if self.caption is not None:
-            return self.caption(condition, batch)  # B L W, B L
-        if condition.text is not None:
-            raise ValueError("condition.text: this model takes no text; build it with a text_width")
-        return None, None
+    def _level(self, level: Tensor, condition: Condition) -> Tensor:
+        """Embedding [B, D] of the noise level, and that of the low-resolution video."""
+        c = self.level(wan.flow_time(level) if self.flow_time else level)
+        return c if self.low_level is None else c + self.low_level(low_level(level, condition))
 
-    def _lay_out(
-        self, grids: list[torch.Size], texts: list[tuple[Tensor | None, Tensor | None]], device: torch.device
-    ) -> tuple[Tensor | None, None, Layout]:
-        """Text without its padding, [1, L, W], and where all lies."""
-        lengths = torch.tensor([grid[1:].numel() for grid in grids for _ in range(grid[0])])
-        owner = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
-        tokens = Packing.of(lengths.tolist(), device)
-        captions = [(text, mask) for text, mask in texts if text is not None and mask is not None]
-        if not captions:
-            return None, None, Layout(owner, tokens, None)
-        words = torch.cat([mask.sum(1) for _, mask in captions]).tolist()  # waits for the device, once a pass
-        text = torch.cat([text[mask] for text, mask in captions])[None]
-        return text, None, Layout(owner, tokens, Packing.of(words, device))
+    def _text(self, condition: Condition, batch: int) -> tuple[Tensor | None, Tensor | None]:
+        """[B, L, W], and which tokens are to be looked at, [B, L]; None: all."""
+        if self.caption is None:
+            no_text(condition)
+            return None, None
+        text, mask = self.caption(condition, batch)
+        if self.text_length is None:
+            return text, mask
+        return F.pad(
+            text, (0, 0, 0, self.text_length - text.shape[1])
+        ), None  # of longer ones the end is left out
 
 
 class Layout(NamedTuple):
-    """How packed sequences and their texts lie."""
+    """How sequences lie: one a batch row, or end to end in one row, and who then may look at whom."""
 
-    owner: Tensor  # int64 [N], the sequence of each token
-    tokens: Packing
-    words: Packing | None
+    owner: Tensor | None = None  # int64 [N], the sequence of each token, where they are packed
+    tokens: Mask | None = None
+    words: Mask | None = None
+
+    def spread(self, m: Tensor) -> Tensor:
+        """A vector a sequence [S, D] for its tokens: [S, 1, D], or [1, N, D] where they are packed."""
+        return m[:, None] if self.owner is None else m[self.owner][None]
+
+
+def _lay_out(
+    grids: list[torch.Size], texts: list[tuple[Tensor | None, Tensor | None]], device: torch.device
+) -> tuple[Tensor | None, Layout]:
+    """The texts without their padding, [1, L, W], and where all lies."""
+    lengths = [grid[1:].numel() for grid in grids for _ in range(grid[0])]
+    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
+    tokens = Mask.documents(lengths, device=device)
+    captions = [(text, mask) for text, mask in texts if text is not None]
+    if not captions:
+        return None, Layout(owner, tokens)
+    there = [
+        text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask for text, mask in captions
+    ]
+    words = torch.cat([mask.sum(1) for mask in there]).tolist()  # waits for the device, once a pass
+    text = torch.cat([text[mask] for (text, _), mask in zip(captions, there, strict=True)])[None]
+    return text, Layout(owner, tokens, Mask.documents(lengths, words, device))
 
 
 class Block(nn.Module):
     """Self-attention, cross-attention to the words if there are any, MLP; each added to x."""
 
-    def __init__(self, dim: int, ffn: int, heads: int, qk_norm: bool, worded: bool):
+    def __init__(self, dim: int, ffn: int, heads: int, qk_norm: QKNorm, worded: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
         self.attention = SelfAttention(dim, heads, qk_norm)
@@ -198,27 +235,15 @@ class Block(nn.Module):
         ada: Tensor,
         turn: Rotary,
         words: Tensor | None = None,
-        words_mask: Tensor | None = None,
         layout: Layout | None = None,
     ) -> Tensor:
-        """x [B, N, D], ada [S, 6, D], words [B, L, D], words_mask bool [B, L] → [B, N, D].
-
-        B is S, or 1 where a layout says how the sequences are packed.
-        """
-        modulation = (self.table + ada).unbind(1)  # S D each
-        shift, scale, gate = (spread(m, layout) for m in modulation[:3])
-        packing = None if layout is None else layout.tokens
-        x = x + gate * self.attention(modulate(self.norm1(x), shift, scale), None, turn, packing)
+        """x [B, N, D], ada [S, 6, D], words [B, L, D] → [B, N, D]; B is S, or 1 where the layout packs them."""
+        layout = layout or Layout()
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = map(layout.spread, (self.table + ada).unbind(1))
+        x = x + gate * self.attention(modulate(self.norm1(x), shift, scale), layout.tokens, turn)
         if self.cross is not None and self.cross_norm is not None:
-            packings = None if layout is None or layout.words is None else (layout.tokens, layout.words)
-            x = x + self.cross(self.cross_norm(x), words, words_mask, packings)
-        shift, scale, gate = (spread(m, layout) for m in modulation[3:])
-        return x + gate * self.mlp(modulate(self.norm2(x), shift, scale))
-
-
-def spread(m: Tensor, layout: Layout | None) -> Tensor:
-    """A vector a sequence [S, D] for its tokens: [S, 1, D], or [1, N, D] where they are packed."""
-    return m[:, None] if layout is None else m[layout.owner][None]
+            x = x + self.cross(self.cross_norm(x), words, layout.words)
+        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 @lru_cache(maxsize=64)
@@ -239,10 +264,6 @@ def _split(condition: Condition, sizes: list[int]) -> list[Condition]:
 
     fields = zip(runs(condition.known), runs(condition.known_mask), runs(condition.low), strict=True)
     return [replace(condition, known=known, known_mask=mask, low=low) for known, mask, low in fields]
-
-
-def _low_level(level: Tensor, condition: Condition) -> Tensor:
-    return torch.zeros_like(level) if condition.low_level is None else condition.low_level
 
 
 build = Sora

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import attend, join_heads, split_heads
-from models.diffusion.condition import Condition, LevelEmbedding, frame_mask
+from models.attention import AttentionLayer, Mask, join_heads, split_heads
+from models.denoisers.conditions import check_text, input_channels, low_level, no_text, with_conditions
+from models.diffusion.condition import Condition, LevelEmbedding
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"width": 32, "multipliers": (1, 2, 4), "depth": 1},
@@ -102,7 +103,7 @@ class UNet3D(nn.Module):
                 full_3d,
             )
 
-        inputs = 2 * WAVES * places + channels + (channels + 1) * context + channels * upsample
+        inputs = 2 * WAVES * places + input_channels(channels, context, upsample)
         self.unet = UNet(inputs, channels, [width * m for m in multipliers], depth, block, full_3d)
 
     def repeated(self) -> Iterator[nn.Module]:
@@ -112,19 +113,17 @@ class UNet3D(nn.Module):
     def forward(self, z: Tensor, level: Tensor, condition: Condition) -> Tensor:
         if self.full_3d and condition.images:
             raise ValueError("independent images mix in 3×3×3 convolutions: set images to 0, or full_3d off")
-        x = inputs(z, condition, self.context, self.upsample).transpose(1, 2)  # B T C' h w
+        x = with_conditions(z, condition, self.context, self.upsample).transpose(1, 2)  # B T C' h w
         text, text_mask = tokens(z, condition, self.text_width)
         emb = self.level(level)  # B E
         if self.pool is not None:
             emb = emb + self.pool(text, text_mask)
         if self.low_level is not None:
-            emb = emb + self.low_level(
-                torch.zeros_like(level) if condition.low_level is None else condition.low_level
-            )
+            emb = emb + self.low_level(low_level(level, condition))
         if self.places is not None:  # before the rest, which training for more tasks appends to
             x = torch.cat([self.places(x, condition.images), x], dim=2)
-        mask = frame_mask(x.shape[1], condition.images, z.device)
-        return self.unet(x, emb, text, text_mask, mask).transpose(1, 2)  # B C T h w
+        mask = Mask.frames(x.shape[1], condition.images, device=z.device)
+        return self.unet(x, emb, text, Mask.padding(text_mask), mask).transpose(1, 2)  # B C T h w
 
 
 build = UNet3D  # a recipe's options are its arguments
@@ -151,8 +150,8 @@ class Block(nn.Module):
         x: Tensor,  # B T C h w
         emb: Tensor,  # B E
         text: Tensor | None = None,  # B L D
-        text_mask: Tensor | None = None,  # B 1 1 L
-        frame_mask: Tensor | None = None,  # T T
+        text_mask: Mask | None = None,
+        frame_mask: Mask | None = None,
     ) -> Tensor:
         x = self.residual(x, emb)
         if self.space is not None:
@@ -270,7 +269,7 @@ class CrossAttention(nn.Module):
         self.norm, self.attention = FrameNorm(channels), Attention(channels, heads, text_width)
         zeroed(self.attention.out)
 
-    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, text_mask: Mask | None = None) -> Tensor:
         b, t, c, h, w = x.shape
         y = self.norm(x).permute(0, 1, 3, 4, 2).reshape(b, t * h * w, c)  # B Thw C
         y = self.attention(y, text, text_mask)
@@ -289,14 +288,14 @@ class TimeAttention(nn.Module):
         self.bias = RelativeBias(heads)
         zeroed(self.attention.out)
 
-    def forward(self, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, frame_mask: Mask | None = None) -> Tensor:
         b, t, c, h, w = x.shape
         y = self.norm(x).permute(0, 3, 4, 1, 2).reshape(b * h * w, t, c)  # (B h w) T C
         y = self.attention(y, mask=frame_mask, bias=self.bias(t))
         return x + y.reshape(b, h, w, t, c).permute(0, 3, 4, 1, 2)
 
 
-class Attention(nn.Module):
+class Attention(AttentionLayer):
     """Multi-head attention of x [N, L, C] to itself, or to `other` [N, M, D]; → [N, L, C]."""
 
     def __init__(self, channels: int, heads: int, other: int | None = None):
@@ -307,11 +306,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def forward(
-        self, x: Tensor, other: Tensor | None = None, mask: Tensor | None = None, bias: Tensor | None = None
+        self, x: Tensor, other: Tensor | None = None, mask: Mask | None = None, bias: Tensor | None = None
     ) -> Tensor:
         k, v = self.kv(x if other is None else other).chunk(2, dim=-1)
         q, k, v = (split_heads(y, self.heads) for y in (self.q(x), k, v))  # N H L d
-        return self.out(join_heads(attend(q, k, v, mask, bias)))
+        return self.out(join_heads(self.attend(q, k, v, mask, bias)))
 
 
 class RelativeBias(nn.Module):
@@ -352,7 +351,7 @@ class TextPool(nn.Module):
 
     def forward(self, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         query = self.query.to(text.dtype).expand(len(text), -1, -1)
-        return self.norm_out(self.attention(query, self.norm(text), text_mask)[:, 0])
+        return self.norm_out(self.attention(query, self.norm(text), Mask.padding(text_mask))[:, 0])
 
 
 class SpaceTimeWaves(nn.Module):
@@ -426,54 +425,19 @@ def zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def inputs(z: Tensor, condition: Condition, context: bool, upsample: bool) -> Tensor:
-    """z with the known frames, their mask and the low-resolution video as more channels: [B, C', T, h, w].
-
-    Raises ValueError for a field that the model was not built to take, or lacks.
-    """
-    known, mask, low = condition.known, condition.known_mask, condition.low
-    if condition.images not in range(z.shape[2] + 1):
-        raise ValueError(f"images={condition.images}: the clip has {z.shape[2]} frames; give at most as many")
-    if not context and (known is not None or mask is not None):
-        raise ValueError("known frames were given to a model built without them: build it with context=True")
-    if (known is None) != (mask is None):
-        raise ValueError("known and known_mask belong together: give both or neither")
-    if upsample and low is None:
-        raise ValueError("condition.low is missing: this model was built with upsample=True; give it")
-    if not upsample and (low is not None or condition.low_level is not None):
-        raise ValueError("condition.low was given to a model that was not built to upsample: leave it out")
-    parts = {"z": z}
-    if context:
-        mask = z.new_zeros(1, 1, 1, 1, 1) if mask is None else mask
-        parts |= {"known": torch.zeros_like(z) if known is None else known}
-        parts |= {"known_mask": mask.expand(len(z), 1, *z.shape[2:])}
-    if low is not None:
-        parts |= {"low": low}
-    for name, part in parts.items():
-        if part.shape[2:] != z.shape[2:]:
-            raise ValueError(
-                f"{name} has shape {tuple(part.shape)}, z {tuple(z.shape)}: bring it to z's size"
-            )
-    return torch.cat([part.to(z.dtype) for part in parts.values()], dim=1)
-
-
 def tokens(z: Tensor, condition: Condition, width: int | None) -> tuple[Tensor | None, Tensor | None]:
-    """Text [B, L, D] and its mask [B, 1, 1, L] for attention; one masked token where there is no text.
+    """Text [B, L, D] and where a token is, bool [B, L]; one masked token where there is no text.
 
     Raises ValueError for text of another width than the model was built for.
     """
     text, mask = condition.text, condition.text_mask
     if width is None:
-        if text is not None:
-            raise ValueError("text was given to a model without it: build it with text_width")
+        no_text(condition)
         return None, None
     if text is None:
         text, mask = z.new_zeros(len(z), 1, width), torch.zeros(len(z), 1, dtype=torch.bool, device=z.device)
-    if text.shape[-1] != width:
-        raise ValueError(
-            f"text has {text.shape[-1]} features, the model was built for {width}: use its encoder"
-        )
-    return text.to(z.dtype), None if mask is None else mask[:, None, None, :]
+    check_text(text, width)
+    return text.to(z.dtype), mask
 
 
 def check_sizes(width: int, levels: int, attended: set[int], head_dim: int) -> None:

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import Mask
+from models.denoisers.conditions import with_conditions
 from models.denoisers.unet3d import (
     Attention,
     CrossAttention,
@@ -35,7 +37,6 @@ from models.denoisers.unet3d import (
     UNet,
     check_sizes,
     check_stride,
-    inputs,
     tokens,
 )
 from models.diffusion.condition import Condition, LevelEmbedding, sinusoids
@@ -82,7 +83,7 @@ class Spatial(nn.Module):
         z: Tensor,  # N C h w
         level: Tensor,  # N
         text: Tensor | None = None,  # N L D
-        text_mask: Tensor | None = None,  # N 1 1 L
+        text_mask: Tensor | None = None,  # N L
         mix: Mix = lambda x, emb: x,
     ) -> Tensor:
         """→ [N, C, h, w]"""
@@ -160,7 +161,9 @@ class VideoLDM(nn.Module):
     def forward(self, z: Tensor, level: Tensor, condition: Condition) -> Tensor:
         b, t = len(z), z.shape[2]
         videos = t - condition.images
-        x = inputs(z, condition, context=self.known is not None, upsample=False).transpose(1, 2)  # B T C' h w
+        x = with_conditions(z, condition, context=self.known is not None, upsample=False).transpose(
+            1, 2
+        )  # B T C' h w
         check_stride(x, self.spatial.stride)
         text, text_mask = tokens(z, condition, self.text_width)
         # images alone: an empty batch goes through the temporal layers, whose parameters take part in every step
@@ -324,7 +327,7 @@ class ImageUNet(Spatial):
         text_mask: Tensor | None = None,
         mix: Mix = lambda x, emb: x,
     ) -> Tensor:
-        return self.unet(z[:, None], self.level(level), text, text_mask, mix)[:, 0]
+        return self.unet(z[:, None], self.level(level), text, Mask.padding(text_mask), mix)[:, 0]
 
 
 class ImageBlock(nn.Module):
@@ -338,7 +341,7 @@ class ImageBlock(nn.Module):
         self.cross = CrossAttention(c_out, heads, text_width) if heads and text_width else None
 
     def forward(
-        self, x: Tensor, emb: Tensor, text: Tensor | None, text_mask: Tensor | None, mix: Mix
+        self, x: Tensor, emb: Tensor, text: Tensor | None, text_mask: Mask | None, mix: Mix
     ) -> Tensor:
         x = mix(self.residual(x, emb), emb)
         if self.space is None:
@@ -406,7 +409,6 @@ class DiffusersUNet(Spatial):
         extra = unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added)
         emb = emb if extra is None else emb + extra
         if text is not None and text_mask is not None:
-            text_mask = text_mask[:, 0, 0]  # N L
             text = text * text_mask.any(dim=1)[:, None, None]
 
         def run(resnet: nn.Module, attention: nn.Module | None, x: Tensor) -> Tensor:

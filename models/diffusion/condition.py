@@ -54,18 +54,6 @@ class Condition:
         return replace(self, text_mask=keep)
 
 
-def frame_mask(frames: int, images: int, device: torch.device | None = None) -> Tensor | None:
-    """bool [T, T], True where frame i may attend to frame j; None where all may.
-
-    The first T − images frames see each other, each of the rest only itself.
-    """
-    if not images:
-        return None
-    mask = torch.eye(frames, dtype=torch.bool, device=device)
-    mask[: frames - images, : frames - images] = True
-    return mask
-
-
 def sinusoids(x: Tensor, size: int, longest: float = 10_000.0) -> Tensor:
     """[…] → […, size]: cos and sin of x at `size`/2 rates from 1 down to 1/longest (Vaswani et al. 2017)."""
     rates = torch.exp(-math.log(longest) * torch.arange(size // 2, device=x.device) / (size // 2))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.attention import attend, join_heads, split_heads
+from models.attention import AttentionLayer, Mask, join_heads, split_heads
 from models.hub import MissingModel, transformers_weights
 
 TOWERS = {"clip": "CLIPTextModel", "siglip": "SiglipTextModel"}  # of two-tower checkpoints only the text one
@@ -80,7 +80,7 @@ def hashes(word: str) -> tuple[int, int]:
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
-class _Block(nn.Module):
+class _Block(AttentionLayer):
     """Self-attention, then an MLP, each after a norm and beside a shortcut."""
 
     def __init__(self, width: int, heads: int):
@@ -92,7 +92,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.norms[0](x)).chunk(3, dim=-1))
-        x = x + self.out(join_heads(attend(q, k, v, mask[:, None, None])))
+        x = x + self.out(join_heads(self.attend(q, k, v, Mask.padding(mask))))
         return x + self.mlp(self.norms[1](x))
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import SelfAttention, along, attend
+from models.attention import SelfAttention, along
 
 PRESETS: dict[str, dict[str, Any]] = {
     "Ti/16x2": {"dim": 192, "depth": 12, "heads": 3, "tubelet": (2, 16, 16)},
@@ -176,8 +176,12 @@ class DotProductAttention(SelfAttention):
         b, _, n, _ = x.shape
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # B T N 3 H d
         space, time = qkv.permute(3, 0, 1, 4, 2, 5).chunk(2, dim=3)[0], qkv.chunk(2, dim=4)[1]
-        y = attend(*space.flatten(1, 2)).unflatten(0, (b, -1)).transpose(2, 3)  # BT H/2 N d → B T N H/2 d
-        z = attend(*time.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)).unflatten(0, (b, n))  # B N H/2 T d
+        y = (
+            self.attend(*space.flatten(1, 2).unbind()).unflatten(0, (b, -1)).transpose(2, 3)
+        )  # BT H/2 N d → B T N H/2 d
+        z = self.attend(*time.permute(3, 0, 2, 4, 1, 5).flatten(1, 2).unbind()).unflatten(
+            0, (b, n)
+        )  # B N H/2 T d
         return self.proj(torch.cat([y, z.permute(0, 3, 1, 2, 4)], dim=3).flatten(3))
 
 

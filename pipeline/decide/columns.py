@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import pyarrow as pa
 
 from pipeline.caption.choose import check_names
+from pipeline.caption.hygiene import FLAGS
 from pipeline.recipe import Recipe, RecipeError, Rule, nearest
 from pipeline.recipe_choose import Choose
 
@@ -31,6 +32,7 @@ def check_rules(rules: dict[str, Rule], columns: pa.Schema) -> None:
             continue
         usable, others = (texts, numbers) if rule.textual else (numbers, texts)
         if rule.column in usable:
+            mistakes += _flag_slips(name, rule)
             continue
         if rule.column in others:
             wrong = "is a number: give it a min or a max" if rule.textual else "is not a number"
@@ -46,6 +48,16 @@ def check_rules(rules: dict[str, Rule], columns: pa.Schema) -> None:
         )
     if mistakes:
         raise RecipeError("; ".join(mistakes), mistakes=mistakes)
+
+
+def _flag_slips(name: str, rule: Rule) -> list[str]:
+    """What a rule on flags asks for that is a letter or two off a known one; captioners may have flags of their own."""
+    asked = [*rule.contains, *rule.excludes] if rule.column == "caption_flags" else []
+    return [
+        f"decide.rules.{name}: no flag {word!r}{meant}; there are {', '.join(FLAGS)}"
+        for word in asked
+        if not any(word in flag for flag in FLAGS) and (meant := nearest(word, FLAGS))
+    ]
 
 
 def _is_number(kind: pa.DataType) -> bool:

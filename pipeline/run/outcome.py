@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -77,6 +77,9 @@ class Outcome:
         default_factory=dict
     )  # kind of fault → its reasons, most frequent first
     caption_errors: dict[str, list[Reason]] = field(default_factory=dict)  # captioner → its reasons
+    silent: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # captioner whose captions hold no text but flags: 'broken_json' → clips
     behind: dict[str, int] = field(default_factory=dict)  # layer → clips of which it says nothing
     tars: int = 0
     served: dict[str, float] = field(
@@ -168,6 +171,12 @@ class Outcome:
             said += _shown(
                 f"captions: {counted(_count(reasons), 'clip')} on which {captioner} failed", reasons
             )
+        for captioner, flags in self.silent.items():
+            odd = ", ".join(f"{flag} {n:,}" for flag, n in flags.items())
+            said.append(
+                f"captions: {captioner} says nothing of any clip, flags: {odd}; what it answered: clipmill inspect "
+                f"{shlex.quote(folder)}"
+            )
         for layer, n in self.behind.items():
             said.append(
                 f"layer {layer} lacks {counted(n, 'clip')}; add them: clipmill caption {shlex.quote(folder)}"
@@ -175,10 +184,10 @@ class Outcome:
         if self.served:
             tokens = self.served["prompt_tokens"] + self.served["completion_tokens"]
             asked, before = (
-                counted(int(self.served[k]), n) for k, n in (("requests", "request"), ("before", "answer"))
+                counted(int(self.served[k]), n) for k, n in (("requests", "new answer"), ("before", "answer"))
             )
             said.append(
-                f"served: {asked}, {before} from the store, {tokens:,.0f} tokens, {self.served['usd']:,.2f} USD"
+                f"served: {asked}, {tokens:,.0f} tokens, {self.served['usd']:,.2f} USD; {before} in the store before"
             )
         if (self.failed and sources) or self.captions_failed:
             again = command if "--retry-errors" in command.split() else f"{command} --retry-errors"
@@ -269,17 +278,25 @@ def _clips(store: Store, found: Outcome) -> None:
     """Clips, decisions and captions of the outcome."""
     parts = []
     wrong: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    flags: dict[str, Counter[str]] = defaultdict(Counter)  # of captioners, without text
+    says: set[str] = set()
     view = Layered(store)
     found.behind = view.behind()
     for _, table in view.tables(["clip_id", "name", "duration_s", "captions"]):
         parts.append(table.select(["clip_id", "duration_s"]))
         said = table["captions"].combine_chunks().flatten()
+        has_text = pc.greater(pc.utf8_length(said.field("text")), 0)
+        says |= set(pc.unique(said.field("model").filter(has_text)).to_pylist())
+        odd = pc.and_(pc.invert(has_text), pc.greater(pc.list_value_length(said.field("flags")), 0))
+        for caption in said.filter(odd).to_pylist():
+            flags[caption["model"]].update(caption["flags"])
         if len(said) and pc.any(pc.equal(said.field("outcome"), "error")).as_py():
             for row in table.to_pylist():
                 for c in row["captions"] or []:
                     if c["outcome"] == "error":
                         wrong[c["model"]].append((c["reason"] or "", row["name"]))
     found.caption_errors = {m: grouped(wrong[m]) for m in sorted(wrong, key=lambda m: -len(wrong[m]))}
+    found.silent = {m: dict(flags[m].most_common()) for m in sorted(flags.keys() - says - wrong.keys())}
     if not parts or not store.exists("decisions.parquet"):
         return
     clips, decisions = pa.concat_tables(parts), store.read_table("decisions.parquet")

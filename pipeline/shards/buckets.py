@@ -1,10 +1,9 @@
-"""Buckets: clips sorted by the shape they are trained in, and dealt to batches of one shape each."""
+"""Buckets: clips sorted by the shape they are trained in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -12,36 +11,6 @@ import pyarrow as pa
 from pipeline.faults import StoreError, counted
 
 Shape = tuple[int, int, int]  # frames, height, width
-
-
-def deal(
-    bucket: np.ndarray,
-    size: Callable[[int], int],
-    rng: np.random.RandomState | None,
-    last: Literal["wrap", "drop"] = "wrap",
-) -> list[np.ndarray]:
-    """Deal rows to batches of one bucket each.
-
-    Args:
-        bucket: int [n], which bucket each row is in.
-        size: samples a batch of a bucket holds.
-        rng: shuffles the rows of each bucket; none leaves them in order.
-        last: what does not fill a batch is repeated from the bucket's beginning, or left out.
-
-    Returns int64 [batches, size] for every bucket that has rows, in the order of the buckets.
-    """
-    dealt = []
-    for b in np.unique(bucket).tolist():
-        rows = np.flatnonzero(bucket == b)
-        if rng is not None:
-            rng.shuffle(rows)
-        dealt.append(np.resize(rows, (whole_batches(len(rows), size(b), last), size(b))))
-    return dealt
-
-
-def whole_batches(samples: int, size: int, last: Literal["wrap", "drop"] = "wrap") -> int:
-    """Batches that so many samples make."""
-    return -(-samples // size) if last == "wrap" else samples // size
 
 
 NEAR = 0.05  # of the picture: a bucket that crops so much more than another is still as good

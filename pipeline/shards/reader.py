@@ -6,9 +6,9 @@
         ...
         checkpoint["data"] = loader.state_dict()
 
-**Order.** An epoch is a list of batches. Clips are shuffled by (seed, epoch), dealt to batches (each of
-one bucket, where `by_bucket`), and the batches are shuffled. The list does not depend on ranks, workers
-or machines. Step s of rank r is batch s · world + r; worker w of W prepares the steps s ≡ w (mod W),
+**Order.** An epoch is a list of batches (`pipeline.shards.order`). Clips are shuffled by (seed, epoch), dealt to
+batches (each of one bucket, where `by_bucket`), and the batches are shuffled. The list does not depend on ranks,
+workers or machines. Step s of rank r is batch s · world + r; worker w of W prepares the steps s ≡ w (mod W),
 which is the order in which a DataLoader asks its workers. So every rank has the same number of steps,
 a clip is in one batch of an epoch, and a state saved with one number of workers or ranks continues
 with another (with the same `batch_size` and `seed`).
@@ -25,6 +25,7 @@ Randomness (which window of time, which caption) comes from (seed, epoch, clip) 
 
 from __future__ import annotations
 
+import binascii
 import hashlib
 import json
 import os
@@ -38,7 +39,8 @@ import pyarrow.compute as pc
 
 from pipeline.faults import StoreError
 from pipeline.io.store import Ranges, Store
-from pipeline.shards.buckets import Shape, deal, fit, table, whole_batches
+from pipeline.shards.buckets import Shape, fit, table
+from pipeline.shards.order import Order, whole
 from pipeline.shards.pixels import BrokenSample, decode
 
 try:
@@ -176,13 +178,17 @@ class ShardReader(IterableDataset):
             self.bucket = self.fitted.bucket
         elif by_bucket:
             self.bucket = index["bucket"].combine_chunks().dictionary_encode().indices.to_numpy()
-        span = ("offset", "size", "json_offset", "json_size")
         hashed = check and "media_sha256" in index.column_names
-        self.sha256 = index["media_sha256"].combine_chunks() if hashed else None
-        self.span = np.stack([index[c].fill_null(0).to_numpy() for c in span], 1)  # int64 [n, 4]
+        self.sha256 = from_hex(index["media_sha256"]) if hashed else None
+        self.offsets = np.stack([index[c].fill_null(0).to_numpy() for c in ("offset", "json_offset")], 1)
+        self.sizes = np.stack(
+            [index[c].fill_null(0).to_numpy().astype(np.uint32) for c in ("size", "json_size")], 1
+        )
         self.epoch = self.first = self.step = self.sample = 0
         self.skipped: list[str] = []  # keys of broken samples met by this process
         self._ranges: tuple[int, Ranges] | None = None
+        counts = np.bincount(self.bucket).tolist()
+        self.order = Order(self.bucket, whole(counts, [batch_size] * len(counts), last), seed, shuffle)
         if self.steps() == 0:
             raise StoreError(
                 f"{folder}: {len(index)} samples are not one batch of {batch_size} for each of {world} ranks; "
@@ -211,22 +217,10 @@ class ShardReader(IterableDataset):
 
     # ------------------------------------------------------------ the order
 
-    def batches(self, epoch: int) -> np.ndarray:
-        """Rows of the index, int64 [batches, batch_size], of all ranks."""
-        rng = np.random.RandomState([self.seed, epoch])  # numpy keeps its streams as they are
-        none = np.zeros((0, self.batch_size), np.int64)
-        dealt = deal(self.bucket, lambda _: self.batch_size, rng if self.shuffle else None, self.last)
-        batches = np.concatenate([none, *dealt])
-        return batches[rng.permutation(len(batches))] if self.shuffle else batches
-
     def steps(self) -> int:
         """Batches of every rank between batch `first` of the epoch and its end."""
-        total = sum(self._whole(n) for n in np.unique(self.bucket, return_counts=True)[1].tolist())
-        left = total - self.first
+        left = len(self.order) - self.first
         return -(-left // self.world) if self.last == "wrap" else left // self.world
-
-    def _whole(self, samples: int) -> int:
-        return whole_batches(samples, self.batch_size, self.last)
 
     def __len__(self) -> int:
         """Samples of this rank between batch `first` of the epoch and its end."""
@@ -252,10 +246,10 @@ class ShardReader(IterableDataset):
     def _share(self) -> Iterator[tuple[int, np.ndarray]]:
         """(place to begin at, rows) of each batch that this process prepares, from the state on."""
         worker, workers = _worker()
-        batches, begin, place = self.batches(self.epoch), self.step, self.sample
+        begin, place = self.step, self.sample
         for step in range(begin + worker, self.steps(), workers):
-            row = (self.first + step * self.world + self.rank) % len(batches)
-            yield (place if step == begin else 0), batches[row]
+            number = (self.first + step * self.world + self.rank) % len(self.order)
+            yield (place if step == begin else 0), self.order.batch(self.epoch, number)
 
     def advance(self, samples: int) -> None:
         """Move the state on; for a trainer with a DataLoader of its own, which has taken so many."""
@@ -321,12 +315,12 @@ class ShardReader(IterableDataset):
         frames, picture = (self.frames, self.size) if shape is None else (shape[0], shape[1:])
         key = self.keys[row].as_py()
         rng = np.random.default_rng([self.seed, self.epoch, row])
-        offset, size, json_offset, json_size = (int(x) for x in self.span[row])
+        (offset, json_offset), (size, json_size) = self.offsets[row].tolist(), self.sizes[row].tolist()
         tar = self.tars[row].as_py()
         at = rng.random() if self.window == "random" else 0.5
         try:
             wanted = None if self.sha256 is None else self.sha256[row].as_py()
-            video: Any = self._files().read(tar, offset, size, wanted)
+            video: Any = self._files().read(tar, offset, size, wanted and wanted.hex())
             meta = json.loads(self._files().read(tar, json_offset, json_size)) if json_size else {}
             if self.decode:
                 video = decode(video, frames, self.fps, picture, at)
@@ -438,6 +432,22 @@ def digest(rows: pa.Table, *more: np.ndarray) -> str:
     for array in more:
         found.update(np.ascontiguousarray(array).tobytes())
     return found.hexdigest()
+
+
+def from_hex(column: pa.ChunkedArray) -> pa.Array:
+    """Hashes as bytes, half as long as their digits; None where there is none."""
+    chunks = [
+        pa.array([None if v is None else bytes.fromhex(v) for v in chunk.to_pylist()], pa.binary(32))
+        if chunk.null_count or (pc.binary_length(chunk).to_numpy() != 64).any()
+        else _unhexed(chunk)
+        for chunk in column.cast(pa.string()).chunks
+    ]
+    return pa.chunked_array(chunks, pa.binary(32)).combine_chunks()
+
+
+def _unhexed(chunk: pa.StringArray) -> pa.Array:
+    data = memoryview(chunk.buffers()[2])[64 * chunk.offset : 64 * (chunk.offset + len(chunk))]
+    return pa.Array.from_buffers(pa.binary(32), len(chunk), [None, pa.py_buffer(binascii.unhexlify(data))])
 
 
 def json_of(told: Any) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def test_a_sample_is_one_file(run, tmp_path, capsys):
     ("more", "says"),
     [
         (["--view", "flag=nothing"], "no flag"),
+        (["--view", "srt=agreement"], "there is no 'srt' (did you mean 'sort'?)"),
         (["--view", "range=x:a:b"], "COLUMN:MIN:MAX"),
         (["--sample", "0"], "--sample"),
     ],

@@ -1,6 +1,7 @@
 """clipmill shard: decide again, try a decision out, keep another set of shards beside the first."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -40,6 +41,22 @@ def decisions(folder: Path) -> list[dict]:
     return pq.read_table(folder / "decisions.parquet").to_pylist()
 
 
+def test_whose_captions_are_chosen_is_told_and_how_many_would_change(run, capsys):
+    before = {d["clip_id"]: d for d in decisions(run) if d["keep"]}
+    rows = [r for t in (run / "clips").glob("*.parquet") for r in pq.read_table(t).to_pylist()]
+    other = max(c["model"] for r in rows for c in r["captions"])
+    choose = ("--set", f"choose={{method: order, order: ['{other}']}}")
+    assert shard.main([str(run), "--dry-run", *choose]) == 0
+    said = capsys.readouterr().out
+    assert shard.main([str(run), *choose]) == 0
+    after = {d["clip_id"]: d for d in decisions(run) if d["keep"]}
+    whose = Counter(d["caption_model"] for d in after.values())
+    changed = sum(before[c]["caption"] != after[c]["caption"] for c in before.keys() & after.keys())
+    assert changed
+    assert f"{changed} have another caption)" in said
+    assert f"captions by: {', '.join(f'{m} {n}' for m, n in whose.most_common())}" in said
+
+
 def refused(capsys, *command: str) -> str:
     assert shard.main(list(command)) == 2
     said = capsys.readouterr().err
@@ -57,7 +74,10 @@ def test_a_dry_run_tells_the_funnel_and_writes_nothing(run, capsys):
     assert shard.main([str(run), *STRICT]) == 0
     then = {d["clip_id"] for d in decisions(run) if d["keep"]}
     go, come = len(now - then), len(then - now)
-    assert f"{len(then)} clips would be kept ({len(now)} are now; {go} would go, {come} come)" in said
+    assert (
+        f"{len(then)} clips would be kept ({len(now)} are now; {go} would go, {come} come, 0 have another"
+        in said
+    )
     assert said.splitlines()[:-1] == capsys.readouterr().out.splitlines()[:-2]
 
 

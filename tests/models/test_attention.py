@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from models import attention
 from models.attention import (
-    Backend,
     CrossAttention,
-    Packing,
+    Kernel,
+    Mask,
     Rotary,
     SelfAttention,
+    Tokens,
     along,
     attend,
-    attend_packed,
-    backend,
+    choose_kernel,
 )
 
-CPU: list[Backend] = ["auto", "plain", "math", "flash"]
-KERNELS: list[tuple[str, torch.dtype, Backend]] = [("cpu", torch.float32, name) for name in CPU]
+CPU: list[Kernel] = ["auto", "plain", "sdpa", "math", "flash"]
+KERNELS: list[tuple[str, torch.dtype, Kernel]] = [("cpu", torch.float32, name) for name in CPU]
 if torch.cuda.is_available():
     KERNELS += [("cuda", torch.float32, name) for name in ("auto", "plain", "math", "efficient")]
     KERNELS += [("cuda", torch.bfloat16, name) for name in ("auto", "efficient", "flash", "cudnn")]
@@ -46,34 +46,23 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor |
 
 @pytest.mark.parametrize("extras", ["nothing", "mask", "padding", "bias", "mask and bias"])
 @pytest.mark.parametrize(("device", "dtype", "name"), KERNELS)
-def test_every_kernel_gives_the_formula(device: str, dtype: torch.dtype, name: Backend, extras: str):
+def test_every_kernel_gives_the_formula(device: str, dtype: torch.dtype, name: Kernel, extras: str):
     if device == "cuda" and name in ("flash", "cudnn") and extras != "nothing":
         pytest.skip(f"{name} takes no {extras}")
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, length, 8, generator=g).to(device, dtype) for length in (5, 7, 7))
-    mask, bias = None, None
-    if "mask" in extras:
-        mask = (torch.rand(5, 7, generator=g) < 0.6).to(device)
-        mask[2] = False  # a query that may look nowhere
+    mask, bias, seen = None, None, None
+    if "mask" in extras:  # the third query may look nowhere
+        own, of_keys = torch.tensor([0, 1, 5, 0, 1]), torch.tensor([0, 0, 1, 1, 0, -1, 1])
+        mask, seen = Mask(Tokens(own.to(device)), Tokens(of_keys.to(device))), own[:, None] == of_keys
     if extras == "padding":
-        mask = (torch.arange(7) < torch.tensor([[4], [7]]))[:, None, None].to(device)  # B 1 1 L
+        there = torch.arange(7) < torch.tensor([[4], [7]])
+        mask, seen = Mask.padding(there.to(device)), there[:, None, None]  # B 1 1 L
     if "bias" in extras:
         bias = torch.randn(3, 5, 7, generator=g).to(device)
-    with backend(name):
-        out = attend(q, k, v, mask, bias)
+    out = attend(q, k, v, mask, bias, name)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    assert (out.double().cpu() - by_hand(q, k, v, mask, bias)).abs().max() < tolerance
-
-
-@pytest.mark.parametrize("name", CPU)
-def test_a_query_that_may_look_nowhere_gives_zero_and_finite_gradients(name: Backend):
-    q, k, v = (torch.randn(1, 2, 3, 8, requires_grad=True) for _ in range(3))
-    mask = torch.tensor([[True, True, False], [False, False, False], [True, True, True]])
-    with backend(name):
-        out = attend(q, k, v, mask)
-        out.square().sum().backward()
-    assert torch.equal(out[:, :, 1], torch.zeros(1, 2, 8))
-    assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
+    assert (out.double().cpu() - by_hand(q, k, v, seen, bias)).abs().max() < tolerance
 
 
 # As many heads as positions: an output reshaped without its transposition has the right shape, and is wrong.
@@ -94,28 +83,28 @@ def copied(layer: SelfAttention | CrossAttention) -> nn.MultiheadAttention:
 
 
 @pytest.mark.parametrize("name", CPU)
-def test_self_attention_is_torchs(name: Backend):
+def test_self_attention_is_torchs(name: Kernel):
     torch.manual_seed(0)
     layer, x = SelfAttention(32, 4), torch.randn(2, 4, 32)
-    mask = torch.ones(4, 4).tril().bool()
-    with backend(name):
-        out = layer(x, mask)
-    assert torch.allclose(out, copied(layer)(x, x, x, attn_mask=~mask)[0], atol=1e-6)
+    choose_kernel(layer, name)
+    out = layer(x, Mask().in_order(4))
+    later = torch.ones(4, 4).triu(1).bool()
+    assert torch.allclose(out, copied(layer)(x, x, x, attn_mask=later)[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CPU)
-def test_cross_attention_is_torchs(name: Backend):
+def test_cross_attention_is_torchs(name: Kernel):
     torch.manual_seed(0)
     layer, x, tokens = CrossAttention(32, 4), torch.randn(2, 4, 32), torch.randn(2, 6, 32)
     mask = torch.arange(6) < torch.tensor([[2], [6]])
-    with backend(name):
-        out = layer(x, tokens, mask)
+    choose_kernel(layer, name)
+    out = layer(x, tokens, Mask.padding(mask))
     assert torch.allclose(out, copied(layer)(x, tokens, tokens, key_padding_mask=~mask)[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CPU)
 @pytest.mark.parametrize("axis", ["space", "time"])
-def test_attention_along_an_axis_is_dense_attention_under_a_block_mask(axis: str, name: Backend):
+def test_attention_along_an_axis_is_dense_attention_under_a_block_mask(axis: str, name: Kernel):
     torch.manual_seed(0)
     t, n = 3, 4
     layer, x = SelfAttention(32, 4).double(), torch.randn(2, t, n, 32, dtype=torch.float64)
@@ -124,14 +113,14 @@ def test_attention_along_an_axis_is_dense_attention_under_a_block_mask(axis: str
     dense = copied(layer).double()
     whole = x.flatten(1, 2)
     expected = dense(whole, whole, whole, attn_mask=same[:, None] != same[None])[0]
-    with backend(name):
-        out = along(axis, layer, x)  # type: ignore[arg-type]
+    choose_kernel(layer, name)
+    out = along(axis, layer, x)  # type: ignore[arg-type]
     assert torch.allclose(out.flatten(1, 2), expected, atol=1e-12)
 
 
 def test_qk_norm_takes_the_scale_from_each_head_alone():
     torch.manual_seed(0)
-    layer, x = SelfAttention(32, 4, qk_norm=True).double(), torch.randn(2, 5, 32, dtype=torch.float64)
+    layer, x = SelfAttention(32, 4, qk_norm="head").double(), torch.randn(2, 5, 32, dtype=torch.float64)
     out = layer(x)
     with torch.no_grad():  # queries of head 1 and keys of head 2
         for rows in (slice(8, 16), slice(32 + 16, 32 + 24)):
@@ -148,39 +137,144 @@ def test_heads_must_divide_the_width():
         SelfAttention(32, 5)
 
 
-@pytest.mark.parametrize("name", CPU)
-def test_packed_sequences_are_what_each_is_alone(name: Backend):
-    torch.manual_seed(0)
-    lengths, others = [3, 1, 6], [2, 4, 1]
-    q = torch.randn(1, 2, sum(lengths), 8, dtype=torch.float64)
-    k, v = torch.randn(2, 1, 2, sum(others), 8, dtype=torch.float64)
-    with backend(name):
-        out = attend_packed(q, k, v, Packing.of(lengths), Packing.of(others))
-    begin, start = 0, 0
-    for n, m in zip(lengths, others, strict=True):
-        alone = by_hand(
-            q[:, :, begin : begin + n], k[:, :, start : start + m], v[:, :, start : start + m], None, None
-        )
-        assert torch.allclose(out[:, :, begin : begin + n], alone, atol=1e-12)
-        begin, start = begin + n, start + m
+# ------------------------------------------------------------ masks
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs CUDA")
+LENGTHS, OTHERS = [3, 1, 6], [2, 4, 1]
+
+
+def masks() -> dict[str, tuple[Mask | None, Tensor]]:
+    """By name: a mask, and the same for 10 queries and keys as someone would write it down."""
+    document = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2, 2])
+    same, order = document[:, None] == document, torch.arange(10)[:, None] >= torch.arange(10)
+    clip = torch.eye(5).bool()
+    clip[:3, :3] = True  # 3 frames that move and 2 images, 2 tokens each
+    there = torch.tensor([[True] * 4 + [False] * 6, [True] * 10])
+    return {
+        "documents": (Mask.documents(LENGTHS), same),
+        "causal": (Mask().in_order(10), order),
+        "documents in order": (Mask.documents(LENGTHS).in_order(10), same & order),
+        "frames": (Mask.frames(5, 2, 2), clip.repeat_interleave(2, 0).repeat_interleave(2, 1)),
+        "padding": (Mask.padding(there), there[:, None, None]),
+    }
+
+
+def numbers(rows: int, queries: int, keys: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(0)
+    sizes = (queries, keys, keys)
+    return [torch.randn(rows, 2, n, 8, generator=g, dtype=torch.float64, requires_grad=True) for n in sizes]
+
+
+def results(leaves: list[Tensor], mask: Mask | None, kernel: Kernel) -> list[Tensor]:
+    """out, dq, dk, dv"""
+    out = attend(*leaves, mask, kernel=kernel)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    return [out, *torch.autograd.grad((out * weights).sum(), leaves)]
+
+
+def written(leaves: list[Tensor], seen: Tensor) -> list[Tensor]:
+    q, k, v = leaves
+    logits = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~seen, float("-inf"))
+    out = torch.softmax(logits, dim=-1).nan_to_num(0.0) @ v
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    return [out, *torch.autograd.grad((out * weights).sum(), leaves)]
+
+
+@pytest.fixture
+def flex_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    """torch has the gradients of its formula, and refuses a CPU at the door."""
+    import torch.nn.attention.flex_attention as flex
+
+    monkeypatch.setattr(flex, "_validate_device", lambda *x: None)
+    monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("rule", list(masks()))
+@pytest.mark.parametrize("kernel", [*CPU, "flex", "varlen"])
+def test_every_kernel_reads_the_mask_alike(rule: str, kernel: Kernel, flex_on_a_cpu: None):
+    mask, seen = masks()[rule]
+    leaves = numbers(2 if rule == "padding" else 1, 10, 10)
+    if kernel == "varlen" and rule != "documents":
+        with pytest.raises(ValueError, match="kernel varlen: it knows documents"):
+            attend(*leaves, mask, kernel=kernel)
+        return
+    for found, wanted in zip(results(leaves, mask, kernel), written(leaves, seen), strict=True):
+        assert (found - wanted).abs().max() < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("kernel", [*CPU, "flex", "varlen"])
+def test_a_query_that_may_look_nowhere_gives_zero_and_finite_gradients(kernel: Kernel, flex_on_a_cpu: None):
+    """Document 1 of the queries has no keys left in this part."""
+    leaves = numbers(1, 10, 5)
+    mask = Mask.documents([4, 6], [5, 4]).part((0, 10), (0, 5))
+    out, *gradients = results(leaves, mask, kernel)
+    assert torch.equal(out[:, :, 4:], torch.zeros(1, 2, 6, 8, dtype=torch.float64))
+    assert out[:, :, :4].abs().min() > 0
+    assert all(g.isfinite().all() for g in gradients)
+    assert not gradients[0][:, :, 4:].any()
+
+
+@pytest.mark.parametrize("kernel", [*CPU, "varlen"])
+def test_documents_of_queries_see_those_of_other_keys(kernel: Kernel):
+    leaves = numbers(1, sum(LENGTHS), sum(OTHERS))
+    own, other = (torch.arange(3).repeat_interleave(torch.tensor(n)) for n in (LENGTHS, OTHERS))
+    found = results(leaves, Mask.documents(LENGTHS, OTHERS), kernel)
+    for a, b in zip(found, written(leaves, own[:, None] == other), strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("rule", list(masks()))
+def test_a_part_of_a_mask_is_the_part_of_what_it_allows(rule: str):
+    mask, seen = masks()[rule]
+    assert mask is not None
+    whole = torch.broadcast_to(seen, (len(seen) if seen.ndim == 4 else 1, 1, 10, 10))
+    for (a, b), (c, d) in itertools.product([(0, 10), (0, 4), (3, 9), (9, 10)], repeat=2):
+        part = mask.part((a, b), (c, d))
+        assert torch.equal(part.dense().expand(-1, -1, b - a, -1), whole[:, :, a:b, c:d])
+        again = part.part((0, 1), (0, d - c)).dense()
+        assert torch.equal(again.expand(-1, -1, 1, -1), whole[:, :, a : a + 1, c:d])
+
+
+def test_ring_attention_can_be_made_of_parts():
+    """Softmax over keys that come in parts, each under its part of the mask, put together by their log-sum-exp."""
+    (q, k, v), (mask, seen) = numbers(1, 10, 10), masks()["documents in order"]
+    assert mask is not None
+    total, weight = torch.zeros_like(q), torch.zeros(1, 2, 10, 1, dtype=torch.float64)
+    for c, d in ((0, 4), (4, 7), (7, 10)):
+        allowed = mask.part((0, 10), (c, d)).dense()
+        logits = (q @ k[:, :, c:d].transpose(-1, -2) / math.sqrt(8)).masked_fill(~allowed, float("-inf"))
+        sums = logits.exp().sum(-1, keepdim=True)
+        total = total + attend(q, k[:, :, c:d], v[:, :, c:d], mask.part((0, 10), (c, d))) * sums
+        weight = weight + sums
+    assert (total / weight - written([q, k, v], seen)[0]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("rule", list(masks()))
+def test_attention_under_a_mask_compiles_as_one_graph(rule: str):
+    mask, seen = masks()[rule]
+    leaves = numbers(2 if rule == "padding" else 1, 10, 10)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert (compiled(*leaves, mask) - written(leaves, seen)[0]).abs().max() < 1e-12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels for documents need CUDA")
+@pytest.mark.parametrize("kernel", ["varlen", "flex"])
 @pytest.mark.parametrize("lengths", [[3, 1, 60], [300, 17, 200]])
-def test_the_variable_length_kernel_gives_the_same_forward_and_backward(lengths: list[int]):
+def test_the_kernels_for_documents_give_the_same_forward_and_backward(lengths: list[int], kernel: Kernel):
     torch.manual_seed(0)
-    packing = Packing.of(lengths, torch.device("cuda"))
+    mask = Mask.documents(lengths, device=torch.device("cuda"))
     leaves = [
         torch.randn(1, 4, sum(lengths), 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for _ in range(3)
     ]
-    results = []
-    for name in ("auto", "plain"):
-        with backend(name):  # type: ignore[arg-type]
-            out = attend_packed(*leaves, packing, packing)
-            results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
-    for fast, slow in zip(*results, strict=True):
-        assert torch.allclose(fast.float(), slow.float(), atol=5e-2, rtol=5e-2)
+    fast, slow = (
+        [out := attend(*leaves, mask, kernel=name), *torch.autograd.grad(out.float().square().sum(), leaves)]
+        for name in (kernel, "plain")
+    )
+    for a, b in zip(fast, slow, strict=True):
+        assert torch.allclose(a.float(), b.float(), atol=5e-2, rtol=5e-2)
 
 
 def test_rotary_positions_are_wans():
@@ -221,7 +315,7 @@ def test_turning_keeps_lengths_and_type():
 
 def test_more_sequences_than_a_kernel_takes_are_split_without_a_difference(monkeypatch):
     q, k, v = torch.randn(3, 7, 2, 5, 8)
-    bias, mask = torch.randn(2, 5, 5), torch.rand(5, 5) < 0.7
+    bias, mask = torch.randn(2, 5, 5), Mask().in_order(5)
     whole = attention.attend(q, k, v, mask, bias)
     monkeypatch.setattr(attention, "MOST_ROWS", 3)
     torch.testing.assert_close(attention.attend(q, k, v, mask, bias), whole)

@@ -75,6 +75,8 @@ def test_the_measure_key_changes_with_what_is_measured_and_not_with_what_is_deci
             "--set captions.0.kind=transformers: captions.0.model: field required",
         ),
         (["choose.method=order"], "--set choose.method=order: choose: method order needs choose.order"),
+        (["captions={kind: plain}"], "should be a list: write it in [ ] (got {'kind': 'plain'})"),
+        (["choose.weights=[a]"], "should be a mapping: write it in { } (got ['a'])"),
         (["cut.preset=fast", "cut.crf=abc", "seed=3"], "--set cut.crf=abc: input"),
         (["cut={crf: 1"], "the value is not valid YAML: line 1, column 8: expected ',' or '}'"),
     ],
@@ -84,6 +86,11 @@ def test_a_mistake_of_set_names_the_setting_and_not_the_file(overrides, says):
         recipe.load("embedded", overrides)
     assert says in str(e.value)
     assert "embedded.yaml" not in str(e.value)
+
+
+def test_a_mistake_of_a_section_as_a_whole_does_not_say_all_of_it_again():
+    with pytest.raises(recipe.RecipeError, match=r"the preferred first$"):
+        recipe.load("embedded", ["choose.method=order"])
 
 
 def test_mistakes_of_a_file_are_its_own_beside_those_of_set(tmp_path):

@@ -41,7 +41,8 @@ function atMarks(text, marks) {
 }
 
 function Scores({ caption, captions }) {
-  const names = Object.keys(caption.scores ?? {});
+  const order = new Set(captions.flatMap((c) => Object.keys(c.scores ?? {}))); // the same in every card
+  const names = [...order].filter((name) => name in (caption.scores ?? {}));
   if (!names.length) return null;
   return html`<dl class="scores">
     ${names.map((name) => {

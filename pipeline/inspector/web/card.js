@@ -44,7 +44,7 @@ export function Badges({ row }) {
   return html`
     ${row.kept === false && row.dropped_by.length === 0 && html`<span class="badge drop">dropped</span>`}
     ${row.dropped_by.map((rule) => html`<span class="badge drop" title=${`dropped by ${rule}`}>${words(rule)}</span>`)}
-    ${row.flags.map((flag) => html`<span class="badge flag" title=${`flag: ${flag}`}>⚑ ${words(flag)}</span>`)}
+    ${row.flags.map((flag) => html`<span class="badge flag" title=${`flag of one of its captions: ${flag}`}>⚑ ${words(flag)}</span>`)}
   `;
 }
 
@@ -76,7 +76,7 @@ export function Card({ row, index, href, onFocus, focusable }) {
         ${row.similarity != null && html`<span>like <b>${short(row.similarity)}</b></span>`}
         ${row.agreement != null && html`<span title="agreement of its captions">agree <b>${short(row.agreement)}</b></span>`}
         ${row.fit != null && html`<span title="fit of the chosen caption">fit <b>${short(row.fit)}</b></span>`}
-        ${row.gap != null && html`<span title="largest gap between two models">gap <b>${short(row.gap)}</b></span>`}
+        ${row.gap != null && row.similarity == null && html`<span title="largest gap between two models">gap <b>${short(row.gap)}</b></span>`}
       </span>
       <span class="badges"><bdi class="who" title=${row.model ?? ""}>${row.model ?? ""}</bdi><${Votes} votes=${row.votes} /><${Badges} row=${row} /></span>
     </a>

@@ -263,7 +263,7 @@ def test_captions_are_left_out_as_often_as_the_recipe_says_and_wholly(run):
     masks = torch.cat(seen)
     rows = masks.any(1)
     assert abs((~rows).float().mean() - 0.3) < 0.1  # of 120
-    _, full = network("read", batch["caption"])
+    _, full = network(Network.read, batch["caption"])
     assert torch.equal(masks[rows], full.repeat(40, 1)[rows])
 
 
@@ -310,7 +310,7 @@ def test_the_loss_is_the_formula(run, weighting):
     t, noise = draws.uniform(3), draws.normal(x)
     z = x + t[:, None, None, None, None] * (noise - x)
     said = network(
-        "predict", z, torch.atan2(t, 1 - t) * 2 / torch.pi, task.system.condition(batch["caption"])
+        Network.predict, z, torch.atan2(t, 1 - t) * 2 / torch.pi, task.system.condition(batch["caption"])
     )
     error = ((said - (noise - x)) ** 2).mean((1, 2, 3, 4))
     torch.testing.assert_close(losses.errors, error.detach())

@@ -13,7 +13,7 @@ from jobs import shard
 from jobs.training.data import Loader
 from jobs.training.diffusion import build
 from jobs.training.distributed import World
-from jobs.training.packing import Run, _fullest, deal_packed, micro_batches, pack, used
+from jobs.training.packing import _fullest, micro_batches, pack, used
 from jobs.training.plan import make_plan
 from jobs.training.recipe import DiffusionRecipe
 from jobs.training.task import Draws, parts_of
@@ -92,17 +92,6 @@ def test_millions_are_planned_by_the_composition():
     runs = pack([40_000_000, 20_000_001, 11_000_003], [4096, 9072, 17136], 34272)
     assert len(runs) < 20
     assert sum(r.repeats * r.samples[1] for r in runs) == 20_000_001
-
-
-def test_which_samples_meet_is_drawn():
-    bucket = np.array([0] * 30 + [1] * 30)
-    runs = [Run((2, 1), 10), Run((2, 4), 5)]
-    found = [deal_packed(bucket, runs, np.random.RandomState(seed)) for seed in (0, 0, 1)]
-    for dealt in found:
-        assert sorted(np.concatenate(dealt).tolist()) == list(range(60))
-        assert [bucket[rows].tolist() for rows in dealt] == [[0, 0, 1]] * 10 + [[0, 0, 1, 1, 1, 1]] * 5
-    assert [a.tolist() for a in found[0]] == [a.tolist() for a in found[1]]
-    assert [a.tolist() for a in found[0]] != [a.tolist() for a in found[2]]
 
 
 # ------------------------------------------------------------ the loader

@@ -12,7 +12,7 @@ from jobs.training.diffusion import blocks_of
 from jobs.training.distributed import World
 from jobs.training.parallelize import checkpoint_activations, compile_blocks, parallelize
 from jobs.training.recipe import Compute, DiffusionRecipe, import_spec
-from jobs.training.system import build_network
+from jobs.training.system import Network, Question, build_network
 from jobs.training.task import Losses, Phase
 from models.diffusion.condition import Condition
 from tests.fixtures.toy_training import Toy, build, in_ranks, recipe, run, weights
@@ -183,16 +183,9 @@ def test_every_trained_parameter_takes_part_in_every_step(kind, images, texts):
     )
     network = build_network(made, CHANNELS, None)
     x = torch.randn(2, CHANNELS, 3, 8, 8)
-    part = (
-        x,
-        torch.rand(2),
-        torch.randn_like(x),
-        Condition(images=images),
-        texts,
-        torch.ones(2, dtype=torch.bool),
-    )
-    (loss, _), *_ = network("losses", part)
-    loss.sum().backward()
+    dropped = torch.ones(2, dtype=torch.bool)
+    asked = Question(x, torch.rand(2), torch.randn_like(x), Condition(images=images), texts, dropped)
+    network(Network.losses, [asked])[0].loss.sum().backward()
     assert [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
@@ -236,6 +229,7 @@ def denoising(recipe, start):
 
 def train_denoising(out, compute):
     torch.compiler.set_default_backend("aot_eager")
+    torch._dynamo.utils.counters.clear()
     wanted = recipe(run={"steps": 3, "save_every": 3}, data={"micro_batches": 2}, compute=compute)
     run(wanted, out, build=denoising)
     counted = torch._dynamo.utils.counters

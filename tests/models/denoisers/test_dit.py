@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.denoisers.dit import PRESETS, Block, DiT, build, patchify, time_positions, unpatchify
+from models.denoisers.conditions import patchify, unpatchify
+from models.denoisers.dit import PRESETS, Block, DiT, build, time_positions
 from models.diffusion.condition import Condition
 
 SMALL: dict[str, Any] = {"dim": 32, "depth": 2, "heads": 2}
@@ -334,7 +335,7 @@ def test_bad_input_is_named():
         "label: this model knows no classes": lambda: model(z, level, Condition(), label=torch.zeros(2)),
         "do not divide into patches": lambda: model(z[..., :5], level, Condition()),
         "low is missing": lambda: build(3, upsample=True, **SMALL)(z, level, Condition()),
-        "without condition.known_mask": lambda: build(3, context=True, **SMALL)(z, level, Condition(known=z)),
+        "belong together": lambda: build(3, context=True, **SMALL)(z, level, Condition(known=z)),
         "8 features a token, the model was built for 9": lambda: small_text(9)(z, level, condition),
         "need patch_t=1": lambda: build(3, patch_t=2, **SMALL)(z, level, Condition(images=2)),
         "in context need attention='full'": lambda: build(

@@ -1,6 +1,8 @@
 """The packed transformer against Wan's block in diffusers, and against itself alone."""
 
+import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import models.denoisers.sora
-from models.denoisers.dit import patchify, unpatchify
+from models.denoisers import wan
+from models.denoisers.conditions import patchify, unpatchify
 from models.denoisers.sora import PRESETS, Sora, build
+from models.diffusion import noise
 from models.diffusion.condition import Condition
 
 SMALL: dict[str, Any] = {"dim": 48, "ffn": 80, "heads": 2, "depth": 2}
@@ -37,80 +41,91 @@ def buckets() -> list[tuple[Tensor, Tensor, Condition]]:
     return [batch(shape, 1 + i % 2, seed=i) for i, shape in enumerate(BUCKETS)]
 
 
-class PerHead(nn.Module):
-    """RMS norm of each head, where the reference has one over all."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        heads = x.unflatten(-1, (-1, len(self.weight)))
-        return F.rms_norm(heads, self.weight.shape, self.weight, 1e-6).flatten(-2)
+# Wan
 
 
-@pytest.mark.parametrize("shape", BUCKETS)
-def test_the_network_is_wans(shape: tuple[int, int, int]):
+def published(folder: Path, **options: Any) -> Any:
+    """A tiny transformer of diffusers' class, all its parameters stirred, saved as a pipeline has it."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
-    ours = build(4, 16, **SMALL)
-    for p in ours.parameters():
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4}
+    sizes |= {"text_dim": 16, "ffn_dim": 80, "num_layers": 2}
+    theirs = WanTransformer3DModel(**sizes | options).eval()
+    for p in theirs.parameters():
         nn.init.normal_(p, std=0.15)
-    theirs = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        ffn_dim=80,
-        num_layers=2,
-    ).eval()
-    own = ours.state_dict()
-    state = {
-        "patch_embedding.weight": own["embed.weight"].unflatten(1, (1, 2, 2, 4)).permute(0, 4, 1, 2, 3),
-        "patch_embedding.bias": own["embed.bias"],
-        "scale_shift_table": own["table"][None],
-    }
-    for kind in ("weight", "bias"):
-        for their, our in {
-            "condition_embedder.time_embedder.linear_1": "level.mlp.0",
-            "condition_embedder.time_embedder.linear_2": "level.mlp.2",
-            "condition_embedder.time_proj": "ada",
-            "condition_embedder.text_embedder.linear_1": "words.0",
-            "condition_embedder.text_embedder.linear_2": "words.2",
-            "proj_out": "out",
-        }.items():
-            state[f"{their}.{kind}"] = own[f"{our}.{kind}"]
-    for i, block in enumerate(theirs.blocks):
-        b = f"blocks.{i}."
-        state[b + "scale_shift_table"] = own[b + "table"][None]
-        for kind in ("weight", "bias"):
-            qkv = own[f"{b}attention.qkv.{kind}"].chunk(3)
-            cross = own[f"{b}cross.q.{kind}"], *own[f"{b}cross.kv.{kind}"].chunk(2)
-            for name, of_self, of_cross in zip(("to_q", "to_k", "to_v"), qkv, cross, strict=True):
-                state[f"{b}attn1.{name}.{kind}"] = of_self
-                state[f"{b}attn2.{name}.{kind}"] = of_cross
-            for their, our in {
-                "attn1.to_out.0": "attention.proj",
-                "attn2.to_out.0": "cross.proj",
-                "norm2": "cross_norm",
-                "ffn.net.0.proj": "mlp.0",
-                "ffn.net.2": "mlp.2",
-            }.items():
-                state[f"{b}{their}.{kind}"] = own[f"{b}{our}.{kind}"]
-        for attn, our in ((block.attn1, "attention"), (block.attn2, "cross")):
-            attn.norm_q, attn.norm_k = (PerHead(own[f"{b}{our}.{x}_norm.weight"]) for x in "qk")
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert all("norm_q" in name or "norm_k" in name for name in missing)
+    theirs.save_pretrained(folder / "transformer")
+    return theirs
 
-    z, text, level = torch.randn(2, 4, *shape), torch.randn(2, 5, 16), torch.tensor([0.25, 0.9])
+
+WAN = SMALL | wan.OPTIONS
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_published_weights_give_what_wan_gives_packed_too(tmp_path: Path):
+    theirs = published(tmp_path)
+    ours = build(4, 16, **WAN, weights=str(tmp_path)).eval()
+    g = torch.Generator().manual_seed(1)
+    parts, expected = [], []
+    for i, shape in enumerate(BUCKETS):
+        z, text = torch.randn(2, 4, *shape, generator=g), torch.randn(2, 5, 16, generator=g)
+        words = torch.arange(5) < torch.tensor([[3 + i % 2], [5]])
+        time = 1000 * torch.rand(2, generator=g).double()
+        level = torch.atan2(time, 1000 - time) * 2 / math.pi  # of rectified flow at that time
+        parts.append((z, level, Condition(text=text, text_mask=words)))
+        padded = F.pad(text * words[..., None], (0, 0, 0, 512 - 5))
+        with torch.no_grad():
+            expected.append(theirs(z, time.float(), padded).sample)
     with torch.no_grad():
-        expected = theirs(z, 1000 * level, text).sample
-        out = ours(z, level, Condition(text=text))
-    assert expected.std() > 0.1
-    assert (out - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+        alone = [ours(*part) for part in parts]
+        together = ours.packed(*zip(*parts, strict=True))
+    for wanted, *found in zip(expected, alone, together, strict=True):
+        assert wanted.std() > 0.1
+        for out in found:
+            assert (out - wanted).abs().max() < 1e-5 * max(1, wanted.abs().max())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_published_weights_begin_a_model_that_is_told_more(tmp_path: Path):
+    published(tmp_path)
+    z, level, condition = (
+        torch.randn(2, 4, 3, 4, 4),
+        torch.tensor([0.2, 0.9]),
+        Condition(text=torch.randn(2, 5, 16)),
+    )
+    plain = build(4, 16, **WAN, weights=str(tmp_path))
+    more = build(4, 16, **WAN, weights=str(tmp_path), context=True)
+    mask = torch.zeros(2, 1, 3, 1, 1)
+    mask[:, :, :1] = 1
+    with torch.no_grad():
+        told = more(z, level, replace(condition, known=z * mask, known_mask=mask))
+        assert torch.allclose(told, plain(z, level, condition), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path):
+    published(tmp_path / "wan")
+    published(tmp_path / "image", image_dim=8, added_kv_proj_dim=48)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    for said, folder, options in (
+        ("holds no config.json", "none", {}),
+        ("holds a UNet2DConditionModel", "other", {}),
+        ("has image_dim 8: only Wan's text-to-video", "image", {}),
+        ("has 2 heads, this model 4", "wan", {"heads": 4}),
+        ("its blocks.0.attention.k_norm.weight is 48, this model's 24", "wan", {"qk_norm": "head"}),
+        ("its blocks.2.attention.k_norm.weight is none", "wan", {"depth": 3}),
+        ("patch_embedding.weight is 48×4×1×2×2, this model's 48×4", "wan", {"patch": (1, 1, 1)}),
+    ):
+        with pytest.raises(ValueError, match=f"weights={tmp_path / folder}.*{said}"):
+            build(4, 16, **WAN | options, weights=str(tmp_path / folder))
+    with pytest.raises(ValueError, match=r"its words\.0\.weight is 48×16, this model's 48×9"):
+        build(4, 9, **WAN, weights=str(tmp_path / "wan"))
+
+
+def test_flow_time_is_that_of_the_straight_path():
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    assert torch.allclose(wan.flow_time(noise.level(*noise.Flow(3.0)(t))), 3 * t / (1 + 2 * t), atol=1e-12)
 
 
 def test_the_wan_preset_has_wans_parameters():
@@ -118,7 +133,7 @@ def test_the_wan_preset_has_wans_parameters():
 
     with torch.device("meta"):
         ours = build(16, 4096, **PRESETS["Wan-1.3B"])
-        wan = WanTransformer3DModel(
+        theirs = WanTransformer3DModel(
             num_attention_heads=12,
             attention_head_dim=128,
             in_channels=16,
@@ -127,10 +142,9 @@ def test_the_wan_preset_has_wans_parameters():
             num_layers=30,
             text_dim=4096,
         )
-    assert isinstance(wan, nn.Module)
-    count, theirs = (sum(p.numel() for p in m.parameters()) for m in (ours, wan))
-    per_head = 30 * 4 * (1536 - 128)  # our norms of queries and keys serve all heads
-    assert count == theirs - per_head + 4096  # and we learn what 'no text' is
+    assert isinstance(theirs, nn.Module)
+    count, wanted = (sum(p.numel() for p in m.parameters()) for m in (ours, theirs))
+    assert count == wanted + 4096  # we learn what 'no text' is
 
 
 @pytest.mark.parametrize("patch", [(1, 2, 2), (1, 1, 2), (1, 1, 1)])

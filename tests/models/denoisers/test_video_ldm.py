@@ -58,7 +58,7 @@ def as_images(model: VideoLDM, z: Tensor, condition: Condition) -> Tensor:
         z.transpose(1, 2).flatten(0, 1),
         LEVEL.repeat_interleave(t),
         condition.text.repeat_interleave(t, dim=0),
-        condition.text_mask.repeat_interleave(t, dim=0)[:, None, None],
+        condition.text_mask.repeat_interleave(t, dim=0),
     )
     return y.unflatten(0, (len(z), t)).transpose(1, 2)
 
@@ -350,7 +350,7 @@ def test_a_folder_without_such_a_model_is_refused(tmp_path: Path, monkeypatch: p
     [
         (Condition(images=9), SIDE, "images=9"),
         (Condition(known=torch.zeros(1)), SIDE, "context=True"),
-        (Condition(low=torch.zeros(1)), SIDE, "not built to upsample"),
+        (Condition(low=torch.zeros(1)), SIDE, "takes no low-resolution"),
         (Condition(text=torch.zeros(1, 1, TEXT)), SIDE, "text"),
         (Condition(), 5, "5×5.*multiples of 2"),
     ],

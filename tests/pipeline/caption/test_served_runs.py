@@ -107,8 +107,8 @@ def test_killed_and_resumed_nothing_is_paid_for_twice_and_the_account_adds_up(ra
     assert max(server.answered.values()) == 1
     assert sum(server.answered.values()) == 2 * len(clips)
     new = 2 * len(clips) - before
-    assert f"served: {new} request" in said
-    assert f"{before} answers from the store" in said
+    assert f"served: {new} new answer" in said
+    assert f"{before} answers in the store before" in said
     total = costs(tmp_path / "run")
     assert total["requests"] == 2 * len(clips)
     assert total["usd"] == pytest.approx(total["prompt_tokens"] / 1e6)
@@ -136,7 +136,8 @@ def test_a_teacher_added_later_says_what_it_would_have_said_and_errors_are_retri
     assert "HTTP 400: not that one" in capsys.readouterr().out
     assert caption.main([*add, "--retry-errors"]) == 0
     said = capsys.readouterr().out
-    assert f"served: 1 request, {2 * n - 1} answers from the store" in said
+    assert "served: 1 new answer," in said
+    assert f"{2 * n - 1} answers in the store before" in said
     assert max(server.answered.values()) == 1
     both = tmp_path / "both"
     assert curate.main(command(raw, both, teachers(server, "first", "second"))) == 0

@@ -429,3 +429,14 @@ def test_a_measure_that_some_clips_lack_passes_without_a_word(tmp_path, caplog):
     store.write_table(name, table.set_column(i, table.schema.field(i), values))
     assert all(decide(store, rules).decisions["keep"].to_pylist())
     assert not caplog.records
+
+
+def test_a_slip_in_the_name_of_a_flag_is_told_and_a_flag_of_ones_own_is_not_refused(run):
+    store, recipe = run
+    for asked, known in (("openr", False), ("opener", True), ("open", True), ("shaky-cam", True)):
+        rule = {"column": "caption_flags", "excludes": [asked]}
+        if known:
+            decide(store, with_decide(recipe, rules={"f": rule}))
+        else:
+            with pytest.raises(RecipeError, match=r"rules\.f: no flag 'openr' \(did you mean 'opener'\?\)"):
+                decide(store, with_decide(recipe, rules={"f": rule}))

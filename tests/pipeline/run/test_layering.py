@@ -397,6 +397,9 @@ def test_clips_that_came_later_are_said_to_lack_a_layer_and_get_it_by_caption_al
     said = capsys.readouterr().out
     assert f"layer caption:new lacks {len(came)} clip" in said
     assert f"add them: clipmill caption {out}" in said
+    assert caption.main([str(out), "--list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed if f"lacks {len(came)} clip" in line] == ["caption:new"]
     world.calls()
     assert caption.main([str(out), "--runner", "local"]) == 0
     assert set(world.calls()) == {f"new {i}" for i in came}

@@ -7,9 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.io.store import Store
+from pipeline.layers import Layer, clip_files, create, remove, unit_of, write
+from pipeline.record import Caption
 from pipeline.run import commit
 from pipeline.run.outcome import Exit, Outcome, Reason, grouped, outcome
 from pipeline.shards import pack
+from pipeline.tables import caption_row
 from tests.fixtures.run_folder import make_run_folder
 
 
@@ -49,6 +52,27 @@ def test_a_person_reads_what_was_kept_dropped_and_why_sources_failed(store):
     assert "2 × decode: no video stream: the file holds sound only (broken 0.mp4, broken 1.mp4)" in said
     assert "clipmill curate x --out run --retry-errors" in said
     assert said.endswith("shards: run/shards")
+
+
+def test_a_captioner_of_whose_answers_nothing_was_of_use_is_told(store):
+    layer = Layer("caption:fields", 1)
+    create(store, layer)
+    try:
+        for name in clip_files(store):
+            broken = caption_row(Caption("fields", "", "empty", flags=["broken_json"]))
+            ids = store.read_table(name, ["clip_id"])["clip_id"].to_pylist()
+            write(store, layer, unit_of(name), [{"clip_id": i, "caption": broken} for i in ids])
+        found = outcome(store)
+        assert found.silent == {"fields": {"broken_json": found.clips}}
+        said = "\n".join(found.lines("clipmill caption run", {}, folder="run"))
+        assert f"fields says nothing of any clip, flags: broken_json {found.clips}; " in said
+        told = caption_row(Caption("fields", "A tram."))
+        name = clip_files(store)[0]
+        first = store.read_table(name, ["clip_id"])["clip_id"][0].as_py()
+        write(store, layer, unit_of(name), [{"clip_id": first, "caption": told}])
+        assert outcome(store).silent == {}
+    finally:
+        remove(store, "caption:fields")
 
 
 def test_reasons_are_grouped_over_names_and_numbers_most_frequent_first():
