@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from jobs.training.recipe import Run
+    from jobs.training.system import System
     from models.measures.features import VideoFeatures
 
 EPILOG = """
@@ -124,14 +126,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     networks = [load_features(name, device) for name in args.features or ["efficientnet-lite0"]]
     scorer = clip_scorer(args.clip, device)
-    model = None
+    model: tuple[System, Run] | None = None
     if (folder / "model.safetensors").exists():
-        model, protocol = load(args)
+        *model, protocol = load(args)  # type: ignore[assignment]
     else:
         height, width = sides(args.size or "64")
         protocol = Protocol(args.frames or 16, args.fps or 8.0, height, width, args.n, args.seed)
     real = look(real_videos(args.against, protocol, notes), networks, scorer, 2 * args.n)
-    source = sampled(model, real.captions, protocol) if model else folder_videos(folder, protocol, notes)
+    source = sampled(*model, real.captions, protocol) if model else folder_videos(folder, protocol, notes)
     made = look(source, networks, scorer, args.n)
     n = min(len(made.captions), len(real.captions) // 2, args.n)
     if n < 2:
@@ -298,38 +300,28 @@ def caption_of(file: Path) -> str:
     return text.read_text(encoding="utf-8").strip() if text.exists() else ""
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Protocol]:
-    """The model's system (`jobs.training.system`), and the protocol of what it makes."""
+def load(args: argparse.Namespace) -> tuple[System, Run, Protocol]:
+    """The model, how it is sampled, and the protocol of what it makes."""
     from jobs.training.system import load_trained
 
     system = load_trained(args.generated, args.ema, args.device)
-    run, bucket = system.recipe.run, system.bucket
-    sampling = {
-        "sampler": run.sampler,
-        "steps": args.steps or run.sample_steps,
-        "guidance": run.guidance if args.guidance is None else args.guidance,
-        "ema": args.ema,
-        "batch": BATCH,
-    }
-    fps = system.recipe.data.fps
-    return system, Protocol(
-        bucket.frames, fps, bucket.height, bucket.width, args.n, args.seed, sampling=sampling
-    )
+    run = system.recipe.run.but(sample_steps=args.steps, guidance=args.guidance)
+    bucket, fps = system.bucket, system.recipe.data.fps
+    sampling = system.drawn_with(run) | {"batch": BATCH, "latents": "×".join(map(str, system.shape(1)[1:]))}
+    found = Protocol(bucket.frames, fps, bucket.height, bucket.width, args.n, args.seed, sampling=sampling)
+    return system, run, found
 
 
-def sampled(system: Any, captions: list[str], protocol: Protocol) -> Iterator[tuple[Tensor, str]]:
+def sampled(
+    system: System, run: Run, captions: list[str], protocol: Protocol
+) -> Iterator[tuple[Tensor, str]]:
     """n videos of the captions of the first n real clips (again from the first where those are fewer)."""
     import torch
 
-    assert protocol.sampling is not None
     wanted = [captions[i % len(captions)] for i in range(protocol.n)]
     for start in range(0, protocol.n, BATCH):
         texts = wanted[start : start + BATCH]
-        draw = system.draw(
-            steps=protocol.sampling["steps"],
-            guidance=protocol.sampling["guidance"],
-            seed=protocol.seed + start,
-        )
+        draw = system.draw(run=run, seed=protocol.seed + start)
         with torch.no_grad():
             videos = system.decode(draw(system.shape(len(texts)), system.condition(texts))).cpu()
         print(f"sampled {start + len(texts)} of {protocol.n}", file=sys.stderr, flush=True)

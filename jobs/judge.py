@@ -88,10 +88,10 @@ def draw_videos(
     from rich.progress import track
 
     videos: list[np.ndarray] = []
-    starts = range(0, len(captions), BATCH)
+    starts, run = range(0, len(captions), BATCH), system.recipe.run.but(sample_steps=steps, guidance=guidance)
     for start in track(starts, "drawing", console=Console(stderr=True)):
         some = captions[start : start + BATCH]
-        draw = system.draw(steps=steps, guidance=guidance, seed=seed + start)
+        draw = system.draw(run=run, seed=seed + start)
         videos += list(system.decode(draw(system.shape(len(some)), system.condition(some))).cpu().numpy())
     return videos
 

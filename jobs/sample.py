@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import re
+import shutil
 import sys
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jobs.training.system import System
-    from models.diffusion.generate import Draw
+    from jobs.sampling import Cascade, Drawing, Maker, Options
 
 EPILOG = """
 examples
@@ -28,298 +30,282 @@ tasks
   text         caption → video
   image        the first frame is given (a picture, or a video's first frame)
   predict      the first --context latent frames are given
-  extend       block after block up to --frames, from --video or from the caption
-  interpolate  the video's frames are key frames; --frames of them (default: as many as fit at once)
+  extend       block after block up to --frames; all of --video is kept, none: it begins from the caption
+  interpolate  every frame of the file is a key frame, whatever its rate (the first --frames of them)
   upsample     a small video → the size the model was trained at
   cascade      Video LDM whole: key frames, frames between them twice, and larger pictures
 
-A model that was not trained with known frames is led to them by reconstruction guidance.
+A video is read as the mill reads its sources: upright, cropped as its container says, at the model's rate. A model
+that was not trained with known frames is led to them by reconstruction guidance.
 """
 
-TASKS = ["text", "image", "predict", "extend", "interpolate", "upsample", "cascade"]
-NEED_VIDEO = {"image", "predict", "interpolate", "upsample"}
-RECONSTRUCT = 2.0  # weight of reconstruction guidance; 1 is the likelihood's own, larger fits better
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-FPS = 8.0  # of models whose frames have no rate of their own
+
+class Task(NamedTuple):
+    takes: frozenset[str]  # options beside those that every task takes
+    needs: frozenset[str] = frozenset()
+
+
+def _task(takes: str, needs: str = "") -> Task:
+    return Task(frozenset(takes.split()), frozenset(needs.split()))
+
+
+TASKS = {
+    "text": _task("frames"),
+    "image": _task("video frames", "video"),
+    "predict": _task("video frames context", "video"),
+    "extend": _task("video frames context", "frames"),
+    "interpolate": _task("video frames", "video"),
+    "upsample": _task("video frames noise_level", "video"),
+    "cascade": _task("keyframes interpolator upsampler times noise_level", "keyframes interpolator"),
+}
+OWN = frozenset[str]().union(*(task.takes for task in TASKS.values()))  # options that not every task takes
+LEAST = {"n": 1, "context": 1, "steps": 1, "frames": 1, "times": 0}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    args = parser().parse_args(argv)
+
+    from jobs.training.exported import CheckpointError
+    from models.hub import MissingModel
+    from pipeline.io.ffmpeg import FFmpegError
+
+    try:
+        check(args)
+        with new_folder(args.out, args.replace) as folder:
+            sample(args, folder)
+    except (ValueError, CheckpointError, MissingModel, FFmpegError, OSError) as e:
+        print(f"clipmill sample: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    print(f"videos, sheet.png and samples.json: {args.out}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
         prog="clipmill sample",
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="folder that 'clipmill train diffusion' wrote"
-    )
-    parser.add_argument(
+    add = found.add_argument
+    add("model", nargs="?", metavar="MODEL", help="folder that 'clipmill train diffusion' wrote")
+    add(
         "--prompt",
         action="append",
         default=[],
         help="a caption, or a structured one as JSON; may be given several times",
     )
-    parser.add_argument("--n", type=int, default=1, help="videos a prompt (default: 1)")
-    parser.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR", help="default: samples/")
-    parser.add_argument("--task", choices=TASKS, default="text", help="default: text")
-    parser.add_argument("--video", type=Path, metavar="FILE", help="what is given: a video or a picture")
-    parser.add_argument("--frames", type=int, metavar="N", help="default: as the model was trained")
-    parser.add_argument(
-        "--context", type=int, default=2, metavar="K", help="latent frames that are given (2)"
+    add("--n", type=int, default=1, help="videos a prompt (default: 1)")
+    add("--out", type=Path, default=Path("samples"), metavar="DIR", help="a new or empty folder (samples/)")
+    add("--replace", action="store_true", help="in place of what an earlier sampling wrote there")
+    add("--task", choices=[*TASKS], default="text", help="default: text")
+    add("--video", type=Path, metavar="FILE", help="what is given: a video or a picture")
+    add("--frames", type=int, metavar="N", help="of the result, or to read of --video; see the tasks")
+    add("--context", type=int, metavar="K", help="latent frames that are given at a time (2)")
+    add("--noise-level", type=float, metavar="L", help="put into small pictures (0; cascade: 0.1)")
+    add("--sampler", help="ancestral, ddim, euler, heun, dpmpp_2m … (default: the recipe's)")
+    add(
+        "--sampler-option",
+        action="append",
+        default=[],
+        metavar="NAME=X",
+        help="gamma, corrections, delta of ancestral; eta of ddim",
     )
-    parser.add_argument("--sampler", help="ancestral, ddim, euler, heun, dpmpp_2m … (default: the recipe's)")
-    parser.add_argument("--steps", type=int, metavar="N", help="of the sampler (default: the recipe's)")
-    parser.add_argument("--guidance", type=float, metavar="W", help="by the caption (default: the recipe's)")
-    parser.add_argument("--seed", type=int, default=0, help="video i is drawn with seed + i")
-    parser.add_argument(
-        "--ema",
+    add("--steps", type=int, metavar="N", help="of the sampler (default: the recipe's)")
+    add("--spacing", choices=["time", "logsnr"], help="in which steps are equal (default: the recipe's)")
+    add("--guidance", type=float, metavar="W", help="by the caption (default: the recipe's)")
+    add(
+        "--guidance-interval",
         type=float,
-        metavar="L",
-        help="σ_rel of the averaged weights (default: the longest); 0: the last",
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="noise levels that are guided",
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU, where there is one)")
-    parser.add_argument("--keyframes", metavar="MODEL", help="cascade: makes key frames from the caption")
-    parser.add_argument(
-        "--interpolator", metavar="MODEL", help="cascade: makes the frames between, used --times"
-    )
-    parser.add_argument("--upsampler", metavar="MODEL", help="cascade: makes larger pictures")
-    parser.add_argument(
-        "--times", type=int, default=2, metavar="N", help="cascade: interpolations (default: 2)"
-    )
-    args = parser.parse_args(argv)
-
-    from jobs.training.exported import CheckpointError
-    from models.hub import MissingModel
-    from pipeline.io.ffmpeg import FFmpegError
-    from pipeline.shards.reader import BrokenSample
-
-    try:
-        check(args)
-        videos, fps = sample(args)
-        write(args.out, videos, fps)
-    except (ValueError, CheckpointError, MissingModel, BrokenSample, FFmpegError, OSError) as e:
-        print(f"clipmill sample: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
-    return 0
+    add("--guidance-rescale", type=float, metavar="F", help="how far its gain in contrast is taken back, 0…1")
+    add("--seed", type=int, default=0, help="video i is drawn with seed + i")
+    add("--ema", type=float, metavar="L", help="σ_rel of the averaged weights (the longest); 0: the last")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU, where there is one)")
+    add("--keyframes", metavar="MODEL", help="cascade: makes key frames from the caption")
+    add("--interpolator", metavar="MODEL", help="cascade: makes the frames between, used --times")
+    add("--upsampler", metavar="MODEL", help="cascade: makes larger pictures")
+    add("--times", type=int, metavar="N", help="cascade: interpolations (2)")
+    return found
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for arguments that do not go together."""
-    if args.task == "cascade" and not (args.keyframes and args.interpolator):
-        raise ValueError("--task cascade needs --keyframes MODEL and --interpolator MODEL")
-    if args.task != "cascade" and not args.model:
+    task, given = TASKS[args.task], {name for name in OWN if getattr(args, name) is not None}
+    for name in sorted(given - task.takes):
+        others = ", ".join(t for t, other in TASKS.items() if name in other.takes)
+        raise ValueError(
+            f"--task {args.task} has no use for {_flag(name)}: leave it out (it is for {others})"
+        )
+    for name in sorted(task.needs - given):
+        kind = {"video": "FILE", "frames": "N, how long the video is to be"}.get(name, "MODEL")
+        raise ValueError(f"--task {args.task} needs {_flag(name)} {kind}")
+    if args.task == "cascade":
+        if args.model:
+            raise ValueError(
+                f"--task cascade has no use for {args.model}: it is made of --keyframes and the others"
+            )
+        if args.noise_level is not None and not args.upsampler:
+            raise ValueError("--noise-level is what --upsampler is given: name it too, or leave this out")
+    elif not args.model:
         raise ValueError("name the MODEL: a folder that 'clipmill train diffusion' wrote")
-    if args.task in NEED_VIDEO and args.video is None:
-        raise ValueError(f"--task {args.task} needs --video FILE")
-    if args.task == "extend" and args.frames is None:
-        raise ValueError("--task extend needs --frames N, how long the video is to be")
     if args.video is not None and not args.video.is_file():
         raise ValueError(f"--video {args.video}: no such file")
-    if args.n < 1 or args.context < 1 or args.times < 0 or (args.steps is not None and args.steps < 1):
-        raise ValueError("--n, --context and --steps must be at least 1, --times at least 0")
+    for name, least in LEAST.items():
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ValueError(f"{_flag(name)} {value}: give {least} or more")
+
+    from jobs.training.system import LOW_NOISE
+
+    if args.noise_level is not None and not 0 <= args.noise_level <= LOW_NOISE:
+        raise ValueError(f"--noise-level {args.noise_level:g}: upsamplers are trained with 0 to {LOW_NOISE}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 # ---------------------------------------------------------------- drawing
 
 
-def sample(args: argparse.Namespace) -> tuple[dict[str, Tensor], float]:
-    """Name → uint8 [T, H, W, 3] of every video, and their frames a second."""
+def sample(args: argparse.Namespace, folder: Path) -> None:
+    """Draws every video and writes it into the folder."""
     import torch
 
-    from jobs.training.system import load_trained
+    from jobs.training.monitor import contact_sheet
     from pipeline.caption.structured import told
 
-    if args.task == "cascade":
-        maker: Any = Cascade(args)
-    else:
-        maker = Maker(load_trained(args.model, args.ema, args.device), args)
+    maker, drawing, used = prepared(args)
+    print(said(used), flush=True)
+    rows: list[dict[str, Any]] = []
     videos: dict[str, Tensor] = {}
-    for prompt in map(told, args.prompt or [""]):
+    prompts = [told(prompt) for prompt in args.prompt or [""]]
+    for prompt in prompts:
         for _ in range(args.n):
-            number = len(videos)
+            number = len(rows)
             with torch.no_grad():
-                video = maker(prompt, args.seed + number)
-            videos[f"{number:03d} {prompt}".strip()] = video[0].cpu()
-            print(f"{number + 1} of {args.n * max(1, len(args.prompt))}", flush=True)
-    return videos, maker.fps
-
-
-class Maker:
-    """(prompt, seed) → uint8 [1, T, H, W, 3] by one model, for every task but the cascade."""
-
-    def __init__(self, system: System, args: argparse.Namespace):
-        from jobs.training.system import knows_frames
-
-        self.system, self.args = system, args
-        self.fps = system.recipe.data.fps or FPS
-        self.stride = system.recipe.tasks.stride
-        self.reconstruct = 0.0 if knows_frames(system.recipe.tasks) else RECONSTRUCT
-        self.given = self._given() if args.video else None
-
-    def __call__(self, prompt: str, seed: int) -> Tensor:
-        return self.system.decode(self.latents(prompt, seed))
-
-    def draw(self, seed: int) -> Draw:
-        a = self.args
-        return self.system.draw(
-            sampler=a.sampler, steps=a.steps, guidance=a.guidance, seed=seed, reconstruct=self.reconstruct
-        )
-
-    def latents(self, prompt: str, seed: int) -> Tensor:
-        """[1, C, T, h, w]"""
-        from models.diffusion.generate import extend, interpolate, upsample, with_known
-
-        args, system, draw = self.args, self.system, self.draw(seed)
-        told = system.condition([prompt])
-        if args.task == "extend":
-            block = system.shape(1)
-            first = draw(block, told) if self.given is None else self.given
-            context = min(args.context, first.shape[2])
-            return extend(draw, first, system.shape(1, args.frames)[2], block[2], context, told)
-        if args.task == "interpolate":
-            assert self.given is not None
-            return interpolate(draw, self.given, self.stride, system.shape(1)[2], told)
-        if args.task == "upsample":
-            assert self.given is not None
-            return upsample(draw, self.given, told, level=0.0)
-        shape = system.shape(1, args.frames)
-        if self.given is not None and args.task in ("image", "predict"):
-            told = with_known(told, self.given, range(self.given.shape[2]), shape[2])
-        return draw(shape, told)
-
-    def _given(self) -> Tensor:
-        """Normalised latents of what is given, [1, C, K, h, w]."""
-        from jobs.training.system import enlarged
-        from models.autoencoders.latents import latent_shape
-
-        system, task = self.system, self.args.task
-        autoencoder, bucket = system.autoencoder, system.bucket
-        t = autoencoder.stride[0]
-        size = (bucket.height, bucket.width)
-        if task == "upsample":
-            factor = system.recipe.tasks.upsampling
-            if not factor:
-                raise ValueError("this model was not trained for super-resolution (tasks.upsampling)")
-            small = (size[0] // factor, size[1] // factor)
-            low = enlarged(self._pixels(self.args.frames or bucket.frames, small), factor)
-            return system.mean(low)
-        if task == "interpolate":
-            if t > 1:
-                raise ValueError(
-                    f"interpolation puts frames between frames, but this autoencoder joins {t}: "
-                    "use a model with an image autoencoder"
-                )
-            keys = (system.shape(1)[2] - 1) // self.stride + 1
-            return system.mean(self._pixels(self.args.frames or keys, size))
-        count = 1 if task == "image" else self.args.context
-        frames = 1 + (count - 1) * t if autoencoder.causal else count * t
-        latent_shape(autoencoder, frames, *size)
-        return system.mean(self._pixels(frames, size))
-
-    def _pixels(self, frames: int, size: tuple[int, int]) -> Tensor:
-        """The first frames of --video at the model's rate, [1, 3, T, H, W] in −1…1 on its device."""
-        import torch
-
-        from jobs.training.system import to_unit
-
-        fps = self.fps / self.stride if self.args.task == "interpolate" else self.fps
-        pictures = torch.from_numpy(read(self.args.video, frames, fps, size))
-        return to_unit(pictures.to(self.system.device)).permute(3, 0, 1, 2)[None]
-
-
-class Cascade:
-    """Video LDM end to end (Blattmann et al. 2023, fig. 5); models with the same autoencoder."""
-
-    def __init__(self, args: argparse.Namespace):
-        from jobs.training.system import load_trained
-
-        self.args = args
-        folders = [args.keyframes, args.interpolator] + ([args.upsampler] if args.upsampler else [])
-        self.makers = [Maker(load_trained(f, args.ema, args.device), args) for f in folders]
-        keys, between = self.makers[:2]
-        if keys.system.recipe.autoencoder != between.system.recipe.autoencoder:
-            raise ValueError(
-                "--keyframes and --interpolator have different autoencoders, so their latents differ"
+                video = drawing(prompt, args.seed + number)[0].cpu()
+            slug = re.sub(r"[^a-z0-9]+", "-", f"{number:03d} {prompt}".lower()).strip("-")[:60]
+            encode(folder / f"{slug}.mp4", video, maker.fps)
+            videos[f"{number:03d} {prompt}".strip()] = video
+            rows.append(
+                {
+                    "name": prompt,
+                    "file": f"{slug}.mp4",
+                    "frames": len(video),
+                    "fps": maker.fps,
+                    "seed": args.seed + number,
+                }
             )
-        sides = [m.system.shape(1)[3:] for m in (keys, between)]
-        if sides[0] != sides[1]:
-            raise ValueError(
-                f"--keyframes makes latents of {sides[0][1]}×{sides[0][0]}, --interpolator was trained at "
-                f"{sides[1][1]}×{sides[1][0]}: train them at one size"
-            )
-        if len(self.makers) > 2 and not self.makers[2].system.recipe.tasks.upsampling:
-            raise ValueError("--upsampler was not trained for super-resolution (tasks.upsampling)")
-        self.fps = keys.fps * between.stride**args.times
+            print(f"{number + 1} of {args.n * len(prompts)}", flush=True)
+    contact_sheet(videos).save(folder / "sheet.png")
+    for name, content in (("samples", rows), ("sampling", used)):
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
 
-    def __call__(self, prompt: str, seed: int) -> Tensor:
-        from models.diffusion.generate import cascade, interpolate
 
-        keys, between = self.makers[0], self.makers[1]
-        told = between.system.condition([prompt])
-        window = between.system.shape(1)[2]
+def prepared(args: argparse.Namespace) -> tuple[Maker | Cascade, Drawing, dict[str, Any]]:
+    """What draws, how, and what is really used of every model."""
+    from jobs import sampling
 
-        def first() -> Tensor:
-            """Key frames, as the interpolator's normaliser has them."""
-            raw = keys.system.normalizer.inverse(keys.latents(prompt, seed))
-            return between.system.normalizer(raw)
+    options = sampling.Options(
+        args.video,
+        args.frames,
+        2 if args.context is None else args.context,
+        args.noise_level,
+        2 if args.times is None else args.times,
+        {
+            "sampler": args.sampler,
+            "sampler_options": sampler_options(args.sampler_option),
+            "sample_steps": args.steps,
+            "spacing": args.spacing,
+            "guidance": args.guidance,
+            "guidance_interval": args.guidance_interval,
+            "guidance_rescale": args.guidance_rescale,
+        },
+    )
+    used: dict[str, Any] = {"task": args.task, "seed": args.seed}
+    if args.task != "cascade":
+        maker = load(args.model, args, options)
+        tasks = {
+            "text": sampling.text,
+            "image": sampling.image,
+            "predict": sampling.predict,
+            "extend": sampling.extended,
+            "interpolate": sampling.interpolated,
+            "upsample": sampling.upsampled,
+        }
+        drawing = tasks[args.task](maker)
+        return maker, drawing, used | {"models": {args.model: maker.used()}}
+    folders = [f for f in (args.keyframes, args.interpolator, args.upsampler) if f]
+    makers = [load(folder, args, options) for folder in folders]
+    cascade = sampling.Cascade(*makers)
+    models = {folder: maker.used() for folder, maker in zip(folders, makers, strict=True)}
+    return cascade, cascade, used | {"models": models}
 
-        draw = between.draw(seed)
-        step = partial(interpolate, draw, factor=between.stride, window=window, condition=told)
-        sharpen = partial(self._sharpen, prompt=prompt, seed=seed) if len(self.makers) > 2 else None
-        return cascade(first, step, between.system.decode, sharpen, times=self.args.times)
 
-    def _sharpen(self, video: Tensor, prompt: str, seed: int) -> Tensor:
-        """uint8 [1, T, H, W, 3] → larger, in blocks as long as the upsampler was trained at."""
-        import torch
+def load(folder: str, args: argparse.Namespace, options: Options) -> Maker:
+    from jobs.sampling import Maker
+    from jobs.training.system import load_trained
 
-        from jobs.training.system import enlarged, to_unit
-        from models.diffusion.generate import upsample
+    return Maker(load_trained(folder, args.ema, args.device), options)
 
-        system, draw = self.makers[2].system, self.makers[2].draw(seed)
-        told = system.condition([prompt])
-        factor, block = system.recipe.tasks.upsampling, system.bucket.frames
-        pixels = to_unit(video.to(system.device)).permute(0, 4, 1, 2, 3)  # 1 3 T H W
-        parts = []
-        for start in range(0, pixels.shape[2], block):
-            piece = pixels[:, :, start : start + block]
-            whole = torch.cat([piece, piece[:, :, -1:].expand(-1, -1, block - piece.shape[2], -1, -1)], dim=2)
-            drawn = system.decode(upsample(draw, system.mean(enlarged(whole, factor)), told, level=0.0))
-            parts.append(drawn[:, : piece.shape[2]])
-        return torch.cat(parts, dim=1)
+
+def sampler_options(given: list[str]) -> dict[str, float] | None:
+    """NAME=X … → name → x; None where nothing is given. Raises ValueError."""
+    found = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError as e:
+            raise ValueError(f"--sampler-option {text}: give NAME=NUMBER, such as eta=1") from e
+    return found or None
+
+
+def said(used: dict[str, Any]) -> str:
+    """A line a model."""
+    lines = []
+    for folder, how in used["models"].items():
+        words = ", ".join(f"{name} {value}" for name, value in how.items())
+        lines.append(f"{folder}: {words}, seed {used['seed']}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- files
 
+WRITTEN = re.compile(r"\d{3}[-a-z0-9]*\.mp4|sheet\.png|samples\.json|sampling\.json|eval\.json")
 
-def read(path: Path, frames: int, fps: float, size: tuple[int, int]) -> Any:
-    """The first frames of a video, or a picture so often, uint8 [T, H, W, 3]. Raises BrokenSample, OSError."""
-    import numpy as np
 
-    if path.suffix.lower() in PICTURES:
-        from PIL import Image, ImageOps
+@contextlib.contextmanager
+def new_folder(out: Path, replace: bool) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` when all is there, and then holds nothing else.
 
-        with Image.open(path) as picture:
-            fitted = ImageOps.fit(picture.convert("RGB"), (size[1], size[0]), Image.Resampling.BICUBIC)
-        return np.stack([np.asarray(fitted)] * frames)
-    from pipeline.shards.reader import BrokenSample, decode
-
+    Raises ValueError where `out` is in use, or holds other things than a sampling writes.
+    """
+    held = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
+    if held and not replace:
+        raise ValueError(
+            f"--out {out} is not empty, and one folder holds one sampling: name another, or give --replace to put this "
+            "one in place of an earlier one"
+        )
+    if foreign := next((name for name in held if not WRITTEN.fullmatch(name)), None):
+        raise ValueError(f"--out {out} holds {foreign}, which no sampling wrote: name another folder")
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
     try:
-        return decode(path.read_bytes(), frames, fps, size, 0.0)
-    except BrokenSample as e:
-        raise BrokenSample(f"--video {path}: {e}") from e
-
-
-def write(out: Path, videos: dict[str, Tensor], fps: float) -> None:
-    """DIR/<number>-<prompt>.mp4, its prompt in .txt for clipmill eval --clip, and DIR/sheet.png."""
-    from jobs.training.monitor import contact_sheet
-
-    out.mkdir(parents=True, exist_ok=True)
-    for name, video in videos.items():
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
-        encode(out / f"{slug}.mp4", video, fps)
-        (out / f"{slug}.txt").write_text(name.partition(" ")[2] + "\n", encoding="utf-8")
-    contact_sheet(videos).save(out / "sheet.png")
-    print(f"{len(videos)} videos and sheet.png: {out}")
+        yield aside
+        if out.exists():
+            shutil.rmtree(out)
+        aside.replace(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def encode(path: Path, video: Tensor, fps: float) -> None:

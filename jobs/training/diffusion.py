@@ -23,6 +23,7 @@ from jobs.training.exported import CheckpointError
 from jobs.training.frechet import FrechetInLoop
 from jobs.training.recipe import DiffusionRecipe, Tasks, TrainRecipe
 from jobs.training.system import (
+    LOW_NOISE,
     Answer,
     Network,
     Question,
@@ -47,8 +48,6 @@ MEASURED = 64  # clips whose latents the normaliser is measured on, at least (or
 # Streams of `Draws`, one for each thing that is drawn.
 NOISE, TIME, POSTERIOR, KNOWN, CONTEXT, DROPPED, LOW, LOW_LEVEL = range(8)
 
-LOW_NOISE = 0.5  # highest level of noise added to the low-resolution video of super-resolution
-
 
 def measure(system: System, loader: Loader) -> Normalizer:
     """From the cache's statistics, or the first micro-batches of the loader's list, the same on every rank."""
@@ -68,6 +67,12 @@ def measure(system: System, loader: Loader) -> Normalizer:
     return measured.normalizer()
 
 
+def published(system: System) -> Normalizer | None:
+    """The autoencoder's own, where a denoiser begins with published weights: it was trained on such latents."""
+    begins = system.recipe.model.options().get("weights") is not None
+    return getattr(system.autoencoder, "normalizer", None) if begins else None
+
+
 def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     """The task and this rank's loader.
 
@@ -79,7 +84,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     if recipe.compute.attention == "flex" and world.device.type == "cpu":
         raise ValueError("compute.attention flex has no gradients on a CPU: use auto")
     try:
-        system = build_system(recipe, world.device)
+        system = build_system(recipe, world.device, fresh=not (start.saved or recipe.start))
     except MissingModel as e:
         raise ValueError(str(e)) from e
     if recipe.data.pack and not hasattr(system.network.denoiser, "packed"):
@@ -95,7 +100,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     elif recipe.start:
         begin_with(system, recipe.start)
     else:
-        system.normalizer = measure(system, loader).to(world.device)
+        system.normalizer = (published(system) or measure(system, loader)).to(world.device)
     return Diffusion(system, loader, start), loader
 
 
@@ -204,7 +209,7 @@ class Diffusion(Task):
         x = self.latents(batch, draws)
         o = self.recipe.objective
         u = (draws.uniform(len(x), TIME) - o.pure_noise) / (1 - o.pure_noise)  # below 0: pure noise
-        t = torch.where(u < 0, 1.0, TIMES[o.times](u.clamp(min=0)))
+        t = self.system.shifted(torch.where(u < 0, 1.0, TIMES[o.times](u.clamp(min=0))), x.shape)
         dropped = draws.uniform(len(x), DROPPED) < self.recipe.text.dropout
         texts = batch["caption"] if self.system.network.text is not None else None
         return Question(x, t, draws.normal(x, NOISE), self.condition(x, batch, draws), texts, dropped)

@@ -7,11 +7,12 @@ from `run` (steps, how often to save and look).
 from __future__ import annotations
 
 import inspect
+import math
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from pipeline.caption.structured import told
 from pipeline.recipe import RECIPES, Recipe, load
@@ -120,16 +121,35 @@ class Model(Section):
             raise ValueError(f"there is no models/*/{self.kind}.py with a build function") from e
         if self.preset is not None and self.preset not in module.PRESETS:
             raise ValueError(f"preset {self.preset!r} of {self.kind} is none of {', '.join(module.PRESETS)}")
-        taken = list(inspect.signature(module.build).parameters)
-        wrong = [name for name in self.options() if name not in taken[1:]]
-        if wrong:
-            raise ValueError(f"{self.kind} takes no {wrong[0]!r}; it takes {', '.join(taken[1:])}")
+        _, *taken = (name for name in inspect.signature(module.build).parameters if name != "text_width")
+        types = get_type_hints(module.build.__init__ if inspect.isclass(module.build) else module.build)
+        given = self.__pydantic_extra__ or {}
+        for name, value in given.items():
+            if name not in taken:
+                raise ValueError(f"{self.kind} takes no {name!r}; it takes {', '.join(taken)}")
+            given[name] = _option(name, value, types[name])
         return self
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `build`: those of the preset, then what is written here."""
         preset = import_spec(self.kind).PRESETS[self.preset] if self.preset else {}
         return preset | (self.__pydantic_extra__ or {})
+
+
+LEVELS = ("attention", "time")  # options that name levels of a U-Net, the first of which is 0
+
+
+def _option(name: str, value: Any, annotation: Any) -> Any:
+    """A network's option as its `build` wants it. Raises ValueError."""
+    try:
+        found = TypeAdapter(annotation).validate_python(value)
+    except ValidationError as e:
+        raise ValueError(f"{name} is {value!r}: {e.errors()[0]['msg'].lower()}") from e
+    for x in found if isinstance(found, list | tuple) else [found]:
+        number = isinstance(x, int | float) and not isinstance(x, bool)
+        if number and not (0 < x < math.inf or (x == 0 and name in LEVELS)):
+            raise ValueError(f"{name} is {value!r}: give numbers above 0")
+    return found
 
 
 NETWORKS = ("denoisers", "autoencoders", "language")  # folders of models/ with a file a kind
@@ -148,8 +168,13 @@ def import_spec(kind: str) -> Any:
 class Objective(Section):
     """What is predicted, at which noise, weighted how (`models/diffusion`: noise, objective)."""
 
-    schedule: Literal["cosine", "linear", "flow"] = Field("flow", description="of noise over time")
-    shift: float = Field(1.0, gt=0, description="flow: t′ = s t / (1 + (s − 1) t); cosine: SNR × 1/s²")
+    schedule: Literal["cosine", "linear", "scaled_linear", "flow"] = Field(
+        "flow", description="of noise over time; scaled_linear: Stable Diffusion's"
+    )
+    shift: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        1.0,
+        description="flow: t′ = s t / (1 + (s − 1) t), auto: s by each sample's frames and size; cosine: SNR × 1/s²",
+    )
     prediction: Literal["eps", "x", "v", "flow"] = Field(
         "flow", description="what the network says: noise, picture, v or velocity"
     )
@@ -161,6 +186,14 @@ class Objective(Section):
     )
     times: Literal["uniform", "logit_normal"] = Field("uniform", description="which t are trained on")
     pure_noise: float = Field(0.0, ge=0, lt=1, description="share at t = 1, where the text says all there is")
+
+    @model_validator(mode="after")
+    def _shiftable(self) -> Objective:
+        if self.shift != 1 and self.schedule in ("linear", "scaled_linear"):
+            raise ValueError(f"shift {self.shift}: schedule {self.schedule} has none; leave it at 1")
+        if self.shift == "auto" and self.schedule != "flow":
+            raise ValueError(f"shift auto is of schedule flow: give {self.schedule} a number")
+        return self
 
 
 class Tasks(Section):
@@ -275,8 +308,18 @@ class Run(Section):
         description="what to sample, words or JSON records of structured captions; (): captions of the data",
     )
     sampler: str = Field("auto", description="a name in models/diffusion/samplers.py; auto: dpmpp_2m")
+    sampler_options: dict[str, float] = Field(
+        {}, description="of the sampler: gamma, corrections, delta of ancestral; eta of ddim"
+    )
     sample_steps: int = Field(32, ge=1, description="of the sampler")
+    spacing: Literal["time", "logsnr"] = Field("time", description="in which the sampler's steps are equal")
     guidance: float = Field(3.0, ge=0, description="classifier-free guidance w of (1 + w) ε_c − w ε_∅")
+    guidance_interval: tuple[float, float] = Field(
+        (0.0, 1.0), description="noise levels, 0 data and 1 noise, that are guided"
+    )
+    guidance_rescale: float = Field(
+        0.0, ge=0, le=1, description="how far guidance's gain in contrast is taken back"
+    )
     frechet: int = Field(
         0, ge=0, description="videos sampled each time to measure their distance to real ones"
     )
@@ -289,6 +332,47 @@ class Run(Section):
     @classmethod
     def _in_words(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(told, prompts))
+
+    def but(self, **given: Any) -> Run:
+        """With what is given, but for None, in place of its own. Raises ValueError: one sentence."""
+        changed = {name: value for name, value in given.items() if value is not None}
+        if changed.get("sampler", self.sampler) != self.sampler:
+            changed.setdefault("sampler_options", {})  # they were of another
+        try:
+            return Run.model_validate(self.model_dump() | changed)
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = "".join(f"{name}: " for name in first["loc"][:1])
+            raise ValueError(where + first["msg"].removeprefix("Value error, ")) from e
+
+    @field_validator("frechet")
+    @classmethod
+    def _enough(cls, frechet: int) -> int:
+        if frechet == 1:
+            raise ValueError("one video has no distance to others: give 0 for none, or 2 or more")
+        return frechet
+
+    @field_validator("features")
+    @classmethod
+    def _feature_network(cls, features: str) -> str:
+        from models.measures.features import check_name
+
+        check_name(features)
+        return features
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _levels(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError("give two noise levels within 0…1, the lower one first")
+        return interval
+
+    @model_validator(mode="after")
+    def _sampler(self) -> Run:
+        from models.diffusion.samplers import named
+
+        named(self.sampler, self.sampler_options)
+        return self
 
 
 class TrainRecipe(Section):

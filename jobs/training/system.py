@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from jobs.training.distributed import device_of
 from jobs.training.exported import load_model
 from jobs.training.recipe import Autoencoder as AutoencoderRecipe
-from jobs.training.recipe import Bucket, DiffusionRecipe, Objective, Tasks, import_spec
+from jobs.training.recipe import Bucket, DiffusionRecipe, Objective, Run, Tasks, import_spec
 from jobs.training.recipe import Text as TextRecipe
 from models.attention import choose_kernel
 from models.autoencoders.latents import Autoencoder, BlockDCT, Normalizer, Posterior, latent_shape
 from models.diffusion.condition import Condition
 from models.diffusion.generate import Draw, drawer
-from models.diffusion.noise import Cosine, Flow, Linear, Schedule
+from models.diffusion.noise import Cosine, Flow, Linear, ScaledLinear, Schedule, shift_of, shifted
 from models.diffusion.objective import (
     MinSNR,
     Process,
@@ -37,10 +37,12 @@ from models.diffusion.objective import (
     noisy_input,
     uniform,
 )
-from models.diffusion.samplers import SAMPLERS
+from models.diffusion.samplers import named
 from models.encoders.text import PretrainedText, WordText
 from models.measures.features import weights_hash
 from pipeline.shards.buckets import Shape
+
+LOW_NOISE = 0.5  # highest level of noise in the low-resolution videos of super-resolution
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ class System:
     network: Network
     device: torch.device
     trained: list[Shape] = field(default_factory=list)  # buckets that clips fill
+    step: int = 0  # of training, of loaded weights
+    ema: float = 0.0  # σ_rel of their average; 0: the last themselves
 
     @property
     def process(self) -> Process:
@@ -169,48 +173,74 @@ class System:
         self,
         network: nn.Module | None = None,
         *,
-        sampler: str | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
+        run: Run | None = None,
         seed: int = 0,
         reconstruct: float = 0.0,
     ) -> Draw:
-        """(shape, condition) → latents, as `models.diffusion.generate` takes it; the recipe says what is not given.
+        """(shape, condition) → latents, as `models.diffusion.generate` takes it.
 
         Args:
             network: as it is wrapped, or its own.
-            sampler: a name in `models.diffusion.samplers`; 'auto' is DPM-Solver++(2M).
+            run: sampler, steps and guidance, in place of the recipe's.
             reconstruct: weight of reconstruction guidance, for a network that was trained without known
                 frames; one that was trained with them is told them as well.
-
-        Raises ValueError for a sampler that there is not.
         """
-        run = self.recipe.run
-        name = run.sampler if sampler is None else sampler
-        if name != "auto" and name not in SAMPLERS:
-            raise ValueError(f"sampler {name!r} is none of auto, {', '.join(SAMPLERS)}")
+        run = run or self.recipe.run
         return drawer(
             partial(network or self.network, Network.predict),  # type: ignore[arg-type]
             self.process,
-            sampler=SAMPLERS["dpmpp_2m" if name == "auto" else name],
-            steps=run.sample_steps if steps is None else steps,
-            guidance=run.guidance if guidance is None else guidance,
+            sampler=named(run.sampler, run.sampler_options),
+            steps=run.sample_steps,
+            spacing=run.spacing,
+            guidance=run.guidance,
+            interval=run.guidance_interval,
+            rescale=run.guidance_rescale,
             tell_known=knows_frames(self.recipe.tasks),
             reconstruct=reconstruct,
+            retime=self.shifted,
             generator=torch.Generator(self.device).manual_seed(seed),
             device=self.device,
         )
 
+    def drawn_with(self, run: Run) -> dict[str, Any]:
+        """What decides a sample beside its condition, shape and seed, with its names and numbers in words."""
+        low, high = run.guidance_interval
+        return {
+            "step": self.step,
+            "ema": self.ema,
+            "sampler": "dpmpp_2m" if run.sampler == "auto" else run.sampler,
+            **run.sampler_options,
+            "steps": run.sample_steps,
+            "spacing": run.spacing,
+            "guidance": run.guidance,
+            **({"guidance_interval": f"{low:g}…{high:g}"} if (low, high) != (0, 1) else {}),
+            **({"guidance_rescale": run.guidance_rescale} if run.guidance_rescale else {}),
+        }
+
+    def shifted(self, t: Tensor, shape: Sequence[int]) -> Tensor:
+        """Times of latents [B, C, T, h, w] as objective.shift auto has them, float32 at least."""
+        return shifted(t, shift_of(*shape[2:])) if self.recipe.objective.shift == "auto" else t
+
     @property
     def bucket(self) -> Bucket:
         """The longest that it was trained on: what is sampled."""
-        every = self.recipe.data.buckets
-        filled = [b for b in every if (b.frames, b.height, b.width) in self.trained]
-        return max(filled or every, key=lambda b: b.frames)
+        return max(self.filled, key=lambda b: b.frames)
 
-    def shape(self, count: int, frames: int | None = None) -> tuple[int, int, int, int, int]:
-        """[B, C, T, h, w] of so many videos of `bucket`; `frames`: of pixels, in place of its own."""
-        b = self.bucket
+    @property
+    def filled(self) -> list[Bucket]:
+        """The buckets that it was trained on."""
+        every = self.recipe.data.buckets
+        return [b for b in every if (b.frames, b.height, b.width) in self.trained] or list(every)
+
+    def bucket_like(self, aspect: float) -> Bucket:
+        """The longest of those that are nearest in shape to pictures of an aspect, width ÷ height."""
+        return min(self.filled, key=lambda b: (abs(math.log(b.width / b.height / aspect)), -b.frames))
+
+    def shape(
+        self, count: int, frames: int | None = None, bucket: Bucket | None = None
+    ) -> tuple[int, int, int, int, int]:
+        """[B, C, T, h, w] of so many videos of a bucket (`bucket`); `frames`: of pixels, in place of its own."""
+        b = bucket or self.bucket
         t, h, w = latent_shape(self.autoencoder, frames or b.frames, b.height, b.width)
         return count, self.autoencoder.channels, t, h, w
 
@@ -284,19 +314,29 @@ def build_text(recipe: TextRecipe, device: torch.device) -> PretrainedText | Non
 
 
 def build_process(recipe: Objective) -> Process:
-    if recipe.schedule == "linear" and recipe.shift != 1:
-        raise ValueError(f"objective.shift {recipe.shift}: the linear schedule has none; leave it at 1")
+    shift = 1.0 if recipe.shift == "auto" else recipe.shift  # auto: `System.shifted`
     schedules: dict[str, Schedule] = {
-        "cosine": Cosine(shift=-math.log(recipe.shift)),
+        "cosine": Cosine(shift=-math.log(shift)),
         "linear": Linear(),
-        "flow": Flow(recipe.shift),
+        "scaled_linear": ScaledLinear(),
+        "flow": Flow(shift),
     }
     return Process(schedules[recipe.schedule], recipe.prediction)
 
 
-def build_network(recipe: DiffusionRecipe, channels: int, frozen_text: PretrainedText | None) -> Network:
-    """Raises ValueError where the model's options do not fit together."""
+def build_network(
+    recipe: DiffusionRecipe, channels: int, frozen_text: PretrainedText | None, fresh: bool = True
+) -> Network:
+    """Raises ValueError where the model's options do not fit together.
+
+    Args:
+        fresh: with the published weights that the recipe begins with; False where a checkpoint's take their place.
+    """
     options = recipe.model.options()
+    if not fresh:
+        options.pop("weights", None)
+    if options.get("learn_sigma"):
+        raise ValueError("model.learn_sigma: no trainer learns the variance: leave it out")
     build = import_spec(recipe.model.kind).build
     taken = inspect.signature(build).parameters
     for name, wanted in (("context", knows_frames(recipe.tasks)), ("upsample", recipe.tasks.upsampling > 0)):
@@ -321,9 +361,12 @@ def build_network(recipe: DiffusionRecipe, channels: int, frozen_text: Pretraine
 
 
 def build_system(
-    recipe: DiffusionRecipe, device: torch.device, normalizer: Normalizer | None = None
+    recipe: DiffusionRecipe, device: torch.device, normalizer: Normalizer | None = None, fresh: bool = True
 ) -> System:
     """With new weights, the same for the same seed; without a normaliser, latents as they are.
+
+    Args:
+        fresh: see `build_network`.
 
     Raises ValueError or models.curation.embed.MissingModel: one sentence with the fix.
     """
@@ -333,13 +376,14 @@ def build_system(
     text = build_text(recipe.text, device)
     with torch.random.fork_rng([] if device.type == "cpu" else [device]):
         torch.manual_seed(recipe.seed)
-        network = build_network(recipe, autoencoder.channels, text).to(device)
+        network = build_network(recipe, autoencoder.channels, text, fresh).to(device)
     return System(recipe, autoencoder, normalizer.to(device), text, network, device)
 
 
 def load_system(state: dict[str, Any], device: torch.device) -> System:
     """The system of a checkpoint's `state`; its network's weights are for the caller to load."""
-    system = build_system(DiffusionRecipe.model_validate(state["recipe"]), device, normalizer_of(state))
+    recipe = DiffusionRecipe.model_validate(state["recipe"])
+    system = build_system(recipe, device, normalizer_of(state), fresh=False)
     system.trained = [(t, h, w) for t, h, w in state.get("trained", [])]
     return system
 
@@ -359,11 +403,12 @@ def load_trained(folder: str, ema: float | None, device: str | None) -> System:
     if trained.state.get("trains") != "diffusion":
         raise ValueError(f"{folder} holds no diffusion model: give one that 'clipmill train diffusion' wrote")
     lengths = trained.recipe["ema"]["lengths"]
-    if ema is None and lengths:
-        ema = max(lengths)
+    if ema is None:
+        ema = max(lengths, default=0.0)
     if ema:
         trained = load_model(Path(folder), ema)
     system = load_system(trained.state, device_of(device))
+    system.step, system.ema = trained.step, ema
     trained.load_into(system.network, "diffusion")
     system.network.eval()
     return system

@@ -13,6 +13,10 @@ and every task is a short function over such a function:
     frames between           interpolate(draw, keys, factor, window, condition)
     larger frames            upsample(draw, low, condition)
     keys → frames → pixels   cascade(keyframes, between, decode, sharpen)
+
+An autoencoder that joins frames gives the first frame of a clip a latent of its own and joins those after it, so what
+goes on from a video, or lies between frames, is encoded anew as the beginning of a clip: `extend_frames`,
+`interpolate_frames`.
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ def drawer(
     rescale: float = 0.0,
     tell_known: bool = True,
     reconstruct: float = 0.0,
+    retime: Callable[[Tensor, Shape], Tensor] = lambda times, shape: times,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -60,20 +65,22 @@ def drawer(
         guidance, interval, rescale: `guidance.classifier_free`.
         tell_known: pass `condition.known` to the network; False for one that was not trained with it.
         reconstruct: w_r of `guidance.reconstruction` for known frames; 0 is none.
+        retime: what the training did to the times of latents of such a shape; not of steps equal in log SNR.
         generator: of all the noise, on any device.
     """
-    times = timesteps(steps, process.schedule, spacing, process.start)
+    evenly = timesteps(steps, process.schedule, spacing, process.start)
 
     @torch.no_grad()
     def draw(shape: Shape, condition: Condition) -> Tensor:
-        known, mask = condition.known, condition.known_mask
+        times = retime(evenly, shape) if spacing == "time" else evenly
+        known, held = condition.known, condition.settled
         told = condition if tell_known else replace(condition, known=None, known_mask=None)
         denoise = classifier_free(model, process, told, guidance, interval=interval, rescale=rescale)
-        if known is not None and mask is not None:
+        if known is not None and held is not None:
             if reconstruct:
-                seen = partial(torch.mul, mask.to(device, dtype))
+                seen = partial(torch.mul, held.to(device, dtype))
                 denoise = reconstruction(denoise, process.schedule, seen(known), seen, reconstruct)
-            denoise = replacement(denoise, known, mask)
+            denoise = replacement(denoise, known, held)
         z = normal(torch.empty(shape, dtype=dtype, device=device), generator)
         return sampler(denoise, z, times, process.schedule, generator)
 
@@ -83,8 +90,10 @@ def drawer(
 # --- known frames -------------------------------------------------------------------------------------------
 
 
-def with_known(condition: Condition, frames: Tensor, at: Sequence[int], total: int) -> Condition:
-    """The condition with frames [B, C, K, h, w] given at K places among `total`.
+def with_known(
+    condition: Condition, frames: Tensor, at: Sequence[int], total: int, held: Sequence[int] | None = None
+) -> Condition:
+    """The condition with frames [B, C, K, h, w] given at K places among `total`; those `held` are in the result (all).
 
     Raises ValueError where the places do not fit the frames or lie outside.
     """
@@ -95,10 +104,13 @@ def with_known(condition: Condition, frames: Tensor, at: Sequence[int], total: i
         raise ValueError(f"known frames at {places} do not lie within {total} frames")
     b, c, _, h, w = frames.shape
     known = frames.new_zeros(b, c, total, h, w)
-    mask = frames.new_zeros(b, 1, total, 1, 1)
+    mask, fixed = frames.new_zeros(2, b, 1, total, 1, 1)
     known[:, :, places] = frames
     mask[:, :, places] = 1
-    return replace(condition, known=known, known_mask=mask)
+    if held is None:
+        return replace(condition, known=known, known_mask=mask, held=None)
+    fixed[:, :, list(held)] = 1
+    return replace(condition, known=known, known_mask=mask, held=fixed)
 
 
 def extend(draw: Draw, first: Tensor, frames: int, block: int, context: int, condition: Condition) -> Tensor:
@@ -125,6 +137,39 @@ def extend(draw: Draw, first: Tensor, frames: int, block: int, context: int, con
     return video[:, :, :frames]
 
 
+def extend_frames(
+    draw: Draw,
+    encode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], Tensor],
+    video: Tensor,
+    frames: int,
+    block: Shape,
+    context: int,
+    joined: int,
+    condition: Condition,
+) -> Tensor:
+    """`extend` under a causal autoencoder: each block begins with the last frames before it, encoded as a beginning.
+
+    Args:
+        encode, decode: video [B, T, …] → latents [B, C, T', h, w] and back.
+        video: [B, T, …], all of which is in the result.
+        block: of the latents that the network draws at a time.
+        context: latent frames of it that are given; fewer where the video is shorter.
+        joined: frames that a latent joins, but for the first.
+
+    Returns:
+        [B, frames, …]
+    """
+    if not 1 <= context < block[2]:
+        raise ValueError(f"{context} frames of context in a block of {block[2]}: give 1 to {block[2] - 1}")
+    while video.shape[1] < frames:
+        k = min(context, 1 + (video.shape[1] - 1) // joined)
+        last = 1 + (k - 1) * joined
+        given = with_known(condition, encode(video[:, -last:]), range(k), block[2])
+        video = torch.cat([video, decode(draw(block, given))[:, last:]], dim=1)
+    return video[:, :frames]
+
+
 def key_places(keys: int, factor: int) -> range:
     """Where key frames come to lie: 0, r, 2r, … of r (T − 1) + 1 frames."""
     return range(0, factor * (keys - 1) + 1, factor)
@@ -144,17 +189,48 @@ def interpolate(draw: Draw, keys: Tensor, factor: int, window: int, condition: C
     Returns:
         [B, C, r (T − 1) + 1, h, w], the key frames at `key_places(T, r)`
     """
-    if factor < 1 or window <= factor:
-        raise ValueError(f"a window of {window} frames holds no two key frames {factor} apart")
     b, c, total, h, w = keys.shape
     parts = [keys[:, :, :1]]
-    for start, stop in _windows(total - 1, (window - 1) // factor):  # in steps between key frames
-        given = with_known(
-            condition, keys[:, :, start : stop + 1], key_places(stop - start + 1, factor), window
-        )
+    for first, start, stop in _windows(total - 1, window, factor):
+        places = key_places(stop - first + 1, factor)
+        given = with_known(condition, keys[:, :, first : stop + 1], places, window)
         drawn = draw((b, c, window, h, w), given)
-        parts.append(drawn[:, :, 1 : factor * (stop - start) + 1])
+        parts.append(drawn[:, :, factor * (start - first) + 1 : factor * (stop - first) + 1])
     return torch.cat(parts, dim=2)
+
+
+def interpolate_frames(
+    draw: Draw,
+    encode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], Tensor],
+    keys: Tensor,
+    factor: int,
+    window: Shape,
+    joined: int,
+    condition: Condition,
+) -> Tensor:
+    """`interpolate` under a causal autoencoder, as a network is trained for it: see `Condition.held`.
+
+    A key frame is the last that a latent stands for, and is told by the latent that it has as a video of its own. The
+    first of a window is that frame.
+
+    Args:
+        keys: [B, K, …]; encode, decode: as `extend_frames`.
+        factor: r, latents from one key frame to the next; window: of latents, more than r in time.
+        joined: s, frames that a latent joins, but for the first.
+
+    Returns:
+        [B, r s (K − 1) + 1, …], what is drawn for the key frames at `key_places(K, r s)`, the first as it was given
+    """
+    alone = torch.cat([encode(keys[:, i : i + 1]) for i in range(keys.shape[1])], dim=2)  # B C K h w
+    step = factor * joined
+    parts = [keys[:, :1]]
+    for first, start, stop in _windows(keys.shape[1] - 1, window[2], factor):
+        places = key_places(stop - first + 1, factor)
+        given = with_known(condition, alone[:, :, first : stop + 1], places, window[2], held=[0])
+        drawn = decode(draw(window, given))
+        parts.append(drawn[:, step * (start - first) + 1 : step * (stop - first) + 1])
+    return torch.cat(parts, dim=1)
 
 
 # --- super-resolution ---------------------------------------------------------------------------------------
@@ -208,7 +284,15 @@ def cascade(
     return video if sharpen is None else sharpen(video)
 
 
-def _windows(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of consecutive pieces of at most `size`."""
-    for start in range(0, total, size):
-        yield start, min(start + size, total)
+def _windows(steps: int, window: int, factor: int) -> Iterator[tuple[int, int, int]]:
+    """(first key frame, the one from which frames are new, last) of windows over so many steps between key frames.
+
+    The last begins earlier where it would hold fewer key frames than those before it.
+    Raises ValueError where a window is too short.
+    """
+    if factor < 1 or window <= factor:
+        raise ValueError(f"a window of {window} frames holds no two key frames {factor} apart")
+    size = (window - 1) // factor
+    for start in range(0, steps, size):
+        stop = min(start + size, steps)
+        yield max(0, stop - size), start, stop

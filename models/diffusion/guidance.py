@@ -14,13 +14,11 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.diffusion.condition import Condition
 from models.diffusion.noise import Schedule, over
 from models.diffusion.objective import Denoise, Process, denoiser
-from models.diffusion.samplers import normal
 
 
 def classifier_free(
@@ -80,8 +78,8 @@ def reconstruction(
     Args:
         observed: xᵃ, [B, …] of any shape.
         observe: what is seen of x [B, C, T, h, w], a linear map to observed's shape: `lambda x: mask * x` for
-            frames that are given, `partial(shrink, factor=4)` for super-resolution. Of frames that are given,
-            `replacement` outside of it sets the known part.
+            frames that are given, of which `replacement` outside of it sets the known part; a mean of squares for
+            super-resolution.
         weight: w_r; 1 is the likelihood's own, larger ones work better as x̂ is not certain (ibid., sec. 3.1).
     """
 
@@ -109,32 +107,6 @@ def replacement(denoise: Denoise, known: Tensor, mask: Tensor) -> Denoise:
         return torch.where(mask.bool(), known.to(z.dtype), denoise(z, t))
 
     return replaced
-
-
-def renoised(
-    denoise: Denoise,
-    schedule: Schedule,
-    known: Tensor,
-    mask: Tensor,
-    generator: torch.Generator | None = None,
-) -> Denoise:
-    """The known part of z drawn anew from q(z | known) for each evaluation, as Ho et al. 2022 do (sec. 3.1).
-
-    Inside of `reconstruction` and `replacement`. It averages the noise of the known part over the steps; not
-    for the samplers of an ODE, whose order it destroys.
-    """
-
-    def denoise_renoised(z: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = schedule(t)
-        fresh = over(alpha, z) * known.to(z.dtype) + over(sigma, z) * normal(z, generator)
-        return denoise(torch.where(mask.bool(), fresh, z), t)
-
-    return denoise_renoised
-
-
-def shrink(x: Tensor, factor: int) -> Tensor:
-    """[B, C, T, h, w] → [B, C, T, h/factor, w/factor], means of squares: what a low resolution observes."""
-    return F.avg_pool3d(x, (1, factor, factor))
 
 
 def _joined(first: Condition, second: Condition) -> Condition:

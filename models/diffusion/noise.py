@@ -71,8 +71,39 @@ class Flow:
     shift: float = 1.0
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = self.shift * t / (1 + (self.shift - 1) * t)
+        t = shifted(t, self.shift)
         return 1 - t, t
+
+
+@dataclass(frozen=True)
+class ScaledLinear:
+    """Stable Diffusion's √β, linear in time from √0.85 to √12, in continuous time (Rombach et al. 2022's code).
+
+    log α = −½ ∫ β, the limit of its 1000 steps of 0.00085…0.012. t = 0 is moved to `eps`, where σ is not yet 0.
+    """
+
+    beta_min: float = 0.85
+    beta_max: float = 12.0
+    eps: float = 1e-5
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = self.eps + (1 - self.eps) * t
+        low, high = math.sqrt(self.beta_min), math.sqrt(self.beta_max)
+        log_alpha = -((low + (high - low) * t) ** 3 - low**3) / (6 * (high - low))
+        return torch.exp(log_alpha), torch.sqrt(-torch.expm1(2 * log_alpha))
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """t′ = s t / (1 + (s − 1) t): σ/α of the straight path, s times as large (Esser et al. 2024, eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def shift_of(frames: int, height: int, width: int) -> float:
+    """The shift for latents of T × h × w, as Open-Sora 2 has it.
+
+    √T times what is linear in the tokens of a frame, of 2×2 latents each: 1 for 256 of them, 3 for 4096.
+    """
+    return math.sqrt(frames) * (1 + 2 * (height * width / 4 - 256) / (4096 - 256))
 
 
 def from_logsnr(logsnr: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,19 +59,6 @@ def to_x(prediction: Prediction, p: Tensor, z: Tensor, alpha: Tensor, sigma: Ten
             return (z - sigma * p) / (alpha + sigma)
 
 
-def to_eps(prediction: Prediction, p: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """ε̂ of a prediction p about z. From x it needs σ > 0, and errors grow by α/σ."""
-    match prediction:
-        case "eps":
-            return p
-        case "x":
-            return (z - alpha * p) / sigma
-        case "v":
-            return (sigma * z + alpha * p) / (alpha**2 + sigma**2)
-        case "flow":
-            return (z + alpha * p) / (alpha + sigma)
-
-
 @dataclass(frozen=True)
 class Process:
     """A schedule and what is predicted: all that training and sampling share.
@@ -106,9 +93,6 @@ class Process:
 
     def x_hat(self, prediction: Tensor, z: Tensor, t: Tensor) -> Tensor:
         return to_x(self.prediction, prediction, z, *self.scales(t, z))
-
-    def eps_hat(self, prediction: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        return to_eps(self.prediction, prediction, z, *self.scales(t, z))
 
     @property
     def start(self) -> float:
@@ -155,14 +139,14 @@ def error_of(
 ) -> Tensor:
     """Mean square of prediction − target for each sample, [B], in float32 (float64 if x is).
 
-    Where `condition.known_mask` is 1, latents are noised like the others but do not count: the network
+    Where `condition.settled` is 1, latents are noised like the others but do not count: the network
     sees them clean in `condition.known` and is not asked for them. A sample of known frames only has error 0.
     """
     clean, noise = _at_least_float32(x), _at_least_float32(noise)
     square = (_at_least_float32(predicted) - process.target(clean, t, noise)) ** 2
-    if condition.known_mask is None:
+    if condition.settled is None:
         return square.flatten(1).mean(1)
-    asked = (1 - condition.known_mask.to(square)).expand_as(square)
+    asked = (1 - condition.settled.to(square)).expand_as(square)
     return (asked * square).flatten(1).sum(1) / asked.flatten(1).sum(1).clamp(min=1)
 
 
@@ -217,31 +201,7 @@ class Uncertainty(nn.Module):
         return error * torch.exp(-u) + u
 
 
-def diffusion_loss(
-    model: nn.Module,
-    process: Process,
-    x: Tensor,
-    t: Tensor,
-    noise: Tensor,
-    condition: Condition,
-    weighting: Weighting = uniform,
-) -> Tensor:
-    """Loss of each sample, [B].
-
-    Args:
-        x: clean latents [B, C, T, h, w]; noise: N(0, 1) of the same shape.
-        t: [B] in 0…1, at least float32.
-        weighting: `uniform`, `MinSNR(γ)` or an `Uncertainty`.
-    """
-    return weighting(prediction_error(model, process, x, t, noise, condition), process, t)
-
-
 # --- times: from U(0, 1) ------------------------------------------------------------------------------------
-
-
-def stratified(u: Tensor) -> Tensor:
-    """B numbers spread evenly over 0…1, each uniform by itself: u₀ + i/B mod 1 (Kingma et al. 2021, I.1)."""
-    return (u[0] + torch.arange(len(u), device=u.device) / len(u)) % 1
 
 
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:

@@ -14,8 +14,10 @@ Scalars are Python floats, so float64 throughout. Below, t is the time of z and 
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
@@ -94,9 +96,12 @@ def predictor_corrector(
     times: Tensor,
     schedule: Schedule,
     generator: torch.Generator | None = None,
+    *,
+    gamma: float = 0.3,
+    delta: float = 0.1,
 ) -> Tensor:
     """`ancestral` with one Langevin step after each; two evaluations a step."""
-    return ancestral(denoise, z, times, schedule, generator, corrections=1)
+    return ancestral(denoise, z, times, schedule, generator, gamma=gamma, corrections=1, delta=delta)
 
 
 def ddim(
@@ -199,6 +204,29 @@ SAMPLERS: dict[str, Sampler] = {
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
 }
+
+
+def named(name: str, options: Mapping[str, float] | None = None) -> Sampler:
+    """A sampler of `SAMPLERS` (auto: DPM-Solver++(2M)) with its options bound.
+
+    Raises ValueError for a name or an option that there is not.
+    """
+    if name != "auto" and name not in SAMPLERS:
+        raise ValueError(f"sampler {name!r} is none of auto, {', '.join(SAMPLERS)}")
+    sampler = SAMPLERS["dpmpp_2m" if name == "auto" else name]
+    taken = {
+        key: p.default for key, p in inspect.signature(sampler).parameters.items() if p.kind is p.KEYWORD_ONLY
+    }
+    bound: dict[str, float] = {}
+    for key, value in (options or {}).items():
+        if key not in taken:
+            what = f"only {', '.join(taken)}" if taken else "no options"
+            raise ValueError(f"sampler {name} has no option {key!r}: it has {what}")
+        if value < 0 or (isinstance(taken[key], int) and value != int(value)):
+            kind = "a whole number" if isinstance(taken[key], int) else "a number"
+            raise ValueError(f"{key} of sampler {name} is {value:g}: give {kind} of 0 or more")
+        bound[key] = type(taken[key])(value)
+    return partial(sampler, **bound) if bound else sampler  # type: ignore[arg-type]
 
 
 # --- times ------------------------------------------------------------------------------------------------------

@@ -215,17 +215,26 @@ def load_features(name: str, device: str = "cpu") -> VideoFeatures:
 
     Raises ValueError for another name or a bad file, MissingModel where CLIP's weights cannot be had.
     """
+    check_name(name)
     if name == "efficientnet-lite0":
         return efficientnet_lite0(device)
     if name.startswith("clip:"):
         return clip_frames(*clip_parts(name.removeprefix("clip:")), device)
     if name.startswith("vivit:"):
         return vivit(name.removeprefix("vivit:"), device)
-    if Path(name).is_file():
-        return torchscript(name, device)
-    raise ValueError(
-        f"feature network {name!r} is none of efficientnet-lite0, clip:MODEL:WEIGHTS, vivit:FILE and a TorchScript file"
-    )
+    return torchscript(name, device)
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for a name that is none in this file's table, or a file that is not there."""
+    kind, _, file = name.partition(":")
+    if name == "efficientnet-lite0" or (kind == "clip" and file):
+        return
+    if not Path(file if kind == "vivit" else name).is_file():
+        raise ValueError(
+            f"feature network {name!r} is none of efficientnet-lite0, clip:MODEL:WEIGHTS, vivit:FILE and a TorchScript "
+            "file (a file must be there)"
+        )
 
 
 def clip_parts(name: str) -> tuple[str, str]:

@@ -278,7 +278,7 @@ def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, An
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         step = max(1, round(1 / (rate * time_base)))
         longest = int(options.max_duration_s / time_base)
-        reader = _Reader(container, stream, beat)
+        reader = Reader(container, stream, beat)
         second = max(1, round(1 / time_base))
         clock = Clock(step, second)
         pictures: Pictures | None = None
@@ -355,7 +355,7 @@ def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, An
 # Reading -------------------------------------------------------------------------------------------
 
 
-class _Reader:
+class Reader:
     """Demuxes and decodes one stream to its end, over whatever can be skipped."""
 
     def __init__(self, container: InputContainer, stream: VideoStream, beat: Callable[[], None]):

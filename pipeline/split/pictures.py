@@ -38,7 +38,7 @@ GREY = np.array([0.2126, 0.7152, 0.0722])  # luma of BT.709
 # Scaling -------------------------------------------------------------------------------------------
 
 
-class _Scaler:
+class Scaler:
     """Scales frames (swscale, bicubic) so that, made upright, they have one size.
 
     Args:
@@ -81,7 +81,7 @@ class _Scaler:
 class _Stack:
     """Scaled frames, upright, in `rows`: uint8 [n, h, w] or [n, h, w, 3]."""
 
-    def __init__(self, scaler: _Scaler):
+    def __init__(self, scaler: Scaler):
         turned = scaler.orientation.transpose
         size = (scaler.width, scaler.height) if turned else (scaler.height, scaler.width)
         self.scaler = scaler
@@ -204,12 +204,12 @@ class Pictures:
         self.prepared = _Prepared(options.deinterlace and big)
         width, height = self.found.size
         sar = self.found.sar
-        self.thumbs = _Stack(_Scaler(THUMB, "rgb24", self.found))
-        self.grey = _Stack(_Scaler(fitted(width, height, sar, options.grey_size), "gray", self.found))
+        self.thumbs = _Stack(Scaler(THUMB, "rgb24", self.found))
+        self.grey = _Stack(Scaler(fitted(width, height, sar, options.grey_size), "gray", self.found))
         self.grey_frame: list[int] = []
         self.grey_grid = Grid(options.grey_fps, time_base)
         self.now = self.found
-        self.scalers: list[tuple[float, _Scaler]] = []  # of samples, by aspect
+        self.scalers: list[tuple[float, Scaler]] = []  # of samples, by aspect
         self.sample_frame: list[int] = []
         self.sample_jpeg = Strings()
         self.sample_grid = Grid(options.sample_fps, time_base)
@@ -274,9 +274,7 @@ class Pictures:
             self._keep(*ready)
 
     def _keep(self, n: int, frame: VideoFrame, elapsed: int, geometry: Geometry) -> None:
-        colours = self.found.colours
-        if colours.model == "yuv":  # a later frame's own say must not make the models see what no clip shows
-            frame.colorspace, frame.color_range = colours.matrix, 2 if colours.full_range else 1
+        self._recolour(frame)
         self.thumbs.add(frame)
         if self.grey_grid.due(elapsed):
             self.grey.add(frame)
@@ -284,6 +282,12 @@ class Pictures:
         if self.sample_grid.due(elapsed):
             self.sample_jpeg.append(self._jpeg(frame, geometry))
             self.sample_frame.append(n)
+
+    def _recolour(self, frame: VideoFrame) -> None:
+        """A later frame's own say must not make the models see what no clip shows."""
+        colours = self.found.colours
+        if colours.model == "yuv":
+            frame.colorspace, frame.color_range = colours.matrix, 2 if colours.full_range else 1
 
     def counts(self) -> dict[str, int]:
         return {"picture_changes": self.changes} if self.changes else {}
@@ -302,7 +306,7 @@ class Pictures:
         scaler = next((s for a, s in self.scalers if abs(aspect / a - 1) <= SAME_ASPECT), None)
         if scaler is None:  # one a shape, so that all of a clip have one size
             size = fitted(*geometry.size, geometry.sar, self.options.sample_size)
-            scaler = _Scaler(size, "bgr24", geometry, fine=True)
+            scaler = Scaler(size, "bgr24", geometry, fine=True)
             self.scalers.append((aspect, scaler))
 
         quality = [cv2.IMWRITE_JPEG_QUALITY, self.options.jpeg_quality]

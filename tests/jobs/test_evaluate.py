@@ -239,33 +239,32 @@ def test_captions_of_the_monitors_samples_are_found(tmp_path):
     assert [evaluate.caption_of(f) for f in sorted(folder.glob("*.mp4"))] == list(videos)
 
 
-class FakeSystem:
-    """Stands for `jobs.training.system.System`: a 'latent' holds the caption's first letter."""
+def test_a_model_is_sampled_with_the_captions_of_the_real_clips_and_says_how(run, networks, tmp_path, capsys):
+    """As it was trained, by the settings that are printed: the same drawn again by hand, to the byte."""
+    from jobs.training.loop import train
+    from jobs.training.system import load_trained
+    from tests.jobs.test_sample import Silent, recipe
 
-    def __init__(self):
-        self.seeds = []
+    train(recipe(), str(run), tmp_path / "m", monitor=Silent, device="cpu")
+    options = ["--n", "2", "--steps", "2", "--guidance", "1.5", "--seed", "7", "--device", "cpu"]
+    features = ["--features", str(networks / "colours.pt")]
+    model = str(tmp_path / "m")
+    assert evaluate.main(["diffusion", model, "--against", str(run), *features, *options]) == 0
+    out = capsys.readouterr().out
+    assert "seed 7" in out
+    assert "step 20, ema 0.1, sampler dpmpp_2m, steps 2, spacing time, guidance 1.5" in out
+    assert "latents 9×5×4×4" in out
+    protocol = json.loads((tmp_path / "m/eval.json").read_text())["numbers"][0]["protocol"]
+    assert protocol["sampling"]["step"] == 20
 
-    def draw(self, *, steps, guidance, seed):
-        self.seeds.append(seed)
-        return lambda shape, condition: torch.tensor([ord(c) for c in condition]).view(shape)
-
-    def shape(self, count):
-        return (count, 1, 1, 1, 1)
-
-    def condition(self, texts):
-        return [t[0] for t in texts]
-
-    def decode(self, latents):
-        return latents.to(torch.uint8).expand(-1, 2, 4, 4, 3)
-
-
-def test_a_model_is_sampled_with_the_captions_of_the_real_clips():
-    protocol = evaluate.Protocol(2, 8.0, 4, 4, 11, 100, sampling={"steps": 3, "guidance": 1.0})
-    system = FakeSystem()
-    found = list(evaluate.sampled(system, ["ape", "bee", "cat"], protocol))
-    assert [c for _, c in found] == (["ape", "bee", "cat"] * 4)[:11]
-    assert all(int(v[0, 0, 0, 0]) == ord(c[0]) for v, c in found)
-    assert len(set(system.seeds)) == len(system.seeds) == 2
+    args = argparse.Namespace(generated=model, ema=None, device="cpu", steps=2, guidance=1.5, n=3, seed=7)
+    system, how, asked = evaluate.load(args)
+    found = list(evaluate.sampled(system, how, ["ape", "bee"], asked))
+    assert [c for _, c in found] == ["ape", "bee", "ape"]
+    again = load_trained(model, 0.1, "cpu")
+    draw = again.draw(run=again.recipe.run.but(sample_steps=2, guidance=1.5), seed=7)
+    by_hand = again.decode(draw(again.shape(3), again.condition(["ape", "bee", "ape"])))
+    assert torch.equal(torch.stack([v for v, _ in found]), by_hand)
 
 
 @pytest.mark.parametrize(("size", "found"), [("64", (64, 64)), ("96x72", (72, 96)), ("96X72", (72, 96))])

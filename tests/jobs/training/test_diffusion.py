@@ -376,7 +376,7 @@ def test_blocks_are_the_denoisers(run):
         ({"autoencoder": {"kind": "diffusers"}}, "needs autoencoder.path"),
         ({"text": {"kind": "transformers"}}, "needs text.model"),
         ({"text": {"kind": "transformers", "model": "./nothing"}}, "no such folder"),
-        ({"objective": {"schedule": "linear", "shift": 2}}, "linear schedule has none"),
+        ({"objective": {"schedule": "linear", "shift": 2}}, "schedule linear has none"),
         ({"tasks": {"upsampling": 5}}, "does not divide"),
         ({"tasks": {"upsampling": 2}, "data": {"cache": "x"}}, "leave data.cache out"),
         ({"model": {"kind": "video_ldm", "preset": "small"}, "tasks": {"upsampling": 2}}, "cannot be given"),

@@ -1,6 +1,7 @@
 """Packing: micro-batches against exhaustive search, the loader's promises, loss and gradients of each shape alone."""
 
 import itertools
+import logging
 import pickle
 from collections import Counter
 from dataclasses import replace
@@ -13,13 +14,17 @@ from jobs import shard
 from jobs.training.data import Loader
 from jobs.training.diffusion import build
 from jobs.training.distributed import World
+from jobs.training.loop import train
 from jobs.training.packing import _fullest, micro_batches, pack, used
+from jobs.training.parallelize import checkpoint_activations, compile_blocks
 from jobs.training.plan import make_plan
 from jobs.training.recipe import DiffusionRecipe
+from jobs.training.system import build_network, load_trained
 from jobs.training.task import Draws, parts_of
+from models.diffusion.condition import Condition
 from pipeline.shards.reader import ShardReader
 from tests.fixtures.run_folder import make_run_folder
-from tests.fixtures.toy_training import start
+from tests.fixtures.toy_training import Notes, start
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 32, 32), (4, 32, 32), (8, 32, 64), (8, 64, 32)]
@@ -236,3 +241,76 @@ def test_what_cannot_be_packed_is_refused(run):
         build(recipe(model={"kind": "dit", "dim": 32, "depth": 1, "heads": 2}), start(run))
     with pytest.raises(ValueError, match=r"more than data\.tokens 200"):
         build(recipe(data={"tokens": 200}), start(run))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_recipe_begins_with_published_weights_which_a_checkpoint_then_does_without(run, tmp_path):
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    theirs = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=6,
+        out_channels=6,
+        text_dim=16,
+        ffn_dim=48,
+        num_layers=2,
+    )
+    theirs.save_pretrained(tmp_path / "wan/transformer")
+    sizes = {"kind": "sora", "preset": "Wan-1.3B", "dim": 32, "ffn": 48, "heads": 2, "depth": 2}
+    wanted = recipe(
+        model=sizes | {"weights": str(tmp_path / "wan")},
+        run={"steps": 1, "sample_every": 0},
+        optimizer={"lr": 1e-9, "warmup": 0},
+    )
+    train(wanted, run, tmp_path / "out", monitor=Notes, device="cpu")
+    (tmp_path / "wan").rename(tmp_path / "gone")
+    trained = load_trained(str(tmp_path / "out"), 0, "cpu").network.denoiser
+    assert torch.allclose(trained.out.weight, theirs.proj_out.weight, atol=1e-6)
+    assert torch.allclose(trained.blocks[1].cross.q.weight, theirs.blocks[1].attn2.to_q.weight, atol=1e-6)
+    train(
+        wanted.model_copy(update={"run": wanted.run.model_copy(update={"steps": 2})}),
+        run,
+        tmp_path / "out",
+        monitor=Notes,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def graphs():
+    """How many torch.compile has made since the test began."""
+    logging.getLogger("torch.__trace").propagate = False
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.compiler.set_default_backend("eager")
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.compiler.set_default_backend(None)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def test_packed_blocks_compile_to_a_few_graphs_whatever_the_composition(graphs):
+    """Each is one graph (a break would be an error); compositions that come later need none of their own."""
+    network, plain = (stirred(build_network(recipe(), 4, None)).float().denoiser for _ in range(2))
+    plain.load_state_dict(network.state_dict())
+    checkpoint_activations(network.blocks, "full")
+    compile_blocks(network.blocks)
+    made, generator = [], torch.Generator().manual_seed(0)
+    for samples in ((1, 1, 0), (2, 0, 3), (0, 2, 1), (4, 5, 6), (1, 1, 1), (3, 1, 0), (1, 7, 2)):
+        shapes = [(n, 4, *s) for n, s in zip(samples, ((1, 4, 4), (2, 4, 6), (3, 6, 4)), strict=True) if n]
+        z = [torch.randn(shape, generator=generator) for shape in shapes]
+        level = [torch.rand(len(x), generator=generator) for x in z]
+        told = [
+            Condition(
+                torch.randn(len(x), 5, 16, generator=generator), torch.rand(len(x), 5) < 0.7, x, x[:, :1]
+            )
+            for x in z
+        ]
+        for a, b in zip(network.packed(z, level, told), plain.packed(z, level, told), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            a.square().sum().backward(retain_graph=True)
+        made.append(graphs())
+    assert 0 < made[2] <= 6
+    assert made[-1] == made[2]

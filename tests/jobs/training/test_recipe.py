@@ -65,3 +65,36 @@ def test_a_recipe_for_training_is_told_from_one_for_curation(tmp_path):
         load_either(str(tmp_path / "h.yaml"))
     with pytest.raises(RecipeError, match=r"did you mean 'dit-xl'\?"):
         load_either("dit_xl")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("run.sampler=dpm++", "sampler 'dpm++' is none of auto, ancestral"),
+        ("run.sampler_options={eta: 1}", "sampler auto has no option 'eta'"),
+        ("run.features=inception", "feature network 'inception' is none of"),
+        ("run.frechet=1", "give 0 for none, or 2 or more"),
+        ("run.guidance_interval=[0.8, 0.2]", "the lower one first"),
+        ("model.attention=factorized", "'full', 'factorised' or 'alternating'"),
+        ("model.dim=abc", "valid integer"),
+        ("model.depth=1.5", "valid integer"),
+        ("model.heads=0", "give numbers above 0"),
+        ("model.qk_norm=7", "valid boolean"),
+        ("model.text_width=5", "dit takes no 'text_width'"),
+        ("objective.shift=0", "greater than 0"),
+        ("objective={schedule: cosine, shift: auto}", "shift auto is of schedule flow"),
+        ("objective={schedule: scaled_linear, shift: 2}", "scaled_linear has none"),
+    ],
+)
+def test_a_wrong_value_is_refused_when_the_recipe_is_read(change, says):
+    with pytest.raises(RecipeError) as told:
+        load_training("small", [change])
+    assert says in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", bundled(TRAINING))
+def test_the_options_of_a_network_are_what_its_build_takes(name):
+    recipe = load_training(name)
+    again = type(recipe).model_validate(recipe.model_dump(mode="json"))  # as a checkpoint keeps it
+    assert again.model_dump(mode="json") == recipe.model_dump(mode="json")

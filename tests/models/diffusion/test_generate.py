@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 from models.diffusion.condition import Condition
-from models.diffusion.generate import cascade, drawer, extend, interpolate, key_places, upsample, with_known
+from models.diffusion.generate import (
+    cascade,
+    drawer,
+    extend,
+    extend_frames,
+    interpolate,
+    interpolate_frames,
+    key_places,
+    upsample,
+    with_known,
+)
 from models.diffusion.noise import Cosine
 from models.diffusion.objective import Process
 from models.diffusion.samplers import SAMPLERS, ancestral, dpmpp_2m
@@ -164,6 +174,80 @@ def test_interpolated_frames_have_the_autocorrelation_of_the_process():
         assert (moment(video, lag) - RHO**lag).abs().max() < tolerance
     steps = (video.diff(dim=2) ** 2).mean((0, 1, 3, 4))
     torch.testing.assert_close(steps, torch.full_like(steps, 2 * (1 - RHO)), rtol=tolerance, atol=0)
+
+
+def test_windows_hold_as_many_key_frames_as_they_can_and_what_they_share_is_drawn_once():
+    """Eight steps in windows of three: the last begins earlier, and its frames that are not new are dropped."""
+    seen = []
+
+    def noting(shape, condition):
+        seen.append(condition.known_mask.flatten().nonzero().flatten().tolist())
+        return straight(shape, condition)
+
+    keys = torch.arange(9.0).reshape(1, 1, 9, 1, 1) * 2
+    video = interpolate(noting, keys, 2, 8, PLAIN)
+    assert seen == [[0, 2, 4, 6]] * 3
+    assert video.flatten().tolist() == list(range(17))
+
+
+class Joining:
+    """A causal 'autoencoder' whose latent of s frames is their mean, but the first frame's: that frame."""
+
+    def __init__(self, joined):
+        self.joined = joined
+
+    def encode(self, frames):  # B T → B 1 T' 1 1
+        first, rest = frames[:, :1], frames[:, 1:].unflatten(1, (-1, self.joined)).mean(2)
+        return torch.cat([first, rest], dim=1)[:, None, :, None, None]
+
+    def decode(self, z):  # rising by 1 within a latent
+        z = z[:, 0, :, 0, 0]
+        within = torch.arange(self.joined) - (self.joined - 1) / 2
+        return torch.cat([z[:, :1], (z[:, 1:, None] + within).flatten(1)], dim=1)
+
+
+@pytest.mark.parametrize(("given", "context"), [(1, 2), (6, 2), (9, 1), (9, 3)])
+def test_under_a_causal_autoencoder_a_block_is_told_what_a_clip_that_begins_there_encodes_to(given, context):
+    """Frames 0, 1, 2, …: all of those given are in the result, and every block goes on by the same law."""
+    s, code, told = 4, Joining(4), []
+
+    def rising(shape, condition):
+        """Goes on from known latents, whose times are 0, then (s + 1)/2, then s more each."""
+        mask = condition.known_mask[0, 0, :, 0, 0].bool()
+        assert mask[: int(mask.sum())].all()
+        told.append(condition.known[0, 0, mask, 0, 0].tolist())
+        times = torch.cat([torch.zeros(1), (s + 1) / 2 + s * torch.arange(shape[2] - 1.0)])
+        return (condition.known[:, :, :1] + times.reshape(1, 1, -1, 1, 1)).clone()
+
+    first = torch.arange(float(given))[None]
+    video = extend_frames(rising, code.encode, code.decode, first, 40, (1, 1, 5, 1, 1), context, s, PLAIN)
+    assert video.tolist() == [list(range(40))]
+    k = min(context, 1 + (given - 1) // s)
+    begin = given - 1 - (k - 1) * s
+    assert told[0] == [begin, *(begin + (s + 1) / 2 + s * i for i in range(k - 1))]
+    assert all(len(x) == min(context, 1 + 19 // s) for x in told[1:])
+
+
+def test_under_a_causal_autoencoder_key_frames_are_told_by_their_own_latents_at_the_places_they_lie_in():
+    s, factor, code, seen = 2, 2, Joining(2), []
+
+    def between(shape, condition):
+        mask, held = (
+            m[0, 0, :, 0, 0].nonzero().flatten().tolist() for m in (condition.known_mask, condition.held)
+        )
+        seen.append((mask, held))
+        at = condition.known[0, 0, mask, 0, 0]
+        times = np.array(
+            [0.0, *(1.5 + s * np.arange(shape[2] - 1))]
+        )  # of frames that a latent is the mean of
+        where = [0.0, *(s * np.array(mask[1:]))]  # of the key frames: the last of each latent
+        x = np.interp(times, where, at.numpy())
+        return torch.from_numpy(x).float().reshape(shape)
+
+    keys = torch.arange(6.0)[None] * 4
+    video = interpolate_frames(between, code.encode, code.decode, keys, factor, (1, 1, 5, 1, 1), s, PLAIN)
+    assert seen == [([0, 2, 4], [0])] * 3
+    assert video.tolist() == [list(range(21))]
 
 
 def test_a_window_without_two_key_frames_is_refused():

@@ -5,13 +5,14 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models.diffusion.condition import Condition
-from models.diffusion.guidance import classifier_free, reconstruction, renoised, replacement, shrink
+from models.diffusion.guidance import classifier_free, reconstruction, replacement
 from models.diffusion.noise import Cosine, Flow, Linear, over
 from models.diffusion.objective import Process, of
-from models.diffusion.samplers import SAMPLERS, ancestral, heun, timesteps
+from models.diffusion.samplers import SAMPLERS, ancestral, heun, normal, timesteps
 
 F64 = torch.float64
 MEAN, SPREAD = 0.8, 0.5  # of x with a text; without, N(0, SPREAD²)
@@ -186,7 +187,7 @@ def test_reconstruction_of_a_low_resolution_corrects_by_the_transposed_observati
     def denoise(z, t):
         return flat(z.flatten(1), t).view_as(z)
 
-    guided = reconstruction(denoise, schedule, low, partial(shrink, factor=2), w)(z, t)
+    guided = reconstruction(denoise, schedule, low, partial(F.avg_pool3d, kernel_size=(1, 2, 2)), w)(z, t)
     alpha, sigma = schedule(t[0])
     J = jacobian(cov, alpha, sigma)
     x = z.flatten(1) @ J.T
@@ -243,6 +244,17 @@ def propagated(w, corrections, schedule):
         for _ in range(corrections):
             affine(1 - 0.1 / 2, 0.1 / 2 * as_, *x_tilde(i + 1), math.sqrt(0.1) * ss)
     return mean, math.sqrt(variance)
+
+
+def renoised(denoise, schedule, known, mask, generator):
+    """The known part of z drawn anew from q(z | known) for each evaluation (Ho et al. 2022, sec. 3.1)."""
+
+    def fresh(z, t):
+        alpha, sigma = schedule(t)
+        again = over(alpha, z) * known + over(sigma, z) * normal(z, generator)
+        return denoise(torch.where(mask.bool(), again, z), t)
+
+    return fresh
 
 
 @pytest.mark.parametrize(("w", "corrections"), PUBLISHED)

@@ -1,0 +1,126 @@
+"""The pictures of a video as they are shown, in a size of one's own: read as `decode` reads a source, kept in memory.
+
+So a video that somebody hands in looks as the clips look that were cut from one: deinterlaced, cropped as its
+container says, upright, in square pixels, HDR brought to BT.709.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from pipeline.geometry import Geometry
+from pipeline.recipe import Decode
+from pipeline.split.clock import Clock
+from pipeline.split.cropping import Crop, container_crop
+from pipeline.split.decode import Reader
+from pipeline.split.opening import DecodeError, check_limits, opened, video_stream
+from pipeline.split.pictures import Pictures, Scaler
+
+Size = tuple[int, int]  # height, width
+
+
+@dataclass(frozen=True)
+class Shown:
+    """pictures: uint8 [T, H, W, 3] RGB. fps: of them, a second; of a file's own frames, their mean rate."""
+
+    pictures: np.ndarray
+    fps: float
+
+
+def read(
+    path: str, size: Callable[[float], Size], fps: float | None = None, most: int | None = None
+) -> Shown:
+    """The frames of a video from its first one on.
+
+    Args:
+        size: of the pictures, by the aspect (width ÷ height) in which they are shown; they are scaled to cover it and
+            cropped at the centre.
+        fps: what is seen so often a second while the video lasts; none: every frame, once.
+        most: frames to read.
+
+    Raises DecodeError where nothing can be decoded.
+    """
+    options = Decode()
+    with opened(path, options) as container:
+        stream = video_stream(container, options)
+        check_limits(stream.width, stream.height, None, options)
+        time_base = stream.time_base or Fraction(1, 90000)
+        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        step = max(1, round(1 / (rate * time_base)))
+        clock = Clock(step, max(1, round(1 / time_base)))
+        reader = Reader(container, stream, lambda: None)
+        seen: _Seen | None = None
+        duration = 0
+        for n, frame in enumerate(reader.frames()):
+            if seen is None:
+                nth = list(container.streams.video).index(stream)
+                crop = container_crop(path, container.format.name, nth, (frame.width, frame.height))
+                between = 1 / (Fraction(fps).limit_denominator(1001) * time_base) if fps else None
+                seen = _Seen(frame, stream, time_base, options, crop, size, between)
+            clock.read(frame.pts, frame.dts)
+            duration = frame.duration
+            seen.add(n, frame, clock.elapsed)
+            if most is not None and len(seen.shown) >= most:
+                break
+        if seen is None:
+            raise DecodeError(f"no frame can be decoded{reader.reason()}; the file is damaged or incomplete")
+        seen.end()
+        seen.until(clock.elapsed + (duration or step))
+    pictures = np.stack(seen.shown[:most])
+    if fps is None:
+        n = len(clock.stamps)
+        fps = float((n - 1) / (clock.elapsed * time_base) if clock.elapsed else rate)
+    return Shown(pictures, fps)
+
+
+class _Seen(Pictures):
+    """What is seen at evenly spaced times, `between` ticks apart, or every frame where that is none."""
+
+    def __init__(
+        self,
+        first: Any,
+        stream: Any,
+        time_base: Fraction,
+        options: Decode,
+        crop: Crop,
+        size: Callable[[float], Size],
+        between: Fraction | None,
+    ):
+        super().__init__(first, stream, time_base, options, crop)
+        self.size, self.between = size(self.found.aspect), between
+        self.shown: list[np.ndarray] = []
+        self.latest: np.ndarray | None = None
+        self.fitted: dict[float, Scaler] = {}
+
+    def until(self, elapsed: int) -> None:
+        """The latest picture is shown up to this tick."""
+        while (
+            self.between is not None
+            and self.latest is not None
+            and round(len(self.shown) * self.between) < elapsed
+        ):
+            self.shown.append(self.latest)
+
+    def _keep(self, n: int, frame: Any, elapsed: int, geometry: Geometry) -> None:
+        self._recolour(frame)
+        self.until(elapsed)
+        self.latest = self._cropped(frame, geometry)
+        if self.between is None:
+            self.shown.append(self.latest)
+
+    def _cropped(self, frame: Any, geometry: Geometry) -> np.ndarray:
+        """Scaled to cover the size, uint8 [H, W, 3]."""
+        height, width = self.size
+        if geometry.aspect not in self.fitted:
+            wide, high = geometry.size[0] * geometry.sar, geometry.size[1]  # in square pixels
+            scale = max(width / wide, Fraction(height, high))
+            covering = max(width, round(wide * scale)), max(height, round(high * scale))
+            self.fitted[geometry.aspect] = Scaler(covering, "rgb24", geometry, fine=True)
+        picture = self.fitted[geometry.aspect].upright(frame)
+        top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
+        return picture[top : top + height, left : left + width]

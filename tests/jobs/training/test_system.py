@@ -1,0 +1,86 @@
+"""From a recipe to samples: every option of sampling is reached, and times follow the shape."""
+
+import math
+
+import pytest
+import torch
+
+from jobs.training.recipe import DiffusionRecipe
+from jobs.training.system import build_system
+from tests.jobs.training.test_diffusion import stirred
+
+CPU = torch.device("cpu")
+
+
+def recipe(**sections) -> DiffusionRecipe:
+    return DiffusionRecipe.model_validate(
+        {
+            "name": "t",
+            "data": {"buckets": [{"frames": 3, "height": 32, "width": 32}]},
+            "autoencoder": {"kind": "dct", "patch": 8, "keep": 3},
+            "text": {"kind": "words", "length": 16, "width": 16, "depth": 1},
+            "model": {"kind": "dit", "dim": 32, "depth": 1, "heads": 2},
+            "run": {"sample_steps": 4},
+        }
+        | sections
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {"sampler": "heun"}),
+        ({}, {"sample_steps": 5}),
+        ({}, {"spacing": "logsnr"}),
+        ({}, {"guidance": 1.0}),
+        ({}, {"guidance_interval": (0.0, 0.5)}),
+        ({}, {"guidance_rescale": 1.0}),
+        ({"sampler": "ancestral"}, {"sampler_options": {"gamma": 1.0}}),
+        ({"sampler": "ancestral"}, {"sampler_options": {"corrections": 1}}),
+        ({"sampler": "predictor_corrector"}, {"sampler_options": {"gamma": 1.0}}),
+        ({"sampler": "predictor_corrector"}, {"sampler_options": {"delta": 0.3}}),
+        ({"sampler": "ddim"}, {"sampler_options": {"eta": 1.0}}),
+    ],
+    ids=str,
+)
+def test_every_option_of_sampling_is_reached_from_the_recipe(first, second):
+    system = build_system(recipe(), CPU)
+    stirred(system.network).eval()
+
+    def drawn(**options):
+        run = system.recipe.run.but(**options)
+        return system.draw(run=run, seed=1)(system.shape(1), system.condition(["waves"]))
+
+    assert torch.equal(drawn(**first), drawn(**first))
+    assert (drawn(**first) - drawn(**first, **second)).abs().max() > 1e-3
+
+
+def test_options_of_one_sampler_are_not_another_ones():
+    run = recipe(run={"sampler": "ancestral", "sampler_options": {"gamma": 0.5}}).run
+    assert run.but(sampler="heun").sampler_options == {}
+    assert run.but(guidance=1).sampler_options == {"gamma": 0.5}
+    with pytest.raises(ValueError, match="sampler heun has no option 'gamma': it has no options"):
+        run.but(sampler="heun", sampler_options={"gamma": 0.5})
+
+
+def test_the_automatic_shift_is_open_sora_2s_for_each_shape():
+    """α (1, 256 tokens) = 1, α (1, 4096 tokens) = 3, linear between, times √T; in training as in sampling."""
+    system = build_system(recipe(objective={"shift": "auto"}), CPU)
+    u = torch.tensor([0.1, 0.5, 0.9])
+    for (t, h, w), alpha in (
+        ((1, 32, 32), 1.0),
+        ((1, 128, 128), 3.0),
+        ((9, 64, 64), 3 * (1 + 2 * 768 / 3840)),
+    ):
+        found = system.shifted(u, (3, 9, t, h, w))
+        torch.testing.assert_close(found, alpha * u / (1 + (alpha - 1) * u))
+        assert found.dtype == torch.float32
+    asked = []
+    system.network.predict = lambda z, level, condition: asked.append(level) or torch.zeros_like(z)
+    network = lambda call, *args: system.network.predict(*args)  # noqa: E731
+    run = system.recipe.run.but(sampler="euler", guidance=0.0)
+    system.draw(network, run=run)(system.shape(1), system.condition(["x"], system.network))
+    alpha = math.sqrt(3) * (1 + 2 * (4 - 256) / 3840)
+    t = torch.tensor([1, 0.75, 0.5, 0.25])
+    t = alpha * t / (1 + (alpha - 1) * t)
+    torch.testing.assert_close(torch.cat(asked), system.process.level(t))
