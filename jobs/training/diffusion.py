@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jobs.training.checkpoint import CheckpointError
 from jobs.training.data import Loader, build_loader, check_cache
+from jobs.training.exported import CheckpointError
 from jobs.training.frechet import FrechetInLoop
 from jobs.training.recipe import DiffusionRecipe, Tasks, TrainRecipe
 from jobs.training.system import (
@@ -167,6 +167,8 @@ class Diffusion(Task):
         self.system, self.recipe, self.loader, self.start = system, system.recipe, loader, start
         self.frechet: FrechetInLoop | None = None  # made when it is first asked for
         self.phases = [Phase.of("diffusion", system.network, self.recipe.optimizer)]
+        if self.recipe.model.options().get("spatial") and not self.recipe.start:
+            self.phases[0].published = ("denoiser.spatial.",)
 
     def loss(self, phase: str, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
         """Clips and the images beside them go through the network one after the other.

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.training.checkpoint import load_model
 from jobs.training.distributed import device_of
+from jobs.training.exported import load_model
 from jobs.training.recipe import Autoencoder as AutoencoderRecipe
 from jobs.training.recipe import Bucket, DiffusionRecipe, Objective, Run, Tasks, import_spec
 from jobs.training.recipe import Text as TextRecipe
@@ -297,7 +297,7 @@ def build_autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> Autoen
         if "vae" not in trained.weights:
             raise ValueError(f"autoencoder.path {recipe.path} holds no autoencoder: train one, trains: vae")
         found = build(**trained.state["vae"])
-        found.load_state_dict(trained.weights["vae"])
+        trained.load_into(found, "vae")
     return found.to(device).requires_grad_(False).eval()
 
 
@@ -409,7 +409,7 @@ def load_trained(folder: str, ema: float | None, device: str | None) -> System:
         trained = load_model(Path(folder), ema)
     system = load_system(trained.state, device_of(device))
     system.step, system.ema = trained.step, ema
-    system.network.load_state_dict(trained.weights["diffusion"])
+    trained.load_into(system.network, "diffusion")
     system.network.eval()
     return system
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from jobs import shard
+from jobs.encode import encode
 from jobs.training.data import Loader
 from jobs.training.diffusion import build
 from jobs.training.distributed import World
@@ -216,6 +217,27 @@ def test_packed_loss_and_gradients_are_those_of_each_shape_alone(run, weighting)
         assert (p.grad is None) == (gradients[name] is None), name
         if p.grad is not None:
             assert torch.allclose(p.grad, gradients[name], rtol=0, atol=1e-10), name
+
+
+def test_packed_from_a_cache_is_packed_from_pixels(run, tmp_path):
+    """To what float16 keeps of latents."""
+    encode(run, recipe(), str(tmp_path))
+    from_pixels, pixels = build(recipe(), start(run))
+    from_cache, cached = build(recipe(data={"cache": str(tmp_path)}), start(run))
+    from_pixels.system.normalizer = from_cache.system.normalizer
+    networks = [stirred(task.system.network).float() for task in (from_pixels, from_cache)]
+    assert pixels.epoch_length == cached.epoch_length
+    for number in range(3):
+        a, b, draws = pixels.batch(number), cached.batch(number), Draws(0, number, CPU)
+        assert len(parts_of(a)) == len(parts_of(b))
+        assert [(len(x["key"]), "mean" in x) for x in parts_of(b)] == [
+            (len(x["key"]), True) for x in parts_of(a)
+        ]
+        tasks = (from_pixels, networks[0], a), (from_cache, networks[1], b)
+        found = [task.loss("diffusion", network, batch, draws) for task, network, batch in tasks]
+        assert from_pixels.tokens(a) == from_cache.tokens(b)
+        assert a["key"] == b["key"]
+        torch.testing.assert_close(found[0].each, found[1].each, rtol=5e-3, atol=5e-3)
 
 
 def test_every_micro_batch_has_its_tokens_and_operations_counted(run):
