@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -50,16 +50,27 @@ class Spans(NamedTuple):
 
     offsets: Tensor  # int32 [S + 1]: the beginnings, then the end of the last
     longest: int
+    ends: tuple[int, ...]  # the same as `offsets`, on the host
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | None = None) -> Spans:
-        offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(offsets.to(device), max(lengths))
+        return cls._at((0, *accumulate(lengths)), device)
+
+    @classmethod
+    def _at(cls, ends: tuple[int, ...], device: torch.device | None) -> Spans:
+        longest = max(b - a for a, b in pairwise(ends))
+        return cls(torch.tensor(ends, dtype=torch.int32).to(device), longest, ends)
 
     def between(self, start: int, stop: int) -> Spans:
         """Those of the places from start to stop; of a document that lies elsewhere nothing is left."""
-        offsets = self.offsets.clamp(start, stop) - start
-        return Spans(offsets, min(self.longest, stop - start))
+        ends = tuple(min(max(x, start), stop) - start for x in self.ends)
+        return self._at(ends, self.offsets.device)
+
+
+def owners(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """Which document each place belongs to, int64 [sum of lengths]."""
+    each = torch.arange(len(lengths), device=device)
+    return each.repeat_interleave(torch.tensor(lengths, device=device), output_size=sum(lengths))
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +120,7 @@ class Mask:
         sides = []
         for lengths in (queries, keys):
             if lengths is not None:
-                each = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
-                sides.append(Tokens(each, spans=Spans.of(lengths, device)))
+                sides.append(Tokens(owners(lengths, device), spans=Spans.of(lengths, device)))
         return cls(sides[0], sides[-1])
 
     @classmethod
@@ -250,9 +260,9 @@ def _by_kernel(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans) -> 
 
 
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, kernel: Kernel) -> Tensor:
-    """Document by document, which costs no padding either; for hosts, that know the offsets without waiting."""
+    """Document by document, which costs no padding either."""
     kernel = "auto" if kernel == "varlen" else kernel
-    spans = zip(pairwise(queries.offsets.tolist()), pairwise(keys.offsets.tolist()), strict=True)
+    spans = zip(pairwise(queries.ends), pairwise(keys.ends), strict=True)
     return torch.cat(
         [
             attend(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], kernel=kernel) if c < d else q[:, :, a:b] * 0.0

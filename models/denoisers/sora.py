@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from models.attention import CrossAttention, Mask, QKNorm, Rotary, SelfAttention
+from models.attention import CrossAttention, Mask, QKNorm, Rotary, SelfAttention, owners
 from models.denoisers import wan
 from models.denoisers.conditions import (
     Caption,
@@ -203,17 +204,25 @@ def _lay_out(
 ) -> tuple[Tensor | None, Layout]:
     """The texts without their padding, [1, L, W], and where all lies."""
     lengths = [grid[1:].numel() for grid in grids for _ in range(grid[0])]
-    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
+    owner = owners(lengths, device)
     tokens = Mask.documents(lengths, device=device)
     captions = [(text, mask) for text, mask in texts if text is not None]
     if not captions:
         return None, Layout(owner, tokens)
-    there = [
-        text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask for text, mask in captions
-    ]
-    words = torch.cat([mask.sum(1) for mask in there]).tolist()  # waits for the device, once a pass
-    text = torch.cat([text[mask] for (text, _), mask in zip(captions, there, strict=True)])[None]
+    kept = [_without_padding(text, mask) for text, mask in captions]
+    words = [n for _, each in kept for n in each]
+    text = torch.cat([text for text, _ in kept])[None]
     return text, Layout(owner, tokens, Mask.documents(lengths, words, device))
+
+
+def _without_padding(text: Tensor, mask: Tensor | None) -> tuple[Tensor, list[int]]:
+    """[B, L, W] → [tokens, W] and how many each row has, for which it waits for the device.
+
+    On shapes alone (a fake tensor) there is no padding to be known.
+    """
+    if mask is None or isinstance(mask, FakeTensor):
+        return text.flatten(0, 1), [text.shape[1]] * len(text)
+    return text[mask], mask.sum(1).tolist()
 
 
 class Block(nn.Module):
