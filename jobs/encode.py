@@ -107,7 +107,7 @@ def encode(
     from pipeline.shards import latents
 
     reader = clips_of(recipe, run)
-    system = build_system(recipe, device_of(device))
+    system = build_system(recipe, device_of(device), fresh=False)
     assert reader.shapes is not None
     positions = [int(np.prod(latent_shape(system.autoencoder, *shape))) for shape in reader.shapes]
     parts = latents.plan(reader, [4 * system.autoencoder.channels * n for n in positions], clips, copies)

@@ -65,7 +65,7 @@ LEAST = {"n": 1, "context": 1, "steps": 1, "frames": 1, "times": 0}
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
-    from jobs.training.checkpoint import CheckpointError
+    from jobs.training.exported import CheckpointError
     from models.hub import MissingModel
     from pipeline.io.ffmpeg import FFmpegError
 

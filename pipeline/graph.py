@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from pipeline.caption.captioner import caption_stages
+from pipeline.caption.captioner import CaptionStage, caption_stages
 from pipeline.caption.choose import ChooseStage
 from pipeline.caption.judge import judge_stages
 from pipeline.decide.columns import check_choice, check_rules, check_scores, scores_asked
@@ -15,6 +15,7 @@ from pipeline.io.store import Store
 from pipeline.layers import layers
 from pipeline.own_stage import placed
 from pipeline.recipe import Recipe, RecipeError, nearest, parse
+from pipeline.recipe_captions import FuseCaptioner
 from pipeline.recipe_file import dotted
 from pipeline.score.aesthetic import AestheticStage
 from pipeline.score.signature import SignatureStage
@@ -70,6 +71,8 @@ def check(recipe: Recipe, out: Store | str = "") -> list[Stage]:
         partial(check_rules, recipe.decide.rules, schema),
         partial(_check_resources, recipe, names),
     ]
+    if had.known:
+        checks.append(partial(_check_fused, stages, _named("caption:", had.stages)))
     captioners = _named("caption:", [*names, *had.stages])
     if captioners and had.known:
         scores = ["consensus", *_named("judge:", [*names, *had.stages])]
@@ -117,6 +120,26 @@ def _had(out: Store | str) -> Had:
     except RecipeError:  # code of the user's own that is gone, an older recipe
         had.known = False
     return had
+
+
+def _check_fused(stages: Sequence[Stage], there: Iterable[str]) -> None:
+    """Raise RecipeError where a captioner fuses those of one that is neither before it nor in the run.
+
+    Args:
+        there: captioners of the run.
+    """
+    before = list(there)
+    for stage in stages:
+        if not isinstance(stage, CaptionStage):
+            continue
+        for name in stage.section.of if isinstance(stage.section, FuseCaptioner) else ():
+            others = [n for n in before if n != stage.model]
+            if name not in others:
+                raise RecipeError(
+                    f"captioner {stage.model!r}: of: no captioner {name!r} before it{nearest(name, others)}; there "
+                    f"{'are' if len(others) > 1 else 'is'} {', '.join(others) or 'none'}"
+                )
+        before.append(stage.model)
 
 
 def _check_resources(recipe: Recipe, names: Sequence[str]) -> None:

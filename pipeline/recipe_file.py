@@ -362,10 +362,11 @@ def _length(annotation: Any, node: dict[str, Any], keys: list[str], value: Any) 
 # ---------------------------------------------------------------- what is said of mistakes
 
 
-# pydantic's names of what is to be a list or a mapping, in YAML's words
+# pydantic's names of what is to be a text, a list or a mapping, in YAML's words
 SHAPES = {
     "tuple_type": "should be a list: write it in [ ]",
     "list_type": "should be a list: write it in [ ]",
+    "string_type": "should be a text: put it in quotes",
     "dict_type": "should be a mapping: write it in { }",
 }
 

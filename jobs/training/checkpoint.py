@@ -2,33 +2,55 @@
 
     OUT/checkpoints/step-00001000/          torch.distributed.checkpoint, meta.json, task.pt
     OUT/checkpoints/step-00002000.partial/  being written, or left by a killed run: never read
-    OUT/model.safetensors, OUT/model.json   the newest weights, to use without the run
-    OUT/ema/00001000.safetensors            averages of the weights, from which `load_model` makes any length
+    OUT/checkpoints/step-00003000.broken/   found damaged by a later start: never read
+    OUT/lock                                held by the training that writes here
 
-A folder gets its name when everything in it is on disk, so the last good checkpoint is the last by name.
+A folder gets its name when everything in it is on disk, so the last good checkpoint is the last by name. It holds
+what is trained; what is frozen is kept beside it once (exported.py).
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
+import os
+import pickle
 import re
 import shutil
+import socket
+import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from jobs.training.distributed import World
+from jobs.training.exported import (
+    CheckpointError,
+    export,
+    publish,
+    read_meta,
+    remove,
+    snapshots_of,
+    stored_shapes,
+)
 from jobs.training.task import Phase
-from models.ema import PowerEMA, Profile, combination
-from pipeline.io.store import fsync
+from models.ema import PowerEMA
+from pipeline.faults import one_line
 
 SNAPSHOTS = 32  # averages kept on disk at most, about evenly spread over training
 FREE = (  # what a resumed run may have otherwise: how long, and how the same numbers are computed
@@ -47,10 +69,6 @@ _NAME = re.compile(r"step-(\d{8,})")
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used or written; one sentence with the fix."""
-
-
 # ---------------------------------------------------------------- which there are
 
 
@@ -63,15 +81,90 @@ def checkpoints(out: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """{'step', 'micro', 'recipe', 'loader', 'ranks'} of a checkpoint."""
-    return json.loads((folder / "meta.json").read_text())
-
-
 def read_task(folder: Path) -> dict[str, Any]:
     """`Task.state()` of a checkpoint."""
     found: dict[str, Any] = torch.load(folder / "task.pt", weights_only=True)
     return found
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint: a file that is missing, cut off or unreadable; None where it is whole."""
+    try:
+        meta = read_meta(folder)
+        if missing := {"step", "recipe", "loader"} - meta.keys():
+            return f"meta.json is without {', '.join(sorted(missing))}"
+        read_task(folder)
+        metadata = dcp.FileSystemReader(folder).read_metadata()
+        ends: dict[str, int] = {}
+        for place in (metadata.storage_data or {}).values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for name, end in ends.items():
+            if (size := (folder / name).stat().st_size) < end:
+                return f"{name} has {size:,} of {end:,} bytes"
+    except FileNotFoundError as e:
+        return f"{Path(str(e.filename)).name} is missing"
+    except (OSError, ValueError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as e:
+        return one_line(e)
+    return None
+
+
+def newest(out: Path) -> int | None:
+    """Step of the last checkpoint that is whole; damaged ones get another name, with a sentence on stderr.
+
+    Raises CheckpointError where all are damaged.
+    """
+    found, said = checkpoints(out), ""
+    for step, folder in reversed(found.items()):
+        what = damage(folder)
+        if what is None:
+            if said:
+                print(f"clipmill train: {said}; going on from step {step}", file=sys.stderr, flush=True)
+            return step
+        said = f"{said}; {folder} is damaged: {what}".removeprefix("; ")
+    if found:
+        raise CheckpointError(f"{said}; none before it is whole: give another --out, or bring one back")
+    return None
+
+
+def set_aside(out: Path, step: int) -> None:
+    """Give the checkpoints after a step, which are damaged, a name that is never read."""
+    for at, folder in checkpoints(out).items():
+        if at > step:
+            aside = folder.with_name(folder.name + ".broken")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.replace(aside)
+
+
+@contextlib.contextmanager
+def lock(out: Path, world: World) -> Iterator[None]:
+    """Inside, this training alone writes to `out`. The lock is the first rank's, and ends with its process.
+
+    Raises CheckpointError, on all ranks, where another has it.
+    """
+    file, holder = None, None
+    if world.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / "lock").open("a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: its children do not hold it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        except OSError as e:
+            if e.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            file.seek(0)
+            holder = file.read() or "another process"
+    holder = world.gather(holder)[0]
+    try:
+        if holder:
+            raise CheckpointError(
+                f"{out} is being trained into by {holder}: wait for it, end it, or give another --out"
+            )
+        yield
+    finally:
+        if file:
+            file.close()
 
 
 def difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
@@ -96,43 +189,44 @@ def _flat(x: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def tensors(phases: Iterable[Phase], averages: Mapping[str, PowerEMA]) -> dict[str, Tensor]:
-    """All of it by name: model/…, ema/…, optimizer/…; not copied. Phases may be sharded."""
+    """All that is trained, by name: model/…, ema/…, optimizer/…; not copied. Phases may be sharded."""
     found: dict[str, Tensor] = {}
+    trained = StateDictOptions(ignore_frozen_params=True)
     for phase in phases:
-        found |= {f"model/{phase.name}/{name}": x for name, x in phase.module.state_dict().items()}
-        names = {id(p): name for name, p in phase.module.named_parameters()}
-        for p, values in phase.optimizer.state.items():
-            found |= {
-                f"optimizer/{phase.name}/{names[id(p)]}/{key}": torch.as_tensor(x)
-                for key, x in values.items()
-            }
+        weights: Any = get_model_state_dict(phase.module, options=trained)
+        found |= {f"model/{phase.name}/{name}": x for name, x in weights.items()}
+        if phase.optimizer.state:  # asked earlier, torch would make one up and count a step
+            for name, values in moments(phase).items():
+                found |= {f"optimizer/{phase.name}/{name}/{key}": x for key, x in values.items()}
     for phase_name, ema in averages.items():
         for length, average in ema.averages.items():
             found |= {f"ema/{phase_name}/{length}/{name}": x for name, x in average.items()}
     return found
 
 
+def moments(phase: Phase) -> dict[str, dict[str, Tensor]]:
+    """A parameter's name → what its optimizer knows of it; made up, as of no step, where it knows nothing."""
+    found: Any = get_optimizer_state_dict(phase.module, phase.optimizer)["state"]
+    return {n: {key: torch.as_tensor(x) for key, x in values.items()} for n, values in found.items()}
+
+
 def restore(folder: Path, phases: Iterable[Phase], averages: Mapping[str, PowerEMA], world: World) -> None:
-    """Read a checkpoint into phases and averages, made and spread as they will be used.
+    """Read a checkpoint into phases and averages, made and parallelized as they will be used.
 
     Raises CheckpointError where the model is another one.
     """
-    stored = _stored(folder)
+    stored = stored_shapes(folder)
     phases = list(phases)
-    state = tensors(phases, averages)
-    fresh: dict[str, dict[int, dict[str, Tensor]]] = {}  # phase → place in the optimizer → moments
-    for phase in phases:
-        names = {id(p): name for name, p in phase.module.named_parameters()}
-        trained = [p for group in phase.optimizer.param_groups for p in group["params"]]
-        for place, p in enumerate(trained):
-            start = f"optimizer/{phase.name}/{names[id(p)]}/"
-            for key in [k for k in stored if k.startswith(start)]:
-                alike = stored[key].shape == p.shape  # and then sharded like it
-                state[key] = torch.empty_like(
-                    p.detach() if alike else stored[key], device=None if alike else "cpu"
-                )
-                moments = fresh.setdefault(phase.name, {}).setdefault(place, {})
-                moments[key.removeprefix(start)] = state[key]
+    known = {
+        phase.name: moments(phase)
+        for phase in phases
+        if any(k.startswith(f"optimizer/{phase.name}/") for k in stored)
+    }
+    state = {
+        key: x
+        for key, x in tensors(phases, averages).items()
+        if not key.startswith("optimizer/") or key in stored
+    }
     for key, x in state.items():
         if key not in stored or stored[key].shape != x.shape:
             there = f"of shape {list(stored[key].shape)}" if key in stored else "missing"
@@ -142,25 +236,29 @@ def restore(folder: Path, phases: Iterable[Phase], averages: Mapping[str, PowerE
             )
     dcp.load(state, checkpoint_id=folder, process_group=world.host, no_dist=world.size == 1)
     for phase in phases:
-        groups = phase.optimizer.state_dict()["param_groups"]
-        phase.optimizer.load_state_dict({"state": fresh.get(phase.name, {}), "param_groups": groups})
-
-
-def _stored(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint as shapes and types, without data."""
-    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {
-        key: torch.empty(item.size, dtype=item.properties.dtype, device="meta")
-        for key, item in metadata.items()
-        if isinstance(item, TensorStorageMetadata)
-    }
+        read = {
+            name: {
+                key: state[at] for key in values if (at := f"optimizer/{phase.name}/{name}/{key}") in state
+            }
+            for name, values in known.get(phase.name, {}).items()
+        }
+        if phase.optimizer.state:
+            groups = get_optimizer_state_dict(phase.module, phase.optimizer)["param_groups"]
+            given: Any = {
+                "state": {name: values for name, values in read.items() if values},
+                "param_groups": groups,
+            }
+            options = StateDictOptions(strict=False)  # what took part in no step has no moments
+            set_optimizer_state_dict(phase.module, phase.optimizer, given, options=options)
 
 
 # ---------------------------------------------------------------- writing
 
 
 class Saver:
-    """Writes checkpoints in a thread while training goes on; one at a time.
+    """Writes checkpoints while training goes on; one at a time, so that one copy of the state is in memory.
+
+    The copy is in page-locked memory where there is a GPU, and is used again by the next checkpoint.
 
     Args:
         out: the folder of the training run.
@@ -169,6 +267,8 @@ class Saver:
 
     def __init__(self, out: Path, keep: int, world: World):
         self.out, self.keep, self.world = out, keep, world
+        cuda = world.device.type == "cuda"
+        self.stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
 
@@ -178,14 +278,31 @@ class Saver:
         """Copy the state to host memory and begin to write it; waits for the one before.
 
         Args:
-            meta: JSON: step, micro, recipe, loader.
+            meta: JSON: step, recipe, loader, frozen.
             task: `Task.state()`.
 
         Raises CheckpointError where the one before could not be written.
         """
         self.wait()
-        copies = {key: _on_host(x) for key, x in tensors(phases, averages).items()}
-        self.writing = self.thread.submit(self._write, meta | {"ranks": self.world.size}, copies, task)
+        final = self.out / "checkpoints" / f"step-{meta['step']:08d}"
+        partial = final.with_name(final.name + ".partial")
+        try:
+            if self.world.rank == 0:  # none writes before rank 0 has joined in
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                (partial / "meta.json").write_text(json.dumps(meta | {"ranks": self.world.size}, indent=1))
+                torch.save(_to_host(task), partial / "task.pt")
+        except OSError as e:
+            raise self._failed(e) from e
+        begun = dcp.async_save(
+            tensors(phases, averages),
+            checkpoint_id=partial,
+            process_group=self.world.writing,
+            async_stager=self.stager,
+            no_dist=self.world.size == 1,
+        )
+        assert isinstance(begun, Future)
+        self.writing = self.thread.submit(self._finish, begun, partial, final)
 
     def wait(self) -> None:
         """Until what is being written is whole. Raises CheckpointError."""
@@ -195,11 +312,7 @@ class Saver:
         try:
             writing.result()
         except (OSError, dcp.CheckpointException) as e:
-            why = str(e).strip().splitlines()[-1]
-            raise CheckpointError(
-                f"{self.out}: the checkpoint could not be written ({why}); the one before is whole: make room "
-                "there and run the same command again"
-            ) from e
+            raise self._failed(e) from e
 
     def close(self) -> None:
         """Wait, and end the thread."""
@@ -207,46 +320,28 @@ class Saver:
             self.wait()
         finally:
             self.thread.shutdown()
+            self.stager.close()
 
-    def _write(self, meta: dict[str, Any], copies: dict[str, Tensor], task: Any) -> None:
-        final = self.out / "checkpoints" / f"step-{meta['step']:08d}"
-        partial = final.with_name(final.name + ".partial")
-        if self.world.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-            torch.save(_to_host(task), partial / "task.pt")
-        alone = self.world.size == 1
-        dcp.save(copies, checkpoint_id=partial, process_group=self.world.writing, no_dist=alone)
+    def _finish(self, begun: Future[Any], partial: Path, final: Path) -> None:
+        begun.result()
         if self.world.rank == 0:  # every rank's part is on disk: the coordinator has heard of all
             export(partial, self.out)
             publish(partial, final)
             prune(self.out, self.keep)
 
-
-def publish(partial: Path, final: Path) -> None:
-    """Give a folder or file its name, replacing what had it, once all of it is on disk."""
-    for path in [*partial.rglob("*"), partial]:
-        fsync(path)
-    if final.is_dir():
-        remove(final)
-    partial.replace(final)
-    fsync(final.parent)
-
-
-def remove(folder: Path) -> None:
-    """First by name: half of a checkpoint must never look like one."""
-    gone = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(gone, ignore_errors=True)
-    folder.replace(gone)
-    shutil.rmtree(gone)
+    def _failed(self, e: BaseException) -> CheckpointError:
+        why = str(e).strip().splitlines()[-1]
+        return CheckpointError(
+            f"{self.out}: the checkpoint could not be written ({why}); the one before is whole: make room "
+            "there and run the same command again"
+        )
 
 
 def prune(out: Path, keep: int) -> None:
     """Old checkpoints go, and of more than `SNAPSHOTS` averages the ones nearest to their neighbours."""
     for folder in list(checkpoints(out).values())[:-keep]:
         remove(folder)
-    snapshots = _snapshots(out)
+    snapshots = snapshots_of(out)
     while len(snapshots) > SNAPSHOTS:
         steps = [0, *snapshots]
         gaps = {at: after - before for before, at, after in zip(steps, steps[1:], steps[2:], strict=False)}
@@ -257,128 +352,14 @@ def clean(out: Path, step: int) -> None:
     """Remove what a killed run left after its last good checkpoint, at `step`."""
     for partial in [*out.glob("*.partial"), *out.glob("*/*.partial")]:
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-    for at, path in _snapshots(out).items():
+    for at, path in snapshots_of(out).items():
         if at > step:
             path.unlink()
 
 
-def _on_host(x: Tensor) -> Tensor:
-    """A copy in host memory; a sharded tensor (DTensor) stays sharded."""
-    return x.detach().to("cpu", copy=True)
-
-
 def _to_host(x: Any) -> Any:
     if isinstance(x, Tensor):
-        return _on_host(x)
+        return x.detach().to("cpu", copy=True)
     if isinstance(x, dict):
         return {key: _to_host(value) for key, value in x.items()}
     return type(x)(_to_host(v) for v in x) if isinstance(x, list | tuple) else x
-
-
-# ---------------------------------------------------------------- models to use
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What training left, on the CPU.
-
-    recipe: as it was trained with, plain data. step: optimizer steps. weights: by phase, for
-    `load_state_dict`. state: `Task.state()`.
-    """
-
-    recipe: dict[str, Any]
-    step: int
-    weights: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
-
-
-def export(checkpoint: Path, out: Path) -> None:
-    """Plain files of a checkpoint: its weights, and a snapshot of the averages. Read back from the disk.
-
-    Raises OSError.
-    """
-    from safetensors.torch import save_file
-
-    stored = _stored(checkpoint)
-    step = read_meta(checkpoint)["step"]
-
-    def load(kind: str) -> dict[str, Tensor]:
-        state = {key: torch.empty_like(x, device="cpu") for key, x in stored.items() if key.startswith(kind)}
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-        return {key.removeprefix(kind): x for key, x in state.items()}
-
-    def write(x: dict[str, Tensor], name: str) -> None:
-        path = out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".partial")
-        save_file(x, aside, {"step": str(step)})
-        publish(aside, path)
-
-    if averages := load("ema/"):
-        write(averages, f"ema/{step:08d}.safetensors")
-    write(load("model/"), "model.safetensors")
-    for name, source in (("model.json", "meta.json"), ("model.pt", "task.pt")):
-        aside = out / f"{name}.partial"
-        shutil.copyfile(checkpoint / source, aside)
-        publish(aside, out / name)
-
-
-def _snapshots(out: Path) -> dict[int, Path]:
-    return {int(p.stem): p for p in sorted((out / "ema").glob("*.safetensors")) if p.stem.isdigit()}
-
-
-def load_model(out: Path, ema: float | None = None) -> Trained:
-    """The newest weights of a training run, or their average.
-
-    Args:
-        ema: σ_rel, the average's length as a share of training, any between 0 and 0.28: those that were
-            kept are exact, others are made of the snapshots. None: the weights themselves.
-
-    Frozen parameters, buffers and phases without averages are given as they are. Raises CheckpointError
-    where nothing was saved, or no averages were.
-    """
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    out = Path(out)
-    if not (out / "model.safetensors").is_file() or not (out / "model.json").is_file():
-        raise CheckpointError(f"{out} holds no model.safetensors: give a folder that clipmill train wrote")
-    meta = json.loads((out / "model.json").read_text())
-    with safe_open(out / "model.safetensors", "pt") as f:
-        step = int(f.metadata()["step"])
-    state = torch.load(out / "model.pt", weights_only=True)
-    found = load_file(out / "model.safetensors")
-    if ema is not None:
-        stored: list[tuple[Profile, str, str]] = []  # what, phase, file
-        for at, path in _snapshots(out).items():
-            with safe_open(path, "pt") as f:
-                kinds = {tuple(key.split("/")[:2]) for key in f.keys()}  # noqa: SIM118 (no mapping)
-            stored += [(Profile(at, float(length)), phase, str(path)) for phase, length in sorted(kinds)]
-        if not stored:
-            raise CheckpointError(f"{out}: no averages were kept (ema.lengths is empty); leave --ema out")
-        for phase in {phase for _, phase, _ in stored}:
-            own = [(profile, path) for profile, of, path in stored if of == phase]
-            x = combination([profile for profile, _ in own], Profile(step, ema))
-            found |= _combine(own, x.tolist(), phase)
-    weights: dict[str, dict[str, Tensor]] = {}
-    for key, value in found.items():
-        phase, _, name = key.partition("/")
-        weights.setdefault(phase, {})[name] = value
-    return Trained(meta["recipe"], step, weights, state)
-
-
-def _combine(stored: list[tuple[Profile, str]], x: list[float], phase: str) -> dict[str, Tensor]:
-    """Σ x_i · average i, by phase/name; one snapshot in memory at a time."""
-    from safetensors import safe_open
-
-    total: dict[str, Tensor] = {}
-    for (profile, path), weight in zip(stored, x, strict=True):
-        if weight == 0:
-            continue
-        start = f"{phase}/{profile.length}/"
-        with safe_open(path, "pt") as f:
-            for key in [k for k in f.keys() if k.startswith(start)]:  # noqa: SIM118 (no mapping)
-                name = f"{phase}/{key.removeprefix(start)}"
-                part = weight * f.get_tensor(key).double()
-                total[name] = total[name] + part if name in total else part
-    return {name: value.float() for name, value in total.items()}

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jobs.training.checkpoint import CheckpointError
 from jobs.training.data import Loader, build_loader, check_cache
+from jobs.training.exported import CheckpointError
 from jobs.training.frechet import FrechetInLoop
 from jobs.training.recipe import DiffusionRecipe, Tasks, TrainRecipe
 from jobs.training.system import (
@@ -67,6 +67,22 @@ def measure(system: System, loader: Loader) -> Normalizer:
     return measured.normalizer()
 
 
+@torch.no_grad()
+def as_published(system: System) -> Normalizer | None:
+    """Where the denoiser begins with published weights, what it knows: the scale of latents that its autoencoder has.
+
+    And 'no text' becomes what the text encoder makes of ''. None where there are no such weights, or no such scale.
+    """
+    if system.recipe.model.options().get("weights") is None:
+        return None
+    if system.text is not None:
+        denoiser: Any = system.network.denoiser
+        features, _ = system.text([""])
+        ends = len(system.text.tokenizer("").input_ids) > 0  # with T5 '' is one token, the end
+        denoiser.caption.null.copy_(features[0, 0] if ends else torch.zeros_like(features[0, 0]))
+    return getattr(system.autoencoder, "normalizer", None)
+
+
 def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     """The task and this rank's loader.
 
@@ -78,7 +94,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     if recipe.compute.attention == "flex" and world.device.type == "cpu":
         raise ValueError("compute.attention flex has no gradients on a CPU: use auto")
     try:
-        system = build_system(recipe, world.device)
+        system = build_system(recipe, world.device, fresh=not (start.saved or recipe.start))
     except MissingModel as e:
         raise ValueError(str(e)) from e
     if recipe.data.pack and not hasattr(system.network.denoiser, "packed"):
@@ -94,7 +110,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     elif recipe.start:
         begin_with(system, recipe.start)
     else:
-        system.normalizer = measure(system, loader).to(world.device)
+        system.normalizer = (as_published(system) or measure(system, loader)).to(world.device)
     return Diffusion(system, loader, start), loader
 
 
@@ -161,6 +177,8 @@ class Diffusion(Task):
         self.system, self.recipe, self.loader, self.start = system, system.recipe, loader, start
         self.frechet: FrechetInLoop | None = None  # made when it is first asked for
         self.phases = [Phase.of("diffusion", system.network, self.recipe.optimizer)]
+        if self.recipe.model.options().get("spatial") and not self.recipe.start:
+            self.phases[0].published = ("denoiser.spatial.",)
 
     def loss(self, phase: str, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
         """Clips and the images beside them go through the network one after the other.

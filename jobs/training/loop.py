@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jobs.training import checkpoint
+from jobs.training import checkpoint, exported
 from jobs.training.distributed import World, connect
 from jobs.training.metrics import Metrics, Progress
 from jobs.training.parallelize import gradient_norm, parallelize
@@ -88,7 +88,7 @@ def train(
     build = build or import_module(f"jobs.training.{recipe.trains}").build
     monitor = monitor or import_module("jobs.training.monitor").Monitor
     out = Path(out)
-    with Signals() as signals, connect(device) as world:
+    with Signals() as signals, connect(device) as world, checkpoint.lock(out, world):
         torch.manual_seed(recipe.seed)
         trainer = Trainer(recipe, data, out, world, build)
         if trainer.step >= recipe.run.steps:
@@ -165,7 +165,7 @@ class Trainer:
         self.task, self.loader = build(recipe, Start(data, out, world, saved))
         self.step, self.loader_state = 0, self.loader.state_dict()
         if folder:
-            meta = checkpoint.read_meta(folder)
+            meta = exported.read_meta(folder)
             self.step, self.loader_state = meta["step"], meta["loader"]
             self.loader.load_state_dict(self.loader_state)
         self.folder = folder
@@ -179,6 +179,12 @@ class Trainer:
     def _prepare(self) -> None:
         """Measure on a micro-batch of each shape, then parallelize the phases and read the checkpoint."""
         self.batches: Any = iter(self.loader)
+        phases = self.task.phases
+        if self.folder:
+            exported.restore_frozen(self.out, phases, exported.read_meta(self.folder)["frozen"])
+        elif self.world.rank == 0:
+            exported.write_frozen(self.out, phases)
+        self.frozen = exported.digests(phases) if self.world.rank == 0 else {}
         seed_torch(self.recipe.seed, 0)
         self.plan = make_plan(self.recipe, self.task, self._examples(), self.world)
         self.models: dict[str, nn.Module] = {
@@ -375,6 +381,7 @@ class Trainer:
             "step": self.step,
             "recipe": self.recipe.model_dump(mode="json"),
             "loader": self.loader_state,
+            "frozen": self.frozen,
         }
         self.saver.save(meta, self.task.phases, self.averages, self.task.state())
 
@@ -418,20 +425,26 @@ def resume_point(recipe: TrainRecipe, out: Path, world: World) -> Path | None:
 
     Raises CheckpointError where it was made with another recipe.
     """
-    step = None
+    step, failed = None, ""
     if world.rank == 0:
-        step = max(checkpoint.checkpoints(out), default=None)
-    step = world.gather(step)[0]
+        try:
+            step = checkpoint.newest(out)
+        except exported.CheckpointError as e:
+            failed = str(e)
+    step, failed = world.gather((step, failed))[0]
+    if failed:
+        raise exported.CheckpointError(failed)
     folder = None if step is None else checkpoint.checkpoints(out)[step]
     if folder:
-        saved = checkpoint.read_meta(folder)["recipe"]
+        saved = exported.read_meta(folder)["recipe"]
         if found := checkpoint.difference(saved, recipe.model_dump(mode="json")):
             key, there, here = found
-            raise checkpoint.CheckpointError(
+            raise exported.CheckpointError(
                 f"{out} was trained with {key} {there!r}, this recipe has {here!r}: use the same, or another --out"
             )
         check_horizon(out, saved, recipe)
     if world.rank == 0:
+        checkpoint.set_aside(out, step or 0)
         checkpoint.clean(out, step or 0)
     world.gather(None)
     return folder
@@ -442,7 +455,7 @@ def check_horizon(out: Path, saved: dict[str, Any], recipe: TrainRecipe) -> None
     o, then = recipe.optimizer, saved["optimizer"]["decay_until"] or saved["run"]["steps"]
     if o.decay == "constant" or o.decay_until is not None or recipe.run.steps == then:
         return
-    raise checkpoint.CheckpointError(
+    raise exported.CheckpointError(
         f"{out}: its rate decays until step {then}, so {recipe.run.steps} steps would not be the same training: use "
         f"--steps {then}, or ask for another decay from here on by --set optimizer.decay_until={recipe.run.steps}"
     )

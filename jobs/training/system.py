@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.training.checkpoint import load_model
 from jobs.training.distributed import device_of
+from jobs.training.exported import load_model
 from jobs.training.recipe import Autoencoder as AutoencoderRecipe
 from jobs.training.recipe import Bucket, DiffusionRecipe, Objective, Run, Tasks, import_spec
 from jobs.training.recipe import Text as TextRecipe
@@ -297,7 +297,7 @@ def build_autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> Autoen
         if "vae" not in trained.weights:
             raise ValueError(f"autoencoder.path {recipe.path} holds no autoencoder: train one, trains: vae")
         found = build(**trained.state["vae"])
-        found.load_state_dict(trained.weights["vae"])
+        trained.load_into(found, "vae")
     return found.to(device).requires_grad_(False).eval()
 
 
@@ -324,9 +324,17 @@ def build_process(recipe: Objective) -> Process:
     return Process(schedules[recipe.schedule], recipe.prediction)
 
 
-def build_network(recipe: DiffusionRecipe, channels: int, frozen_text: PretrainedText | None) -> Network:
-    """Raises ValueError where the model's options do not fit together."""
+def build_network(
+    recipe: DiffusionRecipe, channels: int, frozen_text: PretrainedText | None, fresh: bool = True
+) -> Network:
+    """Raises ValueError where the model's options do not fit together.
+
+    Args:
+        fresh: with the published weights that the recipe begins with; False where a checkpoint's take their place.
+    """
     options = recipe.model.options()
+    if not fresh:
+        options.pop("weights", None)
     if options.get("learn_sigma"):
         raise ValueError("model.learn_sigma: no trainer learns the variance: leave it out")
     build = import_spec(recipe.model.kind).build
@@ -353,9 +361,12 @@ def build_network(recipe: DiffusionRecipe, channels: int, frozen_text: Pretraine
 
 
 def build_system(
-    recipe: DiffusionRecipe, device: torch.device, normalizer: Normalizer | None = None
+    recipe: DiffusionRecipe, device: torch.device, normalizer: Normalizer | None = None, fresh: bool = True
 ) -> System:
     """With new weights, the same for the same seed; without a normaliser, latents as they are.
+
+    Args:
+        fresh: see `build_network`.
 
     Raises ValueError or models.curation.embed.MissingModel: one sentence with the fix.
     """
@@ -365,13 +376,14 @@ def build_system(
     text = build_text(recipe.text, device)
     with torch.random.fork_rng([] if device.type == "cpu" else [device]):
         torch.manual_seed(recipe.seed)
-        network = build_network(recipe, autoencoder.channels, text).to(device)
+        network = build_network(recipe, autoencoder.channels, text, fresh).to(device)
     return System(recipe, autoencoder, normalizer.to(device), text, network, device)
 
 
 def load_system(state: dict[str, Any], device: torch.device) -> System:
     """The system of a checkpoint's `state`; its network's weights are for the caller to load."""
-    system = build_system(DiffusionRecipe.model_validate(state["recipe"]), device, normalizer_of(state))
+    recipe = DiffusionRecipe.model_validate(state["recipe"])
+    system = build_system(recipe, device, normalizer_of(state), fresh=False)
     system.trained = [(t, h, w) for t, h, w in state.get("trained", [])]
     return system
 
@@ -397,7 +409,7 @@ def load_trained(folder: str, ema: float | None, device: str | None) -> System:
         trained = load_model(Path(folder), ema)
     system = load_system(trained.state, device_of(device))
     system.step, system.ema = trained.step, ema
-    system.network.load_state_dict(trained.weights["diffusion"])
+    trained.load_into(system.network, "diffusion")
     system.network.eval()
     return system
 

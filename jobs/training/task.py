@@ -84,12 +84,15 @@ class Phase:
 
     Diffusion has one; an autoencoder with a discriminator has two. `module` is what DDP or FSDP wraps and
     what `Task.loss` is called with; its forward is the only way to its parameters.
+
+    published: beginnings of names of frozen parameters that files of others, named in the recipe, give again.
     """
 
     name: str
     module: nn.Module
     optimizer: torch.optim.Optimizer
     ema: bool = True
+    published: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, name: str, module: nn.Module, o: Optimizer, ema: bool = True) -> Phase:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.training.checkpoint import load_model
 from jobs.training.data import build_loader, reader_of
+from jobs.training.exported import load_model
 from jobs.training.recipe import TrainRecipe, VAERecipe
 from jobs.training.system import to_bytes, to_unit
 from jobs.training.task import Batch, Draws, Evaluation, Loader, Losses, Phase, Start, Summed, Task

@@ -23,7 +23,7 @@ class CaptionColumns:
         model: who wrote each clip's chosen caption; kept: int8 [n], −1 where nothing was chosen yet.
         choose: how it would be.
 
-    flags, models: clips with such a caption, of any model.
+    flags, models: clips with such a caption, of any model; chosen_flags: with such a chosen one.
     """
 
     def __init__(self, model: Names, kept: np.ndarray, choose: Choose):
@@ -33,7 +33,7 @@ class CaptionColumns:
         self.agreement = np.full(n, np.nan, np.float32)
         self.chosen: dict[str, np.ndarray] = {}  # by score, of the chosen caption
         self.gaps: dict[str, np.ndarray] = {}  # by score, largest − smallest of a clip's captions
-        self.flags, self.models = Marks(n), Marks(n)
+        self.flags, self.chosen_flags, self.models = Marks(n), Marks(n), Marks(n)
         # row → text and model of the caption that would stand
         self.undecided: dict[int, tuple[str, str]] = {}
 
@@ -59,7 +59,9 @@ class CaptionColumns:
         named = Names.of(flags)
         self.flag_count[rows] = np.bincount(owner[of], minlength=len(rows))
         for code, name in enumerate(named.names):
-            self.flags.put(name, row[of[named.codes == code]])
+            its = of[named.codes == code]
+            self.flags.put(name, row[its])
+            self.chosen_flags.put(name, row[its[stands[its]]])
         for name, (of, values) in by_key(flat_captions.field("scores")).items():
             self._score(name, row[of], values, stands[of])
 

@@ -54,7 +54,8 @@ class Index:
 
     numbers: float32 [n] by column, NaN where it was not measured.
     kept: int8 [n], −1 where it was not decided yet.
-    dropped: by rule, those it drops; flags and models: those with such a caption.
+    dropped: by rule, those it drops; flags and models: those with such a caption, chosen_flags:
+        with such a chosen one.
     ready: the captions were read; generation: how often they were.
     """
 
@@ -207,7 +208,7 @@ class Index:
 
     def _begin_captions(self) -> None:
         n = len(self)
-        self.flags, self.models = Marks(n), Marks(n)
+        self.flags, self.chosen_flags, self.models = Marks(n), Marks(n), Marks(n)
         self.layer_models = _layer_models(self.layered)
         self.captions_read = 0
         self.fit_score: str | None = None
@@ -226,7 +227,7 @@ class Index:
         judges = [name for name in new.gaps if name not in (CONSENSUS, HUMAN)]  # who saw the pictures
         self.fit_score = next((name for name in (FIT, choose.method, *judges) if name in judges), None)
         self._add(new.numbers(self.fit_score, self.caption))
-        self.flags, self.models = new.flags, new.models
+        self.flags, self.chosen_flags, self.models = new.flags, new.chosen_flags, new.models
         self.generation += 1
         self.ready = True
 

@@ -336,4 +336,5 @@ def summary(index: Index, row: int, caption: str) -> dict[str, Any]:
         "fit": number("fit"),
         "gap": number("gap"),
         "flags": index.flags.of(row),
+        "chosen_flags": index.chosen_flags.of(row),
     }

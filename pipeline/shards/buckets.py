@@ -20,7 +20,7 @@ NEAR = 0.05  # of the picture: a bucket that crops so much more than another is 
 class Fitted:
     """What each bucket is filled with.
 
-    rows: of the index, those of clips first, then those whose stills are taken; bucket: of each of them, int32 [n].
+    rows: of the index, those of clips first, then those whose stills are taken; bucket: of each of them, int16 [n].
     kept: share of the picture that the crop leaves, of each. short: rows of clips that fill no bucket.
     """
 
@@ -49,7 +49,7 @@ def fit(index: pa.Table, shapes: Sequence[Shape], fps: float | None) -> Fitted:
         )
     if missing:
         every = np.arange(n)
-        return Fitted(every, np.zeros(n, np.int32), np.ones(n), every[:0])
+        return Fitted(every, np.zeros(n, np.int16), np.ones(n), every[:0])
     frames = np.array(shapes)[:, 0]
     moving = frames > 1 if (frames > 1).any() else frames > 0
     bucket, kept = _best(index, shapes, fps, moving)
@@ -58,7 +58,7 @@ def fit(index: pa.Table, shapes: Sequence[Shape], fps: float | None) -> Fitted:
     if not moving.all():
         bucket, kept = _best(index, shapes, None, ~moving)
         found.append((np.arange(n), bucket, kept))
-    short = np.setdiff1d(np.arange(n), rows) if moving.all() else np.arange(0)
+    short = np.flatnonzero(bucket < 0) if moving.all() else np.arange(0)
     if n and len(short) == n:
         seconds = index["duration_s"].fill_null(0.0).to_numpy()
         raise StoreError(
@@ -88,7 +88,7 @@ def _best(
         :, 0
     ]  # by the last key first, along the shapes
     every = np.arange(len(index))
-    return np.where(filled.any(1), best, -1).astype(np.int32), kept[every, best]
+    return np.where(filled.any(1), best, -1).astype(np.int16), kept[every, best]
 
 
 def table(

@@ -30,7 +30,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -52,20 +52,25 @@ Sample = dict[str, Any]
 CaptionRule = Literal["chosen", "sample", "fields"] | Callable[[dict[str, Any], np.random.Generator], str]
 
 
+PLACES = (  # columns that a reader needs
+    *("clip_id", "bucket", "tar", "offset", "size", "json_offset", "json_size", "media_sha256"),
+    *("duration_s", "width", "height"),
+)
 UNREAD = {"meta"}  # columns of the index that no reader needs in memory
 PATIENCE = 100  # broken samples in a row after which the data as a whole is at fault
 
 
-def read_index(folder: str) -> pa.Table:
+def read_index(folder: str, columns: Collection[str] | None = None) -> pa.Table:
     """Where every sample of a folder of shards lies: clip_id, bucket, tar, offset, size, json_offset, json_size, …
 
-    From `index.parquet`; without one, from the headers of the tars below the folder (any WebDataset of
-    mp4 and json). Raises StoreError where there is neither.
+    From `index.parquet`, of which `columns` alone where they are given; without one, from the headers of the tars
+    below the folder (any WebDataset of mp4 and json). Raises StoreError where there is neither.
     """
     store = Store(folder)
     if store.exists("index.parquet"):
         names = store.read_schema("index.parquet").names
-        return store.read_table("index.parquet", [n for n in names if n not in UNREAD])
+        wanted = [n for n in names if n not in UNREAD and (columns is None or n in columns)]
+        return store.read_table("index.parquet", wanted)
     rows = [row for name in store.list(suffix=".tar") for row in _scan(store, name)]
     if not rows:
         raise StoreError(
@@ -161,23 +166,26 @@ class ShardReader(IterableDataset):
         self.seed, self.rank, self.world, self.last, self.shuffle = seed, rank, world, last, shuffle
         self.layout = layout
         self.where = where
-        index = self._index()
-        self.fitted = fit(index, shapes, fps) if shapes else None
+        index = self._index(PLACES)
         self.table = ""  # of the buckets, for a person
-        if self.fitted is not None:
-            seconds = "duration_s" in index.column_names and index["duration_s"].fill_null(0.0).to_numpy()
-            self.table = table(
-                self.fitted, shapes or (), len(index), fps, None if seconds is False else seconds
+        self.fitted: np.ndarray | None = None  # rows of the index that fill a bucket; none: all
+        if shapes:
+            found = fit(index, shapes, fps)
+            seconds = (
+                index["duration_s"].fill_null(0.0).to_numpy() if "duration_s" in index.column_names else None
             )
-            index = index.take(pa.array(self.fitted.rows))
-        self.keys = index["clip_id"].combine_chunks()
-        self.tars = index["tar"].combine_chunks().dictionary_encode()
-        self.bucket = np.zeros(len(index), np.int32)
-        self.shapes = shapes
-        if self.fitted is not None:
-            self.bucket = self.fitted.bucket
+            self.table = table(found, shapes, len(index), fps, seconds)
+            if len(found.rows) != len(index) or len(found.short):
+                self.fitted = found.rows
+            index = self._taken(index)
+            self.bucket = found.bucket
         elif by_bucket:
             self.bucket = index["bucket"].combine_chunks().dictionary_encode().indices.to_numpy()
+        else:
+            self.bucket = np.zeros(len(index), np.int16)
+        self.keys = index["clip_id"].combine_chunks()
+        self.tars = index["tar"].combine_chunks().dictionary_encode()
+        self.shapes = shapes
         hashed = check and "media_sha256" in index.column_names
         self.sha256 = from_hex(index["media_sha256"]) if hashed else None
         self.offsets = np.stack([index[c].fill_null(0).to_numpy() for c in ("offset", "json_offset")], 1)
@@ -189,24 +197,29 @@ class ShardReader(IterableDataset):
         self._ranges: tuple[int, Ranges] | None = None
         counts = np.bincount(self.bucket).tolist()
         self.order = Order(self.bucket, whole(counts, [batch_size] * len(counts), last), seed, shuffle)
+        del index
+        pa.default_memory_pool().release_unused()  # what reading took, several times what is kept
         if self.steps() == 0:
             raise StoreError(
-                f"{folder}: {len(index)} samples are not one batch of {batch_size} for each of {world} ranks; "
+                f"{folder}: {len(self.keys)} samples are not one batch of {batch_size} for each of {world} ranks; "
                 f"use last='wrap', a smaller batch_size, or keep more clips"
             )
 
-    def _index(self) -> pa.Table:
-        index = read_index(self.folder)
-        return index if self.where is None else index.filter(self.where)
+    def _index(self, columns: Collection[str]) -> pa.Table:
+        if self.where is None:
+            return read_index(self.folder, columns)
+        return read_index(self.folder).filter(self.where)
+
+    def _taken(self, index: pa.Table) -> pa.Table:
+        """The rows that fill a bucket."""
+        return index if self.fitted is None else index.take(pa.array(self.fitted))
 
     def contents(self) -> pa.Table:
         """What training sees of each sample, by row, without reading it: its id, the hash of its bytes, its captions.
 
         Of shards without hashes, where the bytes lie; without captions, nothing is said of them.
         """
-        index = self._index()
-        if self.fitted is not None:
-            index = index.take(pa.array(self.fitted.rows))
+        index = self._taken(self._index({*PLACES, "caption", "captions_hash"}))
         media = ["media_sha256"] if "media_sha256" in index.column_names else ["tar", "offset", "size"]
         captions = "caption" if self.captions == "chosen" else "captions_hash"
         return index.select([n for n in ("clip_id", *media, captions) if n in index.column_names])
@@ -427,8 +440,12 @@ def digest(rows: pa.Table, *more: np.ndarray) -> str:
     """A hash of a table's values, and of arrays, in their order."""
     found = hashlib.blake2b(digest_size=16)
     for name in rows.column_names:
-        for chunk in rows[name].cast(pa.large_string()).chunks:
-            found.update("\0".join(["", *(v or "" for v in chunk.to_pylist())]).encode())
+        column = rows[name].cast(pa.large_string()).fill_null("").combine_chunks()
+        chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+        for chunk in chunks:
+            ends = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+            found.update(np.diff(ends).tobytes())
+            found.update(memoryview(chunk.buffers()[2] or b"")[int(ends[0]) : int(ends[-1])])
     for array in more:
         found.update(np.ascontiguousarray(array).tobytes())
     return found.hexdigest()

@@ -12,8 +12,9 @@ import torch
 import yaml
 
 from jobs import train
-from jobs.training.checkpoint import checkpoints, load_model
+from jobs.training.checkpoint import checkpoints
 from jobs.training.distributed import connect
+from jobs.training.exported import load_model
 from jobs.training.loop import train as run_training
 from jobs.training.recipe import load_training
 from jobs.training.task import Draws

@@ -53,6 +53,35 @@ def test_a_choice_by_what_will_be_there_holds(setting):
     assert wrong("captions=[{kind: tags}, {kind: colour_motion}]", setting) == []
 
 
+FUSE = "{{kind: fuse, name: fused, of: [{of}], model: m, url: 'http://localhost:1/v1'}}"
+
+
+@pytest.mark.parametrize(
+    ("captions", "says"),
+    [
+        (f"{{kind: tags}}, {FUSE.format(of='tag-baseline')}", "did you mean 'tags-baseline'?); there is tags-baseline"),
+        (f"{FUSE.format(of='tags-baseline')}, {{kind: tags}}", "no captioner 'tags-baseline' before it; there is none"),
+        (f"{{kind: tags}}, {FUSE.format(of='fused')}", "no captioner 'fused' before it"),
+        (f"{{kind: tags}}, {FUSE.format(of='tags-baseline')}", ""),
+        (f"{{kind: tags}}, {FUSE.format(of='')}", ""),
+    ],
+)  # fmt: skip
+def test_what_is_to_be_fused_of_nobody_is_told_before_work(captions, says):
+    told = wrong(f"captions=[{captions}]")
+    assert len(told) == bool(says)
+    assert says in "".join(told)
+
+
+def test_captions_of_a_run_and_its_layers_may_be_fused(tmp_path):
+    recipe = make_run_folder(tmp_path / "run", sources=1, units=1, errors=0)
+    store = Store(str(tmp_path / "run"))
+    (tmp_path / "run/run.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
+    asked = f"captions=[{FUSE.format(of='added')}]"
+    assert "no captioner 'added'" in wrong(asked, out=store)[0]
+    create(store, Layer("caption:added", 1))
+    assert wrong(asked, out=store) == []
+
+
 def test_all_mistakes_are_told_at_once():
     told = wrong(
         "captions=[{kind: tags}]", "choose.method=consensos", "resources.decod.cpus=1",

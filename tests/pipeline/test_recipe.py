@@ -76,6 +76,10 @@ def test_the_measure_key_changes_with_what_is_measured_and_not_with_what_is_deci
         ),
         (["choose.method=order"], "--set choose.method=order: choose: method order needs choose.order"),
         (["captions={kind: plain}"], "should be a list: write it in [ ] (got {'kind': 'plain'})"),
+        (
+            ["captions=[{kind: tags},{kind: given, column: yes}]"],
+            "should be a text: put it in quotes (got True)",
+        ),
         (["choose.weights=[a]"], "should be a mapping: write it in { } (got ['a'])"),
         (["cut.preset=fast", "cut.crf=abc", "seed=3"], "--set cut.crf=abc: input"),
         (["cut={crf: 1"], "the value is not valid YAML: line 1, column 8: expected ',' or '}'"),

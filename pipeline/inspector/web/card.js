@@ -44,7 +44,11 @@ export function Badges({ row }) {
   return html`
     ${row.kept === false && row.dropped_by.length === 0 && html`<span class="badge drop">dropped</span>`}
     ${row.dropped_by.map((rule) => html`<span class="badge drop" title=${`dropped by ${rule}`}>${words(rule)}</span>`)}
-    ${row.flags.map((flag) => html`<span class="badge flag" title=${`flag of one of its captions: ${flag}`}>⚑ ${words(flag)}</span>`)}
+    ${row.flags.map((flag) => {
+      const own = (row.chosen_flags ?? row.flags).includes(flag);
+      const title = `flag of ${own ? "the chosen caption" : "another caption than the chosen one"}: ${flag}`;
+      return html`<span class=${own ? "badge flag" : "badge"} title=${title}>⚑ ${words(flag)}</span>`;
+    })}
   `;
 }
 

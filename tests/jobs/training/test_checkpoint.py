@@ -4,18 +4,24 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import time
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemWriter
 
-from jobs.training import checkpoint
-from jobs.training.checkpoint import CheckpointError, checkpoints, difference, load_model
+from jobs.training import checkpoint, exported
+from jobs.training.checkpoint import checkpoints, difference, lock
+from jobs.training.distributed import World
+from jobs.training.exported import CheckpointError, load_model, read_meta
 from models.ema import Profile, error, exponent
-from tests.fixtures.toy_training import Numbers, Process, Toy, build, recipe, run, weights
+from tests.fixtures.toy_training import Numbers, Process, Toy, build, in_ranks, recipe, run, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STEPS = 4
@@ -45,7 +51,7 @@ def train_and_die(out, where):
     """As `train_late`, but killed in the middle of the third checkpoint."""
     calls = itertools.count(1)
     names = {
-        "data": (checkpoint.dcp, "save"),
+        "data": (FileSystemWriter, "write_data"),
         "export": (checkpoint, "export"),
         "prune": (checkpoint, "prune"),
     }
@@ -59,7 +65,7 @@ def train_and_die(out, where):
         if next(calls) < 3:
             return real(*args, **options)
         if where == "data":
-            (options["checkpoint_id"] / "__0_0.distcp").write_bytes(b"half")
+            (Path(args[0].path) / "__0_0.distcp").write_bytes(b"half")
         if where == "prune":
             old = next(iter(checkpoints(out).values()))
             old.replace(old.with_name(old.name + ".partial"))
@@ -134,7 +140,7 @@ def test_killed_while_a_checkpoint_is_written_the_one_before_is_used(tmp_path, w
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_its_content_is_of_its_step(tmp_path, monkeypatch):
-    real, began = checkpoint.dcp.save, []
+    real, began = FileSystemWriter.write_data, []
 
     def slow(*args, **options):
         began.append(time.perf_counter())
@@ -151,11 +157,11 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_its_content_is_of_it
     def timed(recipe, start):
         return build(recipe, start, task=Timed)
 
-    monkeypatch.setattr(checkpoint.dcp, "save", slow)
+    monkeypatch.setattr(FileSystemWriter, "write_data", slow)
     run(recipe(run={"steps": 4, "save_every": 2}), tmp_path / "slow", build=timed)
-    during = [micro for micro, at in taken if began[0] < at < began[0] + 0.5]
-    assert 3 in during  # step 4, before whose own checkpoint it waits
-    monkeypatch.setattr(checkpoint.dcp, "save", real)
+    meanwhile = [micro for micro, at in taken if at < began[0] + 0.5]
+    assert 3 in meanwhile  # step 4, before whose own checkpoint it waits
+    monkeypatch.setattr(FileSystemWriter, "write_data", real)
     run(recipe(run={"steps": 2}), tmp_path / "plain")
     same(weights(tmp_path / "slow", 2), weights(tmp_path / "plain", 2))
 
@@ -164,7 +170,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_sentence(tmp_path, monkeypat
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    monkeypatch.setattr(FileSystemWriter, "write_data", full)
     with pytest.raises(
         CheckpointError, match=r"could not be written \(.*No space left on device\); the one before"
     ):
@@ -172,7 +178,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_sentence(tmp_path, monkeypat
 
 
 def test_it_holds_all_that_is_needed_to_go_on(whole):
-    meta = checkpoint.read_meta(checkpoints(whole)[STEPS])
+    meta = read_meta(checkpoints(whole)[STEPS])
     assert meta["step"] == STEPS
     assert meta["loader"] == {"batches": STEPS}
     assert meta["recipe"] == wanted().model_dump(mode="json")
@@ -223,6 +229,149 @@ def test_another_model_is_refused_by_the_weight_that_differs(tmp_path):
         run(recipe(run={"steps": 2}), tmp_path, build=wider)
 
 
+# ---------------------------------------------------------------- damaged ones
+
+
+def cut_off(folder, name):
+    path = folder / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def lost(folder, name):
+    (folder / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "name"),
+    [
+        (cut_off, "__0_0.distcp"),
+        (lost, "__0_0.distcp"),
+        (cut_off, ".metadata"),
+        (lost, "meta.json"),
+        (cut_off, "meta.json"),
+        (cut_off, "task.pt"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_goes_on(tmp_path, whole, harm, name, capsys):
+    run(wanted(), tmp_path)
+    harm(checkpoints(tmp_path)[STEPS], name)
+    run(wanted(), tmp_path)
+    said = capsys.readouterr().err
+    assert re.search(
+        rf"clipmill train: \S*step-0*{STEPS} is damaged: .*; going on from step {STEPS - 1}", said
+    )
+    assert (tmp_path / "checkpoints" / f"step-{STEPS:08d}.broken").is_dir()
+    is_like(tmp_path, whole)
+
+
+def test_where_all_are_damaged_nothing_is_begun_anew(tmp_path):
+    run(wanted(), tmp_path)
+    for folder in checkpoints(tmp_path).values():
+        lost(folder, "meta.json")
+    with pytest.raises(
+        CheckpointError, match=r"meta.json is missing; none before it is whole: give another --out"
+    ):
+        run(wanted(), tmp_path)
+    assert len(checkpoints(tmp_path)) == 2
+
+
+# ---------------------------------------------------------------- one training at a time
+
+
+def train_until_killed(out):
+    run(recipe(run={"steps": 10**6, "save_every": 1}), out, build=late)
+
+
+def test_a_second_training_into_the_same_folder_is_refused_until_the_first_has_died(tmp_path):
+    first = Process(train_until_killed, tmp_path)
+    end = time.monotonic() + 30
+    while not checkpoints(tmp_path) and time.monotonic() < end:
+        time.sleep(0.01)
+    before = max(checkpoints(tmp_path))
+    with pytest.raises(CheckpointError, match=rf"is being trained into by process {first.pid} on .*: wait"):
+        run(recipe(run={"steps": 10**6, "save_every": 1}), tmp_path)
+    first.kill()
+    first.join()
+    step = max(checkpoints(tmp_path))
+    assert step >= before
+    assert run(recipe(run={"steps": step + 1, "save_every": 1}), tmp_path).step == step + 1
+
+
+def refused_rank(out):
+    try:
+        run(recipe(data={"micro_batches": 2}), out)
+    except CheckpointError as e:
+        (out / f"said-{os.environ['RANK']}").write_text(str(e))
+
+
+def test_all_ranks_of_a_second_training_are_refused(tmp_path):
+    with lock(tmp_path, World(0, 1, torch.device("cpu"))):
+        assert in_ranks(2, refused_rank, tmp_path) == [0, 0]
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
+    assert said[0] == said[1]
+    assert f"trained into by process {os.getpid()} on" in said[0]
+
+
+# ---------------------------------------------------------------- what is frozen
+
+
+class Published(Toy):
+    """Whose frozen parameter is of a file that someone else published."""
+
+    value: ClassVar = 3.0
+
+    def __init__(self, recipe, device):
+        super().__init__(recipe, device)
+        self.phases[0].module.frozen.data[:] = self.value
+        self.phases[0].published = ("frozen",)
+
+
+def published(recipe, start):
+    return build(recipe, start, Published)
+
+
+def test_what_is_frozen_is_kept_once_and_in_no_checkpoint(whole):
+    assert not [key for key in weights(whole, STEPS) if "frozen" in key]
+    assert load_file(whole / "frozen.safetensors").keys() == {"toy/frozen"}
+
+
+def test_a_fine_tune_goes_on_with_what_was_frozen_whatever_is_made_anew(tmp_path):
+    class Other(Toy):
+        def __init__(self, recipe, device):
+            super().__init__(recipe, device)
+            self.phases[0].module.frozen.data[:] = 7.0
+
+    made = []
+
+    def other(recipe, start):
+        made.append(build(recipe, start, Other)[0])
+        return made[-1], Numbers(0, 1)
+
+    run(recipe(run={"steps": 2}), tmp_path)
+    run(recipe(run={"steps": 3}), tmp_path, build=other)
+    assert made[0].phases[0].module.frozen.item() == 1
+    assert load_model(tmp_path).weights["toy"]["frozen"].item() == 1
+    (tmp_path / "frozen.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"frozen, which is frozen, is not what it was in training: give back"
+    ):
+        run(recipe(run={"steps": 4}), tmp_path, build=other)
+
+
+def test_published_weights_are_not_kept_but_must_be_the_same_again(tmp_path, monkeypatch):
+    run(recipe(run={"steps": 2}), tmp_path, build=published)
+    assert not (tmp_path / "frozen.safetensors").exists()
+    trained = load_model(tmp_path)
+    module = Published(wanted(), torch.device("cpu")).phases[0].module
+    trained.load_into(module, "toy")
+    assert torch.equal(module.out.weight, trained.weights["toy"]["out.weight"])
+    monkeypatch.setattr(Published, "value", 3.001)
+    with pytest.raises(CheckpointError, match="is not what it was in training"):
+        trained.load_into(Published(wanted(), torch.device("cpu")).phases[0].module, "toy")
+    with pytest.raises(CheckpointError, match="is not what it was in training"):
+        run(recipe(run={"steps": 3}), tmp_path, build=published)
+
+
 # ---------------------------------------------------------------- models to use
 
 
@@ -235,7 +384,8 @@ def test_the_newest_weights_load_into_the_module_without_the_run(whole):
     module = Toy(wanted(), torch.device("cpu")).phases[0].module
     module.load_state_dict(found.weights["toy"])
     last = weights(whole, STEPS)
-    assert all(torch.equal(x, last[f"model/toy/{name}"]) for name, x in module.state_dict().items())
+    for name, x in module.state_dict().items():  # what is frozen is beside the checkpoints
+        assert torch.equal(x, torch.ones(1) if name == "frozen" else last[f"model/toy/{name}"])
 
 
 @pytest.mark.parametrize("length", [0.05, 0.1])
@@ -243,7 +393,7 @@ def test_an_average_that_was_kept_is_given_exactly(whole, length):
     found, last = load_model(whole, ema=length).weights["toy"], weights(whole, STEPS)
     for name, x in found.items():
         key = f"ema/toy/{length}/{name}"
-        assert torch.equal(x, last.get(key, last[f"model/toy/{name}"]))
+        assert name == "frozen" or torch.equal(x, last[key] if key in last else last[f"model/toy/{name}"])
     assert torch.equal(found["frozen"], torch.ones(1))
 
 
@@ -289,6 +439,19 @@ def test_thinned_snapshots_still_span_every_length(tmp_path, saves):
 def test_a_folder_that_is_no_model_is_one_sentence(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds no model\.safetensors: give a folder"):
         load_model(tmp_path)
+
+
+def test_plain_files_made_a_tensor_at_a_time_are_the_same(tmp_path, whole, monkeypatch):
+    monkeypatch.setattr(exported, "AT_ONCE", 1)
+    exported.export(checkpoints(whole)[STEPS], tmp_path)
+    for name in ("model.safetensors", f"ema/{STEPS:08d}.safetensors"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    stored = weights(whole, STEPS)
+    model = load_file(tmp_path / "model.safetensors")
+    same(
+        {f"model/{name}": x for name, x in model.items()},
+        {k: x for k, x in stored.items() if k.startswith("model/")},
+    )
 
 
 def test_averages_that_were_not_kept_are_one_sentence(tmp_path):

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from jobs import shard
-from jobs.training.checkpoint import load_model
 from jobs.training.data import positions_of
 from jobs.training.diffusion import LOW_NOISE, build, images_of, known_frames, mean_over_frames
+from jobs.training.exported import load_model
 from jobs.training.loop import train
 from jobs.training.recipe import DiffusionRecipe, Tasks, load_training
 from jobs.training.system import Network, build_network, build_process, load_system, load_trained, to_unit

@@ -11,8 +11,9 @@ import time
 import pytest
 import torch
 
-from jobs.training.checkpoint import checkpoints, load_model
+from jobs.training.checkpoint import checkpoints
 from jobs.training.distributed import connect
+from jobs.training.exported import load_model
 from tests.fixtures.toy_training import Numbers, Toy, build, in_ranks, recipe, run, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

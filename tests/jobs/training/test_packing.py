@@ -1,6 +1,7 @@
 """Packing: micro-batches against exhaustive search, the loader's promises, loss and gradients of each shape alone."""
 
 import itertools
+import logging
 import pickle
 from collections import Counter
 from dataclasses import replace
@@ -8,18 +9,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from jobs import shard
+from jobs.encode import encode
 from jobs.training.data import Loader
 from jobs.training.diffusion import build
 from jobs.training.distributed import World
+from jobs.training.loop import train
 from jobs.training.packing import _fullest, micro_batches, pack, used
+from jobs.training.parallelize import checkpoint_activations, compile_blocks
 from jobs.training.plan import make_plan
 from jobs.training.recipe import DiffusionRecipe
+from jobs.training.system import build_network, load_trained
 from jobs.training.task import Draws, parts_of
+from models.diffusion.condition import Condition
+from models.encoders.text import PretrainedText
 from pipeline.shards.reader import ShardReader
 from tests.fixtures.run_folder import make_run_folder
-from tests.fixtures.toy_training import start
+from tests.fixtures.shrunken import checkpoints
+from tests.fixtures.toy_training import Notes, start
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 32, 32), (4, 32, 32), (8, 32, 64), (8, 64, 32)]
@@ -213,6 +222,27 @@ def test_packed_loss_and_gradients_are_those_of_each_shape_alone(run, weighting)
             assert torch.allclose(p.grad, gradients[name], rtol=0, atol=1e-10), name
 
 
+def test_packed_from_a_cache_is_packed_from_pixels(run, tmp_path):
+    """To what float16 keeps of latents."""
+    encode(run, recipe(), str(tmp_path))
+    from_pixels, pixels = build(recipe(), start(run))
+    from_cache, cached = build(recipe(data={"cache": str(tmp_path)}), start(run))
+    from_pixels.system.normalizer = from_cache.system.normalizer
+    networks = [stirred(task.system.network).float() for task in (from_pixels, from_cache)]
+    assert pixels.epoch_length == cached.epoch_length
+    for number in range(3):
+        a, b, draws = pixels.batch(number), cached.batch(number), Draws(0, number, CPU)
+        assert len(parts_of(a)) == len(parts_of(b))
+        assert [(len(x["key"]), "mean" in x) for x in parts_of(b)] == [
+            (len(x["key"]), True) for x in parts_of(a)
+        ]
+        tasks = (from_pixels, networks[0], a), (from_cache, networks[1], b)
+        found = [task.loss("diffusion", network, batch, draws) for task, network, batch in tasks]
+        assert from_pixels.tokens(a) == from_cache.tokens(b)
+        assert a["key"] == b["key"]
+        torch.testing.assert_close(found[0].each, found[1].each, rtol=5e-3, atol=5e-3)
+
+
 def test_every_micro_batch_has_its_tokens_and_operations_counted(run):
     task, loader = build(recipe(), start(run))
     plan = make_plan(recipe(), task, loader.examples(), World(0, 1, CPU))
@@ -236,3 +266,90 @@ def test_what_cannot_be_packed_is_refused(run):
         build(recipe(model={"kind": "dit", "dim": 32, "depth": 1, "heads": 2}), start(run))
     with pytest.raises(ValueError, match=r"more than data\.tokens 200"):
         build(recipe(data={"tokens": 200}), start(run))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_recipe_begins_with_published_weights_which_a_checkpoint_then_does_without(run, tmp_path):
+    """Beside their own autoencoder and text encoder the system is the published one, without text too."""
+    from diffusers import WanTransformer3DModel
+
+    at = checkpoints(tmp_path)
+    torch.manual_seed(0)
+    text = PretrainedText(at["t5"], 6)
+    tokenizer, width = text.tokenizer, text.width
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A " + tokenizer.eos_token, special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
+    )  # as T5's own
+    tokenizer.save_pretrained(at["t5"])
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 48, "num_layers": 2}
+    theirs = WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=width, **sizes)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    theirs.eval().save_pretrained(tmp_path / "wan/transformer")
+    options = {"kind": "sora", "preset": "Wan-1.3B", "dim": 32, "ffn": 48, "heads": 2, "depth": 2}
+    buckets = [{"frames": n, "height": 32, "width": 32} for n in (1, 5)]
+    wanted = recipe(
+        data={"buckets": buckets, "tokens": 128},
+        autoencoder={"kind": "diffusers", "path": at["video"]},
+        text={"kind": "transformers", "model": at["t5"], "length": 6},
+        model=options | {"weights": str(tmp_path / "wan")},
+        run={"steps": 1, "sample_every": 0},
+        optimizer={"lr": 1e-12, "warmup": 0},
+        ema={"lengths": []},
+    )
+    train(wanted, run, tmp_path / "out", monitor=Notes, device="cpu")
+    (tmp_path / "wan").rename(tmp_path / "gone")
+    system = load_trained(str(tmp_path / "out"), 0, "cpu")
+    assert torch.equal(system.normalizer.mean, system.autoencoder.normalizer.mean)
+    z, time = torch.randn(2, 4, 2, 4, 4), torch.tensor([250.0, 800.0], dtype=torch.float64)
+    level = torch.atan2(time, 1000 - time) * 2 / torch.pi
+    encoder, tokenizer = system.text.model, system.text.tokenizer
+    for texts in (["a red ball", "two"], ["", ""]):
+        read = tokenizer(texts, padding="max_length", max_length=6, return_tensors="pt")  # as Wan's pipeline
+        there = read.attention_mask
+        assert there.any(1).all()
+        with torch.no_grad():
+            features = encoder(read.input_ids, there).last_hidden_state * there[..., None]
+            expected = theirs(z, time.float(), torch.nn.functional.pad(features, (0, 0, 0, 512 - 6))).sample
+            found = system.network.predict(z, level, system.condition(texts))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    longer = wanted.run.model_copy(update={"steps": 2})
+    train(wanted.model_copy(update={"run": longer}), run, tmp_path / "out", monitor=Notes, device="cpu")
+
+
+@pytest.fixture
+def graphs():
+    """How many torch.compile has made since the test began."""
+    logging.getLogger("torch.__trace").propagate = False
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.compiler.set_default_backend("eager")
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.compiler.set_default_backend(None)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def test_packed_blocks_compile_to_a_few_graphs_whatever_the_composition(graphs):
+    """Each is one graph (a break would be an error); compositions that come later need none of their own."""
+    network, plain = (stirred(build_network(recipe(), 4, None)).float().denoiser for _ in range(2))
+    plain.load_state_dict(network.state_dict())
+    checkpoint_activations(network.blocks, "full")
+    compile_blocks(network.blocks)
+    made, generator = [], torch.Generator().manual_seed(0)
+    for samples in ((1, 1, 0), (2, 0, 3), (0, 2, 1), (4, 5, 6), (1, 1, 1), (3, 1, 0), (1, 7, 2)):
+        shapes = [(n, 4, *s) for n, s in zip(samples, ((1, 4, 4), (2, 4, 6), (3, 6, 4)), strict=True) if n]
+        z = [torch.randn(shape, generator=generator) for shape in shapes]
+        level = [torch.rand(len(x), generator=generator) for x in z]
+        told = [
+            Condition(
+                torch.randn(len(x), 5, 16, generator=generator), torch.rand(len(x), 5) < 0.7, x, x[:, :1]
+            )
+            for x in z
+        ]
+        for a, b in zip(network.packed(z, level, told), plain.packed(z, level, told), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            a.square().sum().backward(retain_graph=True)
+        made.append(graphs())
+    assert 0 < made[2] <= 6
+    assert made[-1] == made[2]

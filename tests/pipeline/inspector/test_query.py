@@ -193,6 +193,19 @@ def test_facets_are_counts_of_what_passes(inspector: Inspector, rows: list[dict]
     assert said["has"] == has
 
 
+def test_flags_of_the_chosen_caption_are_told_from_those_of_others(inspector: Inspector, rows: list[dict]):
+    said = {r["id"]: r for r in inspector.clips(Filters.of([]), 0, len(rows))["rows"]}
+    expected = {
+        r["clip_id"]: {
+            f for c in r["captions"] if c["model"] == r["decision"]["caption_model"] for f in c["flags"]
+        }
+        for r in rows
+    }
+    assert {i: set(r["chosen_flags"]) for i, r in said.items()} == expected
+    assert any(expected.values())
+    assert any(set(r["flags"]) - expected[i] for i, r in said.items())
+
+
 def test_what_else_a_filter_may_be_set_to_keeps_its_count(inspector: Inspector, rows: list[dict]):
     said = inspector.query.facets(Filters.of([("kept", "1"), ("flag", "loop")]))
     loop = [r for r in rows if any("loop" in c["flags"] for c in r["captions"])]
