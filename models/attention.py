@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import flex_attention as flex
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -38,6 +39,7 @@ _SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+flex_attention: Any = flex.flex_attention
 _DENSE = ("sdpa", "math", "efficient")  # of documents too
 MOST_ROWS = 65_535  # sequences a CUDA kernel takes at once: its grid's second side
 
@@ -111,6 +113,7 @@ class Mask:
     keys: Tokens = ANY
     moving: int = 0
     causal: bool = False
+    block: Any = None  # flex_attention's BlockMask, where it was `prepared`
 
     @classmethod
     def documents(
@@ -192,23 +195,21 @@ class Mask:
     def _dense(self) -> Tensor:
         return self.dense()
 
-    @cached_property
-    def _blocks(self) -> dict[tuple[int, int], Any]:
-        return {}
+    def prepared(self, kernel: Kernel, queries: int, keys: int, device: torch.device) -> Mask:
+        """The same for a kernel that needs more than the rules, made once for all layers. Args: numbers of places."""
+        return replace(self, block=self.blocks(queries, keys, device)) if kernel == "flex" else self
 
     def blocks(self, queries: int, keys: int, device: torch.device) -> Any:
-        """flex_attention's BlockMask for so many queries and keys; made once."""
-        from torch.nn.attention.flex_attention import create_block_mask
+        """flex_attention's BlockMask for so many queries and keys."""
 
         def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return self.allows(
                 lambda x: x[b, i] if x.ndim > 1 else x[i], lambda x: x[b, j] if x.ndim > 1 else x[j]
             )
 
-        if (queries, keys) not in self._blocks:
-            rows = None if self.rows == 1 else self.rows
-            self._blocks[queries, keys] = create_block_mask(rule, rows, None, queries, keys, device)
-        return self._blocks[queries, keys]
+        return flex.create_block_mask(
+            rule, None if self.rows == 1 else self.rows, None, queries, keys, device
+        )
 
 
 # ---------------------------------------------------------------- kernels
@@ -233,9 +234,11 @@ def attend(
         return _by_kernel(q, k, v, *spans)
     if spans is not None and not torch.compiler.is_compiling():
         return _one_by_one(q, k, v, *spans, kernel=kernel)
-    if kernel == "flex" and mask is not None and bias is None:
-        return _flex(q.device)(q, k, v, block_mask=mask.blocks(q.shape[2], k.shape[2], q.device))
-    seen = None if mask is None else mask.dense() if torch.compiler.is_compiling() else mask._dense
+    compiling = torch.compiler.is_compiling()  # then block masks are those that were prepared
+    if kernel == "flex" and mask is not None and bias is None and (mask.block is not None or not compiling):
+        block = mask.blocks(q.shape[2], k.shape[2], q.device) if mask.block is None else mask.block
+        return (flex_attention if compiling else _flex(q.device))(q, k, v, block_mask=block)
+    seen = None if mask is None else mask.dense() if compiling else mask._dense
     if kernel == "plain":
         logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         logits = logits if bias is None else logits + bias
@@ -275,10 +278,7 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, ke
 
 @cache
 def _flex(device: torch.device) -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    kernel: Any = flex_attention
-    return torch.compile(kernel) if device.type == "cuda" else kernel
+    return torch.compile(flex_attention) if device.type == "cuda" else flex_attention
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from models.attention import CrossAttention, Mask, QKNorm, Rotary, SelfAttention, owners
+from models.attention import CrossAttention, Kernel, Mask, QKNorm, Rotary, SelfAttention, owners
 from models.denoisers import wan
 from models.denoisers.conditions import (
     Caption,
@@ -157,6 +157,7 @@ class Sora(nn.Module):
             each = [turn for grid, turn in zip(grids, turns, strict=True) for _ in range(grid[0])]
             turn = Rotary(*(torch.cat(tables) for tables in zip(*each, strict=True)))
             text, layout = _lay_out(grids, texts, x.device)
+            layout = layout.prepared(self.kernel, x.shape[1], 0 if text is None else text.shape[1], x.device)
 
         c = torch.cat([self._level(*told) for told in zip(levels, conditions, strict=True)])  # S D
         ada = self.ada(F.silu(c)).unflatten(-1, (6, -1))  # S 6 D
@@ -168,6 +169,12 @@ class Sora(nn.Module):
         x = self.out(modulate(self.norm(x), shift, scale)).flatten(0, 1)  # N P
         runs = x.split([grid.numel() for grid in grids])
         return [unpatchify(run.unflatten(0, grid), self.patch) for run, grid in zip(runs, grids, strict=True)]
+
+    @property
+    def kernel(self) -> Kernel:
+        """That `choose_kernel` chose."""
+        first: Any = self.blocks[0]
+        return first.attention.kernel
 
     def _level(self, level: Tensor, condition: Condition) -> Tensor:
         """Embedding [B, D] of the noise level, and that of the low-resolution video."""
@@ -197,6 +204,14 @@ class Layout(NamedTuple):
     def spread(self, m: Tensor) -> Tensor:
         """A vector a sequence [S, D] for its tokens: [S, 1, D], or [1, N, D] where they are packed."""
         return m[:, None] if self.owner is None else m[self.owner][None]
+
+    def prepared(self, kernel: Kernel, tokens: int, words: int, device: torch.device) -> Layout:
+        """With the masks made ready for a kernel, once for all blocks."""
+        own, other = (
+            mask and mask.prepared(kernel, tokens, keys, device)
+            for mask, keys in ((self.tokens, tokens), (self.words, words))
+        )
+        return self._replace(tokens=own, words=other)
 
 
 def _lay_out(
