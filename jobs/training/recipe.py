@@ -101,12 +101,13 @@ class Autoencoder(Section):
 class Text(Section):
     """Captions to features."""
 
-    kind: Literal["none", "words", "transformers"] = Field(
-        "words", description="words: hashed words, no weights needed"
+    kind: Literal["none", "words", "transformers", "diffusers"] = Field(
+        "words",
+        description="words: hashed words, no weights needed; diffusers: a pipeline's, as its image model reads them",
     )
     model: str | None = Field(
         None,
-        description="transformers: folder or hub id of CLIP, T5, Qwen, …",
+        description="transformers: folder or hub id of CLIP, T5, Qwen, …; diffusers: folder of a pipeline",
         json_schema_extra=MAYBE_PATH,
     )
     length: int = Field(64, ge=2, description="most tokens")
