@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import CrossAttention, Mask, QKNorm, Rotary, SelfAttention
+from models.attention import CrossAttention, Mask, QKNorm, Rotary, SelfAttention, kept
 from models.denoisers import wan
 from models.denoisers.conditions import (
     Caption,
@@ -246,7 +245,7 @@ class Block(nn.Module):
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
-@lru_cache(maxsize=64)
+@kept
 @torch.inference_mode(False)  # a sampler's table must also serve a later training step
 def rotary(
     frames: int, height: int, width: int, head: int, device: torch.device, dtype: torch.dtype
