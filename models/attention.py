@@ -14,13 +14,14 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache, wraps
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import flex_attention as flex
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 try:
@@ -39,6 +40,7 @@ _SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+flex_attention: Any = flex.flex_attention
 _DENSE = ("sdpa", "math", "efficient")  # of documents too
 MOST_ROWS = 65_535  # sequences a CUDA kernel takes at once: its grid's second side
 
@@ -51,16 +53,27 @@ class Spans(NamedTuple):
 
     offsets: Tensor  # int32 [S + 1]: the beginnings, then the end of the last
     longest: int
+    ends: tuple[int, ...]  # the same as `offsets`, on the host
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | None = None) -> Spans:
-        offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(offsets.to(device), max(lengths))
+        return cls._at((0, *accumulate(lengths)), device)
+
+    @classmethod
+    def _at(cls, ends: tuple[int, ...], device: torch.device | None) -> Spans:
+        longest = max(b - a for a, b in pairwise(ends))
+        return cls(torch.tensor(ends, dtype=torch.int32).to(device), longest, ends)
 
     def between(self, start: int, stop: int) -> Spans:
         """Those of the places from start to stop; of a document that lies elsewhere nothing is left."""
-        offsets = self.offsets.clamp(start, stop) - start
-        return Spans(offsets, min(self.longest, stop - start))
+        ends = tuple(min(max(x, start), stop) - start for x in self.ends)
+        return self._at(ends, self.offsets.device)
+
+
+def owners(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """Which document each place belongs to, int64 [sum of lengths]."""
+    each = torch.arange(len(lengths), device=device)
+    return each.repeat_interleave(torch.tensor(lengths, device=device), output_size=sum(lengths))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +114,7 @@ class Mask:
     keys: Tokens = ANY
     moving: int = 0
     causal: bool = False
+    block: Any = None  # flex_attention's BlockMask, where it was `prepared`
 
     @classmethod
     def documents(
@@ -110,8 +124,7 @@ class Mask:
         sides = []
         for lengths in (queries, keys):
             if lengths is not None:
-                each = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
-                sides.append(Tokens(each, spans=Spans.of(lengths, device)))
+                sides.append(Tokens(owners(lengths, device), spans=Spans.of(lengths, device)))
         return cls(sides[0], sides[-1])
 
     @classmethod
@@ -183,23 +196,21 @@ class Mask:
     def _dense(self) -> Tensor:
         return self.dense()
 
-    @cached_property
-    def _blocks(self) -> dict[tuple[int, int], Any]:
-        return {}
+    def prepared(self, kernel: Kernel, queries: int, keys: int, device: torch.device) -> Mask:
+        """The same for a kernel that needs more than the rules, made once for all layers. Args: numbers of places."""
+        return replace(self, block=self.blocks(queries, keys, device)) if kernel == "flex" else self
 
     def blocks(self, queries: int, keys: int, device: torch.device) -> Any:
-        """flex_attention's BlockMask for so many queries and keys; made once."""
-        from torch.nn.attention.flex_attention import create_block_mask
+        """flex_attention's BlockMask for so many queries and keys."""
 
         def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return self.allows(
                 lambda x: x[b, i] if x.ndim > 1 else x[i], lambda x: x[b, j] if x.ndim > 1 else x[j]
             )
 
-        if (queries, keys) not in self._blocks:
-            rows = None if self.rows == 1 else self.rows
-            self._blocks[queries, keys] = create_block_mask(rule, rows, None, queries, keys, device)
-        return self._blocks[queries, keys]
+        return flex.create_block_mask(
+            rule, None if self.rows == 1 else self.rows, None, queries, keys, device
+        )
 
 
 # ---------------------------------------------------------------- kernels
@@ -224,9 +235,11 @@ def attend(
         return _by_kernel(q, k, v, *spans)
     if spans is not None and not torch.compiler.is_compiling():
         return _one_by_one(q, k, v, *spans, kernel=kernel)
-    if kernel == "flex" and mask is not None and bias is None:
-        return _flex(q.device)(q, k, v, block_mask=mask.blocks(q.shape[2], k.shape[2], q.device))
-    seen = None if mask is None else mask.dense() if torch.compiler.is_compiling() else mask._dense
+    compiling = torch.compiler.is_compiling()  # then block masks are those that were prepared
+    if kernel == "flex" and mask is not None and bias is None and (mask.block is not None or not compiling):
+        block = mask.blocks(q.shape[2], k.shape[2], q.device) if mask.block is None else mask.block
+        return (flex_attention if compiling else _flex(q.device))(q, k, v, block_mask=block)
+    seen = None if mask is None else mask.dense() if compiling else mask._dense
     if kernel == "plain":
         logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         logits = logits if bias is None else logits + bias
@@ -251,9 +264,9 @@ def _by_kernel(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans) -> 
 
 
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, kernel: Kernel) -> Tensor:
-    """Document by document, which costs no padding either; for hosts, that know the offsets without waiting."""
+    """Document by document, which costs no padding either."""
     kernel = "auto" if kernel == "varlen" else kernel
-    spans = zip(pairwise(queries.offsets.tolist()), pairwise(keys.offsets.tolist()), strict=True)
+    spans = zip(pairwise(queries.ends), pairwise(keys.ends), strict=True)
     return torch.cat(
         [
             attend(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], kernel=kernel) if c < d else q[:, :, a:b] * 0.0
@@ -266,10 +279,7 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, ke
 
 @cache
 def _flex(device: torch.device) -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    kernel: Any = flex_attention
-    return torch.compile(kernel) if device.type == "cuda" else kernel
+    return torch.compile(flex_attention) if device.type == "cuda" else flex_attention
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

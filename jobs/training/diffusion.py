@@ -67,10 +67,20 @@ def measure(system: System, loader: Loader) -> Normalizer:
     return measured.normalizer()
 
 
-def published(system: System) -> Normalizer | None:
-    """The autoencoder's own, where a denoiser begins with published weights: it was trained on such latents."""
-    begins = system.recipe.model.options().get("weights") is not None
-    return getattr(system.autoencoder, "normalizer", None) if begins else None
+@torch.no_grad()
+def as_published(system: System) -> Normalizer | None:
+    """Where the denoiser begins with published weights, what it knows: the scale of latents that its autoencoder has.
+
+    And 'no text' becomes what the text encoder makes of ''. None where there are no such weights, or no such scale.
+    """
+    if system.recipe.model.options().get("weights") is None:
+        return None
+    if system.text is not None:
+        denoiser: Any = system.network.denoiser
+        features, _ = system.text([""])
+        ends = len(system.text.tokenizer("").input_ids) > 0  # with T5 '' is one token, the end
+        denoiser.caption.null.copy_(features[0, 0] if ends else torch.zeros_like(features[0, 0]))
+    return getattr(system.autoencoder, "normalizer", None)
 
 
 def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
@@ -100,7 +110,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     elif recipe.start:
         begin_with(system, recipe.start)
     else:
-        system.normalizer = (published(system) or measure(system, loader)).to(world.device)
+        system.normalizer = (as_published(system) or measure(system, loader)).to(world.device)
     return Diffusion(system, loader, start), loader
 
 

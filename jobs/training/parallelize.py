@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from jobs.training.distributed import World
 from jobs.training.recipe import ActivationCheckpointing, Compute
+from models.attention import varlen_attn
 
 GRAPHS = 16  # of one kind of block at most: its shapes, with and without gradients; more is an error
 
@@ -33,6 +34,7 @@ SAVED: tuple[Any, ...] = (  # by selective checkpointing: what costs more to com
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_attention_math.default,
+    *([torch.ops.torch_attn._varlen_attn.default] if varlen_attn is not None else ()),
 )
 
 

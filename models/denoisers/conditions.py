@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from models.attention import Mask
 from models.diffusion.condition import Condition
 
 
@@ -96,6 +99,23 @@ def check_text(text: Tensor, width: int) -> None:
             f"condition.text has {text.shape[-1]} features a token, the model was built for {width}: "
             "use the text encoder it was trained with"
         )
+
+
+def over_time(layer: Callable[[Tensor], Tensor], x: Tensor, mask: Mask | None) -> Tensor:
+    """What attention over time adds to x [B, T, …]: 0 for independent images and for a clip of one frame.
+
+    So pictures depend on no temporal layer, however they come. An empty batch goes through where there are none but
+    pictures, since every parameter is to take part in every step.
+
+    Args:
+        mask: `Mask.frames`, or None where all frames are the clip's.
+    """
+    moving = x.shape[1] if mask is None else mask.moving
+    if moving <= 1:
+        return torch.cat([layer(x[:0]), torch.zeros_like(x)])
+    if mask is None:
+        return layer(x)
+    return torch.cat([layer(x[:, :moving]), torch.zeros_like(x[:, moving:])], dim=1)
 
 
 def patchify(z: Tensor, patch: tuple[int, int, int]) -> Tensor:

@@ -28,6 +28,7 @@ from models.denoisers.conditions import (
     mlp,
     modulate,
     no_text,
+    over_time,
     patchify,
     unpatchify,
     with_conditions,
@@ -228,6 +229,8 @@ class AxisAttention(SelfAttention):
 
     def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:  # type: ignore[override]
         """mask: of frames (along time) or of all tokens; within a frame there is none."""
+        if self.axis == "time":
+            return over_time(partial(along, "time", super().forward), x, mask)
         return along(self.axis, super().forward, x, None if self.axis == "space" else mask)
 
 

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from models.attention import CrossAttention, Mask, QKNorm, Rotary, SelfAttention, kept
+from models.attention import CrossAttention, Kernel, Mask, QKNorm, Rotary, SelfAttention, kept, owners
 from models.denoisers import wan
 from models.denoisers.conditions import (
     Caption,
@@ -155,6 +156,7 @@ class Sora(nn.Module):
             each = [turn for grid, turn in zip(grids, turns, strict=True) for _ in range(grid[0])]
             turn = Rotary(*(torch.cat(tables) for tables in zip(*each, strict=True)))
             text, layout = _lay_out(grids, texts, x.device)
+            layout = layout.prepared(self.kernel, x.shape[1], 0 if text is None else text.shape[1], x.device)
 
         c = torch.cat([self._level(*told) for told in zip(levels, conditions, strict=True)])  # S D
         ada = self.ada(F.silu(c)).unflatten(-1, (6, -1))  # S 6 D
@@ -166,6 +168,12 @@ class Sora(nn.Module):
         x = self.out(modulate(self.norm(x), shift, scale)).flatten(0, 1)  # N P
         runs = x.split([grid.numel() for grid in grids])
         return [unpatchify(run.unflatten(0, grid), self.patch) for run, grid in zip(runs, grids, strict=True)]
+
+    @property
+    def kernel(self) -> Kernel:
+        """That `choose_kernel` chose."""
+        first: Any = self.blocks[0]
+        return first.attention.kernel
 
     def _level(self, level: Tensor, condition: Condition) -> Tensor:
         """Embedding [B, D] of the noise level, and that of the low-resolution video."""
@@ -196,23 +204,39 @@ class Layout(NamedTuple):
         """A vector a sequence [S, D] for its tokens: [S, 1, D], or [1, N, D] where they are packed."""
         return m[:, None] if self.owner is None else m[self.owner][None]
 
+    def prepared(self, kernel: Kernel, tokens: int, words: int, device: torch.device) -> Layout:
+        """With the masks made ready for a kernel, once for all blocks."""
+        own, other = (
+            mask and mask.prepared(kernel, tokens, keys, device)
+            for mask, keys in ((self.tokens, tokens), (self.words, words))
+        )
+        return self._replace(tokens=own, words=other)
+
 
 def _lay_out(
     grids: list[torch.Size], texts: list[tuple[Tensor | None, Tensor | None]], device: torch.device
 ) -> tuple[Tensor | None, Layout]:
     """The texts without their padding, [1, L, W], and where all lies."""
     lengths = [grid[1:].numel() for grid in grids for _ in range(grid[0])]
-    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
+    owner = owners(lengths, device)
     tokens = Mask.documents(lengths, device=device)
     captions = [(text, mask) for text, mask in texts if text is not None]
     if not captions:
         return None, Layout(owner, tokens)
-    there = [
-        text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask for text, mask in captions
-    ]
-    words = torch.cat([mask.sum(1) for mask in there]).tolist()  # waits for the device, once a pass
-    text = torch.cat([text[mask] for (text, _), mask in zip(captions, there, strict=True)])[None]
+    kept = [_without_padding(text, mask) for text, mask in captions]
+    words = [n for _, each in kept for n in each]
+    text = torch.cat([text for text, _ in kept])[None]
     return text, Layout(owner, tokens, Mask.documents(lengths, words, device))
+
+
+def _without_padding(text: Tensor, mask: Tensor | None) -> tuple[Tensor, list[int]]:
+    """[B, L, W] → [tokens, W] and how many each row has, for which it waits for the device.
+
+    On shapes alone (a fake tensor) there is no padding to be known.
+    """
+    if mask is None or isinstance(mask, FakeTensor):
+        return text.flatten(0, 1), [text.shape[1]] * len(text)
+    return text[mask], mask.sum(1).tolist()
 
 
 class Block(nn.Module):

@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import AttentionLayer, Mask, join_heads, split_heads
-from models.denoisers.conditions import check_text, input_channels, low_level, no_text, with_conditions
+from models.denoisers.conditions import (
+    check_text,
+    input_channels,
+    low_level,
+    no_text,
+    over_time,
+    with_conditions,
+)
 from models.diffusion.condition import Condition, LevelEmbedding
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -289,10 +296,16 @@ class TimeAttention(nn.Module):
         zeroed(self.attention.out)
 
     def forward(self, x: Tensor, frame_mask: Mask | None = None) -> Tensor:
+        return x + over_time(self._branch, x, frame_mask)
+
+    def _branch(self, x: Tensor) -> Tensor:
         b, t, c, h, w = x.shape
         y = self.norm(x).permute(0, 3, 4, 1, 2).reshape(b * h * w, t, c)  # (B h w) T C
-        y = self.attention(y, mask=frame_mask, bias=self.bias(t))
-        return x + y.reshape(b, h, w, t, c).permute(0, 3, 4, 1, 2)
+        bias = self.bias(t)
+        y = self.attention(y, bias=bias)
+        if not b:  # of nothing to look at torch gives a bias no gradient, not even 0
+            y = y + bias.sum()
+        return y.reshape(b, h, w, t, c).permute(0, 3, 4, 1, 2)
 
 
 class Attention(AttentionLayer):

@@ -160,7 +160,7 @@ class VideoLDM(nn.Module):
 
     def forward(self, z: Tensor, level: Tensor, condition: Condition) -> Tensor:
         b, t = len(z), z.shape[2]
-        videos = t - condition.images
+        videos = t - condition.images if t - condition.images > 1 else 0  # one frame is an image
         x = with_conditions(z, condition, context=self.known is not None, upsample=False).transpose(
             1, 2
         )  # B T C' h w

@@ -28,7 +28,7 @@ from pipeline.layers import CONSENSUS, Layer, Layered, create, layers, remove, u
 from pipeline.recipe import Aesthetic, Recipe, RecipeError, Text, parse, what
 from pipeline.recipe_captions import Captioner, FuseCaptioner
 from pipeline.recipe_choose import Judge
-from pipeline.recipe_file import split_setting
+from pipeline.recipe_file import dotted, split_setting
 from pipeline.recipe_schema import Section
 from pipeline.record import Clip, Source, Video
 from pipeline.run.relabel import Only
@@ -38,6 +38,7 @@ from pipeline.stages import Produces, Resources, Stage
 from pipeline.tables import caption_of, caption_row
 
 TOGETHER = 64  # clips that go through the stages together at least, of as many units as it takes
+CUT = ("shots", "events", "cut", "signature")  # sections of a recipe by which clips were made
 Wanted = dict[str, set[str]]  # stage → ids of the clips that it is to do
 
 
@@ -87,7 +88,16 @@ def all_of(run: Mapping[str, Any], asked: Sequence[str], over: Sequence[Layer], 
 
     Args:
         run: its run.json.
+
+    Raises RecipeError, also for a setting that would change nothing of clips that there are.
     """
+    for item in asked:
+        keys = split_setting(item)[0]
+        if keys[0] in CUT:
+            raise RecipeError(
+                f"--set {dotted(keys)}: clips stay as they were cut; captioners and judges are added to them, for "
+                "other clips curate into a new folder"
+            )
     recipe = parse(run["recipe"], list(asked), below(where, "run.json"))
     return (
         recipe if any(split_setting(item)[0] == ["captions"] for item in asked) else with_layers(recipe, over)

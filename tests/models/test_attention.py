@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -251,12 +252,18 @@ def test_ring_attention_can_be_made_of_parts():
     assert (total / weight - written([q, k, v], seen)[0]).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("kernel", ["auto", "flex"])
 @pytest.mark.parametrize("rule", list(masks()))
-def test_attention_under_a_mask_compiles_as_one_graph(rule: str):
-    mask, seen = masks()[rule]
-    leaves = numbers(2 if rule == "padding" else 1, 10, 10)
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    assert (compiled(*leaves, mask) - written(leaves, seen)[0]).abs().max() < 1e-12
+def test_attention_under_a_mask_compiles_as_one_graph(rule: str, kernel: Kernel):
+    mask = masks()[rule][0]
+    assert mask is not None
+    leaves = [x.detach() for x in numbers(2 if rule == "padding" else 1, 10, 10)]
+    mask = mask.prepared(kernel, 10, 10, leaves[0].device)
+    assert (mask.block is not None) == (kernel == "flex")
+    torch._dynamo.reset()
+    compiled = torch.compile(partial(attend, kernel=kernel), fullgraph=True, backend="aot_eager")
+    expected = attend(*leaves, masks()[rule][0], kernel="plain")
+    assert (compiled(*leaves, mask) - expected).abs().max() < 1e-12
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels for documents need CUDA")

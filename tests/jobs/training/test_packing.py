@@ -9,8 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from jobs import shard
+from jobs.encode import encode
 from jobs.training.data import Loader
 from jobs.training.diffusion import build
 from jobs.training.distributed import World
@@ -22,8 +24,10 @@ from jobs.training.recipe import DiffusionRecipe
 from jobs.training.system import build_network, load_trained
 from jobs.training.task import Draws, parts_of
 from models.diffusion.condition import Condition
+from models.encoders.text import PretrainedText
 from pipeline.shards.reader import ShardReader
 from tests.fixtures.run_folder import make_run_folder
+from tests.fixtures.shrunken import checkpoints
 from tests.fixtures.toy_training import Notes, start
 
 CPU = torch.device("cpu")
@@ -218,6 +222,27 @@ def test_packed_loss_and_gradients_are_those_of_each_shape_alone(run, weighting)
             assert torch.allclose(p.grad, gradients[name], rtol=0, atol=1e-10), name
 
 
+def test_packed_from_a_cache_is_packed_from_pixels(run, tmp_path):
+    """To what float16 keeps of latents."""
+    encode(run, recipe(), str(tmp_path))
+    from_pixels, pixels = build(recipe(), start(run))
+    from_cache, cached = build(recipe(data={"cache": str(tmp_path)}), start(run))
+    from_pixels.system.normalizer = from_cache.system.normalizer
+    networks = [stirred(task.system.network).float() for task in (from_pixels, from_cache)]
+    assert pixels.epoch_length == cached.epoch_length
+    for number in range(3):
+        a, b, draws = pixels.batch(number), cached.batch(number), Draws(0, number, CPU)
+        assert len(parts_of(a)) == len(parts_of(b))
+        assert [(len(x["key"]), "mean" in x) for x in parts_of(b)] == [
+            (len(x["key"]), True) for x in parts_of(a)
+        ]
+        tasks = (from_pixels, networks[0], a), (from_cache, networks[1], b)
+        found = [task.loss("diffusion", network, batch, draws) for task, network, batch in tasks]
+        assert from_pixels.tokens(a) == from_cache.tokens(b)
+        assert a["key"] == b["key"]
+        torch.testing.assert_close(found[0].each, found[1].each, rtol=5e-3, atol=5e-3)
+
+
 def test_every_micro_batch_has_its_tokens_and_operations_counted(run):
     task, loader = build(recipe(), start(run))
     plan = make_plan(recipe(), task, loader.examples(), World(0, 1, CPU))
@@ -245,37 +270,51 @@ def test_what_cannot_be_packed_is_refused(run):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_recipe_begins_with_published_weights_which_a_checkpoint_then_does_without(run, tmp_path):
+    """Beside their own autoencoder and text encoder the system is the published one, without text too."""
     from diffusers import WanTransformer3DModel
 
+    at = checkpoints(tmp_path)
     torch.manual_seed(0)
-    theirs = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=6,
-        out_channels=6,
-        text_dim=16,
-        ffn_dim=48,
-        num_layers=2,
-    )
-    theirs.save_pretrained(tmp_path / "wan/transformer")
-    sizes = {"kind": "sora", "preset": "Wan-1.3B", "dim": 32, "ffn": 48, "heads": 2, "depth": 2}
+    text = PretrainedText(at["t5"], 6)
+    tokenizer, width = text.tokenizer, text.width
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A " + tokenizer.eos_token, special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
+    )  # as T5's own
+    tokenizer.save_pretrained(at["t5"])
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 48, "num_layers": 2}
+    theirs = WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=width, **sizes)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    theirs.eval().save_pretrained(tmp_path / "wan/transformer")
+    options = {"kind": "sora", "preset": "Wan-1.3B", "dim": 32, "ffn": 48, "heads": 2, "depth": 2}
+    buckets = [{"frames": n, "height": 32, "width": 32} for n in (1, 5)]
     wanted = recipe(
-        model=sizes | {"weights": str(tmp_path / "wan")},
+        data={"buckets": buckets, "tokens": 128},
+        autoencoder={"kind": "diffusers", "path": at["video"]},
+        text={"kind": "transformers", "model": at["t5"], "length": 6},
+        model=options | {"weights": str(tmp_path / "wan")},
         run={"steps": 1, "sample_every": 0},
-        optimizer={"lr": 1e-9, "warmup": 0},
+        optimizer={"lr": 1e-12, "warmup": 0},
+        ema={"lengths": []},
     )
     train(wanted, run, tmp_path / "out", monitor=Notes, device="cpu")
     (tmp_path / "wan").rename(tmp_path / "gone")
-    trained = load_trained(str(tmp_path / "out"), 0, "cpu").network.denoiser
-    assert torch.allclose(trained.out.weight, theirs.proj_out.weight, atol=1e-6)
-    assert torch.allclose(trained.blocks[1].cross.q.weight, theirs.blocks[1].attn2.to_q.weight, atol=1e-6)
-    train(
-        wanted.model_copy(update={"run": wanted.run.model_copy(update={"steps": 2})}),
-        run,
-        tmp_path / "out",
-        monitor=Notes,
-        device="cpu",
-    )
+    system = load_trained(str(tmp_path / "out"), 0, "cpu")
+    assert torch.equal(system.normalizer.mean, system.autoencoder.normalizer.mean)
+    z, time = torch.randn(2, 4, 2, 4, 4), torch.tensor([250.0, 800.0], dtype=torch.float64)
+    level = torch.atan2(time, 1000 - time) * 2 / torch.pi
+    encoder, tokenizer = system.text.model, system.text.tokenizer
+    for texts in (["a red ball", "two"], ["", ""]):
+        read = tokenizer(texts, padding="max_length", max_length=6, return_tensors="pt")  # as Wan's pipeline
+        there = read.attention_mask
+        assert there.any(1).all()
+        with torch.no_grad():
+            features = encoder(read.input_ids, there).last_hidden_state * there[..., None]
+            expected = theirs(z, time.float(), torch.nn.functional.pad(features, (0, 0, 0, 512 - 6))).sample
+            found = system.network.predict(z, level, system.condition(texts))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    longer = wanted.run.model_copy(update={"steps": 2})
+    train(wanted.model_copy(update={"run": longer}), run, tmp_path / "out", monitor=Notes, device="cpu")
 
 
 @pytest.fixture

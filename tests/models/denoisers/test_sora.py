@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import models.denoisers.sora
@@ -181,6 +182,20 @@ def test_a_batch_mate_has_no_influence_at_all():
     parts[1] = (z.detach() + 5, level / 2, replace(condition, text=-condition.text))
     changed = model.packed(*zip(*parts, strict=True))
     assert [torch.equal(a, b) for a, b in zip(out, changed, strict=True)] == [True, False, True, True]
+
+
+def test_packed_runs_on_shapes_alone():
+    """As operations are counted before a training begins; texts then count as without padding."""
+    model, parts = small(), buckets()
+    model.packed(*zip(*parts, strict=True))  # tables of positions are there from then on
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(z) for z, _, _ in parts]
+        texts = [
+            replace(c, text=mode.from_tensor(c.text), text_mask=mode.from_tensor(c.text_mask))
+            for *_, c in parts
+        ]
+        out = model.packed(fake, [mode.from_tensor(level) for _, level, _ in parts], texts)
+    assert [x.shape for x in out] == [z.shape for z, _, _ in parts]
 
 
 def test_padding_of_the_text_changes_nothing():

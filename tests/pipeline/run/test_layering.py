@@ -172,6 +172,12 @@ def test_what_needs_the_source_is_refused_with_a_sentence(world, capsys):
     assert files(out, "clips", "videos") == before
 
 
+def test_a_setting_by_which_clips_were_made_is_refused(world, capsys):
+    out = str(world.folder / "one")
+    assert caption.main([out, "--runner", "local", "--set", "cut.crf=3"]) == 2
+    assert "--set cut.crf: clips stay as they were cut" in capsys.readouterr().err
+
+
 def test_captions_that_failed_are_done_again_when_asked(world):
     out = world.folder / "one"
     (world.folder / "broken").touch()
