@@ -363,7 +363,7 @@ def made_with(recipe: DiffusionRecipe, weights: Mapping[str, str]) -> dict[str, 
     Args:
         weights: `System.weights`.
     """
-    frozen = recipe.text.kind == "transformers"
+    frozen = recipe.text.kind in ("transformers", "diffusers")
     return {
         "buckets": [list(s) for s in shapes_of(recipe)],
         "fps": recipe.data.fps,

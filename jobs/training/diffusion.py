@@ -39,6 +39,8 @@ from jobs.training.task import PARTS, Batch, Draws, Evaluation, Losses, Phase, S
 from models.autoencoders.latents import Normalizer, Posterior, Statistics, latent_shape
 from models.diffusion.condition import Condition
 from models.diffusion.objective import TIMES, at_level
+from models.encoders.pipeline_text import PipelineText
+from models.encoders.text import PretrainedText
 from models.hub import MissingModel
 from pipeline.shards.latents import statistics
 
@@ -71,11 +73,13 @@ def measure(system: System, loader: Loader) -> Normalizer:
 def as_published(system: System) -> Normalizer | None:
     """Where the denoiser begins with published weights, what it knows: the scale of latents that its autoencoder has.
 
-    And 'no text' becomes what the text encoder makes of ''. None where there are no such weights, or no such scale.
+    And 'no text' becomes what the text encoder makes of '', where the denoiser has a token for it. None where there are
+    no such weights, or no such scale.
     """
-    if system.recipe.model.options().get("weights") is None:
+    options = system.recipe.model.options()
+    if options.get("weights") is None and options.get("spatial") is None:
         return None
-    if system.text is not None:
+    if isinstance(system.text, PretrainedText) and options.get("weights") is not None:
         denoiser: Any = system.network.denoiser
         features, _ = system.text([""])
         ends = len(system.text.tokenizer("").input_ids) > 0  # with T5 '' is one token, the end
@@ -101,6 +105,8 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
         raise ValueError(
             f"data.pack: model.kind {recipe.model.kind} takes one shape at a time: set it to false, or use sora"
         )
+    if recipe.data.cache and isinstance(system.text, PipelineText) and system.text.pooled_width:
+        raise ValueError("data.cache keeps no pooled text, which the image model takes: leave it out")
     if recipe.data.cache:
         check_cache(recipe, start.data, system.weights())
     loader = build_loader(recipe, start.data, system.autoencoder, world)
@@ -247,10 +253,9 @@ class Diffusion(Task):
         found = Condition()
         if "text" in batch:
             text, mask = self._here(batch["text"]), self._here(batch["text_mask"])
-            found = replace(found, text=text.float(), text_mask=mask)
+            found = self.system.with_nothing(replace(found, text=text.float(), text_mask=mask))
         elif self.system.text is not None:
-            text, mask = self.system.text(batch["caption"])
-            found = replace(found, text=text.float(), text_mask=mask)
+            found = self.system.read(batch["caption"])
         if knows_frames(self.recipe.tasks):
             kind, more = draws.uniform(len(x), KNOWN), draws.uniform(len(x), CONTEXT)
             mask = known_frames(self.recipe.tasks, x.shape[2], kind, more)

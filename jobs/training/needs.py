@@ -23,10 +23,11 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
     if isinstance(recipe, DiffusionRecipe):
         auto, text = recipe.autoencoder, recipe.text
         if auto.kind in ("vae", "diffusers"):
-            where = trained if auto.kind == "vae" else diffusers
-            yield f"autoencoder: {auto.path}", partial(where, auto.path, "autoencoder.path")
-        if text.kind == "transformers":
-            yield f"text: {text.model}", partial(transformers, text.model, "text.model")
+            found = trained if auto.kind == "vae" else diffusers
+            yield f"autoencoder: {auto.path}", partial(found, auto.path, "autoencoder.path")
+        if text.kind in ("transformers", "diffusers"):
+            where = transformers if text.kind == "transformers" else diffusers
+            yield f"text: {text.model}", partial(where, text.model, "text.model")
         if spatial := recipe.model.options().get("spatial"):
             yield f"model: {spatial}", partial(diffusers, spatial, "model.spatial")
         if recipe.start:

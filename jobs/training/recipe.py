@@ -67,6 +67,17 @@ class DiffusionData(Data):
     )
 
     @model_validator(mode="after")
+    def _whole_steps(self) -> DiffusionData:
+        """A step is of stills or of clips: with both, ranks would pass through the model unequally often."""
+        if rest := self.stills % self.micro_batches:
+            less, more = self.stills - rest, self.stills - rest + self.micro_batches
+            raise ValueError(
+                f"stills: {self.stills} micro-batches are no whole number of steps of {self.micro_batches} "
+                f"(micro_batches): give {less} or {more}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _packed(self) -> DiffusionData:
         for name in ("batch", "images"):
             if self.pack and getattr(self, name):
@@ -90,12 +101,13 @@ class Autoencoder(Section):
 class Text(Section):
     """Captions to features."""
 
-    kind: Literal["none", "words", "transformers"] = Field(
-        "words", description="words: hashed words, no weights needed"
+    kind: Literal["none", "words", "transformers", "diffusers"] = Field(
+        "words",
+        description="words: hashed words, no weights needed; diffusers: a pipeline's, as its image model reads them",
     )
     model: str | None = Field(
         None,
-        description="transformers: folder or hub id of CLIP, T5, Qwen, …",
+        description="transformers: folder or hub id of CLIP, T5, Qwen, …; diffusers: folder of a pipeline",
         json_schema_extra=MAYBE_PATH,
     )
     length: int = Field(64, ge=2, description="most tokens")

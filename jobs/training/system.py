@@ -7,6 +7,7 @@ noise ───────── network(z, level, condition) ─ sampler ─ n
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ from models.diffusion.objective import (
     uniform,
 )
 from models.diffusion.samplers import named
+from models.encoders.pipeline_text import PipelineText
 from models.encoders.text import PretrainedText, WordText
 from models.measures.features import weights_hash
 from pipeline.shards.buckets import Shape
@@ -129,7 +131,7 @@ class System:
     recipe: DiffusionRecipe
     autoencoder: Autoencoder
     normalizer: Normalizer
-    text: PretrainedText | None
+    text: PretrainedText | PipelineText | None
     network: Network
     device: torch.device
     trained: list[Shape] = field(default_factory=list)  # buckets that clips fill
@@ -144,12 +146,35 @@ class System:
         """A condition with the texts' features; empty texts are 'no text'. `network`: as it is wrapped, or its own."""
         network = network or self.network
         if self.text is not None:
-            features, mask = self.text(texts)
-        elif self.network.text is not None:
-            features, mask = network(Network.read, texts)
-        else:
+            return self.read(texts)
+        if self.network.text is None:
             return Condition()
+        features, mask = network(Network.read, texts)
         return Condition(text=features, text_mask=mask)
+
+    def read(self, texts: list[str]) -> Condition:
+        """What the frozen text encoder makes of them."""
+        assert self.text is not None
+        if not isinstance(self.text, PipelineText):
+            features, mask = self.text(texts)
+            return Condition(text=features.float(), text_mask=mask)
+        features, pooled = self.text.encode(texts)
+        mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        told = Condition(
+            text=features.float(), text_mask=mask, pooled=None if pooled is None else pooled.float()
+        )
+        return self.with_nothing(told)
+
+    def with_nothing(self, condition: Condition) -> Condition:
+        """With the encoding of 'no text', where the image model was trained with one."""
+        if not isinstance(self.text, PipelineText):
+            return condition
+        assert condition.text is not None
+        rows = len(condition.text)
+        features, pooled = (
+            None if x is None else x.float().expand(rows, *x.shape[1:]) for x in self.text.nothing
+        )
+        return replace(condition, no_text=features, no_pooled=pooled)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Posterior:
@@ -301,16 +326,26 @@ def build_autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> Autoen
     return found.to(device).requires_grad_(False).eval()
 
 
-def build_text(recipe: TextRecipe, device: torch.device) -> PretrainedText | None:
-    """The frozen text encoder; None for the others. Raises ValueError or models.curation.embed.MissingModel."""
-    if recipe.kind != "transformers":
+def build_text(recipe: TextRecipe, device: torch.device) -> PretrainedText | PipelineText | None:
+    """The frozen text encoder; None for the others. Raises ValueError or models.hub.MissingModel."""
+    if recipe.kind not in ("transformers", "diffusers"):
         return None
     if not recipe.model:
-        raise ValueError(
-            "text.kind transformers needs text.model: name a folder or hub id of CLIP, T5, Qwen, …"
+        what = (
+            "a folder or hub id of CLIP, T5, Qwen, …"
+            if recipe.kind == "transformers"
+            else "a pipeline's folder"
         )
+        raise ValueError(f"text.kind {recipe.kind} needs text.model: name {what}")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return PretrainedText(recipe.model, recipe.length, dtype=dtype).to(device)
+    if recipe.kind == "transformers":
+        return PretrainedText(recipe.model, recipe.length, dtype=dtype).to(device)
+    found = PipelineText(recipe.model, dtype)
+    if recipe.length != found.length:
+        raise ValueError(
+            f"text.length {recipe.length}: {recipe.model} reads {found.length} places: give that"
+        )
+    return found.to(device)
 
 
 def build_process(recipe: Objective) -> Process:
@@ -325,7 +360,10 @@ def build_process(recipe: Objective) -> Process:
 
 
 def build_network(
-    recipe: DiffusionRecipe, channels: int, frozen_text: PretrainedText | None, fresh: bool = True
+    recipe: DiffusionRecipe,
+    channels: int,
+    frozen_text: PretrainedText | PipelineText | None,
+    fresh: bool = True,
 ) -> Network:
     """Raises ValueError where the model's options do not fit together.
 
@@ -346,6 +384,8 @@ def build_network(
             )
         if wanted:
             options[name] = True
+    if spatial := options.get("spatial"):
+        _check_spatial(recipe, spatial)
     own = None
     if recipe.text.kind == "words":
         own = WordText(recipe.text.length, recipe.text.width, recipe.text.depth, recipe.text.rows)
@@ -358,6 +398,29 @@ def build_network(
     network = Network(build(channels, width, **options), own, build_process(recipe.objective), weighting)
     choose_kernel(network, recipe.compute.attention)
     return network
+
+
+def _check_spatial(recipe: DiffusionRecipe, folder: str) -> None:
+    """Raises ValueError where an image model would not see what it was trained on."""
+    objective = recipe.objective
+    if objective.schedule == "flow":
+        raise ValueError(
+            "objective.schedule flow: the image model of model.spatial was trained on α² + σ² = 1: give scaled_linear"
+        )
+    if recipe.text.kind == "transformers":
+        raise ValueError(
+            "text.kind transformers: the image model of model.spatial was trained to attend to all of its text, "
+            f"and to an encoding of no text: give text.kind diffusers, with text.model {folder}"
+        )
+    scheduler = Path(folder) / "scheduler" / "scheduler_config.json"
+    said = (
+        json.loads(scheduler.read_text()).get("prediction_type", "epsilon") if scheduler.is_file() else None
+    )
+    predicts = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}.get(str(said))
+    if predicts and predicts != objective.prediction:
+        raise ValueError(
+            f"objective.prediction {objective.prediction}: the model of model.spatial predicts {predicts}: give that"
+        )
 
 
 def build_system(

@@ -84,6 +84,7 @@ class Spatial(nn.Module):
         level: Tensor,  # N
         text: Tensor | None = None,  # N L D
         text_mask: Tensor | None = None,  # N L
+        pooled: Tensor | None = None,  # N P
         mix: Mix = lambda x, emb: x,
     ) -> Tensor:
         """→ [N, C, h, w]"""
@@ -185,7 +186,7 @@ class VideoLDM(nn.Module):
             return None if y is None else y.repeat_interleave(t, dim=0)
 
         z = z.transpose(1, 2).flatten(0, 1)  # N C h w
-        y = self.spatial(z, each(level), each(text), each(text_mask), mix)
+        y = self.spatial(z, each(level), each(text), each(text_mask), each(condition.pooled), mix)
         return y.unflatten(0, (b, t)).transpose(1, 2)  # B C T h w
 
 
@@ -325,6 +326,7 @@ class ImageUNet(Spatial):
         level: Tensor,
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
+        pooled: Tensor | None = None,
         mix: Mix = lambda x, emb: x,
     ) -> Tensor:
         return self.unet(z[:, None], self.level(level), text, Mask.padding(text_mask), mix)[:, 0]
@@ -356,8 +358,9 @@ class DiffusersUNet(Spatial):
     """Stable Diffusion's U-Net (1.x, 2.x, XL) in the modules of diffusers, under their names.
 
     It keeps what it was trained to predict (ε; v for 2.x at 768 pixels) and the time steps it knows: the
-    level is turned into one. 'No text' is a text of zeros, as XL has it. XL's other conditions are the size
-    of the image, uncropped, and pooled text of zeros: a `Condition` has none.
+    level is turned into one. A row without text is a text of zeros; what these models know as 'no text' is for the
+    condition to say (`Condition.no_text`). XL's other conditions are the size of the image, uncropped, and the
+    pooled text, or zeros.
 
     Raises ValueError where diffusers is missing, the folder holds no such model, or its sizes are others.
     """
@@ -401,11 +404,12 @@ class DiffusersUNet(Spatial):
         level: Tensor,
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
+        pooled: Tensor | None = None,
         mix: Mix = lambda x, emb: x,
     ) -> Tensor:
         unet = self.unet
         emb = unet.time_embedding(unet.get_time_embed(sample=z, timestep=timestep(level)))  # N E
-        added = self._size(z) if unet.config.addition_embed_type == "text_time" else {}
+        added = self._added(z, pooled) if unet.config.addition_embed_type == "text_time" else {}
         extra = unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added)
         emb = emb if extra is None else emb + extra
         if text is not None and text_mask is not None:
@@ -433,15 +437,21 @@ class DiffusersUNet(Spatial):
                 x = grow(x)
         return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
 
-    def _size(self, z: Tensor) -> dict[str, Tensor]:
-        """XL's conditions, [N, 6] and [N, P]: height and width, the crop's corner, the size aimed at; no text."""
+    def _added(self, z: Tensor, pooled: Tensor | None) -> dict[str, Tensor]:
+        """XL's conditions, [N, 6] and [N, P]: height and width, the crop's corner, the size aimed at; pooled text."""
         n, _, h, w = z.shape
+        config = self.unet.config
         size = torch.tensor([8 * h, 8 * w, 0, 0, 8 * h, 8 * w], device=z.device).expand(n, 6)  # in pixels
-        pooled = (
-            self.unet.config.projection_class_embeddings_input_dim
-            - 6 * self.unet.config.addition_time_embed_dim
-        )
-        return {"time_ids": size, "text_embeds": z.new_zeros(n, pooled)}
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        if pooled is not None and pooled.shape[-1] != width:
+            raise ValueError(
+                f"condition.pooled has {pooled.shape[-1]} features, the image model takes {width}: give the text "
+                "encoders that belong to it"
+            )
+        return {
+            "time_ids": size,
+            "text_embeds": z.new_zeros(n, width) if pooled is None else pooled.to(z.dtype),
+        }
 
 
 def _pairs(block: Any) -> Iterator[tuple[Any, Any]]:
