@@ -67,6 +67,17 @@ class DiffusionData(Data):
     )
 
     @model_validator(mode="after")
+    def _whole_steps(self) -> DiffusionData:
+        """A step is of stills or of clips: with both, ranks would pass through the model unequally often."""
+        if rest := self.stills % self.micro_batches:
+            less, more = self.stills - rest, self.stills - rest + self.micro_batches
+            raise ValueError(
+                f"stills: {self.stills} micro-batches are no whole number of steps of {self.micro_batches} "
+                f"(micro_batches): give {less} or {more}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _packed(self) -> DiffusionData:
         for name in ("batch", "images"):
             if self.pack and getattr(self, name):

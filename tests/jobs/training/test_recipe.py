@@ -21,6 +21,14 @@ def test_a_network_that_is_none_is_one_sentence(kind: str):
     assert "\n" not in str(e.value)
 
 
+def test_a_step_is_of_stills_or_of_clips():
+    assert load_training("toy", ["data.stills=6"]).data.stills == 6
+    with pytest.raises(
+        RecipeError, match=r"stills: 5 micro-batches are no whole number of steps of 2 .*give 4 or 6"
+    ):
+        load_training("toy", ["data.stills=5"])
+
+
 def test_every_training_option_says_what_it_means():
     assert [o.key for o in options(TrainRecipe) if not o.meaning] == []
 
