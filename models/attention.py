@@ -13,15 +13,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache, wraps
 from itertools import accumulate, pairwise
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention import flex_attention as flex
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -289,6 +290,23 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def join_heads(x: Tensor) -> Tensor:
     """[B, H, L, D] → [B, L, H·D]"""
     return x.transpose(1, 2).flatten(2)
+
+
+Make = TypeVar("Make", bound=Callable[..., Any])
+
+
+def kept(make: Make) -> Make:
+    """A table of positions is made once for the same arguments and kept.
+
+    What is made while operations are looked at (counted, on shapes alone) is not: it may be no real tensor.
+    """
+    stored = lru_cache(maxsize=64)(make)
+
+    @wraps(make)
+    def table(*args: Any, **named: Any) -> Any:
+        return (make if _get_current_dispatch_mode() else stored)(*args, **named)
+
+    return cast(Make, table)
 
 
 class Rotary(NamedTuple):

@@ -9,14 +9,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 # Dense TFLOP/s of matrix products from the vendors' data sheets: (bf16, fp32 without TF32).
 # The first name that is part of the device's name is taken.
@@ -82,43 +90,87 @@ def _wait(device: torch.device) -> None:
 class Cost:
     """Of one forward and backward pass.
 
-    saved: bytes that autograd keeps between them, parameters left out, where nothing is recomputed.
-    recomputed: the same where each of the blocks keeps its inputs only, and the largest is live again.
+    flops: of the trained modules. beside: of what else is computed: frozen encoders, perceptual networks.
+    saved: bytes that autograd keeps between the passes, parameters left out, where nothing is recomputed.
+    selective: the same where each of the blocks keeps its inputs and its products, and the largest is live again;
+    full: where it keeps its inputs only.
+    unused: trained parameters that take no part.
     """
 
     flops: int = 0
+    beside: int = 0
     saved: int = 0
-    recomputed: int = 0
-
-    def kept(self, mode: str) -> int:
-        return self.saved if mode == "none" else self.recomputed
+    selective: int = 0
+    full: int = 0
+    unused: tuple[str, ...] = ()
 
 
 def cost(
-    loss: Callable[[], Tensor], module: nn.Module, blocks: Iterable[nn.Module], device: torch.device
+    loss: Callable[[], Tensor],
+    modules: Sequence[nn.Module],
+    blocks: Iterable[nn.Module],
+    device: torch.device,
+    product: Callable[[object], bool] = lambda op: False,
 ) -> Cost:
-    """Run `loss().backward()` once and count; gradients and buffers of the module are put back.
+    """Of `loss().backward()`, without computing the trained modules: they are called on shapes alone.
 
-    On a GPU what autograd keeps waits in host memory, so that it fits where it would not without
-    recomputation. On a CPU attention runs by its formula, since torch counts its fused kernel as nothing.
+    Their parameters (which may be on the meta device) are replaced by fake tensors for the time, so no activations
+    and no gradients are ever there. What is computed outside of them before, such as frozen encoders, is computed;
+    its gradients are taken to cost what its forward pass did, as those by the input of a frozen layer do.
+    On a CPU attention is counted by its formula, since torch counts its fused kernel as nothing.
+    A module in which sizes depend on values (packed texts) cannot be called on shapes: it is computed, once.
+
+    Args:
+        blocks: of the first module.
+        product: whether selective checkpointing keeps what an operation gives.
     """
-    buffers = [b.clone() for b in module.buffers()]
-    owned = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers())}
+    try:
+        return _cost(loss, modules, list(blocks), device, product, FakeTensorMode(allow_non_fake_inputs=True))
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return _cost(loss, modules, list(blocks), device, product, None)
+
+
+def _cost(
+    loss: Callable[[], Tensor],
+    modules: Sequence[nn.Module],
+    blocks: Iterable[nn.Module],
+    device: torch.device,
+    product: Callable[[object], bool],
+    fake: FakeTensorMode | None,
+) -> Cost:
+    found, mode = Cost(), fake or contextlib.nullcontext()
     inside: dict[int, int] = {}  # block → bytes it keeps
+    products: dict[int, int] = {}  # block → bytes of them that are products
     inputs: dict[int, int] = {}  # block → bytes that go in
     stack: list[int] = []
     seen: dict[int, StorageWeakRef] = {}  # by address, which another storage may have once it is free
-    found = Cost()
+    again = 0  # FLOPs beside that are differentiated
+
+    def count(op: Any, args: Any, out: Any, flops: int) -> None:
+        found.flops += flops
+        if stack and product(op):
+            sizes = (x.numel() * x.element_size() for x in tree_leaves(out) if isinstance(x, Tensor))
+            products[stack[-1]] = products.get(stack[-1], 0) + sum(sizes)
+
+    def count_outside(op: Any, args: Any, out: Any, flops: int) -> None:
+        nonlocal again
+        if within:
+            return
+        if torch._C._current_graph_task_id() != -1:  # torch.autograd.grad
+            found.flops += flops
+            return
+        found.beside += flops
+        again += flops * any(x.requires_grad for x in tree_leaves(args) if isinstance(x, Tensor))
 
     def keep(x: Tensor) -> Tensor:
-        where = x.untyped_storage().data_ptr()
+        where = x.untyped_storage()._cdata
         if where not in owned and (where not in seen or seen[where].expired()):
             seen[where] = StorageWeakRef(x.untyped_storage())
             size = x.untyped_storage().nbytes()
             found.saved += size
             if stack:
                 inside[stack[-1]] = inside.get(stack[-1], 0) + size
-        return x.cpu() if device.type == "cuda" else x
+        return x
 
     def enter(block: nn.Module, args: tuple[object, ...]) -> None:
         stack.append(id(block))
@@ -127,26 +179,105 @@ def cost(
     def leave(block: nn.Module, args: object, out: object) -> None:
         stack.pop()
 
+    within: list[nn.Module] = []
+
+    def on_shapes(module: nn.Module) -> Callable[..., Any]:
+        forward = module.forward
+
+        def run(*args: Any, **named: Any) -> Any:
+            within.append(module)
+            try:
+                with mode, _Counting(count):
+                    return forward(*args, **named)
+            finally:
+                within.pop()
+
+        return run
+
     hooks = [h for b in blocks for h in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))]
-    counter = FlopCounterMode(display=False)
-    hold = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x.to(device))
-    try:
-        with counter, _formula(device):
-            with hold:
-                total = loss()
-            if total.requires_grad:
-                total.backward()
-    finally:
+    with contextlib.ExitStack() as undo:
         for hook in hooks:
-            hook.remove()
+            undo.callback(hook.remove)
+        owned = {
+            x.untyped_storage()._cdata
+            for m in modules
+            for x in undo.enter_context(_as_shapes(m, fake, device) if fake else _unchanged(m))
+        }
+        for module in modules:
+            wrapped = on_shapes(module)
+            undo.callback(module.__dict__.pop, "forward", None)
+            if "forward" in module.__dict__:
+                undo.callback(setattr, module, "forward", module.forward)
+            module.forward = wrapped
+        undo.enter_context(_formula(device))
+        with _Counting(count_outside), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            total = loss()
+        if total.requires_grad:
+            with mode, _Counting(count):
+                total.backward()
+            trained = ((n, p) for n, p in modules[0].named_parameters() if p.requires_grad)
+            found.unused = tuple(name for name, p in trained if p.grad is None)
+    found.flops, found.beside = found.flops - again, found.beside + again
+    outside = found.saved - sum(inside.values()) + sum(inputs.values())
+    found.full = outside + max(inside.values(), default=0)
+    found.selective = (
+        outside
+        + sum(products.values())
+        + max((max(size - products.get(block, 0), 0) for block, size in inside.items()), default=0)
+    )
+    return found
+
+
+class _Counting(TorchDispatchMode):
+    """Tells `count` of each operation: what it is, what it was given and gave, and its FLOPs."""
+
+    def __init__(self, count: Callable[[Any, Any, Any, int], None]):
+        super().__init__()
+        self.count = count
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        self.count(func, args, out, 0 if formula is None else formula(*args, **kwargs, out_val=out))
+        return out
+
+
+@contextlib.contextmanager
+def _unchanged(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, it may be trained: gradients and buffers are put back."""
+    buffers = [b.clone() for b in module.buffers()]
+    try:
+        yield [*module.parameters(), *module.buffers()]
+    finally:
         module.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, before in zip(module.buffers(), buffers, strict=True):
                 buffer.copy_(before)
-    found.flops = counter.get_total_flops()
-    blocked = sum(inside.values())
-    found.recomputed = found.saved - blocked + sum(inputs.values()) + max(inside.values(), default=0)
-    return found
+
+
+@contextlib.contextmanager
+def _as_shapes(module: nn.Module, mode: FakeTensorMode, device: torch.device) -> Iterator[list[Tensor]]:
+    """Inside, parameters and buffers are fake tensors on the device; they are given."""
+    made: dict[int, Tensor] = {}
+    before: list[tuple[dict[str, Any], str, Tensor]] = []
+    for part in module.modules():
+        every: list[dict[str, Any]] = [part._parameters, part._buffers]
+        for held in every:
+            for name, x in held.items():
+                if x is None:
+                    continue
+                if id(x) not in made:
+                    with mode:
+                        fake: Tensor = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+                    made[id(x)] = nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
+                before.append((held, name, x))
+                held[name] = made[id(x)]
+    try:
+        yield list(made.values())
+    finally:
+        for where, name, x in before:
+            where[name] = x
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from jobs.training.distributed import World
+from jobs.training.parallelize import SAVED
 from jobs.training.recipe import TrainRecipe
 from jobs.training.task import Batch, Draws, Phase, Task, tensors_of
 from models.flops import Peak, cost, peak
@@ -24,7 +25,7 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a batch's tensors, by nam
 class Plan:
     """Of one device.
 
-    counted: FLOPs of all phases, forward and backward, of a micro-batch of each shape.
+    counted: FLOPs of all phases' modules, forward and backward, of a micro-batch of each shape.
     """
 
     text: str
@@ -47,13 +48,19 @@ def autocast(recipe: TrainRecipe, device: torch.device) -> contextlib.AbstractCo
 
 
 def make_plan(recipe: TrainRecipe, task: Task, examples: Iterable[Batch], world: World) -> Plan:
-    """Run a micro-batch of each shape forward and backward, before anything is spread or compiled."""
+    """Count a micro-batch of each shape on shapes alone, before anything is parallelized: see `models.flops.cost`.
+
+    As of the run's end, when all that the recipe turns on later is on.
+
+    Raises ValueError where several processes would wait for the gradient of a parameter that takes no part.
+    """
     device, compute = world.device, recipe.compute
-    draws = Draws(recipe.seed, 0, device)
+    draws = Draws(recipe.seed, recipe.run.steps * recipe.data.micro_batches, device)
     counted: dict[Shapes, int] = {}
-    flops = tokens = saved = 0  # of the costliest
+    flops = tokens = saved = beside = 0  # of the costliest
+    modules = [phase.module for phase in task.phases]
     for batch in examples:
-        costs = 0
+        costs = aside = 0
         for phase in task.phases:
 
             def loss(phase: Phase = phase, batch: Batch = batch) -> Tensor:
@@ -61,12 +68,20 @@ def make_plan(recipe: TrainRecipe, task: Task, examples: Iterable[Batch], world:
                     losses = task.loss(phase.name, phase.module, batch, draws)
                 return torch.stack(list(losses.sums.values())).sum()
 
-            found = cost(loss, phase.module, task.blocks(phase.module), device)
+            own = [phase.module, *(m for m in modules if m is not phase.module)]
+            found = cost(loss, own, task.blocks(phase.module), device, SAVED.__contains__)
+            if found.unused and world.size > 1:
+                raise ValueError(
+                    f"{found.unused[0]} takes no part in a step of {_told(batch)}, so processes cannot agree on its "
+                    "gradient: let the model use it, at least times 0, or freeze it"
+                )
             costs += found.flops
-            saved = max(saved, found.kept(compute.activation_checkpointing))
+            aside += found.beside
+            kept = {"none": found.saved, "selective": found.selective, "full": found.full}
+            saved = max(saved, kept[compute.activation_checkpointing])
         counted[shapes(batch)] = costs
         if costs >= flops:
-            flops, tokens = costs, task.tokens(batch)
+            flops, tokens, beside = costs, task.tokens(batch), aside
     most = peak(device, torch.bfloat16 if compute.precision == "bf16" else torch.float32)
     shards = world.data_size if compute.parallel == "fsdp" else 1
     every = [(p, phase) for phase in task.phases for p in phase.module.parameters()]
@@ -78,7 +93,7 @@ def make_plan(recipe: TrainRecipe, task: Task, examples: Iterable[Batch], world:
     moments = MOMENTS * gradients
     averages = 4 * averaged * len(recipe.ema.lengths) / shards
     total = weights + gradients + moments + averages + saved
-    a_step = flops * recipe.data.micro_batches
+    a_step, more = (n * recipe.data.micro_batches for n in (flops, beside))
     lines = [
         f"parameters   {_count(trained)} trained" + (f", {_count(frozen)} frozen" if frozen else ""),
         f"weights      {_bytes(weights)}, gradients {_bytes(gradients)}",
@@ -90,10 +105,15 @@ def make_plan(recipe: TrainRecipe, task: Task, examples: Iterable[Batch], world:
         + (f", of {_bytes(_there(device))}" if _there(device) else ""),
         f"a step       {a_step / 1e12:.3g} TFLOP, forward and backward (counted; "
         f"{recipe.data.micro_batches} micro-batches on {world.size} × {device.type})",
+        *([f"beside it    {more / 1e12:.3g} TFLOP of what is not trained (not in MFU)"] if more else []),
         f"peak         {most.flops / 1e12:.3g} TFLOP/s a device ({most.source}): "
         f"{a_step / world.size / most.flops:.3g} s a step at best",
     ]
     return Plan("\n".join(lines), counted, flops / max(tokens, 1), most)
+
+
+def _told(batch: Batch) -> str:
+    return ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in shapes(batch))
 
 
 def _there(device: torch.device) -> int:

@@ -15,6 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -310,7 +311,7 @@ class Draws:
         return torch.stack(rows)
 
     def _generator(self, sample: int, stream: int) -> torch.Generator:
-        words = torch.tensor([self.seed, self.micro, self.part, sample, stream]).numpy()
+        words = np.array([self.seed, self.micro, self.part, sample, stream], dtype=np.int64)
         seed = int.from_bytes(_hash(words.tobytes()), "little") >> 1
         return torch.Generator(self.device).manual_seed(seed)
 

@@ -13,14 +13,14 @@ a caption.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Axis, CrossAttention, Mask, SelfAttention, along
+from models.attention import Axis, CrossAttention, Mask, SelfAttention, along, kept
 from models.denoisers.conditions import (
     Caption,
     input_channels,
@@ -350,7 +350,7 @@ class PlainFinalLayer(nn.Module):
 # Tables of positions follow from the grid, whatever it is, and are no part of a model's state.
 
 
-@lru_cache(maxsize=32)
+@kept
 def space_positions(height: int, width: int, dim: int, device: torch.device) -> Tensor:
     """[h·w, D]: sin and cos of the column, then of the row (He et al. 2022; DiT)."""
     rows, columns = torch.meshgrid(
@@ -359,7 +359,7 @@ def space_positions(height: int, width: int, dim: int, device: torch.device) -> 
     return torch.cat([_sin_cos(columns.flatten(), dim // 2), _sin_cos(rows.flatten(), dim // 2)], dim=-1)
 
 
-@lru_cache(maxsize=32)
+@kept
 def time_positions(frames: int, images: int, dim: int, device: torch.device) -> Tensor:
     """[T, 1, D]: sin and cos of the frame less those of frame 0, and 0 for independent images.
 

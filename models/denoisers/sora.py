@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from models.attention import CrossAttention, Kernel, Mask, QKNorm, Rotary, SelfAttention, owners
+from models.attention import CrossAttention, Kernel, Mask, QKNorm, Rotary, SelfAttention, kept, owners
 from models.denoisers import wan
 from models.denoisers.conditions import (
     Caption,
@@ -270,7 +269,7 @@ class Block(nn.Module):
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
-@lru_cache(maxsize=64)
+@kept
 @torch.inference_mode(False)  # a sampler's table must also serve a later training step
 def rotary(
     frames: int, height: int, width: int, head: int, device: torch.device, dtype: torch.dtype

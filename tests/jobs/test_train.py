@@ -63,7 +63,7 @@ def test_stopping_and_resuming_equals_not_stopping(data, tmp_path):
     assert train.main(command(data, tmp_path / "parts", "--steps", "7")) == 0
     same(weights(tmp_path / "whole", 7), weights(tmp_path / "parts", 7))
     whole, parts = (checkpoints(tmp_path / name)[7] for name in ("whole", "parts"))
-    from jobs.training.checkpoint import read_meta
+    from jobs.training.exported import read_meta
 
     assert (
         read_meta(whole)["loader"]
