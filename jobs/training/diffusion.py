@@ -105,6 +105,11 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
         raise ValueError(
             f"data.pack: model.kind {recipe.model.kind} takes one shape at a time: set it to false, or use sora"
         )
+    if recipe.data.cache and recipe.tasks.interpolation and system.autoencoder.stride[0] > 1:
+        raise ValueError(
+            "tasks.interpolation: under an autoencoder that joins frames key frames are encoded alone, which no cache "
+            "holds: leave data.cache out"
+        )
     if recipe.data.cache and isinstance(system.text, PipelineText) and system.text.pooled_width:
         raise ValueError("data.cache keeps no pooled text, which the image model takes: leave it out")
     if recipe.data.cache:
@@ -261,11 +266,30 @@ class Diffusion(Task):
             mask = known_frames(self.recipe.tasks, x.shape[2], kind, more)
             mask = mask.to(x.dtype)[:, None, :, None, None]  # B 1 T 1 1
             found = replace(found, known=mask * x, known_mask=mask)
+            if self.system.autoencoder.stride[0] > 1 and self.recipe.tasks.interpolation and x.shape[2] > 1:
+                found = self._key_frames(found, batch, is_interpolation(self.recipe.tasks, kind))
         if factor := self.recipe.tasks.upsampling:
             low = self.system.normalizer(self._encode(batch, partial(blurred, factor=factor)).mean)
             level = LOW_NOISE * draws.uniform(len(x), LOW_LEVEL)
             found = replace(found, low=at_level(low, level, draws.normal(low, LOW)), low_level=level)
         return found
+
+    def _key_frames(self, condition: Condition, batch: Batch, rows: Tensor) -> Condition:
+        """Where frames are put between (bool [B]), key frames after the first by the latents they have alone.
+
+        A latent that joins frames knows its neighbours in time, which are not given when frames are put between.
+        """
+        known, mask = condition.known, condition.known_mask
+        assert known is not None
+        assert mask is not None
+        held = mask.expand(len(known), -1, -1, -1, -1).clone()
+        places = range(self.recipe.tasks.stride, known.shape[2], self.recipe.tasks.stride)
+        for place in places if rows.any() else ():
+            frame = place * self.system.autoencoder.stride[0]  # the last that the latent stands for
+            keys = to_unit(self._here(batch["video"][:, :, frame : frame + 1]))[rows]
+            known[rows, :, place] = self.system.mean(keys)[:, :, 0]
+            held[rows, :, place] = 0
+        return replace(condition, known=known, held=held)
 
     def blocks(self, module: nn.Module) -> Iterator[nn.Module]:
         network: Any = getattr(module, "module", module)  # as DDP wraps it
@@ -386,9 +410,15 @@ def known_frames(tasks: Tasks, frames: int, kind: Tensor, more: Tensor) -> Tenso
     """
     place = torch.arange(frames, device=kind.device)[None]  # 1 T
     first, prediction = tasks.first_frame, tasks.first_frame + tasks.prediction
-    interpolation = prediction + tasks.interpolation
-    kind, context = kind[:, None], torch.where(more < 0.5, 1, min(2, frames - 1))[:, None]  # B 1
+    between, kind = is_interpolation(tasks, kind)[:, None], kind[:, None]
+    context = torch.where(more < 0.5, 1, min(2, frames - 1))[:, None]  # B 1
     known = (kind < first) & (place < 1)
     known |= (kind >= first) & (kind < prediction) & (place < context)
-    known |= (kind >= prediction) & (kind < interpolation) & (place % tasks.stride == 0)
+    known |= between & (place % tasks.stride == 0)
     return known if frames > 1 else torch.zeros_like(known)
+
+
+def is_interpolation(tasks: Tasks, kind: Tensor) -> Tensor:
+    """Whether frames are to be put between, bool [B], of `kind` as in `known_frames`."""
+    start = tasks.first_frame + tasks.prediction
+    return (kind >= start) & (kind < start + tasks.interpolation)

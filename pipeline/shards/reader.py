@@ -52,10 +52,6 @@ Sample = dict[str, Any]
 CaptionRule = Literal["chosen", "sample", "fields"] | Callable[[dict[str, Any], np.random.Generator], str]
 
 
-PLACES = (  # columns that a reader needs
-    *("clip_id", "bucket", "tar", "offset", "size", "json_offset", "json_size", "media_sha256"),
-    *("duration_s", "width", "height"),
-)
 UNREAD = {"meta"}  # columns of the index that no reader needs in memory
 PATIENCE = 100  # broken samples in a row after which the data as a whole is at fault
 
@@ -165,64 +161,70 @@ class ShardReader(IterableDataset):
         self.captions, self.batch_size, self.by_bucket, self.decode = captions, batch_size, by_bucket, decode
         self.seed, self.rank, self.world, self.last, self.shuffle = seed, rank, world, last, shuffle
         self.layout = layout
-        self.where = where
-        index = self._index(PLACES)
-        self.table = ""  # of the buckets, for a person
-        self.fitted: np.ndarray | None = None  # rows of the index that fill a bucket; none: all
-        if shapes:
-            found = fit(index, shapes, fps)
-            seconds = (
-                index["duration_s"].fill_null(0.0).to_numpy() if "duration_s" in index.column_names else None
+        # a folder without an index is looked through once; else columns are read one by one, which takes least memory
+        self._scanned = None if Store(folder).exists("index.parquet") else read_index(folder)
+        self.rows: np.ndarray | None = None  # of the index, that are read; none: all
+        if where is not None:
+            index = read_index(folder) if self._scanned is None else self._scanned
+            self.rows = (
+                index.append_column("row", pa.array(np.arange(len(index)))).filter(where)["row"].to_numpy()
             )
+        self.table = ""  # of the buckets, for a person
+        self.shapes = shapes
+        if shapes:
+            index = self._columns(["clip_id", "duration_s", "width", "height"])
+            found = fit(index, shapes, fps)
+            timed = "duration_s" in index.column_names
+            seconds = index["duration_s"].fill_null(0.0).to_numpy() if timed else None
             self.table = table(found, shapes, len(index), fps, seconds)
             if len(found.rows) != len(index) or len(found.short):
-                self.fitted = found.rows
-            index = self._taken(index)
+                self.rows = found.rows if self.rows is None else self.rows[found.rows]
             self.bucket = found.bucket
-        elif by_bucket:
-            self.bucket = index["bucket"].combine_chunks().dictionary_encode().indices.to_numpy()
-        else:
-            self.bucket = np.zeros(len(index), np.int16)
-        self.keys = index["clip_id"].combine_chunks()
-        self.tars = index["tar"].combine_chunks().dictionary_encode()
-        self.shapes = shapes
-        hashed = check and "media_sha256" in index.column_names
-        self.sha256 = from_hex(index["media_sha256"]) if hashed else None
-        self.offsets = np.stack([index[c].fill_null(0).to_numpy() for c in ("offset", "json_offset")], 1)
-        self.sizes = np.stack(
-            [index[c].fill_null(0).to_numpy().astype(np.uint32) for c in ("size", "json_size")], 1
-        )
+            del index, found, seconds
+        self.keys = self._columns(["clip_id"])["clip_id"].combine_chunks()
+        self.tars = self._columns(["tar"])["tar"].combine_chunks().dictionary_encode()
+        if not shapes:
+            named = self._columns(["bucket"])["bucket"].combine_chunks() if by_bucket else None
+            kinds = np.zeros(len(self.keys), np.int16)
+            self.bucket = kinds if named is None else named.dictionary_encode().indices.to_numpy()
+        hashes = self._columns(["media_sha256"]) if check else pa.table({})
+        self.sha256 = from_hex(hashes["media_sha256"]) if hashes.num_columns else None
+        del hashes
+        places = (self._columns([c])[c].fill_null(0).to_numpy() for c in ("offset", "json_offset"))
+        self.offsets = np.stack([*places], 1)
+        lengths = (self._columns([c])[c].fill_null(0).to_numpy() for c in ("size", "json_size"))
+        self.sizes = np.stack([x.astype(np.uint32) for x in lengths], 1)
+        pa.default_memory_pool().release_unused()  # what reading took
         self.epoch = self.first = self.step = self.sample = 0
         self.skipped: list[str] = []  # keys of broken samples met by this process
         self._ranges: tuple[int, Ranges] | None = None
         counts = np.bincount(self.bucket).tolist()
         self.order = Order(self.bucket, whole(counts, [batch_size] * len(counts), last), seed, shuffle)
-        del index
-        pa.default_memory_pool().release_unused()  # what reading took, several times what is kept
         if self.steps() == 0:
             raise StoreError(
                 f"{folder}: {len(self.keys)} samples are not one batch of {batch_size} for each of {world} ranks; "
                 f"use last='wrap', a smaller batch_size, or keep more clips"
             )
 
-    def _index(self, columns: Collection[str]) -> pa.Table:
-        if self.where is None:
-            return read_index(self.folder, columns)
-        return read_index(self.folder).filter(self.where)
-
-    def _taken(self, index: pa.Table) -> pa.Table:
-        """The rows that fill a bucket."""
-        return index if self.fitted is None else index.take(pa.array(self.fitted))
+    def _columns(self, names: Sequence[str]) -> pa.Table:
+        """Those of the index that there are, of the rows that are read."""
+        if self._scanned is None:
+            index = read_index(self.folder, names)
+        else:
+            index = self._scanned.select([n for n in names if n in self._scanned.column_names])
+        return index if self.rows is None else index.take(pa.array(self.rows))
 
     def contents(self) -> pa.Table:
         """What training sees of each sample, by row, without reading it: its id, the hash of its bytes, its captions.
 
         Of shards without hashes, where the bytes lie; without captions, nothing is said of them.
         """
-        index = self._taken(self._index({*PLACES, "caption", "captions_hash"}))
-        media = ["media_sha256"] if "media_sha256" in index.column_names else ["tar", "offset", "size"]
         captions = "caption" if self.captions == "chosen" else "captions_hash"
-        return index.select([n for n in ("clip_id", *media, captions) if n in index.column_names])
+        index = self._columns(["clip_id", "media_sha256", captions])
+        if "media_sha256" in index.column_names:
+            return index
+        places = self._columns(["tar", "offset", "size"])
+        return pa.table({c: t[c] for t in (index, places) for c in t.column_names})
 
     def identity(self) -> str:
         """A hash of `contents` and of the buckets: of another folder, other bytes, other captions it is another."""

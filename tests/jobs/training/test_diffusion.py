@@ -17,6 +17,7 @@ from jobs.training.loop import train
 from jobs.training.recipe import DiffusionRecipe, Tasks, load_training
 from jobs.training.system import Network, build_network, build_process, load_system, load_trained, to_unit
 from jobs.training.task import Draws
+from models.autoencoders import vae
 from models.autoencoders.latents import BlockDCT
 from models.diffusion.objective import prediction_error
 from tests.fixtures.run_folder import make_run_folder
@@ -172,6 +173,31 @@ def test_something_is_always_left_to_predict_and_chances_are_the_recipes(frames)
     known = known_frames(tasks, frames, kind, more)
     assert not known.all(1).any()
     assert abs(known.any(1).float().mean() - (0.8 if frames > 1 else 0)) < 0.03
+
+
+def test_under_a_causal_autoencoder_key_frames_are_told_by_the_latents_they_have_alone(run):
+    """And are still to be found there, but for the first: a latent joins a key frame with those before it."""
+    tasks = {"interpolation": 0.5, "prediction": 0.5, "stride": 2}
+    data = {"buckets": [{"frames": 9, "height": 32, "width": 32}], "batch": 8}
+    task, loader = build(recipe(tasks=tasks, data=data), start(run))
+    torch.manual_seed(0)
+    sizes = {"stride": (2, 8, 8), "width": 8, "multipliers": (1, 1, 1, 1), "depth": 1}
+    task.system.autoencoder = vae.build(9, **sizes).requires_grad_(False).eval()
+    batch, draws = first(loader), Draws(0, 3, CPU)
+    x = task.latents(batch, draws)
+    assert x.shape[2] == 5
+    condition = task.condition(x, batch, draws)
+    places = [row.nonzero().flatten().tolist() for row in condition.known_mask[:, 0, :, 0, 0]]
+    assert [0, 2, 4] in places
+    assert any(p in ([0], [0, 1]) for p in places)
+    for i, known in enumerate(places):
+        between = known == [0, 2, 4]
+        assert condition.held[i, 0, :, 0, 0].nonzero().flatten().tolist() == ([0] if between else known)
+        for place in known:
+            frame = to_unit(batch["video"][i : i + 1, :, 2 * place : 2 * place + 1])
+            alone = task.system.mean(frame)[0, :, 0]
+            expected = alone if between and place else x[i, :, place]
+            torch.testing.assert_close(condition.known[i, :, place], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_known_frames_reach_the_network_clean_and_images_are_never_known(run):

@@ -93,6 +93,19 @@ def test_v_of_a_variance_preserving_process_is_vdms():
     torch.testing.assert_close(process.x_hat(v, z, t), alpha * z - sigma * v)
 
 
+def test_what_is_held_does_not_count_and_what_is_only_told_does():
+    process, x, eps = Process(Flow(), "flow"), normal(2, 1, 4, 1, 1), normal(2, 1, 4, 1, 1, seed=1)
+    t = torch.full((2,), 0.5, dtype=torch.float64)
+    mask, held = torch.zeros(2, 2, 1, 4, 1, 1, dtype=torch.float64)
+    mask[:, :, [0, 2]], held[:, :, 0] = 1, 1
+    for condition, asked in (
+        (Condition(known=x, known_mask=mask), [1, 3]),
+        (Condition(known=x, known_mask=mask, held=held), [1, 2, 3]),
+    ):
+        error = prediction_error(Recorder(torch.zeros_like(x)), process, x, t, eps, condition)
+        torch.testing.assert_close(error, (eps - x)[:, 0, asked, 0, 0].square().mean(1))
+
+
 def test_an_unknown_prediction_is_refused():
     with pytest.raises(ValueError, match="'score' is none of eps, x, v, flow"):
         Process(Cosine(), "score")
