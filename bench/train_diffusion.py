@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs.training.distributed import keep_freed_memory
+from jobs.training.parallelize import compile_blocks
 
 WARM = 3  # steps before the first that is timed
 SIDES = ("clipmill", "compiled", "plain", "diffusers")
@@ -117,8 +118,7 @@ def run(pair: str, side: str, args: argparse.Namespace) -> dict[str, float]:
     model = model.to(DEVICE).train()
     cuda = DEVICE == "cuda"
     if side == "compiled":
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model.blocks)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True if as_trained else None)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -3,7 +3,8 @@
 Video Diffusion Models (Ho et al. 2022, sec. 3) takes an image U-Net, makes every convolution 1×3×3 and puts
 an attention over time, with a relative position bias, after every attention over space. So frames mix in
 one place only, which a mask can close: clips and independent images train together. With `full_3d` every
-3×3 convolution is 3×3×3 instead (Çiçek et al. 2016; here with residual blocks, and time is never pooled).
+3×3 convolution is 3×3×3 instead, and time is halved from level to level, too (Çiçek et al. 2016; here with residual
+blocks).
 
 Inside, a clip is x [B, T, C, h, w]: what is done to each frame sees [B T, C, h, w] at no cost, and an image
 is a clip of one frame. Norms are over one frame: a norm over T would leak from frame to frame.
@@ -58,7 +59,8 @@ class UNet3D(nn.Module):
         places: tell every position its place in space and time as 2 · WAVES more input channels. VDM's time
             attention knows distances between frames alone, so what a caption says of before and after, or of
             left and right, is learned very slowly without.
-        full_3d: 3×3×3 convolutions, which mix neighbouring frames; then no joint training with images.
+        full_3d: 3×3×3 convolutions, which mix neighbouring frames, and levels of half as many frames (rounded up); then
+            no joint training with images.
         context: take `condition.known` and its mask as C + 1 more input channels.
         upsample: take `condition.low` as C more input channels, and embed its level.
 
@@ -171,7 +173,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """Levels of blocks, halved in height and width from one to the next, and back with skips concatenated.
+    """Levels of blocks, halved in height and width from one to the next (`full_3d`: in time, too), and back with skips.
 
     Args:
         block: makes the block of (channels in, channels out, level); it is called as block(x, *told).
@@ -201,7 +203,7 @@ class UNet(nn.Module):
                 self.down.append(block(c, width, level))
                 skips.append(c := width)
             if level < last:
-                self.shrink.append(FrameConv(c, c, 3, stride=2, padding=1))
+                self.shrink.append((ClipConv if full_3d else FrameConv)(c, c, 3, stride=2, padding=1))
                 skips.append(c)
         self.middle = nn.ModuleList([block(c, c, last), block(c, c, last)])
         for level in range(last, -1, -1):
@@ -209,7 +211,7 @@ class UNet(nn.Module):
                 self.up.append(block(c + skips.pop(), widths[level], level))
                 c = widths[level]
             if level:
-                self.grow.append(Grow(c, c, 3, padding=1))
+                self.grow.append((GrowClip if full_3d else Grow)(c, c, 3, padding=1))
         self.norm_out, self.conv_out = FrameNorm(c), zeroed(conv(c, c_out, full_3d))
 
     def blocks(self) -> Iterator[tuple[int, Any]]:
@@ -223,17 +225,19 @@ class UNet(nn.Module):
         """x [B, T, C, h, w] → [B, T, C', h, w]"""
         check_stride(x, 2 ** len(self.shrink))
         shrink, grow = iter(self.shrink), iter(self.grow)
-        skips = [x := self.conv_in(x)]
+        skips, frames = [x := self.conv_in(x)], [x.shape[1]]
         for i, block in enumerate(self.down, start=1):
             skips.append(x := block(x, *told))
             if i % self.depth == 0 and i < len(self.down):
                 skips.append(x := next(shrink)(x))  # B T C h/2 w/2
+                frames.append(x.shape[1])
         for block in self.middle:
             x = block(x, *told)
         for i, block in enumerate(self.up, start=1):
             x = block(torch.cat([x, skips.pop()], dim=2), *told)
             if i % (self.depth + 1) == 0 and i < len(self.up):
-                x = next(grow)(x)  # B T C 2h 2w
+                frames.pop()
+                x = next(grow)(x, frames[-1])  # B T C 2h 2w
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -414,7 +418,7 @@ class FrameConv(nn.Conv2d):
 class Grow(FrameConv):
     """Each frame of [B, T, C, h, w] to twice the height and width, then the convolution."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, frames: int) -> Tensor:  # type: ignore[override]
         y = F.interpolate(x.flatten(0, 1), scale_factor=2.0, mode="nearest")
         return super().forward(y.unflatten(0, x.shape[:2]))
 
@@ -424,6 +428,14 @@ class ClipConv(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class GrowClip(ClipConv):
+    """[B, T, C, h, w] to so many frames and twice the height and width, then the convolution."""
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:  # type: ignore[override]
+        size = (frames, 2 * x.shape[3], 2 * x.shape[4])
+        return super().forward(F.interpolate(x.transpose(1, 2), size, mode="nearest").transpose(1, 2))
 
 
 def conv(c_in: int, c_out: int, full_3d: bool) -> nn.Module:

@@ -265,7 +265,9 @@ class Watched(Denoising):
 
     def loss(self, phase, model, batch, draws):
         inner = getattr(model, "module", model)
-        if draws.micro >= 2 and not getattr(self, "hooked", False):  # from the second step on
+        if 2 <= draws.micro < 6 and not getattr(
+            self, "hooked", False
+        ):  # from the second step on, not the plan
             self.hooked, self.types = True, set()
             layer = inner.blocks[0].mlp[0]
             layer.register_forward_hook(lambda m, args, out: self.types.add(("weight", str(m.weight.dtype))))

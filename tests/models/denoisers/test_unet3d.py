@@ -411,3 +411,22 @@ def learnt(model: nn.Module, condition: Condition | None = None) -> float:
         optimizer.step()
     with torch.no_grad():
         return (loss(torch.Generator().manual_seed(99)) / before).item()
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize(("frames", "halved"), [(8, [8, 4, 2]), (5, [5, 3, 2]), (1, [1, 1, 1])])
+def test_the_fully_convolutional_network_halves_time_from_level_to_level(
+    frames: int, halved: list[int], full: bool
+):
+    """Çiçek et al. 2016: and only it; what comes out has all frames again, each of which the others reach."""
+    sizes: dict[str, Any] = {"width": 8, "multipliers": (1, 2, 2), "depth": 1, "head_dim": 4, "attention": ()}
+    model, seen = scattered(build(3, **sizes, full_3d=full)), []
+    blocks = list(model.unet.blocks())
+    for _, block in blocks:
+        block.register_forward_pre_hook(lambda _, x: seen.append(x[0].shape[1]))
+    z = normal(1, 3, frames, 8, 8).requires_grad_()
+    out = model(z, torch.tensor([0.5], dtype=torch.float64), Condition())
+    assert out.shape == z.shape
+    assert seen == [halved[at] if full else frames for at, _ in blocks]
+    (grad,) = torch.autograd.grad(out[:, :, 0].square().sum(), z)
+    assert [bool(grad[:, :, t].any()) for t in range(frames)] == [full or t == 0 for t in range(frames)]
