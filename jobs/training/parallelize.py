@@ -8,6 +8,7 @@ A block is called as before, and its parameters keep their names.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -108,7 +109,11 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     called: none falls back to running uncompiled. Hooks around the block (FSDP's) stay outside of the graph.
     """
     kinds: dict[object, Callable[..., Any]] = {}
-    options: dict[str, Any] = {"fullgraph": True, "recompile_limit": GRAPHS, "isolate_recompiles": True}
+    limits: dict[str, Any] = {"recompile_limit": GRAPHS, "isolate_recompiles": True}
+    known = inspect.signature(torch.compile).parameters
+    if not limits.keys() <= known.keys():  # older torch has one limit for all that is compiled
+        limits, torch._dynamo.config.recompile_limit = {}, GRAPHS * 64
+    options: dict[str, Any] = {"fullgraph": True} | limits
     for block in blocks:
         kind = type(block), tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
         if kind not in kinds:
