@@ -139,9 +139,12 @@ def set_aside(out: Path, step: int) -> None:
 def lock(out: Path, world: World) -> Iterator[None]:
     """Inside, this training alone writes to `out`. The lock is the first rank's, and ends with its process.
 
+    A folder that was made here and in which nothing was written is gone again afterwards.
+
     Raises CheckpointError, on all ranks, where another has it.
     """
     file, holder = None, None
+    new = not out.exists()
     if world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         file = (out / "lock").open("a+")
@@ -164,6 +167,9 @@ def lock(out: Path, world: World) -> Iterator[None]:
         yield
     finally:
         if file:
+            if new and [p.name for p in out.iterdir()] == ["lock"]:
+                (out / "lock").unlink()
+                out.rmdir()
             file.close()
 
 
