@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -162,6 +163,8 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    if bf16 and world.device.type == "cpu":
+        norms_by_input(module)
     names = {id(p): name for name, p in module.named_parameters()}
     mesh = world.mesh["data"]
     for block in blocks:
@@ -170,6 +173,26 @@ def shard(
     sharded = dict(module.named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [sharded[names[id(p)]] for p in group["params"]]
+
+
+def norms_by_input(module: nn.Module) -> None:
+    """Norms use their weights in the type of what comes in, as under autocast on a GPU; a CPU's leaves both as they are
+    and its kernels refuse weights in bf16 beside float32."""
+    for norm in module.modules():
+        if (
+            isinstance(norm, nn.LayerNorm | nn.GroupNorm)
+            and type(norm).__module__ == "torch.nn.modules.normalization"
+        ):
+            norm.forward = partial(
+                _norm, norm
+            )  # those of models with a forward of their own see what bf16 layers give
+
+
+def _norm(norm: nn.LayerNorm | nn.GroupNorm, x: Tensor) -> Tensor:
+    weight, bias = (None if p is None else p.to(x.dtype) for p in (norm.weight, norm.bias))
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+    return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
 
 
 @contextlib.contextmanager

@@ -192,8 +192,11 @@ def test_a_vivit_is_its_features_of_resized_frames(tmp_path):
     torch.testing.assert_close(found(video), wanted)
     assert found(noise(2, 4, 50, 40, 3)).shape == (2, 24)
     assert (found.name, found.distance, found.hash) == ("kinetics", "Fréchet distance", weights_hash(network))
-    with pytest.raises(ValueError, match="holds no ViViT"):
+    with pytest.raises(ValueError, match="a file must be there"):
         load_features(f"vivit:{tmp_path / 'nothing.pt'}")
+    torch.save({"weights": {}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="holds no ViViT"):
+        load_features(f"vivit:{tmp_path / 'other.pt'}")
 
 
 def test_clip_frames_are_open_clips_own_features(tmp_path):
