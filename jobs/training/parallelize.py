@@ -179,13 +179,9 @@ def norms_by_input(module: nn.Module) -> None:
     """Norms use their weights in the type of what comes in, as under autocast on a GPU; a CPU's leaves both as they are
     and its kernels refuse weights in bf16 beside float32."""
     for norm in module.modules():
-        if (
-            isinstance(norm, nn.LayerNorm | nn.GroupNorm)
-            and type(norm).__module__ == "torch.nn.modules.normalization"
-        ):
-            norm.forward = partial(
-                _norm, norm
-            )  # those of models with a forward of their own see what bf16 layers give
+        if type(norm) in (nn.LayerNorm, nn.GroupNorm):  # others (FrameNorm) see what layers in bf16 give
+            own: Any = norm
+            own.forward = partial(_norm, own)
 
 
 def _norm(norm: nn.LayerNorm | nn.GroupNorm, x: Tensor) -> Tensor:
