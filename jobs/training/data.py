@@ -147,9 +147,7 @@ class Loader:
         if self.packed:
             return self._parts(rows, stills=number < self.stills)
         if number < self.stills:
-            assert self.reader.shapes is not None
-            *_, height, width = self.reader.shapes[int(self.reader.bucket[rows[0]])]
-            return collate([self._frame(self.reader.sound, row, height, width) for row in rows.tolist()])
+            return self._pictures(rows.tolist())
         samples = [self.reader.sound(int(row)) for row in rows]
         if not self.images:
             return collate(samples)
@@ -160,17 +158,20 @@ class Loader:
         return batch
 
     def _parts(self, rows: np.ndarray, stills: bool) -> Batch:
-        assert self.reader.shapes is not None
         parts: list[Batch] = []
-        for bucket, alike in itertools.groupby(rows.tolist(), lambda row: int(self.reader.bucket[row])):
-            if stills:
-                read = functools.partial(self._frame, self.reader.sound)
-                height, width = self.reader.shapes[bucket][1:]
-                parts.append(collate([read(row, height, width) for row in alike]))
-            else:
-                parts.append(collate([self.reader.sound(row) for row in alike]))
+        for _, alike in itertools.groupby(rows.tolist(), lambda row: int(self.reader.bucket[row])):
+            same = list(alike)
+            parts.append(
+                self._pictures(same) if stills else collate([self.reader.sound(row) for row in same])
+            )
         names = ("key", "caption", "skipped")
         return {name: [x for part in parts for x in part[name]] for name in names} | {PARTS: parts}
+
+    def _pictures(self, rows: list[int]) -> Batch:
+        """A frame of each of the clips, which are of one bucket, in its size."""
+        assert self.reader.shapes is not None
+        *_, height, width = self.reader.shapes[int(self.reader.bucket[rows[0]])]
+        return collate([self._frame(self.reader.sound, row, height, width) for row in rows])
 
     def examples(self) -> Iterator[Batch]:
         """A micro-batch of each composition, for planning."""
@@ -383,8 +384,7 @@ def clips_of(recipe: DiffusionRecipe, data: str) -> ShardReader:
 def check_cache(recipe: DiffusionRecipe, data: str, weights: Mapping[str, str]) -> None:
     """Raise ValueError or StoreError where the recipe's cache is not one of these clips by these encoders."""
     cache = recipe.data.cache
-    if not cache:
-        return
+    assert cache is not None
     there = made_of(cache)
     for name, mine in made_with(recipe, weights).items():
         if there.get(name) != mine:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from jobs.training.data import Loader, reader_of
 from jobs.training.recipe import TrainRecipe, VLMRecipe, import_spec
@@ -60,14 +60,16 @@ class Captioning(Task):
         self.phases = [Phase.of("vlm", model, recipe.optimizer)]
 
     def loss(self, phase: str, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
-        words = text.encode(batch["caption"], self.length)
+        words = self._words(batch)
         video = to_unit(batch["video"].transpose(1, 2))  # B T 3 S S
         mean = caption_loss(model, video, words.to(self.device, non_blocking=True))
-        return Losses({"words": mean * self.counts(batch)["words"]})
+        return Losses({"words": mean * counted(words)})
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        words = text.encode(batch["caption"], self.length)
-        return {"words": int((words[:, 1:] != text.PAD).sum())}
+        return {"words": counted(self._words(batch))}
+
+    def _words(self, batch: Batch) -> Tensor:
+        return text.encode(batch["caption"], self.length)
 
     def blocks(self, module: nn.Module) -> Iterator[nn.Module]:
         assert isinstance(module, SmallVLM)
@@ -75,3 +77,8 @@ class Captioning(Task):
 
     def tokens(self, batch: Batch) -> int:
         return len(batch["key"]) * self.positions
+
+
+def counted(words: Tensor) -> int:
+    """Bytes [B, L] that are predicted: all but the first and the padding."""
+    return int((words[:, 1:] != text.PAD).sum())

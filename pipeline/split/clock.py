@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -18,6 +18,21 @@ NO_RESTARTS = np.empty((0, 3), np.int64)
 LONGEST_S = 60.0  # nothing is shown longer: a gap above that is a jump of the clock (see `_breaks`)
 SETTLED = 4  # stamps in a row that make a new clock; fewer are wild ones
 EXCURSION = 100  # frames after which a clock that goes on where it was is a new one all the same
+
+
+class Ticks(NamedTuple):
+    """How a stream counts time, with what stands in for what it does not say."""
+
+    time_base: Fraction  # seconds a tick
+    rate: Fraction  # frames a second
+    step: int  # ticks from frame to frame
+    second: int  # ticks
+
+    @classmethod
+    def of(cls, stream: Any) -> Ticks:
+        time_base = stream.time_base or Fraction(1, 90000)
+        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        return cls(time_base, rate, max(1, round(1 / (rate * time_base))), max(1, round(1 / time_base)))
 
 
 class Clock:

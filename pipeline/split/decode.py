@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # the child has no need of pyarrow and pydantic
     from pipeline.recipe import Decode
     from pipeline.record import Video
 
-from pipeline.split.clock import NO_PTS, Clock, timeline
+from pipeline.split.clock import NO_PTS, Clock, Ticks, timeline
 from pipeline.split.cropping import container_crop
 from pipeline.split.opening import (
     ENCRYPTED,
@@ -274,12 +274,9 @@ def gather(path: str, options: Decode, beat: Callable[[], None]) -> dict[str, An
         known_s = None if container.format.name in NO_HEADER else claimed_s
         check_limits(stream.width, stream.height, known_s, options)
         codec = stream.codec_context.codec.canonical_name
-        time_base = stream.time_base or Fraction(1, 90000)
-        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        step = max(1, round(1 / (rate * time_base)))
+        time_base, _, step, second = Ticks.of(stream)
         longest = int(options.max_duration_s / time_base)
         reader = Reader(container, stream, beat)
-        second = max(1, round(1 / time_base))
         clock = Clock(step, second)
         pictures: Pictures | None = None
         duration = 0

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.geometry import Geometry
 from pipeline.recipe import Decode
-from pipeline.split.clock import Clock
+from pipeline.split.clock import Clock, Ticks
 from pipeline.split.cropping import Crop, container_crop
 from pipeline.split.decode import Reader
 from pipeline.split.opening import DecodeError, check_limits, opened, video_stream
@@ -49,10 +49,8 @@ def read(
     with opened(path, options) as container:
         stream = video_stream(container, options)
         check_limits(stream.width, stream.height, None, options)
-        time_base = stream.time_base or Fraction(1, 90000)
-        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        step = max(1, round(1 / (rate * time_base)))
-        clock = Clock(step, max(1, round(1 / time_base)))
+        time_base, rate, step, second = Ticks.of(stream)
+        clock = Clock(step, second)
         reader = Reader(container, stream, lambda: None)
         seen: _Seen | None = None
         duration = 0
