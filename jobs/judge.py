@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU, where there is one)")
     args = parser.parse_args(argv)
 
+    from jobs.training.build import load_trained
     from jobs.training.exported import CheckpointError
-    from jobs.training.system import load_trained
     from models.hub import MissingModel
 
     try:

@@ -38,7 +38,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from jobs.training.distributed import World
 from jobs.training.packing import pack, used
-from jobs.training.recipe import DiffusionData, DiffusionRecipe, TrainRecipe
+from jobs.training.recipe_core import TrainRecipe
+from jobs.training.recipe_diffusion import DiffusionData, DiffusionRecipe
 from jobs.training.task import PARTS, Batch
 from models.autoencoders.latents import Autoencoder, latent_shape
 from pipeline.faults import StoreError

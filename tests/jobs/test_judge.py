@@ -7,7 +7,7 @@ import pytest
 
 from jobs import judge, shard
 from jobs.training.loop import train
-from jobs.training.recipe import DiffusionRecipe
+from jobs.training.recipe_diffusion import DiffusionRecipe
 from pipeline.toy import world as toy_world
 from pipeline.toy.reader import identity
 from tests.fixtures.run_folder import make_run_folder
