@@ -35,7 +35,8 @@ from torch import Tensor
 
 from jobs.training.distributed import World
 from jobs.training.packing import pack, used
-from jobs.training.recipe import DiffusionData, DiffusionRecipe, TrainRecipe
+from jobs.training.recipe_core import TrainRecipe
+from jobs.training.recipe_diffusion import DiffusionData, DiffusionRecipe
 from jobs.training.task import PARTS, Batch
 from jobs.training.workers import prepared
 from models.autoencoders.latents import Autoencoder, latent_shape

@@ -18,23 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jobs.training.build import build_system, load_trained, normalizer_of
 from jobs.training.data import Loader, build_loader, check_cache
 from jobs.training.exported import CheckpointError
 from jobs.training.frechet import FrechetInLoop
-from jobs.training.recipe import DiffusionRecipe, Tasks, TrainRecipe
-from jobs.training.system import (
-    LOW_NOISE,
-    Answer,
-    Network,
-    Question,
-    System,
-    blurred,
-    build_system,
-    knows_frames,
-    load_trained,
-    normalizer_of,
-    to_unit,
-)
+from jobs.training.network import Answer, Network, Question
+from jobs.training.recipe_core import TrainRecipe
+from jobs.training.recipe_diffusion import DiffusionRecipe, Tasks
+from jobs.training.system import LOW_NOISE, System, blurred, knows_frames, to_unit
 from jobs.training.task import PARTS, Batch, Draws, Evaluation, Losses, Phase, Start, Summed, Task, parts_of
 from models.autoencoders.latents import Normalizer, Posterior, Statistics, latent_shape
 from models.diffusion.condition import Condition

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +28,9 @@ from jobs.training.distributed import World, connect
 from jobs.training.metrics import Metrics, Progress
 from jobs.training.parallelize import gradient_norm, parallelize
 from jobs.training.plan import autocast, make_plan
-from jobs.training.recipe import Optimizer, TrainRecipe
+from jobs.training.recipe_core import Optimizer, TrainRecipe
+from jobs.training.resume import resume_point
+from jobs.training.signals import Signals
 from jobs.training.task import (
     Batch,
     Evaluation,
@@ -121,37 +121,6 @@ class Finite(NamedTuple):
         """Step, kind, and the clips whose loss is not finite."""
         fine = self.finite.expand(len(self.keys)).tolist()
         return self.step, self.kind, [key for key, fine in zip(self.keys, fine, strict=True) if not fine]
-
-
-class Signals:
-    """SIGTERM and SIGINT as a wish that the loop reads; a second one ends the process at once.
-
-    Only in the main thread, where Python lets handlers be set; a launcher that runs training in another
-    thread has its own way to stop it.
-    """
-
-    def __init__(self) -> None:
-        self.caught: int | None = None
-        self.process = os.getpid()
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self._catch) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _catch(self, number: int, frame: object) -> None:
-        if os.getpid() != self.process:  # a worker that decodes; it ends when the loop does
-            return
-        if self.caught is not None:
-            os._exit(128 + number)
-        self.caught = number
-        said = "clipmill train: ending this step, then saving; once more to stop at once\n"
-        os.write(sys.stderr.fileno(), said.encode())  # print is not safe inside a handler
 
 
 class Trainer:
@@ -418,47 +387,6 @@ class Trainer:
             f"out of memory on {self.world.device} at step {self.step}, on a micro-batch of {what} "
             f"({tokens:,} tokens); set {' or '.join(fixes)}"
         )
-
-
-def resume_point(recipe: TrainRecipe, out: Path, world: World) -> Path | None:
-    """The last good checkpoint, the same on all ranks; what is half-written is removed.
-
-    Raises CheckpointError where it was made with another recipe.
-    """
-    step, failed = None, ""
-    if world.rank == 0:
-        try:
-            step = checkpoint.newest(out)
-        except exported.CheckpointError as e:
-            failed = str(e)
-    step, failed = world.gather((step, failed))[0]
-    if failed:
-        raise exported.CheckpointError(failed)
-    folder = None if step is None else checkpoint.checkpoints(out)[step]
-    if folder:
-        saved = exported.read_meta(folder)["recipe"]
-        if found := checkpoint.difference(saved, recipe.model_dump(mode="json")):
-            key, there, here = found
-            raise exported.CheckpointError(
-                f"{out} was trained with {key} {there!r}, this recipe has {here!r}: use the same, or another --out"
-            )
-        check_horizon(out, saved, recipe)
-    if world.rank == 0:
-        checkpoint.set_aside(out, step or 0)
-        checkpoint.clean(out, step or 0)
-    world.gather(None)
-    return folder
-
-
-def check_horizon(out: Path, saved: dict[str, Any], recipe: TrainRecipe) -> None:
-    """Raise CheckpointError where a decaying rate would reach 0 elsewhere than it was begun for, unasked."""
-    o, then = recipe.optimizer, saved["optimizer"]["decay_until"] or saved["run"]["steps"]
-    if o.decay == "constant" or o.decay_until is not None or recipe.run.steps == then:
-        return
-    raise exported.CheckpointError(
-        f"{out}: its rate decays until step {then}, so {recipe.run.steps} steps would not be the same training: use "
-        f"--steps {then}, or ask for another decay from here on by --set optimizer.decay_until={recipe.run.steps}"
-    )
 
 
 def share_of_step(micro_batches: int, world: World) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from jobs.training.distributed import World
-from jobs.training.recipe import ActivationCheckpointing, Compute
+from jobs.training.recipe_core import ActivationCheckpointing, Compute
 from models.attention import varlen_attn
 
 GRAPHS = 16  # of one kind of block at most: its shapes, with and without gradients; more is an error
