@@ -71,7 +71,7 @@ class Model(Section):
 
     model_config = Section.model_config | {"extra": "allow"}
     PATHS: ClassVar = {"spatial": "maybe", "weights": "maybe"}  # of what `build` takes: a file or folder
-    kind: str = Field("dit", description="dit, unet3d, video_ldm or sora; vae; small_vlm")
+    kind: str = Field("dit", description="dit, unet3d, video_ldm or sora; vae; small_vlm; vivit")
     preset: str | None = Field(None, description="a name in PRESETS of that file")
 
     @model_validator(mode="after")
@@ -113,7 +113,7 @@ def _option(name: str, value: Any, annotation: Any) -> Any:
     return found
 
 
-NETWORKS = ("denoisers", "autoencoders", "language")  # folders of models/ with a file a kind
+NETWORKS = ("denoisers", "autoencoders", "language", "encoders")  # folders of models/ with a file a kind
 
 
 def import_spec(kind: str) -> Any:
@@ -265,7 +265,7 @@ class TrainRecipe(Section):
     """What every trainer's recipe has."""
 
     name: str = Field(description="of the recipe; that of its file where none is given")
-    trains: str = Field("diffusion", description="what is trained: diffusion, vae or vlm")
+    trains: str = Field("diffusion", description="what is trained: diffusion, vae, vlm or vivit")
     seed: int = Field(0, description="of weights, data order and noise")
     data: Data = Field(Data(), description="which clips, in which shape")
     model: Model = Field(description="the network")
