@@ -170,8 +170,12 @@ class System:
         return [b for b in every if (b.frames, b.height, b.width) in self.trained] or list(every)
 
     def bucket_like(self, aspect: float) -> Bucket:
-        """The longest of those that are nearest in shape to pictures of an aspect, width ÷ height."""
-        return min(self.filled, key=lambda b: (abs(math.log(b.width / b.height / aspect)), -b.frames))
+        """The longest of those that are nearest in shape to pictures of an aspect, width ÷ height.
+
+        Where it was trained on videos, one of theirs, though pictures beside them have that very shape.
+        """
+        videos = [b for b in self.filled if b.frames > 1] or self.filled
+        return min(videos, key=lambda b: (abs(math.log(b.width / b.height / aspect)), -b.frames))
 
     def shape(
         self, count: int, frames: int | None = None, bucket: Bucket | None = None
