@@ -85,7 +85,7 @@ def sampled(model, given, out) -> list[str]:
         "text": [],
         "image": ["--video", str(given / "video.mp4")],
         "predict": ["--video", str(given / "video.mp4"), "--context", "1"],
-        "extend": ["--video", str(given / "video.mp4"), "--frames", "12", "--context", "1"],
+        "extend": ["--video", str(given / "video.mp4"), "--frames", "24", "--context", "1"],
         "interpolate": ["--video", str(given / "video.mp4"), "--frames", "2"],
     }
     options = ["--prompt", "waves", "--steps", "2", "--device", "cpu"]
