@@ -18,7 +18,8 @@ from itertools import permutations
 import numpy as np
 import torch
 
-from jobs.training.system import System, load_trained, to_unit
+from jobs.training.build import load_trained
+from jobs.training.system import System, to_unit
 from models.diffusion.generate import extend, interpolate, with_known
 from pipeline.toy.reader import judge, trajectory, velocity
 from pipeline.toy.world import EDGE, SPEEDS, Scene, render, scene, story

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-    from jobs.training.recipe import TrainRecipe
+    from jobs.training.recipe_core import TrainRecipe
     from pipeline.recipe import Recipe
 
 EPILOG = """

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jobs.training.recipe import DiffusionRecipe
+    from jobs.training.recipe_diffusion import DiffusionRecipe
     from jobs.training.system import System
     from pipeline.io.store import Store
     from pipeline.shards.latents import Encoded, Part
@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.faults import StoreError
 
     try:
-        from jobs.training.recipe import DiffusionRecipe, load_training
+        from jobs.training.recipe import load_training
+        from jobs.training.recipe_diffusion import DiffusionRecipe
 
         if min(args.copies, args.batch, args.clips) < 1 or args.workers < 0:
             raise ValueError("--copies, --batch and --clips must be at least 1, --workers at least 0")
@@ -98,9 +99,9 @@ def encode(
     import numpy as np
     from torch.utils.data import DataLoader
 
+    from jobs.training.build import build_system
     from jobs.training.data import clips_of, made_with
     from jobs.training.distributed import device_of
-    from jobs.training.system import build_system
     from models.autoencoders.latents import latent_shape
     from pipeline.faults import counted
     from pipeline.io.store import Store

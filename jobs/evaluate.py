@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jobs.training.recipe import Run
+    from jobs.training.recipe_core import Run
     from jobs.training.system import System
     from models.measures.features import VideoFeatures
 
@@ -302,7 +302,7 @@ def caption_of(file: Path) -> str:
 
 def load(args: argparse.Namespace) -> tuple[System, Run, Protocol]:
     """The model, how it is sampled, and the protocol of what it makes."""
-    from jobs.training.system import load_trained
+    from jobs.training.build import load_trained
 
     system = load_trained(args.generated, args.ema, args.device)
     run = system.recipe.run.but(sample_steps=args.steps, guidance=args.guidance)

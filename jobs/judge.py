@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,20 +14,27 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jobs.training.system import System
+    from pipeline.toy.world import Attributes
+
+Verdict = dict[str, str | bool | None]
 
 EPILOG = """
 examples
-  clipmill judge toy/model
+  clipmill judge toy/model --held-out toy/held_out.txt
   clipmill judge toy/model --n 450 --out toy/judged
 
-Captions are drawn from all 450 combinations of count, colour, shape, direction and background, none twice.
-Each video is read by rules, exactly (pipeline/toy/reader.py); what cannot be read is wrong. --out keeps the
-videos, a contact sheet and judged.json, a line a video.
+Captions are drawn from all 450 combinations of count, colour, shape, direction and background, none twice until
+all were; with --held-out from those that training saw and from those that it never did, each judged by itself.
+Each video is read by rules (pipeline/toy/reader.py); what cannot be read is wrong. What the rules make of true
+scenes of the same captions, drawn anew and put through the model's autoencoder, is said first. Intervals are
+Wilson's, of 95 %, a video being one trial. --out keeps the videos, a contact sheet and judged.json, a line a video.
 """
 
 ATTRIBUTES = ("count", "colour", "shape", "direction", "background")
 SHOWN = 24  # videos on the contact sheet
 BATCH = 25  # videos drawn at a time
+WORLD_FPS = 8.0  # of the videos of 'clipmill toy'
+SEEN, HELD_OUT, EVERY = "combinations seen in training", "combinations held out", "all combinations"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +46,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("model", metavar="MODEL", help="folder that 'clipmill train diffusion' wrote")
     parser.add_argument(
-        "--n", type=int, default=100, metavar="N", help="videos, 1 to 450, one a caption (default: 100)"
+        "--n", type=int, default=100, metavar="N", help="videos; with --held-out, of each kind (default: 100)"
+    )
+    parser.add_argument(
+        "--held-out",
+        type=Path,
+        metavar="FILE",
+        help="captions never trained on: held_out.txt of 'clipmill toy'",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep the videos here")
     parser.add_argument("--steps", type=int, metavar="N", help="of the sampler (default: the recipe's)")
@@ -49,35 +64,100 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU, where there is one)")
     args = parser.parse_args(argv)
 
+    from jobs.training.build import load_trained
     from jobs.training.exported import CheckpointError
-    from jobs.training.system import load_trained
     from models.hub import MissingModel
 
     try:
-        if not 1 <= args.n <= 450:
-            raise ValueError(f"--n {args.n}: give 1 to 450, of which there is a caption each")
+        captions = asked(args.n, args.seed, args.held_out)
         system = load_trained(args.model, args.ema, args.device)
-        captions = draw_captions(args.n, args.seed)
-        videos = draw_videos(system, captions, args.seed, args.steps, args.guidance)
+        print(trust(system, [c for some in captions.values() for c in some], args.seed), flush=True)
+        verdicts: list[Verdict] = []
+        videos: list[np.ndarray] = []
+        for kind, some in captions.items():
+            videos += (drawn := draw_videos(system, some, args.seed, args.steps, args.guidance))
+            found = [verdict(v, c) | {"kind": kind} for v, c in zip(drawn, some, strict=True)]
+            verdicts += found
+            print(f"\n{len(found)} videos of {kind}\n{table(found)}", flush=True)
     except (ValueError, CheckpointError, MissingModel, OSError) as e:
         print(f"clipmill judge: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
-    verdicts = [verdict(video, caption) for video, caption in zip(videos, captions, strict=True)]
-    print(table(verdicts))
     if args.out:
-        keep(args.out, videos, verdicts, system.recipe.data.fps or 8.0)
+        keep(args.out, videos, verdicts, system.recipe.data.fps or WORLD_FPS)
         print(f"{len(videos)} videos, sheet.png and judged.json in {args.out}")
     return 0
 
 
-def draw_captions(n: int, seed: int) -> list[str]:
-    """n of the sentences of this world, none twice."""
+def asked(n: int, seed: int, held_out: Path | None) -> dict[str, list[str]]:
+    """Kind of combinations → n captions. Raises ValueError and OSError."""
+    from pipeline.toy.world import every, parse
+
+    if n < 1:
+        raise ValueError(f"--n {n}: give 1 or more")
+    if held_out is None:
+        return {EVERY: draw_captions(every(), n, seed)}
+    never = {parse(line) for line in held_out.read_text().splitlines() if line}
+    if not never:
+        raise ValueError(f"--held-out {held_out} names no caption: leave it out")
+    seen = [attributes for attributes in every() if attributes not in never]
+    return {SEEN: draw_captions(seen, n, seed), HELD_OUT: draw_captions(never, n, seed)}
+
+
+def draw_captions(combinations: Iterable[Attributes], n: int, seed: int) -> list[str]:
+    """n of their sentences, none twice until all were."""
     import numpy as np
 
-    from pipeline.toy.world import every
+    whole = sorted(attributes.caption() for attributes in combinations)
+    order = np.random.default_rng(seed).permutation(len(whole))
+    return [whole[i] for i in itertools.islice(itertools.cycle(order), n)]
 
-    whole = [attributes.caption() for attributes in every()]
-    return [whole[i] for i in np.random.default_rng(seed).permutation(len(whole))[:n]]
+
+def trust(system: System, captions: list[str], seed: int) -> str:
+    """One sentence: which reader, and how much it gets right of true videos as this model could draw them at best."""
+    import numpy as np
+    import torch
+
+    from jobs.training.system import to_unit
+    from models.measures.wilson import wilson
+    from pipeline.toy.reader import identity
+
+    bucket, step = system.bucket, WORLD_FPS / (system.recipe.data.fps or WORLD_FPS)
+    verdicts = []
+    for i, caption in enumerate(captions):
+        rng = np.random.default_rng([seed, i, 1])
+        true = true_video(rng, caption, bucket.frames, (bucket.height, bucket.width), step)
+        x = to_unit(torch.from_numpy(true)[None].permute(0, 4, 1, 2, 3).to(system.device))
+        verdicts.append(verdict(system.decode(system.mean(x))[0].cpu().numpy(), caption))
+    right = float(np.mean([bool(v[a]) for v in verdicts for a in ATTRIBUTES]))
+    low, high = wilson(right, len(verdicts))
+    return (
+        f"reader {identity()}: {right:.1%} of the attributes right ({low:.1%} to {high:.1%}) on {len(verdicts)} true "
+        "scenes of these captions, drawn anew, through the model's autoencoder"
+    )
+
+
+def true_video(
+    rng: np.random.Generator, caption: str, frames: int, size: tuple[int, int], step: float
+) -> np.ndarray:
+    """uint8 [T, height, width, 3] of a scene of the caption, drawn twice as large, as the raw videos are.
+
+    step: frames of the world from one to the next; fewer where the objects would leave the picture.
+    """
+    from dataclasses import replace
+
+    import cv2
+    import numpy as np
+
+    from pipeline.toy.world import LENGTHS, parse, render, scene
+
+    longest = LENGTHS[1]
+    whole = min(longest, max(2, round((frames - 1) * step) + 1))
+    drawn = scene(rng, parse(caption), (whole, whole))
+    stride = min(step, (longest - 1) / max(1, frames - 1))
+    x, y = drawn.velocity
+    drawn = replace(drawn, frames=frames, velocity=(x * stride, y * stride), pan=drawn.pan * stride)
+    large = render(drawn, 2 * max(size))
+    return np.stack([cv2.resize(f, size[::-1], interpolation=cv2.INTER_AREA) for f in large])
 
 
 def draw_videos(
@@ -96,7 +176,7 @@ def draw_videos(
     return videos
 
 
-def verdict(video: np.ndarray, caption: str) -> dict[str, str | bool | None]:
+def verdict(video: np.ndarray, caption: str) -> Verdict:
     """What of the caption is right, and what the reader sees."""
     from pipeline.toy.reader import read
     from pipeline.toy.world import parse
@@ -106,32 +186,39 @@ def verdict(video: np.ndarray, caption: str) -> dict[str, str | bool | None]:
     return {"caption": caption} | right | {f"{a}_seen": seen[a] for a in ATTRIBUTES}
 
 
-def table(verdicts: list[dict[str, str | bool | None]]) -> str:
+def table(verdicts: list[Verdict]) -> str:
     """Share that is right, of the rest which cannot be read, by attribute."""
+    from models.measures.wilson import wilson
+
     n = len(verdicts)
-    lines = ["attribute    right  misread  unreadable"]
+    lines = ["attribute    right        95 %        misread  unreadable"]
+
+    def row(name: str, right: float, rest: str = "") -> str:
+        low, high = wilson(right, n)
+        return f"{name:11}{right:7.1%}  {low:6.1%} to {high:6.1%}{rest}"
+
     for a in ATTRIBUTES:
         right = sum(bool(v[a]) for v in verdicts) / n
         blank = sum(v[f"{a}_seen"] is None for v in verdicts) / n
-        lines.append(f"{a:11}{right:7.1%}{1 - right - blank:9.1%}{blank:12.1%}")
-    mean = sum(bool(v[a]) for v in verdicts for a in ATTRIBUTES) / n / len(ATTRIBUTES)
-    whole = sum(all(v[a] for a in ATTRIBUTES) for v in verdicts) / n
-    return "\n".join([*lines, f"{'mean':11}{mean:7.1%}", f"all five right in {whole:.1%} of {n} videos"])
+        lines.append(row(a, right, f"{1 - right - blank:9.1%}{blank:12.1%}"))
+    lines.append(row("mean", sum(bool(v[a]) for v in verdicts for a in ATTRIBUTES) / n / len(ATTRIBUTES)))
+    lines.append(row("all five", sum(all(v[a] for a in ATTRIBUTES) for v in verdicts) / n))
+    return "\n".join(lines)
 
 
-def keep(
-    out: Path, videos: list[np.ndarray], verdicts: list[dict[str, str | bool | None]], fps: float
-) -> None:
+def keep(out: Path, videos: list[np.ndarray], verdicts: list[Verdict], fps: float) -> None:
     """Write the videos, a contact sheet of the first ones, and the verdicts."""
     import torch
 
     from jobs.training.monitor import contact_sheet, write_mp4
 
     out.mkdir(parents=True, exist_ok=True)
-    named = {str(v["caption"]): torch.from_numpy(video) for v, video in zip(verdicts, videos, strict=True)}
-    for i, (caption, video) in enumerate(named.items()):
-        write_mp4(out / f"{i:03d} {caption}.mp4", video, fps)
-    contact_sheet(dict(list(named.items())[:SHOWN])).save(out / "sheet.png")
+    shown: dict[str, torch.Tensor] = {}
+    for i, (told, video) in enumerate(zip(verdicts, videos, strict=True)):
+        pictures = torch.from_numpy(video)
+        write_mp4(out / f"{i:03d} {told['caption']}.mp4", pictures, fps)
+        shown.setdefault(str(told["caption"]), pictures)
+    contact_sheet(dict(list(shown.items())[:SHOWN])).save(out / "sheet.png")
     (out / "judged.json").write_text("".join(json.dumps(v) + "\n" for v in verdicts))
 
 

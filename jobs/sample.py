@@ -249,7 +249,7 @@ def prepared(args: argparse.Namespace) -> tuple[Maker | Cascade, Drawing, dict[s
 
 def load(folder: str, args: argparse.Namespace, options: Options) -> Maker:
     from jobs.sampling import Maker
-    from jobs.training.system import load_trained
+    from jobs.training.build import load_trained
 
     return Maker(load_trained(folder, args.ema, args.device), options)
 

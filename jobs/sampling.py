@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.training.recipe import Bucket, Run
+from jobs.training.recipe_core import Bucket, Run
 from jobs.training.system import System, enlarged, knows_frames, to_unit
 from models.diffusion.condition import Condition
 from models.diffusion.generate import (

@@ -16,16 +16,19 @@ if TYPE_CHECKING:
 EPILOG = """
 One to three circles, squares or triangles of one colour move over black or white, scene after scene, with
 hard cuts between. DIR/videos has the raw videos, DIR/truth.jsonl a line a scene: what is in it, its frames
-and where every object is in each. The rest is the mill's own work:
+and where every object is in each, DIR/held_out.txt the captions that no scene has: combinations of attributes
+of which any two are shown together. The rest is the mill's own work:
 
   clipmill toy --out toy/
   clipmill curate toy/videos --recipe toy --out toy/run
   clipmill encode toy/run --recipe toy --copies 3 --out toy/latents
   clipmill train diffusion toy/run --recipe toy --set data.cache=toy/latents --out toy/model
+  clipmill judge toy/model --held-out toy/held_out.txt
 
 The same options give the same pictures.
 """
 
+HELD_OUT = "held_out.txt"
 CODEC = ["-c:v", "libx264", "-preset", "veryfast", "-crf", "12", "-pix_fmt", "yuv420p", "-threads", "1"]
 
 
@@ -50,6 +53,14 @@ def main(argv: list[str] | None = None) -> int:
         metavar="X",
         help="share of the scenes in which the camera moves (default: 0)",
     )
+    parser.add_argument(
+        "--hold-out",
+        type=float,
+        default=0.15,
+        metavar="X",
+        help="share of the combinations of count, colour, shape, direction and background that no scene has, to judge "
+        "by them what a model has put together itself (default: 0.15)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -60,13 +71,15 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.io.ffmpeg import FFmpegError
 
     try:
-        scenes = make(args.out, args.videos, args.scenes, args.size, args.fps, args.pan, args.seed)
+        scenes, held_out = make(args)
     except (FFmpegError, OSError) as e:
         print(f"clipmill toy: {e}", file=sys.stderr)
         return 2
     print(
         f"{args.videos} videos of {scenes} scenes in {args.out / 'videos'}, the truth in {args.out / 'truth.jsonl'}"
     )
+    if held_out:
+        print(f"{held_out} of 450 combinations of attributes are in none: {args.out / HELD_OUT}")
     print(f"next: clipmill curate {args.out / 'videos'} --recipe toy --out {args.out / 'run'}")
     return 0
 
@@ -80,30 +93,39 @@ def complaint(args: argparse.Namespace) -> str:
         return f"--size {args.size}: give an even number of pixels, 32 or more"
     if not 0 <= args.pan <= 1:
         return f"--pan {args.pan:g}: give a share from 0 to 1"
+    if not 0 <= args.hold_out <= 0.5:
+        return f"--hold-out {args.hold_out:g}: give a share from 0 to 0.5"
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         return f"--out {args.out}: it is there already; give a new or empty folder"
     return ""
 
 
-def make(out: Path, videos: int, scenes: int, size: int, fps: int, pan: float, seed: int) -> int:
-    """Write DIR/videos/*.mp4 and DIR/truth.jsonl; returns the number of scenes.
+def make(args: argparse.Namespace) -> tuple[int, int]:
+    """Write the folder; returns the numbers of scenes and of combinations that are held out.
 
-    A video depends on the seed and its own number alone. Raises FFmpegError and OSError.
+    A video depends on the seed, its own number and what is held out alone. Raises FFmpegError and OSError.
     """
     import numpy as np
 
     from pipeline.toy import world as toy_world
 
+    out, size = args.out, args.size
+    without = toy_world.held_out(args.hold_out)
     (out / "videos").mkdir(parents=True, exist_ok=True)
+    if without:
+        (out / HELD_OUT).write_text(
+            "".join(f"{caption}\n" for caption in sorted(a.caption() for a in without))
+        )
     lines = []
-    for number in range(videos):
-        told = toy_world.story(np.random.default_rng([seed, number]), scenes, pan)
+    for number in range(args.videos):
+        rng = np.random.default_rng([args.seed, number])
+        told = toy_world.story(rng, args.scenes, args.pan, without)
         name = f"{number:05}.mp4"
-        encode(out / "videos" / name, np.concatenate([toy_world.render(s, size) for s in told]), fps)
+        encode(out / "videos" / name, np.concatenate([toy_world.render(s, size) for s in told]), args.fps)
         for scene, (start, end) in zip(told, toy_world.cuts(told), strict=True):
             lines.append(truth(name, scene, start, end, size))
     (out / "truth.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return len(lines)
+    return len(lines), len(without)
 
 
 def truth(name: str, scene: Scene, start: int, end: int, size: int) -> dict[str, Any]:

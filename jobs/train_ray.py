@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.training.loop import Outcome, train
-from jobs.training.recipe import TrainRecipe, recipe_of
+from jobs.training.recipe import recipe_of
+from jobs.training.recipe_core import TrainRecipe
 from pipeline.faults import StoreError, one_line
 
 RESTARTS = 3  # of the workers, after a death that is no fault of recipe or data

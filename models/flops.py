@@ -244,7 +244,9 @@ class _Counting(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _without_values(module: nn.Module, mode: FakeTensorMode | None, device: torch.device) -> Iterator[list[Tensor]]:
+def _without_values(
+    module: nn.Module, mode: FakeTensorMode | None, device: torch.device
+) -> Iterator[list[Tensor]]:
     """Inside, parameters and buffers are fake tensors on the device, or zeros that take no memory; they are given.
 
     In place of such zeros' gradients there are such zeros, too.

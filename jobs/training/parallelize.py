@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from jobs.training.distributed import World
-from jobs.training.recipe import ActivationCheckpointing, Compute
+from jobs.training.recipe_core import ActivationCheckpointing, Compute
 from models.attention import varlen_attn
 
 M = TypeVar("M", bound=nn.Module)
@@ -70,7 +70,9 @@ def make(build: Callable[[], M], device: torch.device) -> M:
     with device:
         module = build()
     if lost := dict(module.named_buffers()).keys() - module.state_dict().keys():
-        raise ValueError(f"{type(module).__name__}: no checkpoint keeps its buffer {min(lost)}: make it persistent")
+        raise ValueError(
+            f"{type(module).__name__}: no checkpoint keeps its buffer {min(lost)}: make it persistent"
+        )
     return module
 
 

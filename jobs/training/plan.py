@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jobs.training.distributed import World
 from jobs.training.parallelize import SAVED
-from jobs.training.recipe import TrainRecipe
+from jobs.training.recipe_core import TrainRecipe
 from jobs.training.task import Batch, Draws, Phase, Task, tensors_of
 from models.flops import Peak, cost, peak
 

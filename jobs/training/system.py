@@ -6,124 +6,36 @@ noise ───────── network(z, level, condition) ─ sampler ─ n
 
 from __future__ import annotations
 
-import inspect
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.training.distributed import device_of
-from jobs.training.exported import load_model
-from jobs.training.recipe import Autoencoder as AutoencoderRecipe
-from jobs.training.recipe import Bucket, DiffusionRecipe, Objective, Run, Tasks, import_spec
-from jobs.training.recipe import Text as TextRecipe
-from models.attention import choose_kernel
-from models.autoencoders.latents import Autoencoder, BlockDCT, Normalizer, Posterior, latent_shape
+from jobs.training.network import Network
+from jobs.training.recipe_core import Bucket, Run
+from jobs.training.recipe_diffusion import DiffusionRecipe, Tasks
+from models.autoencoders.latents import Autoencoder, Normalizer, Posterior, latent_shape
 from models.diffusion.condition import Condition
 from models.diffusion.generate import Draw, drawer
-from models.diffusion.noise import Cosine, Flow, Linear, ScaledLinear, Schedule, shift_of, shifted
-from models.diffusion.objective import (
-    MinSNR,
-    Process,
-    Uncertainty,
-    Weighting,
-    error_of,
-    noisy_input,
-    uniform,
-)
+from models.diffusion.noise import shift_of, shifted
+from models.diffusion.objective import Process
 from models.diffusion.samplers import named
 from models.encoders.pipeline_text import PipelineText
-from models.encoders.text import PretrainedText, WordText
+from models.encoders.text import PretrainedText
 from models.measures.features import weights_hash
 from pipeline.shards.buckets import Shape
 
 LOW_NOISE = 0.5  # highest level of noise in the low-resolution videos of super-resolution
 
 
-@dataclass(frozen=True)
-class Question:
-    """What the network is asked of B clips of one shape while it trains.
-
-    x, noise: [B, C, T, h, w]; t: [B] in 0…1. texts: captions that the network's own encoder reads, or None.
-    dropped: bool [B], rows that are trained on without their text.
-    """
-
-    x: Tensor
-    t: Tensor
-    noise: Tensor
-    condition: Condition
-    texts: list[str] | None
-    dropped: Tensor
-
-
-class Answer(NamedTuple):
-    """Of each clip, [B]: what is minimised, and the plain error, detached."""
-
-    loss: Tensor
-    error: Tensor
-
-
-class Network(nn.Module):
-    """All that is trained: the denoiser, a text encoder trained along, the weighting's own parameters.
-
-    DDP and FSDP act around `forward` alone, so everything is asked through it: `network(Network.losses, …)`,
-    `network(Network.predict, …)`, `network(Network.read, texts)`.
-    """
-
-    def __init__(
-        self, denoiser: nn.Module, text: WordText | None, process: Process, weighting: Weighting = uniform
-    ):
-        super().__init__()
-        self.denoiser, self.text, self.process = denoiser, text, process
-        self.weighting = weighting
-
-    def forward(self, method: Callable[..., Any], *args: Any) -> Any:
-        return method(self, *args)
-
-    def predict(self, z: Tensor, level: Tensor, condition: Condition) -> Tensor:
-        """z [B, C, T, h, w], level [B] → prediction of z's shape."""
-        return self.denoiser(z, level, condition)
-
-    def read(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Features [B, L, D] and mask [B, L] of the text encoder that is trained along."""
-        assert self.text is not None
-        return self.text(texts)
-
-    def losses(self, questions: Sequence[Question], packed: bool = False) -> list[Answer]:
-        """The loss of each question's samples; `packed`: all of them in one sequence, which changes no number."""
-        conditions = [self._condition(q) for q in questions]
-        latents = [noisy_input(self.process, q.x, q.t, q.noise) for q in questions]
-        levels = [self.process.level(q.t) for q in questions]
-        if packed:
-            packing: Any = self.denoiser
-            predicted = packing.packed(latents, levels, conditions)
-        else:
-            predicted = [self.denoiser(*asked) for asked in zip(latents, levels, conditions, strict=True)]
-        answers = []
-        for q, condition, p in zip(questions, conditions, predicted, strict=True):
-            error = error_of(p, self.process, q.x, q.t, q.noise, condition)
-            answers.append(Answer(self.weighting(error, self.process, q.t), error.detach()))
-        return answers
-
-    def _condition(self, question: Question) -> Condition:
-        """With the text that is read here, and without that of dropped captions."""
-        condition = question.condition
-        if question.texts is not None:
-            features, mask = self.read(question.texts)
-            condition = replace(condition, text=features, text_mask=mask)
-        return condition.without_text(question.dropped)
-
-
 @dataclass
 class System:
-    """Everything between a caption and a video. Made by `build_system` or `load_system`.
+    """Everything between a caption and a video. Made by `build.build_system` or `build.load_system`.
 
     text: the frozen text encoder; None where there is none, or one in the network.
     """
@@ -296,185 +208,6 @@ def to_unit(video: Tensor) -> Tensor:
 def to_bytes(video: Tensor) -> Tensor:
     """[B, 3, T, H, W] in −1…1 → uint8 [B, T, H, W, 3]."""
     return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1)
-
-
-# ---------------------------------------------------------------- the parts, from a recipe
-
-
-def build_autoencoder(recipe: AutoencoderRecipe, device: torch.device) -> Autoencoder:
-    """Frozen. Raises ValueError or models.curation.embed.MissingModel: one sentence with the fix."""
-    if recipe.kind == "none":
-        return BlockDCT(1, 1)  # of one pixel a block: the pixels, their colours decorrelated
-    if recipe.kind == "dct":
-        return BlockDCT(recipe.patch, recipe.keep)
-    if not recipe.path:
-        what = "a checkpoint of 'clipmill train'" if recipe.kind == "vae" else "a folder or hub id"
-        raise ValueError(f"autoencoder.kind {recipe.kind} needs autoencoder.path: name {what}")
-    found: Any
-    if recipe.kind == "diffusers":
-        from models.autoencoders.published import load
-
-        found = load(recipe.path)
-    else:
-        from models.autoencoders.vae import build
-
-        trained = load_model(Path(recipe.path))
-        if "vae" not in trained.weights:
-            raise ValueError(f"autoencoder.path {recipe.path} holds no autoencoder: train one, trains: vae")
-        found = build(**trained.state["vae"])
-        trained.load_into(found, "vae")
-    return found.to(device).requires_grad_(False).eval()
-
-
-def build_text(recipe: TextRecipe, device: torch.device) -> PretrainedText | PipelineText | None:
-    """The frozen text encoder; None for the others. Raises ValueError or models.hub.MissingModel."""
-    if recipe.kind not in ("transformers", "diffusers"):
-        return None
-    if not recipe.model:
-        what = (
-            "a folder or hub id of CLIP, T5, Qwen, …"
-            if recipe.kind == "transformers"
-            else "a pipeline's folder"
-        )
-        raise ValueError(f"text.kind {recipe.kind} needs text.model: name {what}")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if recipe.kind == "transformers":
-        return PretrainedText(recipe.model, recipe.length, dtype=dtype).to(device)
-    found = PipelineText(recipe.model, dtype)
-    if recipe.length != found.length:
-        raise ValueError(
-            f"text.length {recipe.length}: {recipe.model} reads {found.length} places: give that"
-        )
-    return found.to(device)
-
-
-def build_process(recipe: Objective) -> Process:
-    shift = 1.0 if recipe.shift == "auto" else recipe.shift  # auto: `System.shifted`
-    schedules: dict[str, Schedule] = {
-        "cosine": Cosine(shift=-math.log(shift)),
-        "linear": Linear(),
-        "scaled_linear": ScaledLinear(),
-        "flow": Flow(shift),
-    }
-    return Process(schedules[recipe.schedule], recipe.prediction)
-
-
-def build_network(
-    recipe: DiffusionRecipe,
-    channels: int,
-    frozen_text: PretrainedText | PipelineText | None,
-    fresh: bool = True,
-) -> Network:
-    """Raises ValueError where the model's options do not fit together.
-
-    Args:
-        fresh: with the published weights that the recipe begins with; False where a checkpoint's take their place.
-    """
-    options = recipe.model.options()
-    if not fresh:
-        options.pop("weights", None)
-    if options.get("learn_sigma"):
-        raise ValueError("model.learn_sigma: no trainer learns the variance: leave it out")
-    build = import_spec(recipe.model.kind).build
-    taken = inspect.signature(build).parameters
-    for name, wanted in (("context", knows_frames(recipe.tasks)), ("upsample", recipe.tasks.upsampling > 0)):
-        if wanted and name not in taken:
-            raise ValueError(
-                f"model.kind {recipe.model.kind} cannot be given frames ({name}): turn off those tasks"
-            )
-        if wanted:
-            options[name] = True
-    if spatial := options.get("spatial"):
-        _check_spatial(recipe, spatial)
-    own = None
-    if recipe.text.kind == "words":
-        own = WordText(recipe.text.length, recipe.text.width, recipe.text.depth, recipe.text.rows)
-    width = own.width if own else frozen_text.width if frozen_text else None
-    weighting: Weighting = uniform
-    if recipe.objective.weighting == "min_snr":
-        weighting = MinSNR(recipe.objective.min_snr_gamma)
-    elif recipe.objective.weighting == "uncertainty":
-        weighting = Uncertainty()
-    network = Network(build(channels, width, **options), own, build_process(recipe.objective), weighting)
-    choose_kernel(network, recipe.compute.attention)
-    return network
-
-
-def _check_spatial(recipe: DiffusionRecipe, folder: str) -> None:
-    """Raises ValueError where an image model would not see what it was trained on."""
-    objective = recipe.objective
-    if objective.schedule == "flow":
-        raise ValueError(
-            "objective.schedule flow: the image model of model.spatial was trained on α² + σ² = 1: give scaled_linear"
-        )
-    if recipe.text.kind == "transformers":
-        raise ValueError(
-            "text.kind transformers: the image model of model.spatial was trained to attend to all of its text, "
-            f"and to an encoding of no text: give text.kind diffusers, with text.model {folder}"
-        )
-    scheduler = Path(folder) / "scheduler" / "scheduler_config.json"
-    said = (
-        json.loads(scheduler.read_text()).get("prediction_type", "epsilon") if scheduler.is_file() else None
-    )
-    predicts = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}.get(str(said))
-    if predicts and predicts != objective.prediction:
-        raise ValueError(
-            f"objective.prediction {objective.prediction}: the model of model.spatial predicts {predicts}: give that"
-        )
-
-
-def build_system(
-    recipe: DiffusionRecipe, device: torch.device, normalizer: Normalizer | None = None, fresh: bool = True
-) -> System:
-    """With new weights, the same for the same seed; without a normaliser, latents as they are.
-
-    Args:
-        fresh: see `build_network`.
-
-    Raises ValueError or models.curation.embed.MissingModel: one sentence with the fix.
-    """
-    autoencoder = build_autoencoder(recipe.autoencoder, device)
-    if normalizer is None:
-        normalizer = Normalizer(torch.zeros(autoencoder.channels), torch.ones(autoencoder.channels))
-    text = build_text(recipe.text, device)
-    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
-        torch.manual_seed(recipe.seed)
-        network = build_network(recipe, autoencoder.channels, text, fresh).to(device)
-    return System(recipe, autoencoder, normalizer.to(device), text, network, device)
-
-
-def load_system(state: dict[str, Any], device: torch.device) -> System:
-    """The system of a checkpoint's `state`; its network's weights are for the caller to load."""
-    recipe = DiffusionRecipe.model_validate(state["recipe"])
-    system = build_system(recipe, device, normalizer_of(state), fresh=False)
-    system.trained = [(t, h, w) for t, h, w in state.get("trained", [])]
-    return system
-
-
-def normalizer_of(state: dict[str, Any]) -> Normalizer:
-    """That of `System.state()`."""
-    saved = state["normalizer"]
-    return Normalizer(torch.tensor(saved["mean"]), torch.tensor(saved["std"]))
-
-
-def load_trained(folder: str, ema: float | None, device: str | None) -> System:
-    """A trained system with its weights, in eval mode. ema: σ_rel; 0 the last weights, None the longest kept.
-
-    Raises ValueError, CheckpointError or MissingModel.
-    """
-    trained = load_model(Path(folder))
-    if trained.state.get("trains") != "diffusion":
-        raise ValueError(f"{folder} holds no diffusion model: give one that 'clipmill train diffusion' wrote")
-    lengths = trained.recipe["ema"]["lengths"]
-    if ema is None:
-        ema = max(lengths, default=0.0)
-    if ema:
-        trained = load_model(Path(folder), ema)
-    system = load_system(trained.state, device_of(device))
-    system.step, system.ema = trained.step, ema
-    trained.load_into(system.network, "diffusion")
-    system.network.eval()
-    return system
 
 
 def knows_frames(tasks: Tasks) -> bool:

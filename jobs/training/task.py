@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from jobs.training.distributed import World
 from jobs.training.parallelize import local_gradients
-from jobs.training.recipe import Optimizer
+from jobs.training.recipe_core import Optimizer
 
 Batch = dict[str, Any]
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from jobs.training.data import build_loader, reader_of
 from jobs.training.exported import load_model
 from jobs.training.parallelize import make, on_meta
-from jobs.training.recipe import TrainRecipe, VAERecipe
+from jobs.training.recipe_core import TrainRecipe
+from jobs.training.recipe_vae import VAERecipe
 from jobs.training.system import to_bytes, to_unit
 from jobs.training.task import Batch, Draws, Evaluation, Loader, Losses, Phase, Start, Summed, Task
 from models.attention import choose_kernel

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from jobs.training.data import Loader, reader_of
 from jobs.training.parallelize import make
-from jobs.training.recipe import TrainRecipe, VLMRecipe, import_spec
+from jobs.training.recipe_core import TrainRecipe, import_spec
+from jobs.training.recipe_vlm import VLMRecipe
 from jobs.training.system import to_unit
 from jobs.training.task import Batch, Draws, Losses, Phase, Start, Task
 from models.language import text

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from itertools import pairwise, product
+from dataclasses import dataclass, fields, replace
+from itertools import combinations, pairwise, product
 
 import numpy as np
 
@@ -92,6 +92,37 @@ def every(pans: tuple[str, ...] = ("none",)) -> Iterator[Attributes]:
         yield Attributes(*values)
 
 
+MOST_HELD_OUT = 0.5
+
+
+def held_out(share: float) -> frozenset[Attributes]:
+    """Combinations of count, colour, shape, direction and background that are never shown, so many of the whole.
+
+    Every pair of attributes loses nearly the same share of its combinations, so that each is still seen: what a
+    model draws of them it has put together from parts it knows. Depends on the share alone, and a larger one holds a
+    smaller one. Raises ValueError for a share outside 0 … 0.5.
+    """
+    if not 0 <= share <= MOST_HELD_OUT:
+        raise ValueError(f"a share of {share:g} cannot be held out: give 0 to {MOST_HELD_OUT:g}")
+    left = list(every())
+    order = np.random.default_rng(0).permutation(len(left))
+    left = [left[i] for i in order]
+    pairs = list(combinations(("count", "colour", "shape", "direction", "background"), 2))
+    size = {pair: len({tuple(getattr(a, name) for name in pair) for a in left}) for pair in pairs}
+    lost: dict[tuple[str, ...], int] = {}  # combinations held out, of each two values
+    keys = {a: [(*pair, *(getattr(a, name) for name in pair)) for pair in pairs] for a in left}
+    found = []
+    for _ in range(round(share * len(left))):
+        # the least squares of shares: a pair of values with few combinations counts each of them for more
+        cost = {a: sum((2 * lost.get(k, 0) + 1) * size[k[0], k[1]] ** 2 for k in keys[a]) for a in left}
+        chosen = min(left, key=lambda a: cost[a])
+        left.remove(chosen)
+        found.append(chosen)
+        for key in keys[chosen]:
+            lost[key] = lost.get(key, 0) + 1
+    return frozenset(found)
+
+
 @dataclass(frozen=True)
 class Scene:
     """A stretch of a video between two cuts.
@@ -147,25 +178,34 @@ def scene(rng: np.random.Generator, attributes: Attributes, lengths: tuple[int, 
     )
 
 
-def story(rng: np.random.Generator, scenes: int, pan: float = 0.0) -> list[Scene]:
+def story(
+    rng: np.random.Generator, scenes: int, pan: float = 0.0, without: frozenset[Attributes] = frozenset()
+) -> list[Scene]:
     """The scenes of one video, every attribute drawn evenly, black and white backgrounds in turn.
 
     Args:
         pan: share of the scenes in which the camera moves.
+        without: combinations that are never drawn, however the camera moves, see `held_out`.
     """
     first = int(rng.integers(2))
     told = []
     for i in range(scenes):
-        attributes = Attributes(
-            count=str(rng.choice(list(COUNTS))),
-            colour=str(rng.choice(list(COLOURS))),
-            shape=str(rng.choice(SHAPES)),
-            direction=str(rng.choice(list(DIRECTIONS))),
-            background=list(BACKGROUNDS)[(first + i) % 2],
-            pan=str(rng.choice(PANS[1:])) if rng.random() < pan else "none",
-        )
+        attributes = _drawn(rng, list(BACKGROUNDS)[(first + i) % 2], pan)
+        while replace(attributes, pan="none") in without:
+            attributes = _drawn(rng, attributes.background, pan)
         told.append(scene(rng, attributes))
     return told
+
+
+def _drawn(rng: np.random.Generator, background: str | None, pan: float) -> Attributes:
+    return Attributes(
+        count=str(rng.choice(list(COUNTS))),
+        colour=str(rng.choice(list(COLOURS))),
+        shape=str(rng.choice(SHAPES)),
+        direction=str(rng.choice(list(DIRECTIONS))),
+        background=background,
+        pan=str(rng.choice(PANS[1:])) if rng.random() < pan else "none",
+    )
 
 
 def render(scene: Scene, size: int) -> np.ndarray:

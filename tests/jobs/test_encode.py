@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from jobs import encode as job
 from jobs import shard
 from jobs.training.diffusion import build, images_of
-from jobs.training.recipe import DiffusionRecipe
+from jobs.training.recipe_diffusion import DiffusionRecipe
 from jobs.training.task import Draws
 from models.autoencoders import vae
 from models.autoencoders.latents import BlockDCT, Posterior

@@ -241,8 +241,8 @@ def test_captions_of_the_monitors_samples_are_found(tmp_path):
 
 def test_a_model_is_sampled_with_the_captions_of_the_real_clips_and_says_how(run, networks, tmp_path, capsys):
     """As it was trained, by the settings that are printed: the same drawn again by hand, to the byte."""
+    from jobs.training.build import load_trained
     from jobs.training.loop import train
-    from jobs.training.system import load_trained
     from tests.jobs.test_sample import Silent, recipe
 
     train(recipe(), str(run), tmp_path / "m", monitor=Silent, device="cpu")

@@ -13,7 +13,7 @@ from jobs import sample as job
 from jobs import shard
 from jobs.evaluate import caption_of
 from jobs.training.loop import train
-from jobs.training.recipe import DiffusionRecipe
+from jobs.training.recipe_diffusion import DiffusionRecipe
 from pipeline.split.shown import read
 from tests.fixtures.run_folder import make_run_folder
 from tests.fixtures.videos import cfr, made, rotated

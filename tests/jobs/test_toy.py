@@ -55,6 +55,19 @@ def test_the_mill_splits_at_the_true_cuts_and_captions_with_the_truth(made, tmp_
     assert found == truth
 
 
+def test_held_out_captions_are_listed_and_no_scene_has_one(tmp_path, capsys):
+    args = ["--videos", "6", "--scenes", "40", "--size", "32", "--pan", "0.2"]
+    assert toy.main(["--out", str(tmp_path / "some"), *args, "--hold-out", "0.5"]) == 0
+    assert "225 of 450 combinations of attributes are in none" in capsys.readouterr().out
+    listed = (tmp_path / "some/held_out.txt").read_text().splitlines()
+    assert {toy_world.parse(c) for c in listed} == toy_world.held_out(0.5)
+    shown = {line["caption"].partition(", camera")[0] for line in lines(tmp_path / "some")}
+    assert not shown & set(listed)
+    assert toy.main(["--out", str(tmp_path / "none"), *args[:4], "--hold-out", "0"]) == 0
+    assert not (tmp_path / "none/held_out.txt").exists()
+    assert "combinations" not in capsys.readouterr().out
+
+
 def digests(out: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.rglob("*.*") if p.is_file()}
 
@@ -66,7 +79,7 @@ def test_the_same_seed_gives_the_same_files_and_another_does_not(tmp_path):
         )
     a, b, c = (digests(tmp_path / name) for name in "abc")
     assert a == b
-    assert not set(a.values()) & set(c.values())
+    assert set(a.values()) & set(c.values()) == {a["held_out.txt"]}  # which depends on no seed
 
 
 def test_more_videos_leave_the_first_as_they_are(tmp_path):
@@ -83,6 +96,7 @@ def test_more_videos_leave_the_first_as_they_are(tmp_path):
         (["--size", "16"], "--size 16: give an even number of pixels, 32 or more"),
         (["--videos", "0"], "--videos 0: give 1 or more"),
         (["--pan", "2"], "--pan 2: give a share from 0 to 1"),
+        (["--hold-out", "0.6"], "--hold-out 0.6: give a share from 0 to 0.5"),
         (["--seed", "-1"], "--seed -1: give 0 or more"),
     ],
 )

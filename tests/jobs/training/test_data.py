@@ -14,7 +14,7 @@ import torch
 from jobs import shard
 from jobs.training.data import Loader, build_loader, positions_of
 from jobs.training.distributed import World
-from jobs.training.recipe import DiffusionRecipe
+from jobs.training.recipe_diffusion import DiffusionRecipe
 from models.autoencoders.latents import BlockDCT
 from pipeline.faults import StoreError
 from pipeline.shards.buckets import fit, table

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from jobs.training import loop
+from jobs.training import loop, signals
 from jobs.training.checkpoint import checkpoints
 from jobs.training.exported import CheckpointError
 from jobs.training.loop import TrainError, rate_factor, share_of_step
-from jobs.training.recipe import Optimizer
+from jobs.training.recipe_core import Optimizer
 from jobs.training.task import Draws, Losses, Summed, parameter_groups, seed_torch
 from models.ema import beta
 from tests.fixtures.toy_training import Net, Notes, Numbers, Toy, build, recipe, run, weights
@@ -441,7 +441,7 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, number):
 def test_a_second_signal_stops_at_once():
     child = os.fork()
     if not child:
-        with loop.Signals():
+        with signals.Signals():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
             os._exit(7)

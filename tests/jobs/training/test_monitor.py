@@ -14,7 +14,7 @@ import torch
 
 from jobs.training import monitor
 from jobs.training.monitor import Metrics, Monitor, contact_sheet, write_mp4, write_samples
-from jobs.training.recipe import TrainRecipe
+from jobs.training.recipe_core import TrainRecipe
 from jobs.training.task import Evaluation
 from pipeline.recipe import RecipeError
 from tests.fixtures import numbered

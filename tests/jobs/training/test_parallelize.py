@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from jobs.training.build import build_network
 from jobs.training.diffusion import blocks_of
 from jobs.training.distributed import World
+from jobs.training.network import Network, Question
 from jobs.training.parallelize import GRAPHS, checkpoint_activations, compile_blocks, parallelize
-from jobs.training.recipe import Compute, DiffusionRecipe, import_spec
-from jobs.training.system import Network, Question, build_network
+from jobs.training.recipe_core import Compute, import_spec
+from jobs.training.recipe_diffusion import DiffusionRecipe
 from jobs.training.task import Losses, Phase
 from models.diffusion.condition import Condition
 from tests.fixtures.toy_training import Toy, build, in_ranks, recipe, run, weights
@@ -118,7 +120,9 @@ def test_a_block_that_cannot_be_one_graph_is_told_and_not_slow_in_silence(graphs
     for _ in range(2):
         assert torch.equal(block(torch.ones(3)), torch.ones(3))
     (said,) = uncompiled
-    assert said.startswith("a block of kind Broken cannot be compiled as one graph (Call to `torch._dynamo.graph_break()`)")
+    assert said.startswith(
+        "a block of kind Broken cannot be compiled as one graph (Call to `torch._dynamo.graph_break()`)"
+    )
     assert said.endswith("mend that line of the model, or set compute.compile to false")
     torch._dynamo.utils.counters["graph_break"].clear()
 
@@ -128,7 +132,9 @@ def test_more_graphs_than_a_kind_may_have_are_told_once(graphs):
     for i in range(100):
         assert torch.equal(block(torch.ones(3), str(i)), 2 * torch.ones(3))
     assert graphs() == GRAPHS
-    assert [said.partition(",")[0] for said in uncompiled] == [f"a block of kind Stormy needs more than {GRAPHS} graphs"]
+    assert [said.partition(",")[0] for said in uncompiled] == [
+        f"a block of kind Stormy needs more than {GRAPHS} graphs"
+    ]
 
 
 def test_compiled_by_inductor_a_block_has_the_gradients_of_eager(graphs):

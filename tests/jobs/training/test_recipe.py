@@ -2,7 +2,8 @@
 
 import pytest
 
-from jobs.training.recipe import TRAINING, TrainRecipe, import_spec, load_either, load_training
+from jobs.training.recipe import TRAINING, load_either, load_training
+from jobs.training.recipe_core import TrainRecipe, import_spec
 from pipeline.recipe import RecipeError, bundled
 from pipeline.recipe_schema import options
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from jobs.training.recipe import DiffusionRecipe
-from jobs.training.system import build_system
+from jobs.training.build import build_system
+from jobs.training.recipe_diffusion import DiffusionRecipe
 from tests.jobs.training.test_diffusion import stirred
 
 CPU = torch.device("cpu")

@@ -7,7 +7,8 @@ import torch
 from pydantic import ValidationError
 
 from jobs.training import vae as training
-from jobs.training.recipe import TRAINING, VAELoss, VAERecipe, load_training
+from jobs.training.recipe import TRAINING, load_training
+from jobs.training.recipe_vae import VAELoss, VAERecipe
 from jobs.training.task import Draws
 from jobs.training.vae import AutoencoderTask
 from pipeline.recipe_file import parse_as

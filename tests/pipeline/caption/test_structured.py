@@ -11,7 +11,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from jobs.training.recipe import Run
+from jobs.training.recipe_core import Run
 from pipeline.caption import structured
 from pipeline.caption.structured import FIELDS, Broken, Record, Subject, measured, parse, sampled, text
 from pipeline.shards.reader import ShardReader

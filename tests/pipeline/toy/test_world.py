@@ -1,6 +1,8 @@
 """The small world: its laws hold, its sentences mean one thing each, its pictures are what its numbers say."""
 
 import itertools
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,6 +64,51 @@ def test_neighbouring_scenes_differ_in_background():
         told = world.story(np.random.default_rng(seed), 8)
         grounds = [s.attributes.background for s in told]
         assert all(a != b for a, b in itertools.pairwise(grounds))
+
+
+ATTRIBUTES = ("count", "colour", "shape", "direction", "background")
+
+
+def shares(without: frozenset[Attributes], together: int) -> list[float]:
+    """Of all combinations of so many attributes' values, how much of each is left out."""
+    found = []
+    for names in itertools.combinations(ATTRIBUTES, together):
+        whole, lost = (
+            Counter(tuple(getattr(a, name) for name in names) for a in some)
+            for some in (world.every(), without)
+        )
+        found += [lost[values] / number for values, number in whole.items()]
+    return found
+
+
+@pytest.mark.parametrize("share", [0.05, 0.15, 0.5])
+def test_what_is_held_out_takes_nearly_the_same_of_every_attribute_and_of_every_pair(share):
+    without = world.held_out(share)
+    assert len(without) == round(share * 450)
+    assert shares(without, 1) == pytest.approx([share] * 18, abs=0.01)
+    assert shares(without, 2) == pytest.approx([share] * 126, abs=0.06)
+    assert max(shares(without, 3)) < 1  # any three are shown together, too
+
+
+def test_what_is_held_out_depends_on_the_share_alone_and_grows_with_it():
+    assert world.held_out(0) == frozenset()
+    assert world.held_out(0.15) == world.held_out(0.15) < world.held_out(0.2)
+    with pytest.raises(ValueError, match=r"a share of 0\.6 cannot be held out: give 0 to 0\.5"):
+        world.held_out(0.6)
+
+
+def test_what_is_held_out_is_never_drawn_and_all_else_is_as_evenly_as_before():
+    without = world.held_out(0.3)
+    drawn = [
+        s.attributes for i in range(150) for s in world.story(np.random.default_rng([4, i]), 10, 0.3, without)
+    ]
+    told = [replace(a, pan="none") for a in drawn]
+    assert not without & set(told)
+    assert {a.pan for a in drawn} == set(world.PANS)
+    left = len(set(world.every()) - without)
+    assert len(set(told)) > 0.95 * left  # of 1,500 draws, each of 315 is missed by a chance of 1 %
+    for colour in world.COLOURS:
+        assert sum(a.colour == colour for a in told) / len(told) == pytest.approx(0.2, abs=0.04)
 
 
 def test_captions_and_attributes_are_one_to_one_and_short():

@@ -1,0 +1,252 @@
+"""What every trainer's recipe has: data, network, optimizer, averages, how it is computed, how long it runs."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, ClassVar, Literal, get_type_hints
+
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from pipeline.caption.structured import told
+from pipeline.recipe_schema import Section
+
+
+class Bucket(Section):
+    """A shape that batches have."""
+
+    frames: int = Field(16, ge=1, description="frames of the clip; 1: pictures")
+    height: int = Field(64, ge=8, description="pixels")
+    width: int = Field(64, ge=8, description="pixels")
+
+
+class Data(Section):
+    """What a trainer sees of the clips."""
+
+    fps: float | None = Field(8.0, gt=0, description="frames a second; null spreads them over the whole clip")
+    buckets: tuple[Bucket, ...] = Field(
+        (Bucket(),), min_length=1, description="a clip goes to the longest it fills, of the nearest aspect"
+    )
+    batch: int | None = Field(None, ge=1, description="samples a micro-batch; null: as many as `tokens` hold")
+    tokens: int = Field(8192, ge=1, description="latent positions a micro-batch may hold")
+    micro_batches: int = Field(
+        1,
+        ge=1,
+        description="micro-batches a step, shared by all processes: a step is the same on any number of them",
+    )
+    captions: Literal["chosen", "sample", "fields"] = Field(
+        "chosen",
+        description="sample: any of the candidates, by chance; fields: some, in some order, of the structured one",
+    )
+    workers: int = Field(1, ge=0, description="processes that decode")
+
+
+class Model(Section):
+    """The network: `models/*/<kind>.py`, whose `build` takes what else is written here."""
+
+    model_config = Section.model_config | {"extra": "allow"}
+    PATHS: ClassVar = {"spatial": "maybe", "weights": "maybe"}  # of what `build` takes: a file or folder
+    kind: str = Field("dit", description="dit, unet3d, video_ldm or sora; vae; small_vlm")
+    preset: str | None = Field(None, description="a name in PRESETS of that file")
+
+    @model_validator(mode="after")
+    def _known(self) -> Model:
+        try:
+            module = import_spec(self.kind)
+        except ImportError as e:
+            raise ValueError(f"there is no models/*/{self.kind}.py with a build function") from e
+        if self.preset is not None and self.preset not in module.PRESETS:
+            raise ValueError(f"preset {self.preset!r} of {self.kind} is none of {', '.join(module.PRESETS)}")
+        _, *taken = (name for name in inspect.signature(module.build).parameters if name != "text_width")
+        types = get_type_hints(module.build.__init__ if inspect.isclass(module.build) else module.build)
+        given = self.__pydantic_extra__ or {}
+        for name, value in given.items():
+            if name not in taken:
+                raise ValueError(f"{self.kind} takes no {name!r}; it takes {', '.join(taken)}")
+            given[name] = _option(name, value, types[name])
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `build`: those of the preset, then what is written here."""
+        preset = import_spec(self.kind).PRESETS[self.preset] if self.preset else {}
+        return preset | (self.__pydantic_extra__ or {})
+
+
+LEVELS = ("attention", "time")  # options that name levels of a U-Net, the first of which is 0
+
+
+def _option(name: str, value: Any, annotation: Any) -> Any:
+    """A network's option as its `build` wants it. Raises ValueError."""
+    try:
+        found = TypeAdapter(annotation).validate_python(value)
+    except ValidationError as e:
+        raise ValueError(f"{name} is {value!r}: {e.errors()[0]['msg'].lower()}") from e
+    for x in found if isinstance(found, list | tuple) else [found]:
+        number = isinstance(x, int | float) and not isinstance(x, bool)
+        if number and not (0 < x < math.inf or (x == 0 and name in LEVELS)):
+            raise ValueError(f"{name} is {value!r}: give numbers above 0")
+    return found
+
+
+NETWORKS = ("denoisers", "autoencoders", "language")  # folders of models/ with a file a kind
+
+
+def import_spec(kind: str) -> Any:
+    """models/*/<kind>.py. Raises ImportError where no such file has a network that a recipe can name."""
+    for folder in NETWORKS:
+        if kind.isidentifier() and find_spec(f"models.{folder}.{kind}"):
+            module = import_module(f"models.{folder}.{kind}")
+            if hasattr(module, "build") and hasattr(module, "PRESETS"):
+                return module
+    raise ImportError(kind)
+
+
+class Optimizer(Section):
+    """AdamW."""
+
+    lr: float = Field(1e-4, gt=0, description="learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="of AdamW: decay of its two running means")
+    weight_decay: float = Field(
+        0.0, ge=0, description="of AdamW; of matrices alone, not of norms, biases, gates and embeddings"
+    )
+    rates: dict[str, float] = Field(
+        {}, description="part of the network, as its parameters' names begin → a learning rate of its own"
+    )
+    warmup: int = Field(100, ge=0, description="steps of linear warm-up")
+    decay: Literal["constant", "cosine", "linear"] = Field("constant", description="until step `decay_until`")
+    decay_until: int | None = Field(
+        None,
+        ge=1,
+        description="the step after which the rate is 0, of another decay than constant; null: run.steps",
+    )
+    clip: float = Field(1.0, gt=0, description="of the gradient's norm, once a step")
+
+
+class EMA(Section):
+    """Averages of the weights with power-function profiles (Karras et al. 2024, sec. 3)."""
+
+    lengths: tuple[float, ...] = Field(
+        (0.05, 0.1), description="σ_rel: width of the average as a share of training; () turns it off"
+    )
+
+    @field_validator("lengths")
+    @classmethod
+    def _range(cls, lengths: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < x < 0.28 for x in lengths):
+            raise ValueError("σ_rel lies between 0 and 0.28")
+        return lengths
+
+
+ActivationCheckpointing = Literal["none", "selective", "full"]
+
+
+class Compute(Section):
+    """How the steps are computed."""
+
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast, weights stay in fp32")
+    activation_checkpointing: ActivationCheckpointing = Field(
+        "none",
+        description="what the backward pass computes again of a block: full, all; selective, all but matrix products, "
+        "convolutions and attention",
+    )
+    compile: bool = Field(False, description="torch.compile of the repeated blocks, each as one graph")
+    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="fsdp: the weights are sharded over the GPUs")
+    attention: Literal["auto", "plain", "sdpa", "math", "efficient", "flash", "cudnn", "flex"] = Field(
+        "auto", description="which kernel, see models/attention.py"
+    )
+
+
+class Run(Section):
+    """How long, and how often to save and to look. A resumed run may change these."""
+
+    steps: int = Field(1000, ge=1, description="of the optimizer, all in all")
+    save_every: int = Field(500, ge=1, description="steps between checkpoints")
+    keep: int = Field(3, ge=1, description="checkpoints kept")
+    log_every: int = Field(10, ge=1, description="steps between lines of the log")
+    sample_every: int = Field(500, ge=0, description="0: never")
+    prompts: tuple[str, ...] = Field(
+        (),
+        description="what to sample, words or JSON records of structured captions; (): captions of the data",
+    )
+    sampler: str = Field("auto", description="a name in models/diffusion/samplers.py; auto: dpmpp_2m")
+    sampler_options: dict[str, float] = Field(
+        {}, description="of the sampler: gamma, corrections, delta of ancestral; eta of ddim"
+    )
+    sample_steps: int = Field(32, ge=1, description="of the sampler")
+    spacing: Literal["time", "logsnr"] = Field("time", description="in which the sampler's steps are equal")
+    guidance: float = Field(3.0, ge=0, description="classifier-free guidance w of (1 + w) ε_c − w ε_∅")
+    guidance_interval: tuple[float, float] = Field(
+        (0.0, 1.0), description="noise levels, 0 data and 1 noise, that are guided"
+    )
+    guidance_rescale: float = Field(
+        0.0, ge=0, le=1, description="how far guidance's gain in contrast is taken back"
+    )
+    frechet: int = Field(
+        0, ge=0, description="videos sampled each time to measure their distance to real ones"
+    )
+    features: str = Field(
+        "efficientnet-lite0", description="the network of that distance (`models.measures.features`)"
+    )
+    wandb: bool = Field(False, description="log to Weights & Biases too")
+
+    @field_validator("prompts")
+    @classmethod
+    def _in_words(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(told, prompts))
+
+    def but(self, **given: Any) -> Run:
+        """With what is given, but for None, in place of its own. Raises ValueError: one sentence."""
+        changed = {name: value for name, value in given.items() if value is not None}
+        if changed.get("sampler", self.sampler) != self.sampler:
+            changed.setdefault("sampler_options", {})  # they were of another
+        try:
+            return Run.model_validate(self.model_dump() | changed)
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = "".join(f"{name}: " for name in first["loc"][:1])
+            raise ValueError(where + first["msg"].removeprefix("Value error, ")) from e
+
+    @field_validator("frechet")
+    @classmethod
+    def _enough(cls, frechet: int) -> int:
+        if frechet == 1:
+            raise ValueError("one video has no distance to others: give 0 for none, or 2 or more")
+        return frechet
+
+    @field_validator("features")
+    @classmethod
+    def _feature_network(cls, features: str) -> str:
+        from models.measures.features import check_name
+
+        check_name(features)
+        return features
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _levels(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError("give two noise levels within 0…1, the lower one first")
+        return interval
+
+    @model_validator(mode="after")
+    def _sampler(self) -> Run:
+        from models.diffusion.samplers import named
+
+        named(self.sampler, self.sampler_options)
+        return self
+
+
+class TrainRecipe(Section):
+    """What every trainer's recipe has."""
+
+    name: str = Field(description="of the recipe; that of its file where none is given")
+    trains: str = Field("diffusion", description="what is trained: diffusion, vae or vlm")
+    seed: int = Field(0, description="of weights, data order and noise")
+    data: Data = Field(Data(), description="which clips, in which shape")
+    model: Model = Field(description="the network")
+    optimizer: Optimizer = Optimizer()
+    ema: EMA = EMA()
+    compute: Compute = Compute()
+    run: Run = Run()

@@ -1,0 +1,45 @@
+"""What an autoencoder's recipe has beside the core."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from jobs.training.recipe_core import TrainRecipe
+from pipeline.recipe_schema import PATH, Section
+
+
+class VAELoss(Section):
+    """What an autoencoder is trained for, and from where."""
+
+    channels: int = Field(16, ge=1, description="of the latents")
+    train: Literal["all", "decoder"] = Field("all", description="decoder: the encoder is frozen (Video LDM)")
+    image: str | None = Field(
+        None,
+        description="start from this image VAE of the same widths: a folder that clipmill train wrote",
+        json_schema_extra=PATH,
+    )
+    kl: float = Field(1e-6, ge=0, description="weight of the KL in nats, per pixel value as the L1 loss is")
+    perceptual: Literal["none", "efficientnet_lite0", "vgg16"] = Field(
+        "efficientnet_lite0", description="the network of the perceptual distance"
+    )
+    perceptual_weight: float = Field(
+        0.1, ge=0, description="1 with LPIPS' heads; without them each of five layers adds up to 4"
+    )
+    perceptual_file: str | None = Field(
+        None, description="vgg16: torchvision's weights", json_schema_extra=PATH
+    )
+    perceptual_heads: str | None = Field(
+        None, description="vgg16: LPIPS' linear heads; null: all channels weigh 1", json_schema_extra=PATH
+    )
+    adversarial: float = Field(0.5, ge=0, description="weight of the discriminator; 0: none")
+    adversarial_start: int = Field(10_000, ge=0, description="the step from which it judges and learns")
+    discriminator_width: int = Field(64, ge=8, description="features of its first layer")
+
+
+class VAERecipe(TrainRecipe):
+    """From a run's shards to an autoencoder."""
+
+    trains: Literal["vae"] = "vae"
+    vae: VAELoss = VAELoss()
