@@ -334,8 +334,8 @@ class Trainer:
         return norm
 
     def check(self) -> None:
-        """Raises TrainError, on all ranks, where a loss or gradient since the last check was not finite, or a block could
-        not be compiled."""
+        """Raises TrainError, on all ranks, where a loss or gradient since the last check was not finite, or a block was
+        not compiled."""
         unread, self.unread = self.unread, []
         if not unread:
             return

@@ -261,6 +261,51 @@ def test_compiled_checkpointed_and_parallel_it_trains_as_one_plain_process(tmp_p
         )
 
 
+class Stopping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.stops = os.environ.get("RANK") == "1"
+
+    def forward(self, x):
+        if self.stops:
+            torch._dynamo.graph_break()
+        return torch.tanh(self.layer(x))
+
+
+class Stopped(Toy):
+    """On one rank of two it has a block that is no whole graph."""
+
+    def __init__(self, recipe, device):
+        super().__init__(recipe, device)
+        net = self.phases[0].module
+        net.blocks[1] = Stopping()
+        trained = [p for p in net.parameters() if p.requires_grad]
+        self.phases = [Phase("toy", net, torch.optim.AdamW(trained, recipe.optimizer.lr))]
+
+
+def stopped(recipe, start):
+    return build(recipe, start, task=Stopped)
+
+
+def train_stopped(out, parallel):
+    torch.compiler.set_default_backend("eager")
+    compute = {"parallel": parallel, "compile": True}
+    try:
+        run(recipe(data={"micro_batches": 2}, compute=compute), out, build=stopped)
+    except ValueError as e:
+        (out / f"said-{os.environ['RANK']}").write_text(str(e))
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_a_block_that_one_rank_cannot_compile_ends_training_on_all_with_one_sentence(tmp_path, parallel):
+    assert in_ranks(2, train_stopped, tmp_path, parallel) == [0, 0]
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
+    assert said[0] == said[1]
+    assert said[0].startswith("a block of kind Stopping cannot be compiled as one graph (")
+    assert said[0].endswith("or set compute.compile to false")
+
+
 class Watched(Denoising):
     """Says in which types a block computes and what its optimizer is given."""
 
