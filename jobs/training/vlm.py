@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from jobs.training.data import Loader, reader_of
+from jobs.training.data import Loader, readers_of
 from jobs.training.parallelize import make
 from jobs.training.recipe_core import TrainRecipe, import_spec
 from jobs.training.recipe_vlm import VLMRecipe
@@ -33,8 +33,9 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Captioning, Loader]:
     world = start.world
     task = Captioning(recipe, world.device, start.device)
     loader = Loader(
-        reader_of(recipe, start.data),
+        readers_of(recipe, start.data),
         [task.positions],
+        shares=recipe.data.shares(),
         tokens=recipe.data.tokens,
         batch=recipe.data.batch,
         rank=world.data_rank,
