@@ -19,6 +19,7 @@ from jobs.training.loop import train
 from jobs.training.recipe import TRAINING, load_training
 from jobs.training.recipe_diffusion import Autoencoder
 from jobs.videos import write_mp4
+from models.measures.features import load_features
 from pipeline.recipe import bundled
 from tests.fixtures.run_folder import make_run_folder
 from tests.fixtures.shrunken import checkpoints, shrunken
@@ -140,4 +141,8 @@ def test_a_recipe_trains_is_killed_resumes_bit_for_bit_is_sampled_and_evaluated(
         video = torch.rand(1, 3, 5, 32, 32)
         assert kept.decode(kept.encode(video).mean).shape == video.shape
         done.append("reconstructs")
+    if trained.state.get("trains") == "vivit":
+        features = load_features(f"vivit:{parts}")(torch.zeros(2, 4, 32, 32, 3, dtype=torch.uint8))
+        assert features.isfinite().all()
+        done.append("features")
     record_property("system", (name, mode, done))
