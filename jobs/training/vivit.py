@@ -27,7 +27,8 @@ from models.attention import choose_kernel
 from models.encoders import vivit
 from pipeline.caption.text import words
 from pipeline.io.store import below
-from pipeline.shards.reader import ShardReader, read_index
+from pipeline.shards.index import read_index
+from pipeline.shards.reader import ShardReader
 
 WORDS = "words"  # the group of common words
 CAPTIONS = 100_000  # that are looked through for them, at most

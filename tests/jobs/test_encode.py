@@ -26,7 +26,8 @@ from models.autoencoders import vae
 from models.autoencoders.latents import BlockDCT, Posterior
 from pipeline.faults import StoreError
 from pipeline.shards import latents
-from pipeline.shards.reader import ShardReader, read_index
+from pipeline.shards.index import read_index
+from pipeline.shards.reader import ShardReader
 from tests.fixtures.run_folder import flip, make_run_folder
 from tests.fixtures.toy_training import start
 
