@@ -45,6 +45,10 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Classification, Loader]:
         raise ValueError(f"trains: vivit needs model.kind vivit, not {recipe.model.kind}")
     if len(recipe.data.buckets) > 1 or recipe.data.buckets[0].height != recipe.data.buckets[0].width:
         raise ValueError("data.buckets: ViViT takes one bucket, as high as it is wide")
+    if recipe.data.mixture:
+        raise ValueError(
+            "data.mixture: ViViT is trained on one run, of which some clips are held out: leave it out"
+        )
     shards, world = below(start.data, "shards"), start.world
     trained, others = split(shards, recipe.held_out) if recipe.held_out else (None, None)
     reader = reader_of(recipe, shards, where=trained)
