@@ -29,7 +29,8 @@ from models.attention import choose_kernel
 from models.encoders import vivit
 from pipeline.caption.text import words
 from pipeline.io.store import below
-from pipeline.shards.reader import ShardReader, read_index
+from pipeline.shards.index import read_index
+from pipeline.shards.reader import ShardReader
 
 WORDS = "words"  # the group of common words
 CAPTIONS = 100_000  # that are looked through for them, at most
@@ -44,6 +45,10 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Classification, Loader]:
         raise ValueError(f"trains: vivit needs model.kind vivit, not {recipe.model.kind}")
     if len(recipe.data.buckets) > 1 or recipe.data.buckets[0].height != recipe.data.buckets[0].width:
         raise ValueError("data.buckets: ViViT takes one bucket, as high as it is wide")
+    if recipe.data.mixture:
+        raise ValueError(
+            "data.mixture: ViViT is trained on one run, of which some clips are held out: leave it out"
+        )
     shards, world = below(start.data, "shards"), start.world
     trained, others = split(shards, recipe.held_out) if recipe.held_out else (None, None)
     reader = reader_of(recipe, shards, where=trained)
