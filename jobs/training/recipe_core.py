@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_type_hints
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from pipeline.caption.structured import told
-from pipeline.recipe_schema import Section
+from pipeline.recipe_schema import PATH, Section
 
 
 class Bucket(Section):
@@ -20,6 +20,13 @@ class Bucket(Section):
     frames: int = Field(16, ge=1, description="frames of the clip; 1: pictures")
     height: int = Field(64, ge=8, description="pixels")
     width: int = Field(64, ge=8, description="pixels")
+
+
+class Mixed(Section):
+    """Another run that is trained on."""
+
+    data: str = Field(description="folder of a run with shards", json_schema_extra=PATH)
+    share: float = Field(ge=1e-4, lt=1, description="of the micro-batches")
 
 
 class Data(Section):
@@ -40,7 +47,23 @@ class Data(Section):
         "chosen",
         description="sample: any of the candidates, by chance; fields: some, in some order, of the structured one",
     )
+    mixture: tuple[Mixed, ...] = Field(
+        (),
+        description="other runs to train on, each with its share; the one that is named to train has the rest",
+    )
     workers: int = Field(1, ge=0, description="processes that decode")
+
+    @field_validator("mixture")
+    @classmethod
+    def _leaves_some(cls, mixture: tuple[Mixed, ...]) -> tuple[Mixed, ...]:
+        if (taken := sum(mixed.share for mixed in mixture)) > 1 - 1e-4:
+            raise ValueError(f"the shares add up to {taken:g}: leave some for the run that is named to train")
+        return mixture
+
+    def shares(self) -> list[float]:
+        """Of each run: the one that is named to train, then those of the mixture."""
+        others = [mixed.share for mixed in self.mixture]
+        return [1 - sum(others), *others]
 
 
 class Model(Section):

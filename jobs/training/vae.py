@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.training.data import build_loader, reader_of
+from jobs.training.data import build_loader
 from jobs.training.exported import load_model
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_vae import VAERecipe
@@ -45,7 +45,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[AutoencoderTask, Loader]:
         raise ValueError(f"trains: vae needs model.kind vae, not {recipe.model.kind}")
     task = AutoencoderTask(recipe, start.world.device)
     loader = build_loader(recipe, start.data, task.vae, start.world)
-    reader = reader_of(recipe, start.data)
+    reader = loader.readers[0]
     task.shown = [torch.from_numpy(reader.sound(row)["video"]) for row in range(min(SHOWN, len(reader.keys)))]
     return task, loader
 
