@@ -30,6 +30,7 @@ class BlockDCT3D(nn.Module):
     """
 
     basis: Tensor
+    deviation: Tensor
 
     def __init__(self, shape: Sequence[int]):
         super().__init__()
