@@ -136,7 +136,7 @@ class Clips:
         while len(found) < wanted and len(broken) < PATIENCE:
             try:
                 other = self.order.drawn(usable, rng)
-                if reader.keys[other].as_py() == sample["key"]:
+                if reader.keys[other] == sample["key"]:
                     itself += 1
                     if itself == PATIENCE:
                         raise StoreError(
@@ -146,7 +146,7 @@ class Clips:
                     continue
                 found.append(self._frame(reader.read, other, height, width) | {"skipped": []})
             except BrokenSample:
-                broken.append(reader.keys[other].as_py())
+                broken.append(reader.keys[other])
         if len(found) < wanted:
             raise StoreError(f"{reader.folder}: {PATIENCE} images in a row are broken; check the shards")
         found[0]["skipped"] = broken

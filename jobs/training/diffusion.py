@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 
 from jobs.training.build import build_system, load_trained, normalizer_of
 from jobs.training.data import Loader, build_loader, check_cache, sources_of
-from jobs.training.exported import CheckpointError
+from jobs.training.exported import CheckpointError, load_model
 from jobs.training.frechet import FrechetInLoop
 from jobs.training.network import Answer, Network, Question
+from jobs.training.parallelize import on_meta
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_diffusion import DiffusionRecipe, Tasks
 from jobs.training.system import LOW_NOISE, System, blurred, knows_frames, to_unit
@@ -101,7 +103,9 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     if recipe.compute.attention == "flex" and world.device.type == "cpu":
         raise ValueError("compute.attention flex has no gradients on a CPU: use auto")
     try:
-        system = build_system(recipe, world.device, fresh=not (start.saved or recipe.start))
+        system = build_system(
+            recipe, world.device, fresh=not (start.saved or recipe.start), made_on=start.device
+        )
     except MissingModel as e:
         raise ValueError(str(e)) from e
     if recipe.data.pack and not hasattr(system.network.denoiser, "packed"):
@@ -137,6 +141,9 @@ def begin_with(system: System, folder: str) -> None:
     A convolution that takes more channels than the other's did (known frames) gets 0 for them, and parameters
     that the other has not stay as they were made. Raises ValueError where something else differs.
     """
+    if on_meta(system.network):  # weights come from the first rank, which compares the two
+        system.normalizer = normalizer_of(load_model(Path(folder)).state).to(system.device)
+        return
     try:
         other = load_trained(folder, None, "cpu")
     except (CheckpointError, MissingModel) as e:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from jobs.training.data import build_loader, reader_of
 from jobs.training.distributed import World
 from jobs.training.exported import load_model
 from jobs.training.held_out import split
+from jobs.training.parallelize import make, on_meta
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_vae import VAERecipe
 from jobs.training.system import to_bytes, to_unit
@@ -48,7 +50,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[AutoencoderTask, Loader]:
     assert isinstance(recipe, VAERecipe)
     if recipe.model.kind != "vae":
         raise ValueError(f"trains: vae needs model.kind vae, not {recipe.model.kind}")
-    task = AutoencoderTask(recipe, start.world.device)
+    task = AutoencoderTask(recipe, start.world.device, start.device)
     task.world = start.world
     loader = build_loader(recipe, start.data, task.vae, start.world, recipe.held_out)
     reader = loader.readers[0]
@@ -60,18 +62,23 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[AutoencoderTask, Loader]:
 
 
 class AutoencoderTask(Task):
-    """shown: uint8 [3, T, H, W] each, the clips of `evaluate`. held_out: clips to measure, if any are."""
+    """shown: uint8 [3, T, H, W] each, the clips of `evaluate`. held_out: clips to measure, if any are.
 
-    def __init__(self, recipe: VAERecipe, device: torch.device):
+    Args:
+        made_on: see `Start`.
+    """
+
+    def __init__(self, recipe: VAERecipe, device: torch.device, made_on: torch.device | None = None):
         wanted = self.wanted = recipe.vae
         self.measured, self.world = recipe.measured, World(0, 1, device)
         self.held_out: ShardReader | None = None
         self.device, self.micros = device, recipe.data.micro_batches
         self.made_of = {"channels": wanted.channels} | recipe.model.options()
         torch.manual_seed(recipe.seed)
-        self.vae = vae.build(**self.made_of)
+        made_on = made_on or device
+        self.vae = make(partial(vae.build, **self.made_of), made_on)
         choose_kernel(self.vae, recipe.compute.attention)
-        if wanted.image:
+        if wanted.image and not on_meta(self.vae):
             trained = load_model(Path(wanted.image))
             if "vae" not in trained.weights:
                 raise ValueError(f"vae.image {wanted.image} holds no autoencoder: train one, trains: vae")
@@ -82,9 +89,9 @@ class AutoencoderTask(Task):
         if wanted.perceptual != "none" and wanted.perceptual_weight:
             files = (wanted.perceptual_file, wanted.perceptual_heads)
             self.perceptual = perceptual.build(wanted.perceptual, *files).to(device)
-        self.phases = [Phase.of("vae", self.vae.to(device), recipe.optimizer)]
+        self.phases = [Phase.of("vae", self.vae, recipe.optimizer)]
         if wanted.adversarial:
-            self.discriminator = PatchDiscriminator(wanted.discriminator_width).to(device)
+            self.discriminator = make(partial(PatchDiscriminator, wanted.discriminator_width), made_on)
             self.phases.append(Phase.of("discriminator", self.discriminator, recipe.optimizer, ema=False))
         self.shown: list[Tensor] = []
 

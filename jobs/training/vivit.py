@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from jobs.training.data import Loader, reader_of, readers_of, sources_of
 from jobs.training.held_out import SOURCES, split
+from jobs.training.parallelize import make
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_vivit import ViViTRecipe
 from jobs.training.system import to_unit
@@ -27,7 +29,8 @@ from models.attention import choose_kernel
 from models.encoders import vivit
 from pipeline.caption.text import words
 from pipeline.io.store import below
-from pipeline.shards.reader import ShardReader, read_index
+from pipeline.shards.index import read_index
+from pipeline.shards.reader import ShardReader
 
 WORDS = "words"  # the group of common words
 CAPTIONS = 100_000  # that are looked through for them, at most
@@ -157,12 +160,13 @@ class Classification(Task):
         torch.manual_seed(recipe.seed)
         classes = sum(map(len, labels.values()))
         options = recipe.model.options()
-        model = vivit.build((bucket.frames, bucket.width, classes), **options)
+        sizes = bucket.frames, bucket.width, classes
+        model = make(partial(vivit.build, sizes, **options), start.device)
         self.made_of = options | {"frames": bucket.frames, "size": bucket.width, "classes": classes}
         choose_kernel(model, recipe.compute.attention)
         t, h, w = model.grid
         self.positions = t * h * w
-        self.phases = [Phase.of("vivit", model.to(self.device), recipe.optimizer)]
+        self.phases = [Phase.of("vivit", model, recipe.optimizer)]
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"labels": sum(int(x.any(1).sum()) for x in self.names.targets(batch["caption"]).values())}

@@ -41,9 +41,11 @@ class BlockDCT3D(nn.Module):
         variances = [(a @ correlation(len(a)) @ a.T).diagonal() for a in axes]
         share = torch.tensor(COLOURS).double() / sum(COLOURS) * 3
         variance = PIXEL * torch.einsum("k,a,b,d->kabd", share, *variances).flatten()
-        order = variance.argsort(descending=True, stable=True)
-        self.register_buffer("basis", basis[order].float(), persistent=False)  # [3tyx, 3, t, y, x]
-        self.register_buffer("deviation", variance[order].sqrt().float().view(-1, 1, 1, 1), persistent=False)
+        order = (
+            (1e6 * variance.log()).round().argsort(descending=True, stable=True)
+        )  # alike ones as they come
+        self.register_buffer("basis", basis[order].float())  # [3tyx, 3, t, y, x]
+        self.register_buffer("deviation", variance[order].sqrt().float().view(-1, 1, 1, 1))
 
     def cut(self, video: Tensor, memory: Memory | None = None) -> Tensor:
         if memory is None or self not in memory:  # the first frames of all

@@ -118,9 +118,13 @@ def test_where_sizes_depend_on_values_it_is_computed_and_put_back():
         def forward(self, x):
             return super().forward(x[x.sum(1) > 0])
 
-    net, x = Packed(4, 4), torch.cat([torch.ones(3, 4), -torch.ones(2, 4)])
-    assert cost(lambda: net(x).sum(), [net], [], CPU).flops == 2 * 2 * 3 * 4 * 4
-    assert net.weight.grad is None
+    x = torch.cat([torch.ones(3, 4), -torch.ones(2, 4)])
+    for device in ("cpu", "meta"):
+        net = Packed(4, 4).to(device)
+        found = cost(lambda net=net: net(x).sum(), [net], [], CPU)
+        assert found.flops == 2 * 2 * 3 * 4 * 4
+        assert found.unused == ()
+        assert net.weight.grad is None
 
 
 def test_the_peak_of_a_cpu_is_measured_and_says_so():

@@ -236,7 +236,7 @@ def test_held_out_clips_are_not_trained_on_and_measured_beside_the_block_dct_of_
     model = {"kind": "vae", "stride": [2, 4, 4], "width": 8, "multipliers": [1], "depth": 1, "dct": True}
     wanted = recipe(held_out=0.3, model=model)
     made, loader = training.build(wanted, start(str(run)))
-    trained, held = ({*reader.keys.to_pylist()} for reader in (loader.readers[0], made.held_out))
+    trained, held = ({*reader.keys} for reader in (loader.readers[0], made.held_out))
     assert held
     assert not trained & held
     scalars = made.evaluate(made.vae.eval(), 0).scalars
