@@ -92,9 +92,10 @@ class System:
     def encode(self, video: Tensor) -> Posterior:
         """[B, 3, T, H, W] in −1…1 → what the autoencoder says of it, float32, not normalised.
 
-        Never under autocast: published autoencoders give NaN in bfloat16.
+        Under autocast where the recipe says so (autoencoder.precision), not where the step around it is.
         """
-        with torch.autocast(self.device.type, enabled=False):
+        bf16 = self.recipe.autoencoder.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             posterior = self.autoencoder.encode(video)
         logvar = None if posterior.logvar is None else posterior.logvar.float()
         return Posterior(posterior.mean.float(), logvar)
