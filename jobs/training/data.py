@@ -36,12 +36,14 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pyarrow.compute import Expression
 
 from jobs.training.clips import Clips, Sizes
 from jobs.training.distributed import World
+from jobs.training.held_out import split
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_diffusion import DiffusionData, DiffusionRecipe
 from jobs.training.task import Batch
@@ -314,8 +316,16 @@ def check_cache(recipe: DiffusionRecipe, data: str, weights: Mapping[str, str]) 
         )
 
 
-def reader_of(recipe: TrainRecipe, data: str) -> ShardReader:
-    """Clips of the run in folder `data`, or of the recipe's cache. Raises StoreError, ValueError."""
+def reader_of(
+    recipe: TrainRecipe,
+    data: str,
+    where: Expression | None = None,
+    window: Literal["random", "center"] = "random",
+) -> ShardReader:
+    """Clips of the run in folder `data` (`where` and `window` as `ShardReader` has them), or of the recipe's cache.
+
+    Raises StoreError, ValueError.
+    """
     shapes, sequential = shapes_of(recipe), recipe.data.sequential()
     if not isinstance(recipe, DiffusionRecipe) or not recipe.data.cache:
         return ShardReader(
@@ -326,6 +336,8 @@ def reader_of(recipe: TrainRecipe, data: str) -> ShardReader:
             seed=recipe.seed,
             layout="CTHW",
             sequential=sequential,
+            where=where,
+            window=window,
         )
     made_of(recipe.data.cache)  # it is finished
     options: Any = {"length": recipe.text.length, "seed": recipe.seed, "sequential": sequential}
@@ -343,12 +355,13 @@ def sources_of(recipe: TrainRecipe, data: str) -> list[tuple[TrainRecipe, str]]:
     return found
 
 
-def readers_of(recipe: TrainRecipe, data: str) -> list[ShardReader]:
-    """Of each run that is trained on. Raises StoreError, ValueError."""
+def readers_of(recipe: TrainRecipe, data: str, held_out: float = 0.0) -> list[ShardReader]:
+    """Of each run that is trained on, but for a share of its sources. Raises StoreError, ValueError."""
     found: list[ShardReader] = []
     for alone, folder in sources_of(recipe, data):
         try:
-            found.append(reader_of(alone, folder))
+            where = split(below(folder, "shards"), held_out)[0] if held_out else None
+            found.append(reader_of(alone, folder, where))
         except StoreError as e:
             raise StoreError(f"data.mixture {folder}: {e}") if found else e from None
     return found
@@ -359,10 +372,14 @@ def build_loader(
     data: str,
     autoencoder: Autoencoder,
     world: World,
+    held_out: float = 0.0,
 ) -> Loader:
-    """The loader of a recipe over the run in folder `data`. Raises StoreError, ValueError."""
+    """The loader of a recipe over the run in folder `data`; held_out: share of the sources that it leaves out.
+
+    Raises StoreError, ValueError.
+    """
     return Loader(
-        readers_of(recipe, data),
+        readers_of(recipe, data, held_out),
         positions_of(recipe, autoencoder),
         shares=recipe.data.shares(),
         tokens=recipe.data.tokens,
