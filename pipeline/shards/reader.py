@@ -270,6 +270,22 @@ class ShardReader(IterableDataset):
 
     # ------------------------------------------------------------ samples
 
+    @property
+    def samples(self) -> int:
+        """Of an epoch, those that are repeated to fill its last batch included."""
+        return len(self.order) * self.batch_size
+
+    def nth(self, number: int) -> Sample:
+        """The sample of that number of the endless list, whichever rank's it is; the state stays as it is.
+
+        So a reader is a source of a mixture (`pipeline.shards.mixture`).
+        """
+        self.epoch, place = divmod(number, self.samples)
+        batch, at = divmod(place, self.batch_size)
+        rows = self.order.batch(self.epoch, batch)
+        self.gather(self.order, rows)
+        return self.sound(int(rows[at]))
+
     def sound(self, row: int, shape: Shape | None = None) -> Sample:
         """The sample of a row, or of the next sound one of its bucket. Raises StoreError after PATIENCE broken."""
         broken: list[str] = []
