@@ -185,11 +185,19 @@ class ShardReader(IterableDataset):
 
     def identity(self) -> str:
         """A hash of `contents` and of the buckets: of another folder, other bytes, other captions it is another."""
-        if self.rows is None:
-            return digest(self._contents(), self.bucket)
-        used = np.zeros(len(self.index), bool)
-        used[self.rows] = True
-        return digest(_only(self._contents(), used), np.cumsum(used)[self.rows], self.bucket)
+        used = None
+        order = [self.bucket]
+        if self.rows is not None:
+            used = np.zeros(len(self.index), bool)
+            used[self.rows] = True
+            order.append(np.cumsum(used, dtype=np.int32)[self.rows])
+
+        def made() -> str:
+            return digest(self._contents() if used is None else _only(self._contents(), used), *order)
+
+        chosen = self.captions == "chosen"
+        whole = order if used is None else [*order, used]
+        return self.index.kept(f"identity {chosen} {digest([], *whole)}", made)
 
     # ------------------------------------------------------------ the order
 
