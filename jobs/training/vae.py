@@ -43,7 +43,9 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[AutoencoderTask, Loader]:
     assert isinstance(recipe, VAERecipe)
     if recipe.model.kind != "vae":
         raise ValueError(f"trains: vae needs model.kind vae, not {recipe.model.kind}")
-    task = AutoencoderTask(recipe, start.world.device)
+    if recipe.lora:
+        raise ValueError("lora: an autoencoder is trained whole: leave it out")
+    task = AutoencoderTask(recipe, start.world.device, fresh=not start.saved)
     loader = build_loader(recipe, start.data, task.vae, start.world)
     reader = reader_of(recipe, start.data)
     task.shown = [torch.from_numpy(reader.sound(row)["video"]) for row in range(min(SHOWN, len(reader.keys)))]
@@ -51,16 +53,20 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[AutoencoderTask, Loader]:
 
 
 class AutoencoderTask(Task):
-    """shown: uint8 [3, T, H, W] each, the clips of `evaluate`."""
+    """shown: uint8 [3, T, H, W] each, the clips of `evaluate`.
 
-    def __init__(self, recipe: VAERecipe, device: torch.device):
+    Args:
+        fresh: it begins with `vae.image`; False where a checkpoint's weights take their place.
+    """
+
+    def __init__(self, recipe: VAERecipe, device: torch.device, fresh: bool = True):
         wanted = self.wanted = recipe.vae
         self.device, self.micros = device, recipe.data.micro_batches
         self.made_of = {"channels": wanted.channels} | recipe.model.options()
         torch.manual_seed(recipe.seed)
         self.vae = vae.build(**self.made_of)
         choose_kernel(self.vae, recipe.compute.attention)
-        if wanted.image:
+        if wanted.image and fresh:
             trained = load_model(Path(wanted.image))
             if "vae" not in trained.weights:
                 raise ValueError(f"vae.image {wanted.image} holds no autoencoder: train one, trains: vae")

@@ -377,7 +377,7 @@ def test_shift_of_the_cosine_schedule_divides_the_snr_by_its_square():
 def test_the_state_and_the_weights_bring_the_system_back(run):
     task, _ = build(recipe(run={"steps": 1, "sample_steps": 2, "prompts": ["a", "b"]}), start(run))
     stirred(task.system.network)
-    again = load_system(task.state(), CPU)
+    again = load_system(task.recipe, task.state(), CPU)
     again.network.load_state_dict(task.system.network.state_dict())
     shape = task.system.shape(2)
     drawn = [s.draw(seed=1)(shape, s.condition(["a", "b"])) for s in (task.system, again)]
