@@ -26,21 +26,19 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from jobs.training.distributed import World
 from jobs.training.packing import pack, used
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_diffusion import DiffusionData, DiffusionRecipe
 from jobs.training.task import PARTS, Batch
+from jobs.training.workers import prepared
 from models.autoencoders.latents import Autoencoder, latent_shape
 from pipeline.faults import StoreError
 from pipeline.io.store import below
@@ -223,28 +221,10 @@ class Loader:
         return sample | {k: sample[k][:, at : at + 1] for k in ("mean", "logvar") if sample[k] is not None}
 
     def __iter__(self) -> Iterator[Batch]:
-        loader = DataLoader(
-            _Batches(self),
-            batch_size=None,
-            num_workers=self.workers,
-            pin_memory=self.pin,
-            worker_init_fn=_undisturbed,
-        )
-        others = set(multiprocessing.active_children())
-        batches: Any = iter(loader)
-        mine = set(multiprocessing.active_children()) - others
-        try:
-            for batch in batches:
-                if isinstance(batch, Exception):
-                    raise batch
-                self.step += 1
-                self.skipped += len(batch["skipped"])
-                yield batch
-        finally:
-            if mine:
-                batches._shutdown_workers()  # what its __del__ does, which a traceback may put off
-            for process in mine:  # one that it could not end would keep this process from ending
-                process.kill()
+        for batch in prepared(_Batches(self), self.workers, self.pin):
+            self.step += 1
+            self.skipped += len(batch["skipped"])
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """How many micro-batches all ranks have taken, and what the list is made of; plain numbers."""
@@ -295,29 +275,16 @@ class Loader:
         return "\n".join(filter(None, (self.reader.table, line)))
 
 
-class _Batches(IterableDataset):
+class _Batches:
     """What a worker runs: worker w of W prepares every W-th of its rank's micro-batches, from the w-th on."""
 
     def __init__(self, loader: Loader):
         self.loader = loader
 
-    def __iter__(self) -> Iterator[Batch | Exception]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        own, step = self.loader, self.loader.step + worker
-        while True:
-            try:
-                yield own.batch(own.first + step * own.world + own.rank)
-            except Exception as e:  # as it is, not as torch quotes it
-                yield e
-                return
-            step += workers
-
-
-def _undisturbed(worker: int) -> None:
-    """A signal to the whole process group is for the loop to answer; a worker ends when the loop does."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def __call__(self, worker: int, workers: int) -> Iterator[Batch]:
+        own = self.loader
+        for step in itertools.count(own.step + worker, workers):
+            yield own.batch(own.first + step * own.world + own.rank)
 
 
 def collate(samples: list[Sample]) -> Batch:

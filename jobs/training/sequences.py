@@ -1,0 +1,215 @@
+"""Micro-batches of packed sequences: source → processor → packer → batch, resumable to the sample.
+
+    source     samples by number, endless: clips, conversations, a mixture of both (`pipeline.shards.mixture`)
+    processor  a picklable callable, sample → {'length': tokens it takes, …}: tokenises, crops; run in workers
+    packer     samples → sequences of at most `tokens` (`jobs.training.packing.Packer`)
+    batch      one sequence: its samples' arrays one after the other, and their lengths, for the mask
+
+How long a sample is, is known when it has been processed, so what is in which sequence cannot be told from numbers
+alone, and one packer for all would have every rank process every sample. So there are `lanes`: lane l packs samples l,
+l + lanes, l + 2 · lanes … of the source for itself, and micro-batch m is the next sequence of lane m mod lanes. A lane
+is always one worker's of one rank's, whole. Thus micro-batches depend neither on ranks (which must divide lanes) nor on
+workers, and each sample is in one sequence.
+
+The state of a lane is how many samples it has taken, and the numbers of those in sequences that are still open; these
+it processes again when it is resumed. A rank knows the states of its own lanes only: `joined` makes one of all ranks'.
+
+A processor raises `BrokenSample` for a sample that is to be left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs.training.packing import Packer
+from jobs.training.task import Batch
+from jobs.training.workers import prepared
+from pipeline.faults import StoreError
+from pipeline.shards.mixture import Mixed, Sample, Source
+from pipeline.shards.reader import PATIENCE, BrokenSample
+
+Item = dict[str, Any]
+Processor = Callable[[Sample], Item]
+
+
+class SequenceLoader:
+    """A `jobs.training.task.Loader`.
+
+    Args:
+        tokens: of a sequence, at most. pool: sequences that a lane keeps open.
+        collate: the items of a sequence → batch.
+        rank, world, workers, pin: as of `jobs.training.data.Loader`; of the workers as many are used as the rank's
+            lanes can be shared by evenly.
+
+    A batch is what `collate` makes, with 'key': list[str], 'lengths': tokens of each sample in their order, and
+    'skipped': keys of the broken samples met on the way.
+
+    Raises ValueError where ranks do not divide lanes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        process: Processor,
+        *,
+        tokens: int,
+        pool: int = 32,
+        lanes: int = 16,
+        collate: Callable[[Sequence[Item], int], Batch] | None = None,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        pin: bool = False,
+    ):
+        if lanes % world:
+            raise ValueError(
+                f"{world} processes do not divide the {lanes} lanes of the data: make them a multiple"
+            )
+        self.source, self.process, self.collate = source, process, collate or joined_arrays
+        self.tokens, self.pool, self.lanes = tokens, pool, lanes
+        self.rank, self.world, self.pin = rank, world, pin
+        self.workers = max((w for w in range(1, workers + 1) if lanes // world % w == 0), default=0)
+        self.first = self.step = 0  # number of this rank's first micro-batch less its rank; those taken since
+        self.skipped = 0
+        self.states: dict[int, dict[str, Any]] = {}  # of the lanes that have given a sequence
+
+    def __iter__(self) -> Iterator[Batch]:
+        for lane, state, batch in prepared(self._prepare, self.workers, self.pin):
+            self.states[lane] = state
+            self.step += 1
+            self.skipped += len(batch["skipped"])
+            yield batch
+
+    def _prepare(self, worker: int, workers: int) -> Iterator[tuple[int, dict[str, Any], Batch]]:
+        lanes: dict[int, _Lane] = {}
+        for step in itertools.count(self.step + worker, workers):
+            number = (self.first + step * self.world + self.rank) % self.lanes
+            if number not in lanes:
+                lanes[number] = _Lane(self, number, self.states.get(number))
+            batch = lanes[number].next()
+            yield number, lanes[number].state(), batch
+
+    def examples(self) -> Iterator[Batch]:
+        """The first sequence; all have one shape, where `collate` fills them up."""
+        yield _Lane(self, 0, None).next()
+
+    @property
+    def waste(self) -> float:
+        """Share of this rank's sequences so far that is empty."""
+        packed = [state["packer"] for state in self.states.values()]
+        places = sum(p["closed"] for p in packed) * self.tokens
+        return 1 - sum(p["tokens"] for p in packed) / places if places else 0.0
+
+    def table(self) -> str:
+        """What is in the mixture, for a person."""
+        sources = self.source.sources if isinstance(self.source, Mixed) else [self.source]
+        shares = self.source.mixture.shares if isinstance(self.source, Mixed) else [1.0]
+        each = zip(sources, shares, strict=True)
+        return "\n".join(f"source       {share:.1%} of the samples: {len(s):,} an epoch" for s, share in each)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many micro-batches all ranks have taken, and where this rank's lanes are; plain numbers."""
+        lanes = {str(lane): state for lane, state in sorted(self.states.items())}
+        return {"batches": self.first + self.step * self.world, "lanes": lanes} | self._made_of()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the `joined` states of all ranks, with any number of ranks and workers.
+
+        Raises ValueError where the state is of other data or settings.
+        """
+        for name, mine in self._made_of().items():
+            if state.get(name) != mine:
+                raise ValueError(
+                    f"the saved state has {name} {state.get(name)}, this loader {mine}; use the same"
+                )
+        self.first, self.step = state["batches"], 0
+        self.states = {int(lane): dict(told) for lane, told in state["lanes"].items()}
+
+    def _made_of(self) -> dict[str, Any]:
+        sizes = {"tokens": self.tokens, "pool": self.pool, "of": self.lanes}
+        return {"source": self.source.identity()} | sizes
+
+
+def joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One state of those that all ranks have at the same step."""
+    taken = max(states, key=lambda state: int(state["batches"]))
+    return taken | {"lanes": {lane: told for state in states for lane, told in state["lanes"].items()}}
+
+
+class _Lane:
+    """Every lanes-th sample of the source, packed; from a state on, or from the beginning."""
+
+    def __init__(self, loader: SequenceLoader, number: int, state: dict[str, Any] | None):
+        self.loader, self.number, self.taken = loader, number, 0
+        self.packer = Packer(loader.tokens, loader.pool)
+        self.items: dict[int, Item] = {}  # in sequences that are open
+        if state:
+            self.taken = state["taken"]
+            self.packer.load_state_dict(state["packer"])
+            for sequence in self.packer.open:
+                for sample, length in sequence:
+                    item, _ = self._processed(sample)
+                    if item["length"] != length:
+                        raise StoreError(
+                            f"{item['key']} has {item['length']} tokens now, and had {length} when the state was "
+                            "saved: the data or its processing has changed"
+                        )
+                    self.items[sample] = item
+
+    def next(self) -> Batch:
+        """The next sequence. Raises StoreError after PATIENCE broken samples, ValueError for a too long one."""
+        skipped: list[str] = []
+        broken = 0
+        while broken < PATIENCE:
+            sample, self.taken = self.number + self.taken * self.loader.lanes, self.taken + 1
+            try:
+                item, before = self._processed(sample)
+            except BrokenSample as e:
+                skipped.append(str(e))
+                broken += 1
+                continue
+            broken = 0
+            skipped += before
+            if item["length"] > self.loader.tokens:
+                raise ValueError(
+                    f"{item['key']} has {item['length']} tokens, more than the {self.loader.tokens} of a sequence: "
+                    "raise data.tokens, or cut it off"
+                )
+            self.items[sample] = item
+            if closed := self.packer.add(sample, item["length"]):
+                return self._batch([self.items.pop(n) for n in closed], skipped)
+        raise StoreError(f"{PATIENCE} samples in a row are broken, the last: {skipped[-1]}")
+
+    def _processed(self, number: int) -> tuple[Item, list[str]]:
+        """A sample as the processor makes it, and the keys of broken ones that it stands for."""
+        sample = self.loader.source.sample(number)
+        try:
+            return {"key": sample["key"], **self.loader.process(sample)}, sample["skipped"]
+        except BrokenSample as e:
+            raise BrokenSample(sample["key"]) from e
+
+    def _batch(self, items: list[Item], skipped: list[str]) -> Batch:
+        told = {"key": [i["key"] for i in items], "lengths": [i["length"] for i in items], "skipped": skipped}
+        return self.loader.collate(items, self.loader.tokens) | told
+
+    def state(self) -> dict[str, Any]:
+        return {"taken": self.taken, "packer": self.packer.state_dict()}
+
+
+def joined_arrays(items: Sequence[Item], tokens: int) -> Batch:
+    """Of the arrays [length, …] of items one tensor [tokens, …], 0 behind the last; of everything else a list."""
+    batch: Batch = {}
+    for name, first in items[0].items():
+        values = [item[name] for item in items]
+        if isinstance(first, np.ndarray):
+            whole = np.zeros((tokens, *first.shape[1:]), first.dtype)
+            np.concatenate(values, out=whole[: sum(map(len, values))])
+            batch[name] = torch.from_numpy(whole)
+        else:
+            batch[name] = values
+    return batch
