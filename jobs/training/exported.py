@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from jobs.training.paths import found_again
-from jobs.training.recipe import KINDS, recipe_of
-from jobs.training.recipe_core import TrainRecipe
+from jobs.training.recipe import KINDS
+from jobs.training.recipe_core import LoRA
 from jobs.training.task import Phase
 from models.ema import Profile, combination
 from pipeline.io.store import fsync
@@ -250,26 +250,25 @@ def export(checkpoint: Path, out: Path) -> None:
         aside = out / f"{name}.partial"
         shutil.copyfile(checkpoint / source, aside)
         publish(aside, out / name)
-    recipe = recipe_of(read_meta(checkpoint)["recipe"])
-    if recipe.lora:
-        export_adapter(out, recipe)
+    recipe = read_meta(checkpoint)["recipe"]
+    if lora := recipe.get("lora"):
+        export_adapter(out, recipe["trains"], LoRA.model_validate(lora))
 
 
-def export_adapter(out: Path, recipe: TrainRecipe) -> None:
+def export_adapter(out: Path, phase: str, lora: LoRA) -> None:
     """The network's adapters, as peft loads them: `PeftModel.from_pretrained(network, OUT/adapter)`."""
     from safetensors.torch import load_file
 
     from jobs.training.lora import config, layers, peft_name
 
-    assert recipe.lora is not None
     length = longest_average(out)
     file = list(snapshots_of(out).values())[-1] if length else out / "model.safetensors"
-    before = f"{recipe.trains}/{length}/" if length else f"{recipe.trains}/"
+    before = f"{phase}/{length}/" if length else f"{phase}/"
     weights = {k.removeprefix(before): x for k, x in load_file(file).items() if k.startswith(before)}
     own = {name: x for key, x in weights.items() if (name := peft_name(key))}
     partial = out / "adapter.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    config(recipe.lora, layers(weights)).save_pretrained(partial)
+    config(lora, layers(weights)).save_pretrained(partial)
     write_safetensors(partial / "adapter_model.safetensors", own, lambda names: own, 0)
     publish(partial, out / "adapter")
 
