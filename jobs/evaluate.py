@@ -33,7 +33,8 @@ network: compare numbers of one protocol only. All of it is in eval.json.
 feature networks (--features, may be repeated)
   efficientnet-lite0    of single frames, pooled over time; its weights are installed
   clip:MODEL:WEIGHTS    an open_clip image tower, pooled likewise
-  vivit:FILE            a ViViT (models/encoders/vivit.py): torch.save of {"options": …, "weights": …}
+  vivit:FOLDER          a ViViT that 'clipmill train vivit' wrote
+  vivit:FILE            another (models/encoders/vivit.py): torch.save of {"options": …, "weights": …}
   FILE.pt               TorchScript, videos [B, 3, T, H, W] in −1…1 → [B, D]; a distance is called FVD where
                         the file is the I3D network of published FVDs, and nowhere else
 """

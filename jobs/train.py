@@ -1,4 +1,4 @@
-"""clipmill train: a video diffusion model, an autoencoder or a VLM, from a run's shards."""
+"""clipmill train: a video diffusion model, an autoencoder, a VLM or a classifier, from a run's shards."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", choices=["diffusion", "vae", "vlm"])
+    parser.add_argument("model", choices=["diffusion", "vae", "vlm", "vivit"])
     parser.add_argument("dir", metavar="DIR", help="a run with shards, as 'clipmill curate' leaves it")
     parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="what is trained, and how")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder for all it writes")

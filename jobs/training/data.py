@@ -10,6 +10,10 @@ of clips is whole, so it holds more than half of them: of two ranks at the same 
 work of the other. The nearer `tokens` is to a common multiple of the buckets' positions, the more alike
 (`Loader.weights` says how much).
 
+**Mixture.** Of several runs (`data.mixture`) each gives a set share of the micro-batches, at every moment to within
+one of them (`pipeline.shards.mixture`), and goes through epochs of its own. Micro-batches hold about as many positions,
+so shares of them are shares of the work.
+
 **Packing.** With `data.pack` a micro-batch is no longer of one bucket: clips and pictures of every shape fill the
 `data.tokens` positions together, each once an epoch (`jobs.training.packing`), and a batch is made of parts.
 
@@ -26,35 +30,31 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from jobs.training.clips import Clips, Sizes
 from jobs.training.distributed import World
-from jobs.training.packing import pack, used
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_diffusion import DiffusionData, DiffusionRecipe
-from jobs.training.task import PARTS, Batch
+from jobs.training.task import Batch
 from jobs.training.workers import prepared
 from models.autoencoders.latents import Autoencoder, latent_shape
 from pipeline.faults import StoreError
 from pipeline.io.store import below
 from pipeline.shards.buckets import Shape
 from pipeline.shards.latents import LatentReader, made_of
-from pipeline.shards.order import Order, whole
-from pipeline.shards.reader import PATIENCE, BrokenSample, Sample, ShardReader
-
-ARRAYS = ("video", "mean", "logvar", "text", "text_mask")
+from pipeline.shards.mixture import Mixture
+from pipeline.shards.reader import ShardReader
 
 
 class Loader:
     """See the top of this file; a `jobs.training.task.Loader`.
 
     Args:
-        reader: with `shapes`; where samples come from.
+        readers: with `shapes`, the same of all; where samples come from. shares: of the micro-batches, of each.
         positions: latent positions of one sample of each bucket, images included.
         tokens: positions a micro-batch may hold; batch: samples it holds, in place of that.
         packed: samples of all buckets share a micro-batch.
@@ -77,9 +77,10 @@ class Loader:
 
     def __init__(
         self,
-        reader: ShardReader,
+        readers: ShardReader | Sequence[ShardReader],
         positions: Sequence[int],
         *,
+        shares: Sequence[float] = (1.0,),
         tokens: int = 8192,
         batch: int | None = None,
         packed: bool = False,
@@ -92,139 +93,90 @@ class Loader:
         workers: int = 0,
         pin: bool = False,
     ):
-        assert reader.shapes is not None
+        self.readers = [readers] if isinstance(readers, ShardReader) else list(readers)
+        shapes = self.readers[0].shapes
+        assert shapes is not None
         if batch is None and max(positions) > tokens:
             worst = int(np.argmax(positions))
             raise ValueError(
-                f"one clip of bucket {'×'.join(map(str, reader.shapes[worst]))} has {positions[worst]} latent "
+                f"one clip of bucket {'×'.join(map(str, shapes[worst]))} has {positions[worst]} latent "
                 f"positions, more than data.tokens {tokens}: raise data.tokens, set data.batch, or make it smaller"
             )
         if packed and (batch is not None or images):
             raise ValueError(
                 "packed samples are as many as data.tokens hold, pictures among them: no data.batch or images"
             )
-        if images and len(reader.keys) < 2:
-            raise ValueError("data.images takes frames of other clips, but there is only one: set it to 0")
-        self.reader, self.positions, self.images, self.stills = reader, list(positions), images, stills
-        self.sizes = [batch or tokens // p for p in positions]  # samples a micro-batch, by bucket
-        self.tokens, self.packed, self.areas = tokens, packed, list(areas or positions)
-        self.still_sizes = [n * p // a for n, p, a in zip(self.sizes, positions, self.areas, strict=True)]
-        self.rank, self.world, self.workers, self.pin, self.lone = rank, world, workers, pin, lone
+        made = Sizes(list(positions), tokens, batch, packed, images, list(areas or positions), lone)
+        self.clips = [Clips(reader, made) for reader in self.readers]
+        self.mixture = Mixture(shares, [reader.folder for reader in self.readers])
+        self.made, self.stills = made, stills
+        self.rank, self.world, self.workers, self.pin = rank, world, workers, pin
         self.first = self.step = (
             0  # the list's number before this rank's first; micro-batches handed out since
         )
         self.skipped = 0  # broken samples met by this rank
-        counts = np.bincount(reader.bucket, minlength=len(positions)).tolist()
-        self.buckets = dict(zip(reader.shapes, counts, strict=True))  # clips in each
-        if packed:
-            runs, still_runs = (pack(counts, each, tokens) for each in (self.positions, self.areas))
-        else:
-            runs, still_runs = (whole(counts, each) for each in (self.sizes, self.still_sizes))
-        self.order = Order(reader.bucket, runs, reader.seed)
-        self.still_order = Order(reader.bucket, still_runs, reader.seed)
-        self.epoch_length, self.stills_length = len(self.order), len(self.still_order)
+        self.buckets = {shape: sum(c.buckets[shape] for c in self.clips) for shape in shapes}  # clips in each
+
+    @property
+    def epoch_length(self) -> int:
+        """Micro-batches of clips until each source has been gone through."""
+        return max(
+            -(-len(clips.order) * self.mixture.round // part)
+            for clips, part in zip(self.clips, self.mixture.parts, strict=True)
+        )
 
     @property
     def weights(self) -> tuple[int, int]:
         """Fewest and most latent positions of a micro-batch, over the buckets that have clips."""
-        filled = used(self.order.runs, self.positions)
+        filled = [n for clips in self.clips for n in clips.used]
         return min(filled), max(filled)
 
-    def rows(self, number: int) -> tuple[int, np.ndarray]:
-        """(epoch, rows of the index) of a micro-batch of the endless list."""
+    def at(self, number: int) -> tuple[Clips, int, bool]:
+        """(source, number in its list, whether that is the list of stills) of a micro-batch of the endless list."""
         stills = number < self.stills
-        order = self.still_order if stills else self.order
-        epoch, place = divmod(number if stills else number - self.stills, len(order))
-        return epoch, order.batch(epoch, place)
+        source, own = self.mixture.at(number if stills else number - self.stills)
+        return self.clips[source], own, stills
+
+    def rows(self, number: int) -> tuple[int, np.ndarray]:
+        """(epoch, rows of the index) in its source of a micro-batch of the endless list."""
+        clips, own, stills = self.at(number)
+        return clips.rows(own, stills)
 
     def batch(self, number: int) -> Batch:
         """The micro-batch of that number of the endless list."""
-        self.reader.epoch, rows = self.rows(number)
-        return self._made(rows, number)
-
-    def _made(self, rows: np.ndarray, number: int) -> Batch:
-        if self.packed:
-            return self._parts(rows, stills=number < self.stills)
-        if number < self.stills:
-            return self._pictures(rows.tolist())
-        samples = [self.reader.sound(int(row)) for row in rows]
-        if not self.images:
-            return collate(samples)
-        images = [self._images(s, row, place=number) for s, row in zip(samples, rows.tolist(), strict=True)]
-        beside = collate([image for clip in images for image in clip])
-        batch = collate(samples) | {f"image_{name}": value for name, value in beside.items()}
-        batch["skipped"] += batch.pop("image_skipped")
-        return batch
-
-    def _parts(self, rows: np.ndarray, stills: bool) -> Batch:
-        parts: list[Batch] = []
-        for _, alike in itertools.groupby(rows.tolist(), lambda row: int(self.reader.bucket[row])):
-            same = list(alike)
-            parts.append(
-                self._pictures(same) if stills else collate([self.reader.sound(row) for row in same])
-            )
-        names = ("key", "caption", "skipped")
-        return {name: [x for part in parts for x in part[name]] for name in names} | {PARTS: parts}
-
-    def _pictures(self, rows: list[int]) -> Batch:
-        """A frame of each of the clips, which are of one bucket, in its size."""
-        assert self.reader.shapes is not None
-        *_, height, width = self.reader.shapes[int(self.reader.bucket[rows[0]])]
-        return collate([self._frame(self.reader.sound, row, height, width) for row in rows])
+        clips, own, stills = self.at(number)
+        return clips.batch(own, stills, number)
 
     def examples(self) -> Iterator[Batch]:
-        """A micro-batch of each composition, for planning."""
-        self.reader.epoch = 0
-        orders = [(self.still_order, 0)] if self.stills else []
-        for order, number in (*orders, (self.order, self.stills)):
-            for run in range(len(order.runs)):
-                yield self._made(order.example(run), number)
+        """A micro-batch of each composition of each source, for planning."""
+        for stills in (True, False) if self.stills else (False,):
+            for clips in self.clips:
+                yield from clips.examples(stills)
 
-    def _images(self, sample: Sample, row: int, place: int) -> list[Sample]:
-        """One frame of each of n other clips, in the sample's size; drawn by (seed, number of the batch, row)."""
-        reader, wanted = self.reader, self.images
-        assert reader.shapes is not None
-        _, height, width = reader.shapes[reader.bucket[row]]
-        every = range(len(reader.shapes))
-        usable = [b for b in every if reader.shapes[b][1:] == (height, width)]
-        usable = usable if isinstance(reader, LatentReader) else [*every]
-        rng = np.random.default_rng([reader.seed, place, row])
-        found: list[Sample] = []
-        broken: list[str] = []
-        itself = 0
-        while len(found) < wanted and len(broken) < PATIENCE:
-            try:
-                other = self.order.drawn(usable, rng)
-                if reader.keys[other].as_py() == sample["key"]:
-                    itself += 1
-                    if itself == PATIENCE:
-                        raise StoreError(
-                            f"{reader.folder}: no other clip of {width}×{height} to take images from; "
-                            "set data.images to 0, or train from pixels"
-                        )
-                    continue
-                found.append(self._frame(reader.read, other, height, width) | {"skipped": []})
-            except BrokenSample:
-                broken.append(reader.keys[other].as_py())
-        if len(found) < wanted:
-            raise StoreError(f"{reader.folder}: {PATIENCE} images in a row are broken; check the shards")
-        found[0]["skipped"] = broken
+    def of_shape(self, shape: Shape, count: int, seed: int) -> list[tuple[ShardReader, int]]:
+        """So many clips of a bucket, or all where there are fewer, as reader and row; each once, in an order of the
+        seed, sources in their shares."""
+        rows = [np.flatnonzero(r.bucket == list(r.shapes or ()).index(shape)) for r in self.readers]
+        left = [np.random.default_rng(seed).permutation(each)[:count].tolist()[::-1] for each in rows]
+        found: list[tuple[ShardReader, int]] = []
+        number = 0
+        while any(left) and len(found) < count:
+            source, _ = self.mixture.at(number)
+            number += 1
+            if left[source]:
+                found.append((self.readers[source], left[source].pop()))
         return found
 
-    def _frame(self, read: Callable[..., Sample], row: int, height: int, width: int) -> Sample:
-        """A frame as a clip of one frame; from a cache the first one, where only that stands alone."""
-        if not isinstance(self.reader, LatentReader):
-            return read(row, (1, height, width))
-        sample = read(row)
-        rng = np.random.default_rng([self.reader.seed, self.reader.epoch, row])
-        at = int(rng.integers(sample["mean"].shape[1])) if self.lone else 0
-        return sample | {k: sample[k][:, at : at + 1] for k in ("mean", "logvar") if sample[k] is not None}
-
     def __iter__(self) -> Iterator[Batch]:
-        for batch in prepared(_Batches(self), self.workers, self.pin):
+        for batch in prepared(self._prepare, self.workers, self.pin):
             self.step += 1
             self.skipped += len(batch["skipped"])
             yield batch
+
+    def _prepare(self, worker: int, workers: int) -> Iterator[Batch]:
+        """What a worker runs: every W-th of its rank's micro-batches, from the w-th on."""
+        for step in itertools.count(self.step + worker, workers):
+            yield self.batch(self.first + step * self.world + self.rank)
 
     def state_dict(self) -> dict[str, Any]:
         """How many micro-batches all ranks have taken, and what the list is made of; plain numbers."""
@@ -237,8 +189,11 @@ class Loader:
         """
         for name, mine in self._made_of().items():
             if name == "clips" and state.get(name) != mine:
+                there = str(state.get(name)).split()
+                each = zip(self.readers, there, str(mine).split(), strict=False)
+                changed = next((r for r, a, b in each if a != b), self.readers[0])
                 raise ValueError(
-                    f"{self.reader.folder} has other clips than training began with (others chosen, other bytes or "
+                    f"{changed.folder} has other clips than training began with (others chosen, other bytes or "
                     "captions): give those, or another --out, with start: where it is to begin with the model so far"
                 )
             if state.get(name) != mine:
@@ -248,53 +203,34 @@ class Loader:
         self.first, self.step = state["batches"], 0
 
     def _made_of(self) -> dict[str, Any]:
-        return {
-            "seed": self.reader.seed,
-            "clips": self.identity,
-            "sizes": self.sizes,
-            "images": self.images,
-            "stills": self.stills,
-        } | ({"packed": self.tokens} if self.packed else {})
+        sizes = self.made
+        return (
+            {
+                "seed": self.readers[0].seed,
+                "clips": self.identity,
+                "sizes": sizes.clips,
+                "images": sizes.images,
+                "stills": self.stills,
+            }
+            | ({"packed": sizes.tokens} if sizes.packed else {})
+            | ({"shares": self.mixture.parts} if len(self.readers) > 1 else {})
+        )
 
     @functools.cached_property
     def identity(self) -> str:
-        return self.reader.identity()
+        return " ".join(reader.identity() for reader in self.readers)
 
     def table(self) -> str:
-        """What fills each bucket, for a person (not of a cache, whose buckets were told when it was made), and how
-        micro-batches are packed."""
-        if not self.packed:
-            return self.reader.table
-        filled = used(self.order.runs, self.positions)
-        every = sum(n * run.repeats for n, run in zip(filled, self.order.runs, strict=True))
-        share = every / (self.tokens * self.epoch_length)
-        line = (
-            f"packed       {self.epoch_length:,} micro-batches an epoch, of {self.tokens:,} latent "
-            f"positions each, {share:.1%} of them used"
-        )
-        return "\n".join(filter(None, (self.reader.table, line)))
-
-
-class _Batches:
-    """What a worker runs: worker w of W prepares every W-th of its rank's micro-batches, from the w-th on."""
-
-    def __init__(self, loader: Loader):
-        self.loader = loader
-
-    def __call__(self, worker: int, workers: int) -> Iterator[Batch]:
-        own = self.loader
-        for step in itertools.count(own.step + worker, workers):
-            yield own.batch(own.first + step * own.world + own.rank)
-
-
-def collate(samples: list[Sample]) -> Batch:
-    """Samples of one bucket as a batch: arrays stacked, the rest in lists; without what no sample has."""
-    batch: Batch = {name: [s[name] for s in samples] for name in samples[0]}
-    batch["skipped"] = [key for s in samples for key in s["skipped"]]
-    for name in ARRAYS:
-        if name in batch and isinstance(batch[name][0], np.ndarray):
-            batch[name] = torch.from_numpy(np.stack(batch[name]))
-    return {name: value for name, value in batch.items() if isinstance(value, Tensor) or value[:1] != [None]}
+        """Of each source its share, what fills its buckets, and how micro-batches are packed."""
+        if len(self.clips) == 1:
+            return self.clips[0].table()
+        lines = []
+        for clips, share in zip(self.clips, self.mixture.shares, strict=True):
+            lines.append(
+                f"source       {clips.reader.folder}: {share:.1%} of the micro-batches, {len(clips.order):,} an epoch"
+            )
+            lines.append(clips.table())
+        return "\n".join(filter(None, lines))
 
 
 # ---------------------------------------------------------------- from a recipe
@@ -383,6 +319,28 @@ def reader_of(recipe: TrainRecipe, data: str) -> ShardReader:
     return LatentReader(recipe.data.cache, shapes, length=recipe.text.length, seed=recipe.seed)
 
 
+def sources_of(recipe: TrainRecipe, data: str) -> list[tuple[TrainRecipe, str]]:
+    """(recipe as for it alone, folder) of each run that is trained on: that in folder `data`, then the mixture's."""
+    found = []
+    for folder, given in [(data, {})] + [
+        (m.data, m.model_dump(exclude={"data", "share"})) for m in recipe.data.mixture
+    ]:
+        alone = recipe.data.model_copy(update={"mixture": (), **given})
+        found.append((recipe.model_copy(update={"data": alone}), folder))
+    return found
+
+
+def readers_of(recipe: TrainRecipe, data: str) -> list[ShardReader]:
+    """Of each run that is trained on. Raises StoreError, ValueError."""
+    found: list[ShardReader] = []
+    for alone, folder in sources_of(recipe, data):
+        try:
+            found.append(reader_of(alone, folder))
+        except StoreError as e:
+            raise StoreError(f"data.mixture {folder}: {e}") if found else e from None
+    return found
+
+
 def build_loader(
     recipe: TrainRecipe,
     data: str,
@@ -391,8 +349,9 @@ def build_loader(
 ) -> Loader:
     """The loader of a recipe over the run in folder `data`. Raises StoreError, ValueError."""
     return Loader(
-        reader_of(recipe, data),
+        readers_of(recipe, data),
         positions_of(recipe, autoencoder),
+        shares=recipe.data.shares(),
         tokens=recipe.data.tokens,
         batch=recipe.data.batch,
         packed=beside(recipe).pack,

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from jobs.training.build import build_system, normalizer_of
-from jobs.training.data import Loader, build_loader, check_cache
+from jobs.training.data import Loader, build_loader, check_cache, sources_of
 from jobs.training.finetune import begin_with, check_encoders
 from jobs.training.frechet import FrechetInLoop
 from jobs.training.lora import adapt
@@ -35,6 +34,7 @@ from models.encoders.pipeline_text import PipelineText
 from models.encoders.text import PretrainedText
 from models.hub import MissingModel
 from pipeline.shards.latents import statistics
+from pipeline.shards.reader import ShardReader
 
 SHOWN = 4  # captions of the data that are sampled where the recipe has no prompts
 MEASURED = 64  # clips whose latents the normaliser is measured on, at least (or an epoch)
@@ -46,8 +46,8 @@ NOISE, TIME, POSTERIOR, KNOWN, CONTEXT, DROPPED, LOW, LOW_LEVEL = range(8)
 def measure(system: System, loader: Loader) -> Normalizer:
     """From the cache's statistics, or the first micro-batches of the loader's list, the same on every rank."""
     if cache := system.recipe.data.cache:
-        found = statistics(cache)
-        return Normalizer(torch.tensor(found["mean"]), torch.tensor(found["std"]))
+        caches = [cache, *(mixed.cache for mixed in system.recipe.data.mixture if mixed.cache)]
+        return mixed_normalizer([statistics(cache) for cache in caches], loader.mixture.shares)
     measured, clips = Statistics(system.autoencoder.channels), 0
     for number in range(loader.epoch_length):
         for batch in parts_of(loader.batch(loader.stills + number)):
@@ -59,6 +59,18 @@ def measure(system: System, loader: Loader) -> Normalizer:
         if clips >= MEASURED:
             break
     return measured.normalizer()
+
+
+def mixed_normalizer(found: Sequence[dict[str, Any]], shares: Sequence[float]) -> Normalizer:
+    """From the statistics of several caches, each of which gives its share."""
+    weights = torch.tensor(shares, dtype=torch.float64)[:, None]
+    means, stds = (
+        torch.tensor([each[name] for each in found], dtype=torch.float64) for name in ("mean", "std")
+    )
+    mean = (weights * means).sum(0)
+    if len(found) == 1:
+        return Normalizer(mean.float(), stds[0].float())
+    return Normalizer(mean.float(), ((weights * (stds**2 + means**2)).sum(0) - mean**2).sqrt().float())
 
 
 @torch.no_grad()
@@ -104,8 +116,10 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
         )
     if recipe.data.cache and isinstance(system.text, PipelineText) and system.text.pooled_width:
         raise ValueError("data.cache keeps no pooled text, which the image model takes: leave it out")
-    if recipe.data.cache:
-        check_cache(recipe, start.data, system.weights)
+    for alone, folder in sources_of(recipe, start.data):
+        if recipe.data.cache:
+            assert isinstance(alone, DiffusionRecipe)
+            check_cache(alone, folder, system.weights)
     loader = build_loader(recipe, start.data, system.autoencoder, world)
     system.trained = [shape for shape, clips in loader.buckets.items() if clips]
     if start.saved:  # measured when the run began, and a part of it from then on
@@ -306,8 +320,8 @@ class Diffusion(Task):
 
     def _real(self) -> Iterator[Tensor]:
         """The clips of the bucket that is sampled, in an order of the seed; of a cache as they decode."""
-        for row in self._measured():
-            clip = self.loader.reader.sound(row)
+        for reader, row in self._measured:
+            clip = reader.sound(row)
             if "mean" in clip:
                 mean = torch.from_numpy(clip["mean"]).float().to(self.system.device)
                 yield self.system.decode(self.system.normalizer(mean[None])).cpu()
@@ -316,22 +330,23 @@ class Diffusion(Task):
 
     def _generated(self, model: nn.Module, i: int) -> Tensor:
         """A video with the caption of the i-th of `_real` and noise of its own, uint8 [1, T, H, W, 3]."""
-        rows = self._measured()
-        caption = self.loader.reader.sound(rows[i % len(rows)])["caption"]
-        condition = self.system.condition([caption], model)
+        clips = self._measured
+        reader, row = clips[i % len(clips)]
+        condition = self.system.condition([reader.sound(row)["caption"]], model)
         draw = self.system.draw(model, seed=self.recipe.seed + i)
         return self.system.decode(draw(self.system.shape(1), condition)).cpu()
 
-    def _measured(self) -> list[int]:
-        reader = self.loader.reader
-        assert reader.shapes is not None
+    @cached_property
+    def _measured(self) -> list[tuple[ShardReader, int]]:
         b = self.system.bucket
-        rows = np.flatnonzero(reader.bucket == list(reader.shapes).index((b.frames, b.height, b.width)))
-        if not len(rows):
+        clips = self.loader.of_shape(
+            (b.frames, b.height, b.width), 2 * self.recipe.run.frechet, self.recipe.seed
+        )
+        if not clips:
             raise ValueError(
                 f"run.frechet: no clip fills the bucket {b.frames}×{b.height}×{b.width}: set it to 0"
             )
-        return np.random.default_rng(self.recipe.seed).permutation(rows).tolist()
+        return clips
 
     def state(self) -> dict[str, Any]:
         return self.system.state()

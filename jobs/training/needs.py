@@ -35,10 +35,12 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
         if recipe.start:
             yield f"start: {recipe.start}", partial(trained, recipe.start, "start")
         if recipe.data.cache:
-            yield (
-                f"data: {recipe.data.cache}",
-                partial(there, recipe.data.cache, "data.cache", "clipmill encode"),
-            )
+            yield _folder(recipe.data.cache, "data.cache", "clipmill encode")
+        for i, cached in enumerate(recipe.data.mixture):
+            if cached.cache:
+                yield _folder(cached.cache, f"data.mixture.{i}.cache", "clipmill encode")
+    for i, mixed in enumerate(recipe.data.mixture):
+        yield _folder(mixed.data, f"data.mixture.{i}.data", "clipmill curate")
     if isinstance(recipe, VAERecipe):
         yield from _of_vae(recipe.vae)
     if recipe.run.frechet and recipe.run.features == "efficientnet-lite0":
@@ -60,6 +62,10 @@ def _of_vae(vae: VAELoss) -> Iterator[tuple[str, Callable[[], str]]]:
                 yield "vae: LPIPS heads", heads
     if vae.image:
         yield f"vae: {vae.image}", partial(trained, vae.image, "vae.image")
+
+
+def _folder(path: str, key: str, maker: str) -> tuple[str, Callable[[], str]]:
+    return f"data: {path}", partial(there, path, key, maker)
 
 
 def there(path: str | None, key: str, maker: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_diffusion import DiffusionRecipe
 from jobs.training.recipe_vae import VAERecipe
+from jobs.training.recipe_vivit import ViViTRecipe
 from jobs.training.recipe_vlm import VLMRecipe
 from pipeline.recipe import RECIPES, Recipe, load
 from pipeline.recipe_file import bases, bundled, load_as
@@ -18,7 +19,12 @@ from pipeline.recipe_schema import RecipeError, nearest
 
 TRAINING = RECIPES / "training"
 
-KINDS: dict[str, type[TrainRecipe]] = {"diffusion": DiffusionRecipe, "vae": VAERecipe, "vlm": VLMRecipe}
+KINDS: dict[str, type[TrainRecipe]] = {
+    "diffusion": DiffusionRecipe,
+    "vae": VAERecipe,
+    "vlm": VLMRecipe,
+    "vivit": ViViTRecipe,
+}
 
 
 def load_training(name_or_file: str, overrides: list[str] | None = None) -> TrainRecipe:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_type_hints
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from pipeline.caption.structured import told
-from pipeline.recipe_schema import Section
+from pipeline.recipe_schema import PATH, Section
 
 
 class Bucket(Section):
@@ -20,6 +20,13 @@ class Bucket(Section):
     frames: int = Field(16, ge=1, description="frames of the clip; 1: pictures")
     height: int = Field(64, ge=8, description="pixels")
     width: int = Field(64, ge=8, description="pixels")
+
+
+class Mixed(Section):
+    """Another run that is trained on."""
+
+    data: str = Field(description="folder of a run with shards", json_schema_extra=PATH)
+    share: float = Field(ge=1e-4, lt=1, description="of the micro-batches")
 
 
 class Data(Section):
@@ -40,7 +47,23 @@ class Data(Section):
         "chosen",
         description="sample: any of the candidates, by chance; fields: some, in some order, of the structured one",
     )
+    mixture: tuple[Mixed, ...] = Field(
+        (),
+        description="other runs to train on, each with its share; the one that is named to train has the rest",
+    )
     workers: int = Field(1, ge=0, description="processes that decode")
+
+    @field_validator("mixture")
+    @classmethod
+    def _leaves_some(cls, mixture: tuple[Mixed, ...]) -> tuple[Mixed, ...]:
+        if (taken := sum(mixed.share for mixed in mixture)) > 1 - 1e-4:
+            raise ValueError(f"the shares add up to {taken:g}: leave some for the run that is named to train")
+        return mixture
+
+    def shares(self) -> list[float]:
+        """Of each run: the one that is named to train, then those of the mixture."""
+        others = [mixed.share for mixed in self.mixture]
+        return [1 - sum(others), *others]
 
 
 class Model(Section):
@@ -48,7 +71,7 @@ class Model(Section):
 
     model_config = Section.model_config | {"extra": "allow"}
     PATHS: ClassVar = {"spatial": "maybe", "weights": "maybe"}  # of what `build` takes: a file or folder
-    kind: str = Field("dit", description="dit, unet3d, video_ldm or sora; vae; small_vlm")
+    kind: str = Field("dit", description="dit, unet3d, video_ldm or sora; vae; small_vlm; vivit")
     preset: str | None = Field(None, description="a name in PRESETS of that file")
 
     @model_validator(mode="after")
@@ -90,7 +113,7 @@ def _option(name: str, value: Any, annotation: Any) -> Any:
     return found
 
 
-NETWORKS = ("denoisers", "autoencoders", "language")  # folders of models/ with a file a kind
+NETWORKS = ("denoisers", "autoencoders", "language", "encoders")  # folders of models/ with a file a kind
 
 
 def import_spec(kind: str) -> Any:
@@ -261,7 +284,7 @@ class TrainRecipe(Section):
     """What every trainer's recipe has."""
 
     name: str = Field(description="of the recipe; that of its file where none is given")
-    trains: str = Field("diffusion", description="what is trained: diffusion, vae or vlm")
+    trains: str = Field("diffusion", description="what is trained: diffusion, vae, vlm or vivit")
     seed: int = Field(0, description="of weights, data order and noise")
     data: Data = Field(Data(), description="which clips, in which shape")
     model: Model = Field(description="the network")

@@ -6,12 +6,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from jobs.training.recipe_core import Data, TrainRecipe
+from jobs.training.recipe_core import Data, Mixed, TrainRecipe
 from pipeline.recipe_schema import MAYBE_PATH, PATH, Section
+
+CACHE = "folder of `clipmill encode`: latents and text, no decoding"
+
+
+class DiffusionMixed(Mixed):
+    cache: str | None = Field(None, description=CACHE, json_schema_extra=PATH)
 
 
 class DiffusionData(Data):
     """What a diffusion model sees of the clips."""
+
+    mixture: tuple[DiffusionMixed, ...] = Field((), description=Data.model_fields["mixture"].description)
 
     pack: bool = Field(
         False,
@@ -19,11 +27,7 @@ class DiffusionData(Data):
     )
     images: int = Field(0, ge=0, description="independent images beside each clip (Ho et al. 2022: 4 to 8)")
     stills: int = Field(0, ge=0, description="micro-batches of single frames before the first of clips")
-    cache: str | None = Field(
-        None,
-        description="folder of `clipmill encode`: latents and text, no decoding",
-        json_schema_extra=PATH,
-    )
+    cache: str | None = Field(None, description=CACHE, json_schema_extra=PATH)
 
     @model_validator(mode="after")
     def _whole_steps(self) -> DiffusionData:
@@ -34,6 +38,16 @@ class DiffusionData(Data):
                 f"stills: {self.stills} micro-batches are no whole number of steps of {self.micro_batches} "
                 f"(micro_batches): give {less} or {more}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _all_cached_or_none(self) -> DiffusionData:
+        for mixed in self.mixture:
+            if bool(mixed.cache) != bool(self.cache):
+                without = mixed.data if self.cache else "the run that is named to train"
+                raise ValueError(
+                    f"mixture: {without} has no cache: give each run one of its own, or none any"
+                )
         return self
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.training.data import build_loader, reader_of
+from jobs.training.data import build_loader
 from jobs.training.exported import load_model
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_vae import VAERecipe
@@ -47,7 +47,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[AutoencoderTask, Loader]:
         raise ValueError("lora: an autoencoder is trained whole: leave it out")
     task = AutoencoderTask(recipe, start.world.device, fresh=not start.saved)
     loader = build_loader(recipe, start.data, task.vae, start.world)
-    reader = reader_of(recipe, start.data)
+    reader = loader.readers[0]
     task.shown = [torch.from_numpy(reader.sound(row)["video"]) for row in range(min(SHOWN, len(reader.keys)))]
     return task, loader
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from jobs.training.data import Loader, reader_of
+from jobs.training.data import Loader, readers_of
 from jobs.training.recipe_core import TrainRecipe, import_spec
 from jobs.training.recipe_vlm import VLMRecipe
 from jobs.training.system import to_unit
@@ -33,8 +33,9 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Captioning, Loader]:
     world = start.world
     task = Captioning(recipe, world.device)
     loader = Loader(
-        reader_of(recipe, start.data),
+        readers_of(recipe, start.data),
         [task.positions],
+        shares=recipe.data.shares(),
         tokens=recipe.data.tokens,
         batch=recipe.data.batch,
         rank=world.data_rank,

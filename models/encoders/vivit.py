@@ -127,6 +127,22 @@ class ViViT(nn.Module):
         return t, h, w
 
 
+def build(
+    sizes: tuple[int, int, int],
+    *,
+    model: int = 1,
+    tubelet: tuple[int, int, int] = (2, 16, 16),
+    dim: int = 192,
+    depth: int = 12,
+    heads: int = 3,
+    time_depth: int = 4,
+) -> ViViT:
+    """As a recipe asks for it. sizes: frames, pixels of a side, classes."""
+    frames, size, classes = sizes
+    sides = {"tubelet": tubelet, "dim": dim, "depth": depth, "heads": heads, "time_depth": time_depth}
+    return ViViT(model, frames=frames, size=size, classes=classes, **sides)  # type: ignore[arg-type]
+
+
 class Block(nn.Module):
     """A block of an image ViT, on [B, L, D]."""
 

@@ -7,7 +7,7 @@ and a sentence on how it looks at a video; they are printed with every number. A
     name in `load_features`     network                                                            D
     efficientnet-lite0          every frame for itself, pooled over time; weights are installed    2560
     clip:MODEL[:WEIGHTS]        image tower of an open_clip model, pooled likewise                 2 × its own
-    vivit:FILE                  a ViViT, see `vivit`                                               its own
+    vivit:FOLDER                a ViViT that 'clipmill train vivit' wrote, or a file, see `vivit`  its own
     FILE.pt                     TorchScript; the I3D of published FVDs is recognised by its arguments
 
 Pooled over time: the mean of the frames' features, and the mean of |difference of neighbours|, so that half
@@ -183,31 +183,61 @@ def middle_square(videos: Tensor, side: int) -> Tensor:
     return x.unflatten(0, (len(videos), -1)).transpose(1, 2)
 
 
-def vivit(file: str | Path, device: str = "cpu") -> Network:
-    """The clip features of a `ViViT` kept by torch.save({"options": …, "weights": state dict}, file).
+def vivit(path: str | Path, device: str = "cpu") -> Network:
+    """The clip features of a `ViViT`: what its head sees.
 
-    Frames are resized to the size of its options. Raises ValueError where the file holds something else.
+    Frames are resized to the size of its options.
+
+    Args:
+        path: of a folder of 'clipmill train vivit' (of its averages the longest, where there are any), or a file
+            of torch.save({"options": …, "weights": state dict}, file).
+
+    Raises ValueError where it holds something else.
     """
     from models.encoders.vivit import ViViT
 
+    path = Path(path)
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        network = ViViT(**saved["options"])
-        network.load_state_dict(saved["weights"])
+        if path.is_dir():
+            options = torch.load(path / "model.pt", map_location="cpu", weights_only=True)["vivit"]
+            weights = trained_weights(path, "vivit")
+        else:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            options, weights = saved["options"], saved["weights"]
+        network = ViViT(**options)
+        network.load_state_dict(weights)
     except (OSError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as e:
         raise ValueError(
-            f"{file} holds no ViViT: write it with torch.save({{'options': …, 'weights': model.state_dict()}}, file)"
+            f"{path} holds no ViViT: train one (clipmill train vivit), or write a file with "
+            "torch.save({'options': …, 'weights': model.state_dict()}, file)"
         ) from e
     network.eval().to(device)
-    side = saved["options"].get("size", 224)
+    side = options.get("size", 224)
 
     def features(videos: Tensor) -> Tensor:
         frames = videos.transpose(1, 2).flatten(0, 1)  # (B T) 3 H W
-        frames = F.interpolate(frames, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+        if frames.shape[2:] != (side, side):
+            frames = F.interpolate(frames, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
         return network(frames.unflatten(0, (len(videos), -1)).transpose(1, 2)).features
 
     about = f"frames resized to {side}×{side}, bicubic"
-    return Network(Path(file).stem, features, device, weights_hash(network), about)
+    return Network(f"vivit-{path.stem}", features, device, weights_hash(network), about)
+
+
+def trained_weights(folder: Path, phase: str) -> dict[str, Tensor]:
+    """Weights that training left in a folder: averaged as long as any is, where the last step has averages."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    found = load_file(folder / "model.safetensors")
+    with safe_open(folder / "model.safetensors", "pt") as f:
+        averages = folder / f"ema/{int(f.metadata()['step']):08d}.safetensors"
+    if averages.is_file():
+        averaged = load_file(averages)  # phase/σ_rel/name
+        lengths = {key.split("/")[1] for key in averaged}
+        start = f"{phase}/{max(lengths, key=float)}/"
+        found |= {f"{phase}/{k.removeprefix(start)}": x for k, x in averaged.items() if k.startswith(start)}
+    return {k.removeprefix(f"{phase}/"): x for k, x in found.items() if k.startswith(f"{phase}/")}
 
 
 def load_features(name: str, device: str = "cpu") -> VideoFeatures:
@@ -230,10 +260,12 @@ def check_name(name: str) -> None:
     kind, _, file = name.partition(":")
     if name == "efficientnet-lite0" or (kind == "clip" and file):
         return
+    if kind == "vivit" and (Path(file) / "model.safetensors").is_file():
+        return
     if not Path(file if kind == "vivit" else name).is_file():
         raise ValueError(
-            f"feature network {name!r} is none of efficientnet-lite0, clip:MODEL:WEIGHTS, vivit:FILE and a TorchScript "
-            "file (a file must be there)"
+            f"feature network {name!r} is none of efficientnet-lite0, clip:MODEL:WEIGHTS, vivit:FOLDER (of 'clipmill "
+            "train vivit'), vivit:FILE and a TorchScript file (what is named must be there)"
         )
 
 

@@ -148,7 +148,7 @@ def test_every_clip_is_seen_once_an_epoch_over_ranks_but_for_what_fills_the_last
     counts = Counter(itertools.chain(*numbered))
     assert set(counts) == set(read_index(f"{run}/shards")["clip_id"].to_pylist())
     repeated = sum(counts.values()) - len(counts)
-    sizes, clips = ranks[0].sizes, list(ranks[0].buckets.values())
+    sizes, clips = ranks[0].made.clips, list(ranks[0].buckets.values())
     assert repeated == sum(-n % size for n, size in zip(clips, sizes, strict=True))
     assert min(clips) < max(sizes)  # a bucket smaller than its batch is there and was not left out
 
@@ -235,9 +235,9 @@ def test_micro_batches_hold_as_many_clips_as_fit_and_more_than_half_of_the_token
     for tokens in (224, 300, 500, 999, 4096):
         one = loader(run, tokens=tokens)
         for batch in itertools.islice(one, one.epoch_length):
-            rows = [one.reader.keys.to_pylist().index(k) for k in batch["key"]]
-            bucket = one.reader.bucket[rows[0]]
-            assert (one.reader.bucket[rows] == bucket).all()
+            rows = [one.readers[0].keys.to_pylist().index(k) for k in batch["key"]]
+            bucket = one.readers[0].bucket[rows[0]]
+            assert (one.readers[0].bucket[rows] == bucket).all()
             held = len(rows) * POSITIONS[bucket]
             assert tokens / 2 < held <= tokens
             assert held + POSITIONS[bucket] > tokens
@@ -262,7 +262,10 @@ def test_pixels_have_the_shape_of_the_bucket(run):
         b, c, *shape = batch["video"].shape
         assert (b, c) == (len(batch["key"]), 3)
         assert batch["video"].dtype == torch.uint8
-        assert tuple(shape) == SHAPES[one.reader.bucket[one.reader.keys.to_pylist().index(batch["key"][0])]]
+        assert (
+            tuple(shape)
+            == SHAPES[one.readers[0].bucket[one.readers[0].keys.to_pylist().index(batch["key"][0])]]
+        )
 
 
 def test_images_are_frames_of_other_clips_in_the_clips_size(run):
@@ -275,7 +278,7 @@ def test_images_are_frames_of_other_clips_in_the_clips_size(run):
         for i, other in enumerate(batch["image_key"]):
             assert other != batch["key"][i // 3]
             drawn[other] += 1
-            frame = one.reader.read(every.index(other), (1, height, width))
+            frame = one.readers[0].read(every.index(other), (1, height, width))
             assert np.array_equal(batch["image_video"][i].numpy(), frame["video"])
             assert batch["image_caption"][i] == frame["caption"]
     assert len(drawn) > len(every) / 2
@@ -287,10 +290,10 @@ def test_single_frames_come_first_as_many_as_the_clips_would_have_then_the_clips
     every, seen = read_index(f"{run}/shards")["clip_id"].to_pylist(), Counter()
     batches = list(itertools.islice(one, 14))
     for batch in batches[:9]:
-        bucket = plain.reader.bucket[every.index(batch["key"][0])]
+        bucket = plain.readers[0].bucket[every.index(batch["key"][0])]
         _, height, width = SHAPES[bucket]
-        assert batch["video"].shape == (plain.sizes[bucket] * SHAPES[bucket][0], 3, 1, height, width)
-        assert set(plain.reader.bucket[[every.index(k) for k in batch["key"]]]) == {bucket}
+        assert batch["video"].shape == (plain.made.clips[bucket] * SHAPES[bucket][0], 3, 1, height, width)
+        assert set(plain.readers[0].bucket[[every.index(k) for k in batch["key"]]]) == {bucket}
         seen.update(batch["key"])
     assert set(seen) == set(every)
     for a, b in zip(batches[9:], plain, strict=False):
@@ -309,7 +312,7 @@ def test_examples_are_one_micro_batch_of_each_shape(run):
     one, other = (loader(run, decode=True, stills=9, areas=areas) for _ in range(2))
     found = [tuple(batch["video"].shape) for batch in one.examples()]
     seen = {tuple(batch["video"].shape) for batch in itertools.islice(other, 9 + other.epoch_length)}
-    assert len(found) == len(set(found)) == 2 * len(np.unique(one.reader.bucket))
+    assert len(found) == len(set(found)) == 2 * len(np.unique(one.readers[0].bucket))
     assert set(found) == seen
     assert one.state_dict()["batches"] == 0
 

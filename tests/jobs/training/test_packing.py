@@ -120,12 +120,12 @@ def test_an_epoch_holds_each_clip_and_each_still_once(run):
     one = loader(run)
     rows = [one.rows(n)[1] for n in range(2 * one.epoch_length)]
     for epoch in (rows[: one.epoch_length], rows[one.epoch_length :]):
-        assert sorted(np.concatenate(epoch).tolist()) == list(range(len(one.reader.keys)))
+        assert sorted(np.concatenate(epoch).tolist()) == list(range(len(one.readers[0].keys)))
     assert [r.tolist() for r in rows[: one.epoch_length]] != [r.tolist() for r in rows[one.epoch_length :]]
-    sizes = [sum(LENGTHS[b] for b in one.reader.bucket[r]) for r in rows]
+    sizes = [sum(LENGTHS[b] for b in one.readers[0].bucket[r]) for r in rows]
     assert max(sizes) <= TOKENS
     assert one.weights == (min(sizes), max(sizes))
-    mixed = [len(set(one.reader.bucket[r].tolist())) for r in rows]
+    mixed = [len(set(one.readers[0].bucket[r].tolist())) for r in rows]
     assert max(mixed) > 1
     share = sum(sizes) / (len(sizes) * TOKENS)
     assert f"{one.epoch_length} micro-batches" in one.table()
@@ -155,7 +155,7 @@ def test_it_resumes_between_any_two_micro_batches_on_another_number_of_ranks(run
 def test_stills_are_packed_too(run):
     one = loader(run, stills=3)
     stills = [one.rows(n)[1] for n in range(3)]
-    areas = [sum((SHAPES[b][1] // 8) * (SHAPES[b][2] // 8) for b in one.reader.bucket[r]) for r in stills]
+    areas = [sum((SHAPES[b][1] // 8) * (SHAPES[b][2] // 8) for b in one.readers[0].bucket[r]) for r in stills]
     assert max(areas) <= TOKENS
     assert take(one, 5)[3:] == take(loader(run), 2)
 
@@ -250,10 +250,10 @@ def test_every_micro_batch_has_its_tokens_and_operations_counted(run):
     for number in range(loader.epoch_length):
         batch, rows = loader.batch(number), loader.rows(number)[1]
         tokens = task.tokens(batch)
-        assert tokens == sum(LENGTHS[b] for b in loader.reader.bucket[rows])
+        assert tokens == sum(LENGTHS[b] for b in loader.readers[0].bucket[rows])
         again = make_plan(recipe(), task, [batch], World(0, 1, CPU)) if number < 2 else plan
         assert plan.flops(batch, tokens) == again.flops(batch, tokens) != plan.a_token * tokens * 1.0001
-        patterns[tuple(sorted(loader.reader.bucket[rows].tolist()))] += 1
+        patterns[tuple(sorted(loader.readers[0].bucket[rows].tolist()))] += 1
     assert len(plan.counted) == len(patterns) == len(list(loader.examples()))
 
 

@@ -191,8 +191,12 @@ def test_a_vivit_is_its_features_of_resized_frames(tmp_path):
         wanted = network(video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1).features
     torch.testing.assert_close(found(video), wanted)
     assert found(noise(2, 4, 50, 40, 3)).shape == (2, 24)
-    assert (found.name, found.distance, found.hash) == ("kinetics", "Fréchet distance", weights_hash(network))
-    with pytest.raises(ValueError, match="a file must be there"):
+    assert (found.name, found.distance, found.hash) == (
+        "vivit-kinetics",
+        "Fréchet distance",
+        weights_hash(network),
+    )
+    with pytest.raises(ValueError, match="what is named must be there"):
         load_features(f"vivit:{tmp_path / 'nothing.pt'}")
     torch.save({"weights": {}}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="holds no ViViT"):
