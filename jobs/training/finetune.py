@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ from models.hub import MissingModel
 def begin_with(system: System, folder: str) -> None:
     """Give a new system the averaged weights and the normaliser of a trained one, adapters folded in.
 
-    A layer that takes more channels than the other's did (known frames, a low-resolution video) gets 0 for them, and
-    parameters that the other has not stay as they were made. Of the other only its network is read.
+    A layer that takes more channels than the other's did (known frames, a low-resolution video) gets 0 for them, so do
+    the ends of branches that the other has not; what else is new stays as it was made. So the network says what the
+    other says, whatever else it is told. Of the other only its network is read.
 
     Raises ValueError where something else differs, or adapters alone could not learn what is new.
     """
@@ -46,6 +48,8 @@ def begin_with(system: System, folder: str) -> None:
             new.append(name)
         else:
             raise ValueError(f"start {folder} has another {name}: {SAME_OPTIONS}")
+    for name in filter(ENDS.search, new):
+        own[name].zero_()
     if mine.lora and new:
         raise ValueError(
             f"lora trains adapters alone, which cannot learn {new[0]}: start {folder} was trained without it; turn off "
@@ -54,6 +58,7 @@ def begin_with(system: System, folder: str) -> None:
     system.normalizer = normalizer_of(trained.state).to(system.device)
 
 
+ENDS = re.compile(r"low_level\.mlp\.2\.|temporal\.\d+\.known\.")  # of branches that the other may not have
 SAME_OPTIONS = "use the same options of model, or leave start out"
 
 

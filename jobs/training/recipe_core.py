@@ -275,7 +275,7 @@ class LoRA(Section):
     @field_validator("targets")
     @classmethod
     def _some(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if not targets or "" in targets:
+        if targets != "auto" and (not targets or "" in targets):
             raise ValueError("give auto, or the ends of linear layers' names")
         return targets
 

@@ -1,5 +1,5 @@
-"""Beginning with a trained model: any denoiser, all of it or with adapters, without it being there later; and files that lie
-elsewhere by now."""
+"""Beginning with a trained model: any denoiser, all of it or with adapters, without it being there later; and files
+that lie elsewhere by now."""
 
 import json
 import os
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 CPU = torch.device("cpu")
 KINDS = ["small", "dit-xl", "sora", "unet3d", "toy", "video_ldm", "video_ldm-frozen"]
 SHORT = ["run.sample_every=0", "run.save_every=1", "data.micro_batches=1", "data.stills=0", "data.images=0"]
+SHORT += ["tasks={first_frame: 0}"]
 
 
 @pytest.fixture(scope="module")
