@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,6 @@ from tests.jobs.training.test_lora import stirred
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 CPU = torch.device("cpu")
-KINDS = ["small", "dit-xl", "sora", "unet3d", "toy", "video_ldm", "video_ldm-frozen"]
 SHORT = ["run.sample_every=0", "run.save_every=1", "data.micro_batches=1", "data.stills=0", "data.images=0"]
 SHORT += ["tasks={first_frame: 0}"]
 
@@ -94,7 +94,7 @@ MORE = {"known frames": ["tasks={first_frame: 1}"], "small videos": ["tasks={ups
 
 
 @pytest.mark.parametrize("more", ["", *MORE])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["small", "sora", "toy", "video_ldm", "video_ldm-frozen"])
 def test_a_fine_tuned_model_says_at_first_what_the_one_it_starts_from_says(name, more, run, at, trained):
     """Of any denoiser; known frames and small videos, which the other never saw, change nothing yet."""
     wanted = recipe(name, at, f"start={trained(name)}", *MORE.get(more, ()))
@@ -189,7 +189,7 @@ def test_a_fine_tune_goes_on_without_the_model_it_started_from(lora, run, at, tr
 # ------------------------------------------------------------ adapters
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["small", "sora", "toy", "video_ldm-frozen"])
 def test_adapters_alone_are_trained_kept_and_averaged_and_what_is_loaded_says_what_peft_does(
     name, run, at, trained, tmp_path
 ):
@@ -234,7 +234,7 @@ class Killed(Notes):
 
     def scalars(self, step, values):
         while step == 3 and not (self.out / "checkpoints/step-00000002").is_dir():
-            pass
+            time.sleep(0.01)
         if step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -248,20 +248,10 @@ def killed_rank(*args):
     rank(*args, monitor=Killed)
 
 
-HARD = ["compute.compile=true", "compute.activation_checkpointing=selective"]
-
-
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("options", [[], HARD], ids=["plainly", "compiled and recomputed"])
-def test_adapters_resume_bit_for_bit_on_two_ranks_and_are_those_of_one(
-    options, parallel, run, at, trained, tmp_path
-):
-    options = [
-        f"start={trained('sora')}",
-        "lora={rank: 2, dropout: 0.1}",
-        f"compute.parallel={parallel}",
-        *options,
-    ]
+def test_adapters_resume_bit_for_bit_on_two_ranks_and_are_those_of_one(parallel, run, at, trained, tmp_path):
+    options = [f"start={trained('sora')}", "lora={rank: 2}", f"compute.parallel={parallel}"]
+    options += ["compute.activation_checkpointing=selective"] * (parallel == "fsdp")
     assert in_ranks(2, killed_rank, options, at, run, tmp_path / "parts") == [-signal.SIGKILL] * 2
     for ranks, name in ((2, "whole"), (2, "parts"), (1, "one")):
         assert in_ranks(ranks, rank, options, at, run, tmp_path / name) == [0] * ranks
