@@ -266,7 +266,7 @@ def export_adapter(out: Path, phase: str, lora: LoRA) -> None:
     before = f"{phase}/{length}/" if length else f"{phase}/"
     weights = {k.removeprefix(before): x for k, x in load_file(file).items() if k.startswith(before)}
     own = {name: x for key, x in weights.items() if (name := peft_name(key))}
-    partial = out / "adapter.partial"
+    partial = out / "adapter.new.partial"  # a folder that is replaced is called adapter.partial meanwhile
     shutil.rmtree(partial, ignore_errors=True)
     config(lora, layers(weights)).save_pretrained(partial)
     write_safetensors(partial / "adapter_model.safetensors", own, lambda names: own, 0)
