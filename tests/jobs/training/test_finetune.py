@@ -75,9 +75,8 @@ def trained(run, at, tmp_path_factory):
     return of
 
 
-def first_said(task: Diffusion, loader, other: Network) -> tuple[torch.Tensor, torch.Tensor]:
+def said(task: Diffusion, batch, other: Network) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the task's network and of another, each told what it takes, on the same noisy latents and texts."""
-    batch = next(iter(loader))
     question = task.question(batch.get("parts", [batch])[0], Draws(0, 0, CPU))
     network, z = task.system.network, question.noise
     told = network._condition(replace(question, dropped=torch.zeros(len(z), dtype=torch.bool)))
@@ -104,7 +103,7 @@ def test_a_fine_tuned_model_says_at_first_what_the_one_it_starts_from_says(name,
         return
     task, loader = build(wanted, start(run))
     other = load_trained(trained(name), None, "cpu")
-    mine, theirs = first_said(task, loader, other.network)
+    mine, theirs = said(task, next(iter(loader)), other.network)
     assert mine.abs().max() > 1e-2
     torch.testing.assert_close(mine, theirs)
     assert torch.equal(task.system.normalizer.std, other.normalizer.std)
@@ -218,11 +217,12 @@ def test_adapters_alone_are_trained_kept_and_averaged_and_what_is_loaded_says_wh
     found = load_trained(str(tmp_path / "out"), None, "cpu")
     assert found.network.state_dict().keys() == base.state_dict().keys()  # merged
     task, loader = build(recipe(name, at, f"start={tmp_path / 'out'}"), start(run))  # and to start from
-    mine, before = first_said(task, loader, base)
+    batch = next(iter(loader))
+    mine, before = said(task, batch, base)
     assert (mine - before).abs().max() > 1e-3
-    torch.testing.assert_close(first_said(task, loader, found.network)[1], mine)
+    torch.testing.assert_close(said(task, batch, found.network)[1], mine)
     theirs = PeftModel.from_pretrained(base, str(tmp_path / "out/adapter")).base_model.model
-    torch.testing.assert_close(first_said(task, loader, theirs)[1], mine, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(said(task, batch, theirs)[1], mine, atol=1e-5, rtol=1e-5)
 
 
 class Killed(Notes):
@@ -322,11 +322,11 @@ def test_what_is_lost_is_named_with_what_gives_it_anew(moved, at, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     shutil.rmtree(moved[1] / "image")
     assert drawn("new/models/dit") == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert f"autoencoder.path {moved[0] / 'image'}, which it was trained with, is not there" in said
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert f"autoencoder.path {moved[0] / 'image'}, which it was trained with, is not there" in told
     assert (
-        f"nor at {moved[1] / 'image'}: bring it back, or say where it is, --locate autoencoder.path=" in said
+        f"nor at {moved[1] / 'image'}: bring it back, or say where it is, --locate autoencoder.path=" in told
     )
     assert drawn("new/models/dit", "--locate", f"autoencoder.path={at['image']}") == 0
     assert drawn("new/models/dit", "--replace", "--locate", "vae=x") == 2
@@ -359,9 +359,9 @@ def test_where_a_part_lies_is_no_other_training_but_whether_there_is_one_is():
 def test_an_adapters_folder_says_what_it_is(run, at, trained, tmp_path):
     wanted = recipe("small", at, f"start={trained('small')}", "run.steps=1", "lora={targets: [qkv]}")
     train(wanted, run, tmp_path, device="cpu", monitor=Notes)
-    said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert said["peft_type"] == "LORA"
-    assert (said["r"], said["lora_alpha"]) == (16, 16)
-    assert all(name.endswith(".qkv") for name in said["target_modules"])
+    told = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert told["peft_type"] == "LORA"
+    assert (told["r"], told["lora_alpha"]) == (16, 16)
+    assert all(name.endswith(".qkv") for name in told["target_modules"])
     with pytest.raises(CheckpointError, match="holds no model"):
         load_trained(str(tmp_path / "adapter"), None, "cpu")
