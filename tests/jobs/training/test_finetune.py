@@ -200,8 +200,10 @@ def test_adapters_alone_are_trained_kept_and_averaged_and_what_is_loaded_says_wh
     )
     train(wanted, run, tmp_path / "out", device="cpu", monitor=Notes)
 
+    buffers = {name for name, _ in load_trained(folder, None, "cpu").network.named_buffers()}
+
     def adapters(keys):
-        return all(".lora_A." in key or ".lora_B." in key for key in keys)
+        return all(".lora_" in key for key in keys if not key.endswith(tuple(buffers)))
 
     stored = weights(tmp_path / "out", 2)
     assert {key.split("/")[0] for key in stored} == {"model", "optimizer", "ema"}
@@ -250,7 +252,12 @@ def killed_rank(*args):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_adapters_resume_bit_for_bit_on_two_ranks_and_are_those_of_one(parallel, run, at, trained, tmp_path):
-    options = [f"start={trained('sora')}", "lora={rank: 2}", f"compute.parallel={parallel}"]
+    options = [
+        f"start={trained('sora')}",
+        "lora={rank: 2}",
+        "compute.precision=fp32",
+        f"compute.parallel={parallel}",
+    ]
     options += ["compute.activation_checkpointing=selective"] * (parallel == "fsdp")
     assert in_ranks(2, killed_rank, options, at, run, tmp_path / "parts") == [-signal.SIGKILL] * 2
     for ranks, name in ((2, "whole"), (2, "parts"), (1, "one")):
