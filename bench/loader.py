@@ -2,18 +2,24 @@
 
     python -m bench.loader --rows 71000000
 
-The index is synthetic (71 million rows are as many as Panda-70M has); nothing is decoded. It says how long opening it
-and planning an epoch take, what memory that holds, what each further worker (a fork, as DataLoader's) adds to it while
-it looks up batches, and how long a batch's rows take to find, at the first one and in the middle of a late epoch.
+The index is synthetic (71 million rows are as many as Panda-70M has); nothing is decoded. Each start is a process of
+its own: the first on a machine, which makes the copy that all others map, one after it, and one that packs. It says how
+long opening the index and planning an epoch take, what memory that holds, what each further worker (a fork, as
+DataLoader's) adds to it while it looks up batches, and how long a batch's rows take to find, at the first one and in
+the middle of a late epoch.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import resource
+import sys
 import tempfile
+import threading
 import time
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +43,11 @@ def write(folder: Path, rows: int) -> None:
         + [("duration_s", pa.float64()), ("width", pa.int32()), ("height", pa.int32())]
         + [("caption", pa.string()), ("media_sha256", pa.string())]
     )
-    digits = np.array([f"{i:04x}" for i in range(1 << 16)])
 
-    def hexes(n: int, words: int) -> pa.Array:
-        drawn = digits[rng.integers(0, 1 << 16, (n, words))]
-        return pa.array(np.ascontiguousarray(drawn).view(f"<U{4 * words}").ravel())
+    def hexes(n: int, length: int) -> pa.Array:
+        digits = rng.bytes(n * length // 2).hex().encode()
+        ends = np.arange(0, n * length + 1, length, dtype=np.int32)
+        return pa.Array.from_buffers(pa.string(), n, [None, pa.py_buffer(ends), pa.py_buffer(digits)])
 
     with pq.ParquetWriter(folder / "index.parquet", schema, compression="zstd") as out:
         for start in range(0, rows, PART):
@@ -55,7 +61,7 @@ def write(folder: Path, rows: int) -> None:
                 ]
             )
             columns = {
-                "clip_id": hexes(n, 5),
+                "clip_id": hexes(n, 20),
                 "bucket": pa.array(["16x9_360p_4-8s"]).take(pa.array(np.zeros(n, np.int64))),
                 "tar": tars.take(pa.array(at // 1000 - start // 1000)),
                 "offset": at % 1000 * 700_000,
@@ -68,30 +74,93 @@ def write(folder: Path, rows: int) -> None:
                 "caption": pa.array(["a caption of about sixty letters, as people write them down"]).take(
                     pa.array(np.zeros(n, np.int64))
                 ),
-                "media_sha256": hexes(n, 16),
+                "media_sha256": hexes(n, 64),
             }
             out.write_table(pa.table(columns, schema=schema))
 
 
-def memory() -> tuple[float, float]:
-    """MB of this process: all that is resident, and what no other process shares."""
-    found = {}
+def memory(what: str) -> float:
+    """MB of this process: 'Anonymous', all that is not mapped from a file; 'Private_Dirty', no other has it, either."""
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
         name, kb = line.split(":")
-        found[name] = int(kb.split()[0]) / 1024
-    return found["Rss"], found["Private_Clean"] + found["Private_Dirty"]
+        if name == what:
+            return int(kb.split()[0]) / 1024
+    raise KeyError(what)
+
+
+class Peak:
+    """The most that `memory("Anonymous")` was."""
+
+    def __enter__(self) -> Peak:
+        self.most, self._done = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._done.wait(0.2):
+            self.most = max(self.most, memory("Anonymous"))
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
 
 
 def in_worker(loader: Loader, batches: int) -> float:
     """MB of its own that a fork holds after looking up so many batches."""
     read, write_ = os.pipe()
     if not os.fork():
+        before = memory("Private_Dirty")
         for number in np.random.default_rng(1).integers(0, 100 * loader.epoch_length, batches).tolist():
             loader.rows(number)
-        os.write(write_, str(memory()[1]).encode())
+            loader.readers[0].place(number % len(loader.readers[0].keys))
+        os.write(write_, str(memory("Private_Dirty") - before).encode())
         os._exit(0)
     os.wait()
     return float(os.read(read, 100))
+
+
+def start(folder: str, what: str, packed: bool) -> None:
+    before = memory("Anonymous")
+    with Peak() as peak:
+        begun = time.perf_counter()
+        reader = ShardReader(folder, fps=16, shapes=SHAPES, decode=False)
+        opened = time.perf_counter() - begun
+        begun = time.perf_counter()
+        loader = Loader(reader, POSITIONS, tokens=34272, packed=packed)
+        planned = time.perf_counter() - begun
+        begun = time.perf_counter()
+        identity = reader.identity()
+        identified = time.perf_counter() - begun
+    held, rows = memory("Anonymous") - before, len(reader.keys)
+    print(
+        f"{what}: opened in {opened:.1f} s, planned in {planned:.1f} s, identity {identity[:8]} in {identified:.1f} s; "
+        f"{loader.epoch_length:,} micro-batches an epoch; {held:,.0f} MB of its own, {held * 1e6 / rows:.1f} bytes a "
+        f"clip ({peak.most - before:,.0f} MB at most)"
+    )
+    for which, number in (
+        ("first", 0),
+        ("of the 50th epoch", 49 * loader.epoch_length + loader.epoch_length // 2),
+    ):
+        begun = time.perf_counter()
+        loader.rows(number)
+        print(f"  rows of the batch {which}: {(time.perf_counter() - begun) * 1e6:.0f} µs")
+    print(f"  a worker's own memory after 1,000 batches: {in_worker(loader, 1000):.1f} MB", flush=True)
+
+
+def alone(call: Callable[[], None]) -> None:
+    """In a process of its own."""
+    if not os.fork():
+        try:
+            call()
+            sys.stdout.flush()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    _, status = os.wait()
+    if status:
+        raise SystemExit(1)
 
 
 def main() -> None:
@@ -101,47 +170,19 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=71_000_000)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        if not os.fork():  # what writing takes is none of the reader's memory
-            write(Path(folder), args.rows)
-            os._exit(0)
-        os.wait()
+        tempfile.tempdir = folder  # for the copy that is mapped
+        begun = time.perf_counter()
+        alone(partial(write, Path(folder), args.rows))
         size = (Path(folder) / "index.parquet").stat().st_size
         print(
-            f"{args.rows:,} rows, {size / 1e9:.2f} GB of parquet, written in {time.perf_counter() - start:.0f} s",
+            f"{args.rows:,} rows, {size / 1e9:.2f} GB of parquet, written in {time.perf_counter() - begun:.0f} s",
             flush=True,
         )
-        before = memory()[0]
-        most = 0.0
-        for packed in (False, True):
-            start = time.perf_counter()
-            reader = ShardReader(folder, fps=16, shapes=SHAPES, decode=False)
-            opened = time.perf_counter() - start
-            start = time.perf_counter()
-            loader = Loader(reader, POSITIONS, tokens=34272, packed=packed)
-            planned = time.perf_counter() - start
-            held = memory()[0] - before
-            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
-            print(
-                f"{'packed' if packed else 'buckets'}: opened in {opened:.1f} s, planned in {planned:.1f} s, "
-                f"{loader.epoch_length:,} micro-batches an epoch; {held:,.0f} MB, "
-                f"{held * 1e6 / args.rows:.0f} bytes a clip ({most:,.0f} MB at most while it was read)",
-                flush=True,
-            )
-            for what, number in (
-                ("first", 0),
-                ("of the 50th epoch", 49 * loader.epoch_length + loader.epoch_length // 2),
-            ):
-                start = time.perf_counter()
-                loader.rows(number)
-                print(f"  rows of the batch {what}: {(time.perf_counter() - start) * 1e6:.0f} µs", flush=True)
-            print(
-                f"  a worker's own memory after 1,000 batches: {in_worker(loader, 1000):.0f} MB", flush=True
-            )
-            start = time.perf_counter()
-            identity = reader.identity()
-            print(f"  identity {identity[:8]} in {time.perf_counter() - start:.1f} s", flush=True)
-            del reader, loader
+        alone(partial(start, folder, "the first start", False))
+        copy = sum(f.stat().st_size for f in Path(folder).glob("clipmill-index-*/*/*"))
+        print(f"  the copy: {copy / 1e9:.2f} GB, {copy / args.rows:.0f} bytes a clip", flush=True)
+        alone(partial(start, folder, "the next", False))
+        alone(partial(start, folder, "packed", True))
 
 
 if __name__ == "__main__":

@@ -117,8 +117,9 @@ def run(pair: str, side: str, args: argparse.Namespace) -> dict[str, float]:
     model, forward = make(args.size, args.batch)
     model = model.to(DEVICE).train()
     cuda = DEVICE == "cuda"
+    uncompiled: list[str] = []
     if side == "compiled":
-        compile_blocks(model.blocks)
+        compile_blocks(model.blocks, uncompiled)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True if as_trained else None)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

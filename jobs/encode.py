@@ -149,7 +149,7 @@ def _to_do(store: Store, part: Part, reader: ShardReader) -> bool:
         return True
     broken = set(latents.broken_in(store, part))
     for row in part.rows.tolist() if broken else ():
-        if reader.keys[row].as_py() in broken:
+        if reader.keys[row] in broken:
             with contextlib.suppress(BrokenSample):
                 reader.read(row)
                 return True
@@ -179,7 +179,7 @@ class _Clips:
                 found.append(self.reader.read(row))
             except BrokenSample as e:
                 print(f"left out: {e}", file=sys.stderr, flush=True)
-                broken.append(self.reader.keys[row].as_py())
+                broken.append(self.reader.keys[row])
         return found, broken
 
 

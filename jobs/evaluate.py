@@ -224,7 +224,8 @@ def real_videos(against: str, protocol: Protocol, notes: list[str]) -> Iterator[
     import torch
 
     from pipeline.io.store import Store, below
-    from pipeline.shards.reader import BrokenSample, ShardReader, read_index
+    from pipeline.shards.index import read_index
+    from pipeline.shards.reader import BrokenSample, ShardReader
 
     inside = below(against, "shards")
     shards = inside if Store(inside).exists("index.parquet") else against

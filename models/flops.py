@@ -111,6 +111,7 @@ def cost(
     blocks: Iterable[nn.Module],
     device: torch.device,
     product: Callable[[object], bool] = lambda op: False,
+    small: bool = False,
 ) -> Cost:
     """Of `loss().backward()`, without computing the trained modules: they are called on shapes alone.
 
@@ -118,12 +119,16 @@ def cost(
     and no gradients are ever there. What is computed outside of them before, such as frozen encoders, is computed;
     its gradients are taken to cost what its forward pass did, as those by the input of a frozen layer do.
     On a CPU attention is counted by its formula, since torch counts its fused kernel as nothing.
-    A module in which sizes depend on values (packed texts) cannot be called on shapes: it is computed, once.
+    A module in which sizes depend on values cannot be called on shapes: it is computed, once, with zeros for weights.
 
     Args:
         blocks: of the first module.
         product: whether selective checkpointing keeps what an operation gives.
+        small: so little that to compute it, with zeros for weights, takes less than a millisecond of Python for each
+            operation on shapes.
     """
+    if small:
+        return _cost(loss, modules, list(blocks), device, product, None)
     try:
         return _cost(loss, modules, list(blocks), device, product, FakeTensorMode(allow_non_fake_inputs=True))
     except (DataDependentOutputException, DynamicOutputShapeException):
@@ -201,7 +206,7 @@ def _cost(
         owned = {
             x.untyped_storage()._cdata
             for m in modules
-            for x in undo.enter_context(_as_shapes(m, fake, device) if fake else _unchanged(m))
+            for x in undo.enter_context(_without_values(m, fake, device))
         }
         for module in modules:
             wrapped = on_shapes(module)
@@ -244,21 +249,13 @@ class _Counting(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _unchanged(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, it may be trained: gradients and buffers are put back."""
-    buffers = [b.clone() for b in module.buffers()]
-    try:
-        yield [*module.parameters(), *module.buffers()]
-    finally:
-        module.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for buffer, before in zip(module.buffers(), buffers, strict=True):
-                buffer.copy_(before)
+def _without_values(
+    module: nn.Module, mode: FakeTensorMode | None, device: torch.device
+) -> Iterator[list[Tensor]]:
+    """Inside, parameters and buffers are fake tensors on the device, or zeros that take no memory; they are given.
 
-
-@contextlib.contextmanager
-def _as_shapes(module: nn.Module, mode: FakeTensorMode, device: torch.device) -> Iterator[list[Tensor]]:
-    """Inside, parameters and buffers are fake tensors on the device; they are given."""
+    In place of such zeros' gradients there are such zeros, too.
+    """
     made: dict[int, Tensor] = {}
     before: list[tuple[dict[str, Any], str, Tensor]] = []
     for part in module.modules():
@@ -268,9 +265,7 @@ def _as_shapes(module: nn.Module, mode: FakeTensorMode, device: torch.device) ->
                 if x is None:
                     continue
                 if id(x) not in made:
-                    with mode:
-                        fake: Tensor = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-                    made[id(x)] = nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
+                    made[id(x)] = _without_value(x, mode, device)
                 before.append((held, name, x))
                 held[name] = made[id(x)]
     try:
@@ -278,6 +273,23 @@ def _as_shapes(module: nn.Module, mode: FakeTensorMode, device: torch.device) ->
     finally:
         for where, name, x in before:
             where[name] = x
+
+
+def _without_value(x: Tensor, mode: FakeTensorMode | None, device: torch.device) -> Tensor:
+    made: Tensor
+    if mode:
+        with mode:
+            made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+    elif isinstance(x, nn.Parameter) or x.is_meta:
+        made = torch.zeros((), dtype=x.dtype, device=device).expand(x.shape)
+    else:
+        made = x.to(device, copy=True)  # a module may write to its buffers
+    if not isinstance(x, nn.Parameter):
+        return made
+    parameter = nn.Parameter(made, x.requires_grad)
+    if not mode and x.requires_grad:
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", p.detach()))
+    return parameter
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from jobs.training.distributed import device_of
 from jobs.training.exported import CheckpointError, Trained, load_model, longest_average
 from jobs.training.lora import adapt, merge
 from jobs.training.network import Network, blocks_of
+from jobs.training.parallelize import make
 from jobs.training.paths import missing
 from jobs.training.recipe_core import import_spec
 from jobs.training.recipe_diffusion import Autoencoder as AutoencoderRecipe
@@ -152,12 +154,17 @@ def _check_spatial(recipe: DiffusionRecipe, folder: str) -> None:
 
 
 def build_system(
-    recipe: DiffusionRecipe, device: torch.device, normalizer: Normalizer | None = None, fresh: bool = True
+    recipe: DiffusionRecipe,
+    device: torch.device,
+    normalizer: Normalizer | None = None,
+    fresh: bool = True,
+    made_on: torch.device | None = None,
 ) -> System:
     """With new weights, the same for the same seed; without a normaliser, latents as they are.
 
     Args:
         fresh: see `build_network`.
+        made_on: device of the network; none: the other. On the meta device it has no weights.
 
     Raises ValueError or models.curation.embed.MissingModel: one sentence with the fix.
     """
@@ -167,7 +174,9 @@ def build_system(
     text = build_text(recipe.text, device)
     with torch.random.fork_rng([] if device.type == "cpu" else [device]):
         torch.manual_seed(recipe.seed)
-        network = build_network(recipe, autoencoder.channels, text, fresh).to(device)
+        made_on = made_on or device
+        build = partial(build_network, recipe, autoencoder.channels, text, fresh and made_on.type != "meta")
+        network = make(build, made_on)
     return System(recipe, autoencoder, normalizer.to(device), text, network, device)
 
 

@@ -14,6 +14,10 @@ work of the other. The nearer `tokens` is to a common multiple of the buckets' p
 one of them (`pipeline.shards.mixture`), and goes through epochs of its own. Micro-batches hold about as many positions,
 so shares of them are shares of the work.
 
+**Sequential reads.** With `data.shuffle: shards` clips that lie together are read in one request and shuffled within a
+window (`pipeline.shards.order`), for object stores; of a mixture each source then gives `data.streams` micro-batches in
+a row, so that the streams of each stay with their workers.
+
 **Packing.** With `data.pack` a micro-batch is no longer of one bucket: clips and pictures of every shape fill the
 `data.tokens` positions together, each once an epoch (`jobs.training.packing`), and a batch is made of parts.
 
@@ -31,12 +35,15 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import astuple
+from typing import Any, Literal
 
 import numpy as np
+from pyarrow.compute import Expression
 
 from jobs.training.clips import Clips, Sizes
 from jobs.training.distributed import World
+from jobs.training.held_out import split
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_diffusion import DiffusionData, DiffusionRecipe
 from jobs.training.task import Batch
@@ -110,6 +117,10 @@ class Loader:
         self.clips = [Clips(reader, made) for reader in self.readers]
         self.mixture = Mixture(shares, [reader.folder for reader in self.readers])
         self.made, self.stills = made, stills
+        self.sequential = self.readers[0].sequential
+        self.together = (
+            self.sequential.streams if self.sequential else 1
+        )  # micro-batches of a source in a row
         self.rank, self.world, self.workers, self.pin = rank, world, workers, pin
         self.first = self.step = (
             0  # the list's number before this rank's first; micro-batches handed out since
@@ -134,8 +145,9 @@ class Loader:
     def at(self, number: int) -> tuple[Clips, int, bool]:
         """(source, number in its list, whether that is the list of stills) of a micro-batch of the endless list."""
         stills = number < self.stills
-        source, own = self.mixture.at(number if stills else number - self.stills)
-        return self.clips[source], own, stills
+        turns, turn = divmod(number if stills else number - self.stills, self.together)
+        source, own = self.mixture.at(turns)
+        return self.clips[source], own * self.together + turn, stills
 
     def rows(self, number: int) -> tuple[int, np.ndarray]:
         """(epoch, rows of the index) in its source of a micro-batch of the endless list."""
@@ -214,6 +226,7 @@ class Loader:
             }
             | ({"packed": sizes.tokens} if sizes.packed else {})
             | ({"shares": self.mixture.parts} if len(self.readers) > 1 else {})
+            | ({"sequential": list(astuple(self.sequential))} if self.sequential else {})
         )
 
     @functools.cached_property
@@ -303,9 +316,17 @@ def check_cache(recipe: DiffusionRecipe, data: str, weights: Mapping[str, str]) 
         )
 
 
-def reader_of(recipe: TrainRecipe, data: str) -> ShardReader:
-    """Clips of the run in folder `data`, or of the recipe's cache. Raises StoreError, ValueError."""
-    shapes = shapes_of(recipe)
+def reader_of(
+    recipe: TrainRecipe,
+    data: str,
+    where: Expression | None = None,
+    window: Literal["random", "center"] = "random",
+) -> ShardReader:
+    """Clips of the run in folder `data` (`where` and `window` as `ShardReader` has them), or of the recipe's cache.
+
+    Raises StoreError, ValueError.
+    """
+    shapes, sequential = shapes_of(recipe), recipe.data.sequential()
     if not isinstance(recipe, DiffusionRecipe) or not recipe.data.cache:
         return ShardReader(
             below(data, "shards"),
@@ -314,9 +335,13 @@ def reader_of(recipe: TrainRecipe, data: str) -> ShardReader:
             captions=recipe.data.captions,
             seed=recipe.seed,
             layout="CTHW",
+            sequential=sequential,
+            where=where,
+            window=window,
         )
     made_of(recipe.data.cache)  # it is finished
-    return LatentReader(recipe.data.cache, shapes, length=recipe.text.length, seed=recipe.seed)
+    options: Any = {"length": recipe.text.length, "seed": recipe.seed, "sequential": sequential}
+    return LatentReader(recipe.data.cache, shapes, **options)
 
 
 def sources_of(recipe: TrainRecipe, data: str) -> list[tuple[TrainRecipe, str]]:
@@ -330,12 +355,13 @@ def sources_of(recipe: TrainRecipe, data: str) -> list[tuple[TrainRecipe, str]]:
     return found
 
 
-def readers_of(recipe: TrainRecipe, data: str) -> list[ShardReader]:
-    """Of each run that is trained on. Raises StoreError, ValueError."""
+def readers_of(recipe: TrainRecipe, data: str, held_out: float = 0.0) -> list[ShardReader]:
+    """Of each run that is trained on, but for a share of its sources. Raises StoreError, ValueError."""
     found: list[ShardReader] = []
     for alone, folder in sources_of(recipe, data):
         try:
-            found.append(reader_of(alone, folder))
+            where = split(below(folder, "shards"), held_out)[0] if held_out else None
+            found.append(reader_of(alone, folder, where))
         except StoreError as e:
             raise StoreError(f"data.mixture {folder}: {e}") if found else e from None
     return found
@@ -346,10 +372,14 @@ def build_loader(
     data: str,
     autoencoder: Autoencoder,
     world: World,
+    held_out: float = 0.0,
 ) -> Loader:
-    """The loader of a recipe over the run in folder `data`. Raises StoreError, ValueError."""
+    """The loader of a recipe over the run in folder `data`; held_out: share of the sources that it leaves out.
+
+    Raises StoreError, ValueError.
+    """
     return Loader(
-        readers_of(recipe, data),
+        readers_of(recipe, data, held_out),
         positions_of(recipe, autoencoder),
         shares=recipe.data.shares(),
         tokens=recipe.data.tokens,

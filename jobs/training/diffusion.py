@@ -102,7 +102,9 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     if recipe.compute.attention == "flex" and world.device.type == "cpu":
         raise ValueError("compute.attention flex has no gradients on a CPU: use auto")
     try:
-        system = build_system(recipe, world.device, fresh=not (start.saved or recipe.start))
+        system = build_system(
+            recipe, world.device, fresh=not (start.saved or recipe.start), made_on=start.device
+        )
     except MissingModel as e:
         raise ValueError(str(e)) from e
     if recipe.data.pack and not hasattr(system.network.denoiser, "packed"):

@@ -10,13 +10,17 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from pipeline.faults import one_line
+
+T = TypeVar("T")
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -67,6 +71,29 @@ class World:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self.host)
         return found
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """What `work`, in which no rank waits for another, gives here; if it fails on one rank, all fail.
+
+        Raises here what it raised here, else ValueError with what it said on the first rank where it failed.
+        """
+        failed: Exception | None = None
+        try:
+            found = work()
+        except Exception as e:  # whatever it may raise, or the others would wait for this rank
+            failed = e
+        said = self.gather(failed and (one_line(failed) or type(failed).__name__))
+        if failed:
+            raise failed
+        if any(said):
+            raise ValueError(next(filter(None, said)))
+        return found
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the first rank (picklable), on all; if it fails there, all fail, see `agree`."""
+        found = self.agree(lambda: work() if self.rank == 0 else None)
+        answer: T = self.gather(found)[0]
+        return answer
 
 
 @contextlib.contextmanager

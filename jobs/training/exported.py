@@ -157,7 +157,7 @@ def write_frozen(out: Path, phases: Iterable[Phase]) -> None:
 
 @torch.no_grad()
 def restore_frozen(out: Path, phases: Iterable[Phase], expected: Mapping[str, Mapping[str, str]]) -> None:
-    """Give phases, not yet sharded, what was frozen in them when their training began.
+    """Give phases, not yet sharded, what was frozen in them when their training began; not those on the meta device.
 
     Args:
         expected: `digests` of then.
@@ -167,6 +167,8 @@ def restore_frozen(out: Path, phases: Iterable[Phase], expected: Mapping[str, Ma
     kept = read_frozen(out)
     for phase in phases:
         mine = frozen(phase.module)
+        if any(p.is_meta for p in mine.values()):
+            continue
         for name, p in mine.items():
             x = kept.get(f"{phase.name}/{name}")
             if x is not None and x.shape == p.shape:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jobs.training.build import build_network, give_weights, normalizer_of, trained_at
 from jobs.training.exported import CheckpointError
+from jobs.training.parallelize import on_meta
 from jobs.training.recipe_diffusion import DiffusionRecipe
 from jobs.training.system import System, knows_frames
 from models.hub import MissingModel
@@ -32,6 +33,9 @@ def begin_with(system: System, folder: str) -> None:
         trained, _ = trained_at(folder, located={"model.spatial": spatial} if spatial else {})
         other = DiffusionRecipe.model_validate(trained.recipe)
         check_same(system, other, trained.state, folder)
+        system.normalizer = normalizer_of(trained.state).to(system.device)
+        if on_meta(system.network):  # weights come from the first rank, which compares the two
+            return
         network = build_network(other, system.autoencoder.channels, system.text, fresh=False)
         give_weights(network, trained, other)
     except (CheckpointError, MissingModel) as e:
@@ -55,7 +59,6 @@ def begin_with(system: System, folder: str) -> None:
             f"lora trains adapters alone, which cannot learn {new[0]}: start {folder} was trained without it; turn off "
             "the tasks and options that it does not know, or leave lora out"
         )
-    system.normalizer = normalizer_of(trained.state).to(system.device)
 
 
 ENDS = re.compile(r"low_level\.mlp\.2\.|temporal\.\d+\.known\.")  # of branches that the other may not have

@@ -6,7 +6,7 @@ import hashlib
 
 import pyarrow.compute as pc
 
-from pipeline.shards.reader import read_index
+from pipeline.shards.index import read_index
 
 SOURCES = (
     "source_sha256",

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from jobs.training import checkpoint, exported
 from jobs.training.distributed import World, connect
 from jobs.training.metrics import Metrics, Progress
-from jobs.training.parallelize import gradient_norm, parallelize
+from jobs.training.parallelize import gradient_norm, made_on, parallelize
 from jobs.training.plan import autocast, make_plan
 from jobs.training.recipe_core import Optimizer, TrainRecipe
 from jobs.training.resume import resume_point
@@ -131,7 +131,10 @@ class Trainer:
         self.micro_batches = share_of_step(recipe.data.micro_batches, world)  # of this rank
         folder = resume_point(recipe, out, world)
         saved = checkpoint.read_task(folder) if folder else None
-        self.task, self.loader = build(recipe, Start(data, out, world, saved))
+        frozen = exported.read_meta(folder)["frozen"] if folder else {}
+        given = folder is not None and not any(frozen.values())
+        start = Start(data, out, world, saved, made_on(recipe.compute, world, given))
+        self.task, self.loader = world.agree(lambda: build(recipe, start))
         self.step, self.loader_state = 0, self.loader.state_dict()
         if folder:
             meta = exported.read_meta(folder)
@@ -142,6 +145,7 @@ class Trainer:
         self.metrics = Metrics([p.name for p in self.task.phases], world.device)
         self.rates = {p.name: [group["lr"] for group in p.optimizer.param_groups] for p in self.task.phases}
         self.unread: list[Finite] = []
+        self.uncompiled: list[str] = []  # sentences about blocks that run as they are
 
     # ------------------------------------------------------------ before
 
@@ -150,15 +154,21 @@ class Trainer:
         self.batches: Any = iter(self.loader)
         phases = self.task.phases
         if self.folder:
-            exported.restore_frozen(self.out, phases, exported.read_meta(self.folder)["frozen"])
+            expected = exported.read_meta(self.folder)["frozen"]
+            self.world.agree(lambda: exported.restore_frozen(self.out, phases, expected))
         elif self.world.rank == 0:
             exported.write_frozen(self.out, phases)
         self.frozen = exported.digests(phases) if self.world.rank == 0 else {}
         seed_torch(self.recipe.seed, 0)
-        self.plan = make_plan(self.recipe, self.task, self._examples(), self.world)
+        self.plan = self.world.first(lambda: make_plan(self.recipe, self.task, self._examples(), self.world))
         self.models: dict[str, nn.Module] = {
             phase.name: parallelize(
-                phase.module, self.task.blocks(phase.module), phase.optimizer, self.recipe.compute, self.world
+                phase.module,
+                self.task.blocks(phase.module),
+                phase.optimizer,
+                self.recipe.compute,
+                self.world,
+                self.uncompiled,
             )
             for phase in self.task.phases
         }
@@ -234,7 +244,11 @@ class Trainer:
                     mine |= {kind: mine[kind] + n for kind, n in self.task.counts(batch).items()}
             except Exception as e:  # whatever reading and decoding may raise
                 failed = e
-        stop, broken, *counts = self.world.sum(signals.caught is not None, failed is not None, *mine.values())
+        stop, broken, plain, *counts = self.world.sum(
+            signals.caught is not None, failed is not None, bool(self.uncompiled), *mine.values()
+        )
+        if plain:
+            self._stop_uncompiled()
         if stop:  # a signal to the whole process group ends the workers too: not their failure
             signals.caught = signals.caught or signal.SIGTERM
             return None
@@ -320,13 +334,17 @@ class Trainer:
         return norm
 
     def check(self) -> None:
-        """Raises TrainError, on all ranks, where a loss or gradient since the last check was not finite."""
+        """Raises TrainError, on all ranks, where a loss or gradient since the last check was not finite, or a block was
+        not compiled."""
         unread, self.unread = self.unread, []
         if not unread:
             return
         fine = torch.stack([x.finite.all() for x in unread]).tolist()
         mine = next((x.bad() for x, fine in zip(unread, fine, strict=True) if not fine), None)
-        if not self.world.sum(mine is not None)[0]:
+        infinite, plain = self.world.sum(mine is not None, bool(self.uncompiled))
+        if plain:
+            self._stop_uncompiled()
+        if not infinite:
             return
         self.saver.wait()
         everyone = [found for found in self.world.gather(mine) if found]
@@ -340,6 +358,12 @@ class Trainer:
         raise TrainError(
             f"step {first[0]}: {what} is not finite, on the clips {', '.join(keys)}; {last}; "
             "lower optimizer.lr, lengthen optimizer.warmup, or look at those clips"
+        )
+
+    def _stop_uncompiled(self) -> None:
+        self.saver.wait()
+        raise TrainError(
+            "; ".join(sorted({said for rank in self.world.gather(self.uncompiled) for said in rank}))
         )
 
     # ------------------------------------------------------------ what is kept and shown

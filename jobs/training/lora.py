@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from jobs.training.parallelize import on_meta
 from jobs.training.recipe_core import LoRA
 
 ADAPTER = "default"  # peft's name of the only one; in parameters' names, but not in its files
@@ -38,6 +39,8 @@ def adapt(module: nn.Module, blocks: Iterable[nn.Module], lora: LoRA, seed: int)
     with torch.random.fork_rng([]):  # peft makes them on the CPU, whatever the layer's device
         torch.manual_seed(seed)
         inject_adapter_in_model(config(lora, targets(module, blocks, lora)), module, ADAPTER)
+    if on_meta(module):  # adapters too
+        module.to("meta")
 
 
 def config(lora: LoRA, names: list[str]) -> Any:

@@ -3,6 +3,11 @@
 activation checkpointing ─ compilation ─ data parallelism      block by block, then around the whole
 
 A block is called as before, and its parameters keep their names.
+
+Under FSDP no rank but the first ever holds the whole of what is trained, and that one on the host: the others make it
+on the meta device (`made_on`, `make`), and after sharding the first one's weights, or a checkpoint's, fill the shards.
+Frozen models beside it (autoencoder, text encoder, perceptual and feature networks) are whole on every rank: each runs
+them on samples of its own.
 """
 
 from __future__ import annotations
@@ -11,16 +16,20 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from jobs.training.distributed import World
 from jobs.training.recipe_core import ActivationCheckpointing, Compute
 from models.attention import varlen_attn
+
+M = TypeVar("M", bound=nn.Module)
 
 GRAPHS = 16  # of one kind of block at most: its shapes, with and without gradients; more is an error
 
@@ -40,12 +49,47 @@ SAVED: tuple[Any, ...] = (  # by selective checkpointing: what costs more to com
 )
 
 
+# ---------------------------------------------------------------- where networks are made
+
+
+def made_on(compute: Compute, world: World, given: bool) -> torch.device:
+    """The device on which this rank makes the networks that are trained.
+
+    Args:
+        given: a checkpoint has all of their weights, so that no rank need make any.
+    """
+    if world.mesh is None or compute.parallel != "fsdp":
+        return world.device
+    return torch.device("meta" if given or world.rank else "cpu")
+
+
+def make(build: Callable[[], M], device: torch.device) -> M:
+    """A module on that device; on the meta device it is never anything but shapes."""
+    if device.type != "meta":
+        return build().to(device)
+    with device:
+        module = build()
+    if lost := dict(module.named_buffers()).keys() - module.state_dict().keys():
+        raise ValueError(
+            f"{type(module).__name__}: no checkpoint keeps its buffer {min(lost)}: make it persistent"
+        )
+    return module
+
+
+def on_meta(module: nn.Module) -> bool:
+    return any(p.is_meta for p in module.parameters())
+
+
+# ---------------------------------------------------------------- all of it
+
+
 def parallelize(
     module: nn.Module,
     blocks: Iterable[nn.Module],
     optimizer: torch.optim.Optimizer,
     compute: Compute,
     world: World,
+    uncompiled: list[str],
 ) -> nn.Module:
     """What to call in place of the module: its gradients are means over the data-parallel ranks.
 
@@ -53,11 +97,12 @@ def parallelize(
 
     Args:
         blocks: the repeated ones, see `Task.blocks`.
+        uncompiled: see `compile_blocks`.
     """
     blocks = list(blocks)
     checkpoint_activations(blocks, compute.activation_checkpointing)
     if compute.compile:
-        compile_blocks(blocks)
+        compile_blocks(blocks, uncompiled)
     if world.mesh is None:
         return module
     if compute.parallel == "ddp":
@@ -103,11 +148,15 @@ def keeps(context: object, op: object, *args: object, **named: object) -> Checkp
 # ---------------------------------------------------------------- compilation
 
 
-def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+def compile_blocks(blocks: Iterable[nn.Module], uncompiled: list[str]) -> None:
     """Each block's forward as one graph, shared by blocks of the same kind, for sizes that vary once they have.
 
-    A block that cannot be one graph, or whose kind needs more than `GRAPHS` of them, raises an error when it is
-    called: none falls back to running uncompiled. Hooks around the block (FSDP's) stay outside of the graph.
+    Hooks around the block (FSDP's) stay outside of the graph.
+
+    Args:
+        uncompiled: is told, in a sentence, of a kind of block that cannot be one graph or needs more than `GRAPHS` of
+            them. It runs as it is from then on, so that no rank waits for one that has stopped in the midst of a
+            step; whoever calls must end what is slow in silence.
     """
     kinds: dict[object, Callable[..., Any]] = {}
     limits: dict[str, Any] = {"recompile_limit": GRAPHS, "isolate_recompiles": True}
@@ -118,12 +167,39 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     for block in blocks:
         kind = type(block), tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
         if kind not in kinds:
-            kinds[kind] = torch.compile(_called, **options)
+            compiled = torch.compile(_called, **options)
+            kinds[kind] = _or_plain(compiled, type(block).__name__, uncompiled)
         block.forward = partial(kinds[kind], block.forward)
 
 
 def _called(forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
     return forward(*args, **named)
+
+
+def _or_plain(compiled: Callable[..., Any], kind: str, uncompiled: list[str]) -> Callable[..., Any]:
+    """`compiled`, until it fails, which it does before anything is computed."""
+    failed = False
+
+    def run(forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        nonlocal failed
+        if not failed:
+            try:
+                return compiled(forward, *args, **named)
+            except FailOnRecompileLimitHit:
+                why = f"needs more than {GRAPHS} graphs, as if its inputs were never alike"
+                fix = "train on fewer shapes (data.buckets)"
+            except TorchDynamoException as e:
+                why = f"cannot be compiled as one graph ({_first_line(e)})"
+                fix = "mend that line of the model"
+            failed = True
+            uncompiled.append(f"a block of kind {kind} {why}: {fix}, or set compute.compile to false")
+        return forward(*args, **named)
+
+    return run
+
+
+def _first_line(e: BaseException) -> str:
+    return next(filter(None, map(str.strip, str(e).splitlines())), type(e).__name__).rstrip(".:")
 
 
 # ---------------------------------------------------------------- data parallelism
@@ -155,6 +231,9 @@ def shard(
     gives activations their types as on one process, so inputs are not cast here (noise levels stay exact).
     A block gives its gathered parameters back after the forward pass; the rest, which the backward pass begins
     with, keeps them.
+
+    The first rank's weights, on whatever device, fill all shards where other ranks made the module without any.
+    Where none has weights they are not set: a checkpoint is to be read.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -167,9 +246,16 @@ def shard(
         norms_by_input(module)
     names = {id(p): name for name, p in module.named_parameters()}
     mesh = world.mesh["data"]
+    shapes_alone = world.gather(on_meta(module))
+    weights = {} if shapes_alone[world.rank] else {n: x.detach() for n, x in module.state_dict().items()}
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    if on_meta(module):
+        module.to_empty(device=world.device)
+    if any(shapes_alone) and not shapes_alone[0]:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(module, weights, options=options)
     sharded = dict(module.named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [sharded[names[id(p)]] for p in group["params"]]

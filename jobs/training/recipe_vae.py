@@ -43,3 +43,7 @@ class VAERecipe(TrainRecipe):
 
     trains: Literal["vae"] = "vae"
     vae: VAELoss = VAELoss()
+    held_out: float = Field(
+        0.0, ge=0, lt=1, description="share of the sources whose clips are not trained on, but measured"
+    )
+    measured: int = Field(64, ge=1, description="clips of those, at most, each time")

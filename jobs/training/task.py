@@ -160,12 +160,20 @@ class Start:
 
     data: folder of a run with shards. out: folder of the training, where what is measured once may be kept.
     saved: `Task.state()` of the checkpoint that it goes on from; none: a new training.
+    made_on: device on which this rank makes the networks that are trained, see `parallelize.made_on`; none: the
+        world's. On the meta device they have no weights, and are given them later.
     """
 
     data: str
     out: Path
     world: World
     saved: dict[str, Any] | None = None
+    made_on: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where networks that are trained are made."""
+        return self.made_on or self.world.device
 
 
 class Task:

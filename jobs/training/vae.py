@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jobs.training.data import build_loader
+from jobs.training.data import build_loader, reader_of
+from jobs.training.distributed import World
 from jobs.training.exported import load_model
+from jobs.training.held_out import split
+from jobs.training.parallelize import make, on_meta
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_vae import VAERecipe
 from jobs.training.system import to_bytes, to_unit
@@ -32,10 +36,13 @@ from models.autoencoders.discriminator import (
     discriminator_loss,
     generator_loss,
 )
-from models.autoencoders.latents import Posterior, latent_shape
-from models.measures.quality import psnr
+from models.autoencoders.latents import BlockDCT, Posterior, latent_shape
+from models.measures.quality import psnr, ssim
+from pipeline.io.store import below
+from pipeline.shards.reader import ShardReader
 
 SHOWN = 2  # clips whose reconstruction is looked at
+DCT_PATCH = 8
 
 
 def build(recipe: TrainRecipe, start: Start) -> tuple[AutoencoderTask, Loader]:
@@ -45,28 +52,42 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[AutoencoderTask, Loader]:
         raise ValueError(f"trains: vae needs model.kind vae, not {recipe.model.kind}")
     if recipe.lora:
         raise ValueError("lora: an autoencoder is trained whole: leave it out")
-    task = AutoencoderTask(recipe, start.world.device, fresh=not start.saved)
-    loader = build_loader(recipe, start.data, task.vae, start.world)
+    task = AutoencoderTask(recipe, start.world.device, start.device, fresh=not start.saved)
+    task.world = start.world
+    loader = build_loader(recipe, start.data, task.vae, start.world, recipe.held_out)
     reader = loader.readers[0]
+    if recipe.held_out:
+        _, others = split(below(start.data, "shards"), recipe.held_out)
+        reader = task.held_out = reader_of(recipe, start.data, others, "center")
     task.shown = [torch.from_numpy(reader.sound(row)["video"]) for row in range(min(SHOWN, len(reader.keys)))]
     return task, loader
 
 
 class AutoencoderTask(Task):
-    """shown: uint8 [3, T, H, W] each, the clips of `evaluate`.
+    """shown: uint8 [3, T, H, W] each, the clips of `evaluate`. held_out: clips to measure, if any are.
 
     Args:
+        made_on: see `Start`.
         fresh: it begins with `vae.image`; False where a checkpoint's weights take their place.
     """
 
-    def __init__(self, recipe: VAERecipe, device: torch.device, fresh: bool = True):
+    def __init__(
+        self,
+        recipe: VAERecipe,
+        device: torch.device,
+        made_on: torch.device | None = None,
+        fresh: bool = True,
+    ):
         wanted = self.wanted = recipe.vae
+        self.measured, self.world = recipe.measured, World(0, 1, device)
+        self.held_out: ShardReader | None = None
         self.device, self.micros = device, recipe.data.micro_batches
         self.made_of = {"channels": wanted.channels} | recipe.model.options()
         torch.manual_seed(recipe.seed)
-        self.vae = vae.build(**self.made_of)
+        made_on = made_on or device
+        self.vae = make(partial(vae.build, **self.made_of), made_on)
         choose_kernel(self.vae, recipe.compute.attention)
-        if wanted.image and fresh:
+        if wanted.image and fresh and not on_meta(self.vae):
             trained = load_model(Path(wanted.image))
             if "vae" not in trained.weights:
                 raise ValueError(f"vae.image {wanted.image} holds no autoencoder: train one, trains: vae")
@@ -77,9 +98,9 @@ class AutoencoderTask(Task):
         if wanted.perceptual != "none" and wanted.perceptual_weight:
             files = (wanted.perceptual_file, wanted.perceptual_heads)
             self.perceptual = perceptual.build(wanted.perceptual, *files).to(device)
-        self.phases = [Phase.of("vae", self.vae.to(device), recipe.optimizer)]
+        self.phases = [Phase.of("vae", self.vae, recipe.optimizer)]
         if wanted.adversarial:
-            self.discriminator = PatchDiscriminator(wanted.discriminator_width).to(device)
+            self.discriminator = make(partial(PatchDiscriminator, wanted.discriminator_width), made_on)
             self.phases.append(Phase.of("discriminator", self.discriminator, recipe.optimizer, ema=False))
         self.shown: list[Tensor] = []
 
@@ -137,8 +158,9 @@ class AutoencoderTask(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, step: int) -> Evaluation:
-        """Original | reconstruction, uint8 [T, H, 2·W, 3]."""
-        found = Evaluation()
+        """Original | reconstruction, uint8 [T, H, 2·W, 3]; of held-out clips PSNR and SSIM of the mean latents decoded,
+        and of the block DCT of as many numbers."""
+        found = Evaluation(scalars=self._measured(model) if self.held_out else {})
         for i, clip in enumerate(self.shown):
             video = to_unit(clip[None].to(self.device))
             found.videos[f"reconstruction-{i}"] = to_bytes(torch.cat([video, model(video)[0]], dim=4))[
@@ -146,6 +168,32 @@ class AutoencoderTask(Task):
             ].cpu()
         return found
 
+    def _measured(self, model: nn.Module) -> dict[str, float]:
+        assert self.held_out is not None
+        clips = len(self.held_out.keys)
+        rows = range(0, clips, -(-clips // self.measured))
+        plain = dct_like(self.vae)
+        mine: dict[int, dict[str, float]] = {}
+        for i in self.world.share(len(rows)):
+            video = to_unit(torch.from_numpy(self.held_out.sound(rows[i])["video"])[None].to(self.device))
+            again = {"": model(video)[0].float()}
+            if not any(side % plain.patch for side in video.shape[3:]):
+                again["/dct"] = plain.decode(plain.encode(video).mean)
+            mine[i] = {}
+            for name, made in again.items():
+                seen = made.clamp(-1, 1)
+                mine[i][f"held_out/psnr{name}"] = float(psnr(seen, video).mean())
+                if min(video.shape[3:]) >= 11:
+                    mine[i][f"held_out/ssim{name}"] = float(ssim(seen, video).mean())
+        every = {i: x for share in self.world.gather(mine) for i, x in share.items()}
+        return {name: sum(x[name] for x in every.values()) / len(every) for name in every[0]}
+
     def state(self) -> dict[str, Any]:
         """`vae`: what `models.autoencoders.vae.build` takes."""
         return {"vae": self.made_of}
+
+
+def dct_like(model: vae.VAE) -> BlockDCT:
+    """The block DCT of pictures that has as many numbers for a pixel, or a few more."""
+    share = model.channels / math.prod(model.stride)
+    return BlockDCT(DCT_PATCH, min(DCT_PATCH**2, math.ceil(share * DCT_PATCH**2 / 3)))

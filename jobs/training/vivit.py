@@ -11,14 +11,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.training.data import Loader
+from jobs.training.data import Loader, reader_of, readers_of, sources_of
 from jobs.training.held_out import SOURCES, split
+from jobs.training.parallelize import make
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_vivit import ViViTRecipe
 from jobs.training.system import to_unit
@@ -27,7 +29,8 @@ from models.attention import choose_kernel
 from models.encoders import vivit
 from pipeline.caption.text import words
 from pipeline.io.store import below
-from pipeline.shards.reader import ShardReader, read_index
+from pipeline.shards.index import read_index
+from pipeline.shards.reader import ShardReader
 
 WORDS = "words"  # the group of common words
 CAPTIONS = 100_000  # that are looked through for them, at most
@@ -42,21 +45,21 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Classification, Loader]:
         raise ValueError(f"trains: vivit needs model.kind vivit, not {recipe.model.kind}")
     if len(recipe.data.buckets) > 1 or recipe.data.buckets[0].height != recipe.data.buckets[0].width:
         raise ValueError("data.buckets: ViViT takes one bucket, as high as it is wide")
-    shards, world = below(start.data, "shards"), start.world
-    trained, others = split(shards, recipe.held_out) if recipe.held_out else (None, None)
-    reader = reader_of(recipe, shards, where=trained)
+    world = start.world
     if start.saved is None:
-        captions = captions_of(shards, trained)
+        captions = captions_of(recipe, start.data)
         labels = labels_of(recipe, captions)
         check_named(labels, captions)
     else:
         labels = start.saved["labels"]
     task = Classification(recipe, start, labels)
-    if others is not None:
-        task.held_out = reader_of(recipe, shards, where=others, captions="chosen", window="center")
+    if recipe.held_out:
+        _, others = split(below(start.data, "shards"), recipe.held_out)
+        task.held_out = reader_of(recipe, start.data, others, "center")
     loader = Loader(
-        reader,
+        readers_of(recipe, start.data, recipe.held_out),
         [task.positions],
+        shares=recipe.data.shares(),
         tokens=recipe.data.tokens,
         batch=recipe.data.batch,
         rank=world.data_rank,
@@ -67,24 +70,21 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Classification, Loader]:
     return task, loader
 
 
-def reader_of(recipe: ViViTRecipe, shards: str, **options: Any) -> ShardReader:
-    bucket = recipe.data.buckets[0]
-    shape = (bucket.frames, bucket.height, bucket.width)
-    common = {"fps": recipe.data.fps, "captions": recipe.data.captions, "seed": recipe.seed}
-    return ShardReader(shards, **(common | options), shapes=[shape], layout="CTHW")
-
-
 # ---------------------------------------------------------------- labels
 
 
-def captions_of(shards: str, where: Any) -> list[str]:
-    """Captions of the clips that are trained on. Raises StoreError, and ValueError where the index has none."""
-    index = read_index(shards, ["caption", *SOURCES])
-    if "caption" not in index.column_names:
-        raise ValueError(f"{shards} has no index with captions: shard the run with clipmill shard")
-    kept = index if where is None else index.filter(where)
-    step = -(-len(kept) // CAPTIONS)
-    return [caption or "" for caption in kept["caption"].to_pylist()[:: max(1, step)]]
+def captions_of(recipe: ViViTRecipe, data: str) -> list[str]:
+    """Captions of the clips that are trained on. Raises StoreError, and ValueError where an index has none."""
+    found: list[str] = []
+    for _, folder in sources_of(recipe, data):
+        shards = below(folder, "shards")
+        index = read_index(shards, ["caption", *SOURCES])
+        if "caption" not in index.column_names:
+            raise ValueError(f"{shards} has no index with captions: shard the run with clipmill shard")
+        kept = index.filter(split(shards, recipe.held_out)[0]) if recipe.held_out else index
+        step = max(1, -(-len(kept) // CAPTIONS))
+        found += [caption or "" for caption in kept["caption"].to_pylist()[::step]]
+    return found
 
 
 def labels_of(recipe: ViViTRecipe, captions: list[str]) -> dict[str, list[str]]:
@@ -160,12 +160,13 @@ class Classification(Task):
         torch.manual_seed(recipe.seed)
         classes = sum(map(len, labels.values()))
         options = recipe.model.options()
-        model = vivit.build((bucket.frames, bucket.width, classes), **options)
+        sizes = bucket.frames, bucket.width, classes
+        model = make(partial(vivit.build, sizes, **options), start.device)
         self.made_of = options | {"frames": bucket.frames, "size": bucket.width, "classes": classes}
         choose_kernel(model, recipe.compute.attention)
         t, h, w = model.grid
         self.positions = t * h * w
-        self.phases = [Phase.of("vivit", model.to(self.device), recipe.optimizer)]
+        self.phases = [Phase.of("vivit", model, recipe.optimizer)]
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"labels": sum(int(x.any(1).sum()) for x in self.names.targets(batch["caption"]).values())}

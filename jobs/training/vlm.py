@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from jobs.training.data import Loader, readers_of
+from jobs.training.parallelize import make
 from jobs.training.recipe_core import TrainRecipe, import_spec
 from jobs.training.recipe_vlm import VLMRecipe
 from jobs.training.system import to_unit
@@ -31,7 +33,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Captioning, Loader]:
     if len(recipe.data.buckets) > 1 or recipe.data.buckets[0].height != recipe.data.buckets[0].width:
         raise ValueError("data.buckets: the small VLM takes one bucket, as high as it is wide")
     world = start.world
-    task = Captioning(recipe, world.device)
+    task = Captioning(recipe, world.device, start.device)
     loader = Loader(
         readers_of(recipe, start.data),
         [task.positions],
@@ -47,11 +49,15 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Captioning, Loader]:
 
 
 class Captioning(Task):
-    """positions: visual tokens and words of a sample."""
+    """positions: visual tokens and words of a sample.
+
+    Args:
+        made_on: see `Start`.
+    """
 
     weights: ClassVar = {"words": 1.0}
 
-    def __init__(self, recipe: VLMRecipe, device: torch.device):
+    def __init__(self, recipe: VLMRecipe, device: torch.device, made_on: torch.device):
         bucket = recipe.data.buckets[0]
         self.device, self.length = device, recipe.caption_bytes
         options = recipe.model.options()
@@ -59,7 +65,8 @@ class Captioning(Task):
             raise ValueError(f"data.buckets: {bucket.width} pixels are no multiple of the patches' {patch}")
         torch.manual_seed(recipe.seed)
         sizes = (bucket.frames, bucket.width, self.length)
-        model: SmallVLM = import_spec(recipe.model.kind).build(sizes, **options).to(device)
+        build = partial(import_spec(recipe.model.kind).build, sizes, **options)
+        model: SmallVLM = make(build, made_on)
         self.positions = model.visual + self.length
         self.phases = [Phase.of("vlm", model, recipe.optimizer)]
 

@@ -11,6 +11,10 @@ features over, with the result of one pass (Wan, Wan Team 2025).
 With a time stride of 1 frames are coded one by one, as by an image autoencoder (Rombach et al. 2022);
 `temporal_decoder` adds layers that let its decoder look back, for fine-tuning on videos with the encoder
 frozen (Video LDM, Blattmann et al. 2023, sec. 3.1.1).
+
+With `dct` it works on blocks of its stride (`models.autoencoders.blocks`): convolutions at the latents' own
+resolution, as in LTX-Video (HaCohen et al. 2024), add to the block's first C coefficients on the way in, and to
+those that the latents are on the way out. Both add nothing at first.
 """
 
 from __future__ import annotations
@@ -23,17 +27,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import AttentionLayer, join_heads, split_heads
+from models.autoencoders.blocks import BlockDCT3D
 from models.autoencoders.latents import Posterior, latent_shape
 
 IMAGE: dict[str, Any] = {"stride": (1, 8, 8), "width": 128, "multipliers": (1, 2, 4, 4), "depth": 2}
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"stride": (2, 4, 4), "width": 32, "multipliers": (1, 2, 4), "depth": 1},
+    "blocks": {"stride": (2, 4, 4), "width": 128, "multipliers": (1,), "depth": 2, "dct": True},
     "image": IMAGE,  # sizes of Stable Diffusion's
     "video-ldm": IMAGE | {"temporal_decoder": True},
     "base": {"stride": (4, 8, 8), "width": 96, "multipliers": (1, 2, 4, 4), "depth": 2},  # of Wan 2.1's
 }
 
 Memory = dict[nn.Module, Tensor]  # of each convolution, the last frames it saw
+QUIET = -8.0  # log variance of latents at first, where they are the DCT's
 
 
 def build(
@@ -45,6 +52,7 @@ def build(
     multipliers: Sequence[int] = (1, 2, 4, 4),
     depth: int = 2,
     temporal_decoder: bool = False,
+    dct: bool = False,
 ) -> VAE:
     """A VAE with `channels` latent channels. Raises ValueError where the options do not fit together.
 
@@ -54,10 +62,11 @@ def build(
         width: features at full resolution; `multipliers`: of it, one a resolution.
         depth: residual blocks a resolution of the encoder; the decoder has one more.
         temporal_decoder: layers over time in the decoder of an image autoencoder, identity at first.
+        dct: it is the DCT of blocks of the stride at first; one resolution, so one of `multipliers`.
     """
     if text_width is not None:
         raise ValueError("a VAE takes no text: leave text_width unset")
-    return VAE(channels, stride, width, multipliers, depth, temporal_decoder)
+    return VAE(channels, stride, width, multipliers, depth, temporal_decoder, dct)
 
 
 class VAE(nn.Module):
@@ -73,13 +82,22 @@ class VAE(nn.Module):
         multipliers: Sequence[int],
         depth: int,
         temporal_decoder: bool,
+        dct: bool = False,
     ):
         super().__init__()
         factors = _factors(stride)
+        self.blocks = BlockDCT3D(stride) if dct else None
+        if self.blocks is not None:
+            factors = []
+            if channels > len(self.blocks.basis):
+                raise ValueError(
+                    f"{channels} channels: blocks of {tuple(stride)} have {len(self.blocks.basis)} coefficients: give "
+                    "as many channels or fewer"
+                )
         if len(multipliers) != len(factors) + 1:
             raise ValueError(
-                f"stride {tuple(stride)} halves {len(factors)} times and so has {len(factors) + 1} resolutions: "
-                f"give as many multipliers, not {len(multipliers)}"
+                f"{'with dct, ' * dct}stride {tuple(stride)} halves {len(factors)} times and so has "
+                f"{len(factors) + 1} resolutions: give as many multipliers, not {len(multipliers)}"
             )
         if temporal_decoder and stride[0] > 1:
             raise ValueError(
@@ -87,11 +105,16 @@ class VAE(nn.Module):
             )
         self.channels, self.stride = channels, (stride[0], stride[1], stride[2])
         widths, taps = [width * m for m in multipliers], 3 if stride[0] > 1 else 1
-        self.encoder = _encoder(channels, widths, factors, depth, taps)
-        self.decoder = _decoder(channels, widths, factors, depth, taps, temporal_decoder)
+        values = len(self.blocks.basis) if self.blocks else 3
+        self.encoder = _encoder(values, channels, widths, factors, depth, taps)
+        self.decoder = _decoder(values, channels, widths, factors, depth, taps, temporal_decoder)
         for layer in self.modules():  # torch's first biases are as large as the signal and would drown it
             if isinstance(layer, nn.Conv3d | nn.Linear) and layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+        if self.blocks is not None:
+            for head in (self.encoder.layers[-1], self.decoder.layers[-1]):
+                nn.init.zeros_(head.conv.weight)  # type: ignore[union-attr,arg-type]
+            nn.init.constant_(self.encoder.layers[-1].conv.bias[channels:], QUIET)  # type: ignore[union-attr,index]
 
     def forward(self, video: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(reconstruction [B, 3, T, H, W], mean, logvar [B, C, T', h, w]) of a video.
@@ -102,7 +125,22 @@ class VAE(nn.Module):
         posterior = self.encode(video)
         latents = posterior.mean if noise is None else posterior.sample(noise)
         assert posterior.logvar is not None
-        return self.decoder(latents), posterior.mean, posterior.logvar
+        return self._decoded(latents), posterior.mean, posterior.logvar
+
+    def _encoded(self, video: Tensor, memory: Memory | None = None) -> Posterior:
+        if self.blocks is None:
+            return _posterior(self.encoder(video, memory))
+        x = self.blocks.cut(video, memory)
+        mean, logvar = self.encoder(x, memory).chunk(2, dim=1)
+        return _posterior(torch.cat([x[:, : self.channels] + mean, logvar], dim=1))
+
+    def _decoded(self, latents: Tensor, memory: Memory | None = None) -> Tensor:
+        first = not memory
+        y = self.decoder(latents, memory)
+        if self.blocks is None:
+            return y
+        known = F.pad(latents, (0, 0) * 3 + (0, y.shape[1] - self.channels))
+        return self.blocks.join(y + known, first)
 
     def encode(self, video: Tensor, chunk: int | None = None) -> Posterior:
         """[B, 3, 1 + n·s, H, W] → posterior of [B, C, 1 + n, h, w].
@@ -113,7 +151,7 @@ class VAE(nn.Module):
         """
         latent_shape(self, *video.shape[2:])
         if chunk is None:
-            return _posterior(self.encoder(video))
+            return self._encoded(video)
         ahead = 1 + (chunk - 1) * self.stride[0]
         pieces = [video[:, :, :ahead], *video[:, :, ahead:].split(chunk * self.stride[0], dim=2)]
         parts = list(self.encode_chunks(p for p in pieces if p.shape[2]))
@@ -123,7 +161,7 @@ class VAE(nn.Module):
     def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
         """[B, C, 1 + n, h, w] → [B, 3, 1 + n·s, H, W]; chunk: latent frames at a time."""
         if chunk is None:
-            return self.decoder(latents)
+            return self._decoded(latents)
         return torch.cat(list(self.decode_chunks(latents.split(chunk, dim=2))), dim=2)
 
     def encode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Posterior]:
@@ -141,13 +179,13 @@ class VAE(nn.Module):
                     f"a later chunk of {video.shape[2]} frames: give a multiple of {self.stride[0]} frames"
                 )
             latent_shape(self, video.shape[2] + bool(memory), *video.shape[3:])
-            yield _posterior(self.encoder(video, memory))
+            yield self._encoded(video, memory)
 
     def decode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Frames of latents that come in pieces of any length: s a latent, one for the very first."""
         memory: Memory = {}
         for latents in chunks:
-            yield self.decoder(latents, memory)
+            yield self._decoded(latents, memory)
 
     def freeze_encoder(self) -> None:
         """Only the decoder trains from here on; latents stay what a diffusion model has learnt."""
@@ -192,9 +230,11 @@ def inflate(vae: VAE, image: dict[str, Tensor]) -> None:
 # ---------------------------------------------------------------- the two halves
 
 
-def _encoder(channels: int, widths: list[int], factors: list[Factor], depth: int, taps: int) -> Chain:
+def _encoder(
+    values: int, channels: int, widths: list[int], factors: list[Factor], depth: int, taps: int
+) -> Chain:
     width = widths[0]
-    layers: list[nn.Module] = [CausalConv3d(3, width, (taps, 3, 3))]  # 3 → width, T H W
+    layers: list[nn.Module] = [CausalConv3d(values, width, (taps, 3, 3))]  # 3 → width, T H W
     for i, out in enumerate(widths):
         for _ in range(depth):
             layers.append(ResBlock(width, out, taps))
@@ -206,7 +246,13 @@ def _encoder(channels: int, widths: list[int], factors: list[Factor], depth: int
 
 
 def _decoder(
-    channels: int, widths: list[int], factors: list[Factor], depth: int, taps: int, temporal: bool
+    values: int,
+    channels: int,
+    widths: list[int],
+    factors: list[Factor],
+    depth: int,
+    taps: int,
+    temporal: bool,
 ) -> Chain:
     width = widths[-1]
     layers: list[nn.Module] = [CausalConv3d(channels, width, (taps, 3, 3))]
@@ -217,7 +263,7 @@ def _decoder(
             width = out
         if i > 0:
             layers.append(Upsample(width, factors[i - 1], taps))  # T·t H·y W·x
-    return Chain([*layers, NormConv(width, 3, taps)])
+    return Chain([*layers, NormConv(width, values, taps)])
 
 
 Factor = tuple[int, int, int]

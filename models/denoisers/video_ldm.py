@@ -488,7 +488,10 @@ def load_unet(folder: str) -> Any:
     config = UNet2DConditionModel.load_config(path)
     if config.get("_class_name") != "UNet2DConditionModel":
         raise ValueError(f"spatial={folder} holds a {config.get('_class_name')}: give a UNet2DConditionModel")
-    unet = UNet2DConditionModel.from_pretrained(path, torch_dtype=torch.float32)
+    if torch.get_default_device().type == "meta":  # its shapes are asked for
+        unet = UNet2DConditionModel.from_config(config)
+    else:
+        unet = UNet2DConditionModel.from_pretrained(path, torch_dtype=torch.float32)
     if other := _beyond_stable_diffusion(unet.config):
         raise ValueError(f"spatial={folder} has {other}: only Stable Diffusion 1.x, 2.x and XL can be taken")
     return unet

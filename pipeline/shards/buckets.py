@@ -13,6 +13,7 @@ from pipeline.faults import StoreError, counted
 Shape = tuple[int, int, int]  # frames, height, width
 
 
+AT_ONCE = 1 << 20  # rows that are looked at together
 NEAR = 0.05  # of the picture: a bucket that crops so much more than another is still as good
 
 
@@ -48,17 +49,17 @@ def fit(index: pa.Table, shapes: Sequence[Shape], fps: float | None) -> Fitted:
             "give one bucket, or shards with index.parquet as 'clipmill shard' writes it"
         )
     if missing:
-        every = np.arange(n)
-        return Fitted(every, np.zeros(n, np.int16), np.ones(n), every[:0])
+        every = _numbers(np.arange(n))
+        return Fitted(every, np.zeros(n, np.int16), np.ones(n, np.float32), every[:0])
     frames = np.array(shapes)[:, 0]
     moving = frames > 1 if (frames > 1).any() else frames > 0
     bucket, kept = _best(index, shapes, fps, moving)
-    rows = np.flatnonzero(bucket >= 0)
+    rows = _numbers(np.flatnonzero(bucket >= 0))
     found = [(rows, bucket[rows], kept[rows])]
     if not moving.all():
         bucket, kept = _best(index, shapes, None, ~moving)
-        found.append((np.arange(n), bucket, kept))
-    short = np.flatnonzero(bucket < 0) if moving.all() else np.arange(0)
+        found.append((_numbers(np.arange(n)), bucket, kept))
+    short = _numbers(np.flatnonzero(bucket < 0)) if moving.all() else np.arange(0)
     if n and len(short) == n:
         seconds = index["duration_s"].fill_null(0.0).to_numpy()
         raise StoreError(
@@ -69,10 +70,25 @@ def fit(index: pa.Table, shapes: Sequence[Shape], fps: float | None) -> Fitted:
     return Fitted(every, buckets, shares, short)
 
 
+def _numbers(rows: np.ndarray) -> np.ndarray:
+    """In half the memory where that is enough."""
+    return rows.astype(np.int32) if not len(rows) or rows[-1] < 1 << 31 else rows
+
+
 def _best(
     index: pa.Table, shapes: Sequence[Shape], fps: float | None, usable: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(the best of the usable shapes or −1, share of the picture that it keeps) of each clip."""
+    """(the best of the usable shapes or −1, share of the picture that it keeps) of each clip, some rows at a time."""
+    bucket, kept = np.empty(len(index), np.int16), np.empty(len(index), np.float32)
+    for at in range(0, len(index), AT_ONCE):
+        part = slice(at, at + AT_ONCE)
+        bucket[part], kept[part] = _best_of(index[part], shapes, fps, usable)
+    return bucket, kept
+
+
+def _best_of(
+    index: pa.Table, shapes: Sequence[Shape], fps: float | None, usable: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     frames, height, width = np.array(shapes).T  # [k] each
     w, h = (index[c].fill_null(1).to_numpy()[:, None] for c in ("width", "height"))  # [n, 1]
     filled = np.broadcast_to(usable, (len(index), len(shapes)))

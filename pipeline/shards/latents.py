@@ -89,7 +89,7 @@ def plan(
         rows, name = np.flatnonzero(reader.bucket == bucket), name_of(shape)
         edges = split(np.full(len(rows), clip_bytes[bucket]), max_clips, MAX_BYTES)
         for number, (copy, (a, b)) in enumerate(product(range(copies), pairwise(edges))):
-            of = digest(contents.take(pa.array(rows[a:b])))
+            of = digest([contents.take(pa.array(rows[a:b]))])
             parts.append(Part(f"{name}/{name}-{number:06d}", shape, rows[a:b], of, copy))
     return parts
 
@@ -285,27 +285,19 @@ class LatentReader(ShardReader):
 
     def __init__(self, folder: str, shapes: Sequence[Shape], length: int, **options: Any):
         super().__init__(folder, by_bucket=True, decode=False, **options)
-        there = Store(folder).read_schema("index.parquet").names  # caches of old have no text_sha256
-        names = ("bucket", "text_offset", "text_size", "text_sha256")
-        index = Store(folder).read_table("index.parquet", [n for n in names if n in there])
         number = {name_of(shape): i for i, shape in enumerate(shapes)}
-        self.shapes, self.length = shapes, length
-        self.bucket = np.array([number[name] for name in index["bucket"].to_pylist()], np.int32)
-        self.texts = np.stack([index[c].fill_null(0).to_numpy() for c in ("text_offset", "text_size")], 1)
-        hashed = self.sha256 is not None and "text_sha256" in there
-        self.text_sha256 = index["text_sha256"].combine_chunks() if hashed else None
+        of = np.array([number[name] for name in self.index.names["bucket"]], np.int16)
+        self.shapes, self.length, self.bucket = shapes, length, of[self.bucket]
 
     def read(self, row: int, shape: Shape | None = None) -> Sample:
         """One sample; `shape` is the cache's own and must not be given. Raises BrokenSample."""
-        sample = super().read(row)
-        offset, size = map(int, self.texts[row])
+        sample, files = self._sample(row, None)
         try:
             latents = np.load(io.BytesIO(sample.pop("video")))
-            wanted = None if self.text_sha256 is None else self.text_sha256[row].as_py()
-            tar = self.tars[row].as_py()
-            text = np.load(io.BytesIO(self._files().read(tar, offset, size, wanted))) if size else None
+            features = files.file("text_")
+            text = np.load(io.BytesIO(features)) if features else None
         except (StoreError, OSError, ValueError, EOFError) as e:
-            raise BrokenSample(f"{sample['key']} in {self.tars[row].as_py()}: {e}") from e
+            raise BrokenSample(f"{sample['key']} in {files.place.tar}: {e}") from e
         mean, logvar = latents[0], latents[1] if len(latents) == 2 else None
         told = {"text": None, "text_mask": None} if text is None else _padded(text, self.length)
         return sample | {"mean": mean, "logvar": logvar} | told

@@ -25,12 +25,11 @@ Randomness (which window of time, which caption) comes from (seed, epoch, clip) 
 
 from __future__ import annotations
 
-import binascii
+import contextlib
 import hashlib
 import json
 import os
-import tarfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -39,8 +38,10 @@ import pyarrow.compute as pc
 
 from pipeline.faults import StoreError
 from pipeline.io.store import Ranges, Store
-from pipeline.shards.buckets import Shape, fit, table
-from pipeline.shards.order import Order, whole
+from pipeline.shards.ahead import Ahead, Bytes, Place
+from pipeline.shards.buckets import AT_ONCE, Shape, fit, table
+from pipeline.shards.index import Texts, bytes_of, open_index, row_groups
+from pipeline.shards.order import Order, Sequential, whole
 from pipeline.shards.pixels import BrokenSample, decode
 
 try:
@@ -52,48 +53,8 @@ Sample = dict[str, Any]
 CaptionRule = Literal["chosen", "sample", "fields"] | Callable[[dict[str, Any], np.random.Generator], str]
 
 
-UNREAD = {"meta"}  # columns of the index that no reader needs in memory
+FILES = {"": "media_sha256", "json_": "", "text_": "text_sha256"}  # of a sample: columns' beginnings, hashes
 PATIENCE = 100  # broken samples in a row after which the data as a whole is at fault
-
-
-def read_index(folder: str, columns: Collection[str] | None = None) -> pa.Table:
-    """Where every sample of a folder of shards lies: clip_id, bucket, tar, offset, size, json_offset, json_size, …
-
-    From `index.parquet`, of which `columns` alone where they are given; without one, from the headers of the tars
-    below the folder (any WebDataset of mp4 and json). Raises StoreError where there is neither.
-    """
-    store = Store(folder)
-    if store.exists("index.parquet"):
-        names = store.read_schema("index.parquet").names
-        wanted = [n for n in names if n not in UNREAD and (columns is None or n in columns)]
-        return store.read_table("index.parquet", wanted)
-    rows = [row for name in store.list(suffix=".tar") for row in _scan(store, name)]
-    if not rows:
-        raise StoreError(
-            f"{folder} holds neither index.parquet nor tars with mp4 files; give a folder of shards"
-        )
-    return pa.Table.from_pylist(rows)
-
-
-def _scan(store: Store, name: str) -> Iterator[dict[str, Any]]:
-    """The samples of one tar; a sample is a run of members with one name up to the first dot."""
-    row: dict[str, Any] = {}
-    with store.open(name) as f, tarfile.open(fileobj=f, mode="r:") as tar:
-        for member in tar:
-            folder, _, base = member.name.rpartition("/")
-            stem, _, kind = base.partition(".")
-            key = f"{folder}/{stem}" if folder else stem
-            if key != row.get("clip_id"):
-                if "offset" in row:
-                    yield row
-                row = {"clip_id": key, "bucket": name.rpartition("/")[0], "tar": name}
-                row |= {"json_offset": None, "json_size": None}
-            if kind == "mp4":
-                row |= {"offset": member.offset_data, "size": member.size}
-            elif kind == "json":
-                row |= {"json_offset": member.offset_data, "json_size": member.size}
-    if "offset" in row:
-        yield row
 
 
 class ShardReader(IterableDataset):
@@ -117,6 +78,8 @@ class ShardReader(IterableDataset):
         rank, world: this process's place among those that train together.
         last: see above.
         shuffle: False reads in the order of the index (evaluation).
+        sequential: clips that lie together are read in one request, and shuffled less thoroughly
+            (`pipeline.shards.order`); for object stores.
         where: keep samples of which this is true, an arrow expression over the index, e.g.
             `pc.field("score_motion") > 0.1`.
         layout: of a video, 'THWC' or 'CTHW'.
@@ -148,6 +111,7 @@ class ShardReader(IterableDataset):
         world: int = 1,
         last: Literal["wrap", "drop"] = "wrap",
         shuffle: bool = True,
+        sequential: Sequential | None = None,
         where: pc.Expression | None = None,
         layout: Literal["THWC", "CTHW"] = "THWC",
         decode: bool = True,
@@ -160,75 +124,72 @@ class ShardReader(IterableDataset):
         self.folder, self.frames, self.fps, self.size, self.window = folder, frames, fps, size, window
         self.captions, self.batch_size, self.by_bucket, self.decode = captions, batch_size, by_bucket, decode
         self.seed, self.rank, self.world, self.last, self.shuffle = seed, rank, world, last, shuffle
-        self.layout = layout
-        # a folder without an index is looked through once; else columns are read one by one, which takes least memory
-        self._scanned = None if Store(folder).exists("index.parquet") else read_index(folder)
+        self.layout, self.check, self.sequential = layout, check, sequential
+        self.index = open_index(folder)
         self.rows: np.ndarray | None = None  # of the index, that are read; none: all
         if where is not None:
-            index = read_index(folder) if self._scanned is None else self._scanned
-            self.rows = (
-                index.append_column("row", pa.array(np.arange(len(index)))).filter(where)["row"].to_numpy()
-            )
+            self.rows = _rows_where(folder, where)
         self.table = ""  # of the buckets, for a person
         self.shapes = shapes
         if shapes:
-            index = self._columns(["clip_id", "duration_s", "width", "height"])
-            found = fit(index, shapes, fps)
-            timed = "duration_s" in index.column_names
-            seconds = index["duration_s"].fill_null(0.0).to_numpy() if timed else None
-            self.table = table(found, shapes, len(index), fps, seconds)
-            if len(found.rows) != len(index) or len(found.short):
+            sizes = self._sizes()
+            found = fit(sizes, shapes, fps)
+            timed = "duration_s" in sizes.column_names
+            seconds = sizes["duration_s"].to_numpy() if timed else None
+            self.table = table(found, shapes, len(sizes), fps, seconds)
+            if len(found.rows) != len(sizes) or len(found.short):
                 self.rows = found.rows if self.rows is None else self.rows[found.rows]
             self.bucket = found.bucket
-            del index, found, seconds
-        self.keys = self._columns(["clip_id"])["clip_id"].combine_chunks()
-        self.tars = self._columns(["tar"])["tar"].combine_chunks().dictionary_encode()
+        self.keys = Texts(self.index.keys.data, self.index.keys.ends, self.rows)
         if not shapes:
-            named = self._columns(["bucket"])["bucket"].combine_chunks() if by_bucket else None
-            kinds = np.zeros(len(self.keys), np.int16)
-            self.bucket = kinds if named is None else named.dictionary_encode().indices.to_numpy()
-        hashes = self._columns(["media_sha256"]) if check else pa.table({})
-        self.sha256 = from_hex(hashes["media_sha256"]) if hashes.num_columns else None
-        del hashes
-        places = (self._columns([c])[c].fill_null(0).to_numpy() for c in ("offset", "json_offset"))
-        self.offsets = np.stack([*places], 1)
-        lengths = (self._columns([c])[c].fill_null(0).to_numpy() for c in ("size", "json_size"))
-        self.sizes = np.stack([x.astype(np.uint32) for x in lengths], 1)
-        pa.default_memory_pool().release_unused()  # what reading took
+            buckets = self.index.columns["bucket"] if by_bucket else np.zeros(len(self.index), np.int16)
+            self.bucket = buckets if self.rows is None else buckets[self.rows]
         self.epoch = self.first = self.step = self.sample = 0
         self.skipped: list[str] = []  # keys of broken samples met by this process
-        self._ranges: tuple[int, Ranges] | None = None
+        self._open: tuple[int, Ahead] | None = None
+        self._gathered = -1  # the epoch whose groups are held
         counts = np.bincount(self.bucket).tolist()
-        self.order = Order(self.bucket, whole(counts, [batch_size] * len(counts), last), seed, shuffle)
+        self.order = Order(
+            self.bucket, whole(counts, [batch_size] * len(counts), last), seed, shuffle, sequential
+        )
         if self.steps() == 0:
             raise StoreError(
                 f"{folder}: {len(self.keys)} samples are not one batch of {batch_size} for each of {world} ranks; "
                 f"use last='wrap', a smaller batch_size, or keep more clips"
             )
 
-    def _columns(self, names: Sequence[str]) -> pa.Table:
-        """Those of the index that there are, of the rows that are read."""
-        if self._scanned is None:
-            index = read_index(self.folder, names)
-        else:
-            index = self._scanned.select([n for n in names if n in self._scanned.column_names])
-        return index if self.rows is None else index.take(pa.array(self.rows))
+    def _sizes(self) -> pa.Table:
+        """What the samples that are read measure, as far as the index says."""
+        columns = {
+            n: self.index.columns[n] for n in ("duration_s", "width", "height") if n in self.index.columns
+        }
+        if not columns:
+            return pa.table({"key": pa.nulls(len(self.index) if self.rows is None else len(self.rows))})
+        return pa.table({n: x if self.rows is None else x[self.rows] for n, x in columns.items()})
 
     def contents(self) -> pa.Table:
         """What training sees of each sample, by row, without reading it: its id, the hash of its bytes, its captions.
 
         Of shards without hashes, where the bytes lie; without captions, nothing is said of them.
         """
+        index = pa.concat_tables(self._contents())
+        return index if self.rows is None else index.take(pa.array(self.rows))
+
+    def _contents(self) -> Iterator[pa.Table]:
+        """Of all rows of the index, a row group at a time."""
+        hashed = "media_sha256" in self.index.columns
         captions = "caption" if self.captions == "chosen" else "captions_hash"
-        index = self._columns(["clip_id", "media_sha256", captions])
-        if "media_sha256" in index.column_names:
-            return index
-        places = self._columns(["tar", "offset", "size"])
-        return pa.table({c: t[c] for t in (index, places) for c in t.column_names})
+        names = ["clip_id", *(["media_sha256"] if hashed else ["tar", "offset", "size"]), captions]
+        for rows in row_groups(self.folder, names):
+            yield rows.select([n for n in names if n in rows.column_names])
 
     def identity(self) -> str:
         """A hash of `contents` and of the buckets: of another folder, other bytes, other captions it is another."""
-        return digest(self.contents(), self.bucket)
+        if self.rows is None:
+            return digest(self._contents(), self.bucket)
+        used = np.zeros(len(self.index), bool)
+        used[self.rows] = True
+        return digest(_only(self._contents(), used), np.cumsum(used)[self.rows], self.bucket)
 
     # ------------------------------------------------------------ the order
 
@@ -247,6 +208,7 @@ class ShardReader(IterableDataset):
         In a worker of a DataLoader: this worker's batches of it; the state is the worker's own copy.
         """
         for place, rows in self._share():
+            self.gather(self.order, rows)
             for i in range(place, len(rows)):
                 sample = self.sound(int(rows[i]))
                 self.advance(1)
@@ -256,6 +218,7 @@ class ShardReader(IterableDataset):
     def iter_batches(self) -> Iterator[list[Sample]]:
         """As iterating, in lists of `batch_size`; the first is shorter where the state is inside a batch."""
         for place, rows in self._share():
+            self.gather(self.order, rows)
             yield [self.sound(int(row)) for row in rows[place:]]
 
     def _share(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -316,7 +279,7 @@ class ShardReader(IterableDataset):
                 return self.read(row, shape) | {"skipped": broken}
             except BrokenSample as e:
                 why = e
-            broken.append(self.keys[row].as_py())
+            broken.append(self.keys[row])
             self.skipped.append(broken[-1])
             if alike is None:
                 alike = np.flatnonzero(self.bucket == self.bucket[row])
@@ -325,24 +288,55 @@ class ShardReader(IterableDataset):
 
     def read(self, row: int, shape: Shape | None = None) -> Sample:
         """One sample by its row of the index, in a shape of its own where one is given. Raises BrokenSample."""
+        return self._sample(row, shape)[0]
+
+    def _sample(self, row: int, shape: Shape | None) -> tuple[Sample, Bytes]:
+        """The sample, and the files that it is made from."""
         if shape is None and self.shapes:
             shape = self.shapes[self.bucket[row]]
         frames, picture = (self.frames, self.size) if shape is None else (shape[0], shape[1:])
-        key = self.keys[row].as_py()
+        key, place = self.keys[row], self.place(row)
         rng = np.random.default_rng([self.seed, self.epoch, row])
-        (offset, json_offset), (size, json_size) = self.offsets[row].tolist(), self.sizes[row].tolist()
-        tar = self.tars[row].as_py()
         at = rng.random() if self.window == "random" else 0.5
         try:
-            wanted = None if self.sha256 is None else self.sha256[row].as_py()
-            video: Any = self._files().read(tar, offset, size, wanted and wanted.hex())
-            meta = json.loads(self._files().read(tar, json_offset, json_size)) if json_size else {}
+            files = self._files().read(row, place)
+            video: Any = files.file("")
+            meta = json.loads(files.file("json_") or b"{}")
             if self.decode:
                 video = decode(video, frames, self.fps, picture, at)
                 video = video.transpose(3, 0, 1, 2) if self.layout == "CTHW" else video
         except (BrokenSample, StoreError, OSError, ValueError) as e:
-            raise BrokenSample(f"{key} in {tar}: {e}") from e
-        return {"key": key, "video": video, "caption": self._caption(meta, rng), "meta": meta}
+            raise BrokenSample(f"{key} in {place.tar}: {e}") from e
+        return {"key": key, "video": video, "caption": self._caption(meta, rng), "meta": meta}, files
+
+    def place(self, row: int) -> Place:
+        """Where the files of a sample lie."""
+        at, columns = row if self.rows is None else int(self.rows[row]), self.index.columns
+        files, hashes = {}, {}
+        for which, hashed in FILES.items():
+            if f"{which}size" in columns and (size := int(columns[f"{which}size"][at])):
+                files[which] = int(columns[f"{which}offset"][at]), size
+            if self.check and hashed in columns and any(sha256 := columns[hashed][at].tobytes()):
+                hashes[which] = sha256.hex()
+        return Place(self.index.names["tar"][columns["tar"][at]], files, hashes)
+
+    def gather(self, order: Order, rows: np.ndarray) -> None:
+        """These samples are read next: read what lies together with them in as few requests, where the order is of
+        such groups. What was read for an earlier epoch is let go."""
+        if order.sequential is None:
+            return
+        files = self._files()
+        if self._gathered != self.epoch:
+            files.clear()
+            self._gathered = self.epoch
+        files.next(rows.tolist())
+        for row in rows.tolist():
+            if row not in files.held:
+                group = order.group(row).tolist()
+                with contextlib.suppress(
+                    StoreError
+                ):  # whatever is wrong is told of each sample when it is read
+                    files.load((other, self.place(other)) for other in group)
 
     def _caption(self, meta: dict[str, Any], rng: np.random.Generator) -> str:
         if callable(self.captions):
@@ -362,14 +356,19 @@ class ShardReader(IterableDataset):
         weights = np.maximum(weights, 1e-3) / np.maximum(weights, 1e-3).sum()
         return told[int(np.searchsorted(np.cumsum(weights)[:-1], rng.random(), "right"))]["text"]
 
-    def _files(self) -> Ranges:
+    def _files(self) -> Ahead:
         """Open files of this process; a worker opens its own after the fork."""
-        if self._ranges is None or self._ranges[0] != os.getpid():
-            self._ranges = (os.getpid(), Ranges(Store(self.folder)))
-        return self._ranges[1]
+        if self._open is None or self._open[0] != os.getpid():
+            self._open = (os.getpid(), Ahead(Ranges(Store(self.folder))))
+        return self._open[1]
+
+    @property
+    def requests(self) -> int:
+        """Byte ranges that this process has asked for."""
+        return self._files().requests
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_ranges": None}
+        return self.__dict__ | {"_open": None}
 
 
 class ShardLoader:
@@ -438,35 +437,42 @@ def stack(samples: list[Sample]) -> dict[str, Any]:
     return batch
 
 
-def digest(rows: pa.Table, *more: np.ndarray) -> str:
-    """A hash of a table's values, and of arrays, in their order."""
-    found = hashlib.blake2b(digest_size=16)
-    for name in rows.column_names:
-        column = rows[name].cast(pa.large_string()).fill_null("").combine_chunks()
-        chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-        for chunk in chunks:
-            ends = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
-            found.update(np.diff(ends).tobytes())
-            found.update(memoryview(chunk.buffers()[2] or b"")[int(ends[0]) : int(ends[-1])])
+def digest(tables: Iterable[pa.Table], *more: np.ndarray) -> str:
+    """A hash of the values of a table that comes in parts, and of arrays, in their order."""
+    found: dict[str, list[Any]] = {}
+    for rows in tables:
+        for name in rows.column_names:
+            data, ends = bytes_of(rows[name])
+            lengths, values = found.setdefault(name, [hashlib.blake2b(), hashlib.blake2b()])
+            lengths.update(np.diff(ends, prepend=0).data)
+            values.update(data.data)
+    told = hashlib.blake2b(digest_size=16)
+    for name, each in found.items():
+        told.update(name.encode())
+        for hashed in each:
+            told.update(hashed.digest())
     for array in more:
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
+        for at in range(0, len(array), AT_ONCE):
+            told.update(array[at : at + AT_ONCE].astype(np.int64).data)
+    return told.hexdigest()
 
 
-def from_hex(column: pa.ChunkedArray) -> pa.Array:
-    """Hashes as bytes, half as long as their digits; None where there is none."""
-    chunks = [
-        pa.array([None if v is None else bytes.fromhex(v) for v in chunk.to_pylist()], pa.binary(32))
-        if chunk.null_count or (pc.binary_length(chunk).to_numpy() != 64).any()
-        else _unhexed(chunk)
-        for chunk in column.cast(pa.string()).chunks
-    ]
-    return pa.chunked_array(chunks, pa.binary(32)).combine_chunks()
+def _only(tables: Iterable[pa.Table], used: np.ndarray) -> Iterator[pa.Table]:
+    """The rows that are used, bool [n]."""
+    at = 0
+    for rows in tables:
+        yield rows.filter(pa.array(used[at : at + len(rows)]))
+        at += len(rows)
 
 
-def _unhexed(chunk: pa.StringArray) -> pa.Array:
-    data = memoryview(chunk.buffers()[2])[64 * chunk.offset : 64 * (chunk.offset + len(chunk))]
-    return pa.Array.from_buffers(pa.binary(32), len(chunk), [None, pa.py_buffer(binascii.unhexlify(data))])
+def _rows_where(folder: str, where: pc.Expression) -> np.ndarray:
+    """Rows of the index of which it is true."""
+    found, at = [np.zeros(0, np.int64)], 0
+    for rows in row_groups(folder):
+        numbered = rows.append_column("row", pa.array(np.arange(at, at + len(rows))))
+        found.append(numbered.filter(where)["row"].to_numpy())
+        at += len(rows)
+    return np.concatenate(found)
 
 
 def json_of(told: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ from models.autoencoders import vae
 from models.autoencoders.latents import BlockDCT, Posterior
 from pipeline.faults import StoreError
 from pipeline.shards import latents
-from pipeline.shards.reader import ShardReader, read_index
+from pipeline.shards.index import read_index
+from pipeline.shards.reader import ShardReader
 from tests.fixtures.run_folder import flip, make_run_folder
 from tests.fixtures.toy_training import start
 
@@ -116,7 +118,7 @@ def test_latents_are_those_of_the_clips_first_window(run, cache):
     shapes = [tuple(b.values()) for b in BUCKETS]
     pixels = ShardReader(f"{run}/shards", fps=4, shapes=shapes, layout="CTHW")
     stored = latents.LatentReader(str(cache), shapes, length=16)
-    rows = {key: i for i, key in enumerate(pixels.keys.to_pylist())}
+    rows = {key: i for i, key in enumerate(pixels.keys)}
     for i in range(len(rows)):
         found = stored.read(i)
         clip = pixels.read(rows[found["key"]])
@@ -258,11 +260,12 @@ def frames_of(mean: torch.Tensor, whole: np.ndarray) -> list[int]:
 def test_images_and_stills_from_the_cache_are_latent_frames(run, cache, lone):
     """The first one where only that stands alone (a causal autoencoder), else any."""
     _, loader = build(recipe(data={"cache": str(cache), "images": 2, "stills": 6}), start(run))
-    assert loader.lone  # a DCT's latents are of one frame each
-    loader.lone = lone
+    (clips,) = loader.clips
+    assert clips.sizes.lone  # a DCT's latents are of one frame each
+    clips.sizes = replace(clips.sizes, lone=lone)
     shapes = [tuple(b.values()) for b in BUCKETS]
     stored = latents.LatentReader(str(cache), shapes, length=16)
-    rows = {key: i for i, key in enumerate(stored.keys.to_pylist())}
+    rows = {key: i for i, key in enumerate(stored.keys)}
     seen = set()
     for number, batch in enumerate(itertools.islice(loader, 12)):
         pictures = batch if number < 6 else images_of(batch)
@@ -280,8 +283,8 @@ def test_copies_of_a_clip_are_the_windows_of_later_epochs(run, tmp_path):
     shapes = [tuple(b.values()) for b in BUCKETS]
     pixels = ShardReader(f"{run}/shards", fps=4, shapes=shapes, layout="CTHW")
     stored = latents.LatentReader(str(tmp_path / "cache"), shapes, length=16)
-    keys, every = stored.keys.to_pylist(), pixels.keys.to_pylist()
-    assert sorted(keys) == sorted(2 * every)
+    keys, every = stored.keys, pixels.keys
+    assert sorted(keys) == sorted([*every, *every])
     seen: dict[str, int] = {}
     for i, key in enumerate(keys):
         pixels.epoch = seen[key] = seen.get(key, -1) + 1

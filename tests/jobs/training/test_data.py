@@ -18,7 +18,8 @@ from jobs.training.recipe_diffusion import DiffusionRecipe
 from models.autoencoders.latents import BlockDCT
 from pipeline.faults import StoreError
 from pipeline.shards.buckets import fit, table
-from pipeline.shards.reader import ShardReader, read_index
+from pipeline.shards.index import read_index
+from pipeline.shards.reader import ShardReader
 from tests.fixtures.run_folder import make_run_folder
 
 SHAPES = [(4, 32, 32), (8, 32, 56), (24, 16, 16)]  # at 4 a second: 1, 2 and 6 s
@@ -235,7 +236,7 @@ def test_micro_batches_hold_as_many_clips_as_fit_and_more_than_half_of_the_token
     for tokens in (224, 300, 500, 999, 4096):
         one = loader(run, tokens=tokens)
         for batch in itertools.islice(one, one.epoch_length):
-            rows = [one.readers[0].keys.to_pylist().index(k) for k in batch["key"]]
+            rows = [one.readers[0].keys.index(k) for k in batch["key"]]
             bucket = one.readers[0].bucket[rows[0]]
             assert (one.readers[0].bucket[rows] == bucket).all()
             held = len(rows) * POSITIONS[bucket]
@@ -262,10 +263,7 @@ def test_pixels_have_the_shape_of_the_bucket(run):
         b, c, *shape = batch["video"].shape
         assert (b, c) == (len(batch["key"]), 3)
         assert batch["video"].dtype == torch.uint8
-        assert (
-            tuple(shape)
-            == SHAPES[one.readers[0].bucket[one.readers[0].keys.to_pylist().index(batch["key"][0])]]
-        )
+        assert tuple(shape) == SHAPES[one.readers[0].bucket[one.readers[0].keys.index(batch["key"][0])]]
 
 
 def test_images_are_frames_of_other_clips_in_the_clips_size(run):

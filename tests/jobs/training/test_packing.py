@@ -335,7 +335,7 @@ def test_packed_blocks_compile_to_a_few_graphs_whatever_the_composition(graphs):
     network, plain = (stirred(build_network(recipe(), 4, None)).float().denoiser for _ in range(2))
     plain.load_state_dict(network.state_dict())
     checkpoint_activations(network.blocks, "full")
-    compile_blocks(network.blocks)
+    compile_blocks(network.blocks, uncompiled := [])
     made, generator = [], torch.Generator().manual_seed(0)
     for samples in ((1, 1, 0), (2, 0, 3), (0, 2, 1), (4, 5, 6), (1, 1, 1), (3, 1, 0), (1, 7, 2)):
         shapes = [(n, 4, *s) for n, s in zip(samples, ((1, 4, 4), (2, 4, 6), (3, 6, 4)), strict=True) if n]
@@ -353,3 +353,4 @@ def test_packed_blocks_compile_to_a_few_graphs_whatever_the_composition(graphs):
         made.append(graphs())
     assert 0 < made[2] <= 6
     assert made[-1] == made[2]
+    assert uncompiled == []

@@ -11,6 +11,8 @@ from jobs.training.recipe import TRAINING, load_training
 from jobs.training.recipe_vae import VAELoss, VAERecipe
 from jobs.training.task import Draws
 from jobs.training.vae import AutoencoderTask
+from models.autoencoders.latents import BlockDCT
+from models.measures.quality import psnr, ssim
 from pipeline.recipe_file import parse_as
 from tests.fixtures.run_folder import make_run_folder
 from tests.fixtures.toy_training import start
@@ -228,3 +230,23 @@ def test_the_bundled_recipe_fits_its_buckets():
     made = AutoencoderTask(bundled.model_copy(update={"vae": wants()}), CPU)
     for bucket in bundled.data.buckets:
         training.latent_shape(made.vae, bucket.frames, bucket.height, bucket.width)
+
+
+def test_held_out_clips_are_not_trained_on_and_measured_beside_the_block_dct_of_as_many_numbers(run):
+    model = {"kind": "vae", "stride": [2, 4, 4], "width": 8, "multipliers": [1], "depth": 1, "dct": True}
+    wanted = recipe(held_out=0.3, model=model)
+    made, loader = training.build(wanted, start(str(run)))
+    trained, held = ({*reader.keys} for reader in (loader.readers[0], made.held_out))
+    assert held
+    assert not trained & held
+    scalars = made.evaluate(made.vae.eval(), 0).scalars
+    clips = [made.held_out.read(row)["video"] for row in range(len(held))]
+    for name, autoencoder in (("", made.vae), ("/dct", BlockDCT(8, 11))):
+        found = []
+        for clip in clips:
+            video = torch.from_numpy(clip)[None] / 127.5 - 1
+            with torch.no_grad():
+                again = autoencoder.decode(autoencoder.encode(video).mean).clamp(-1, 1)
+            found.append([float(x.mean()) for x in (psnr(again, video), ssim(again, video))])
+        told = [scalars[f"held_out/{measure}{name}"] for measure in ("psnr", "ssim")]
+        assert told == pytest.approx(torch.tensor(found).mean(0).tolist(), rel=1e-4)

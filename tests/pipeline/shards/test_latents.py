@@ -11,8 +11,9 @@ import pytest
 from pipeline.faults import StoreError
 from pipeline.io.store import Store
 from pipeline.shards import latents
+from pipeline.shards.index import read_index
 from pipeline.shards.latents import Encoded, LatentReader, Part
-from pipeline.shards.reader import BrokenSample, read_index
+from pipeline.shards.reader import BrokenSample
 from tests.fixtures.run_folder import flip
 
 SHAPES = [(4, 16, 16), (8, 16, 24)]

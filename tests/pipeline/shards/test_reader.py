@@ -18,8 +18,9 @@ import pytest
 from pipeline.faults import StoreError
 from pipeline.io.store import Store
 from pipeline.recipe import parse
+from pipeline.shards.index import read_index
 from pipeline.shards.pack import shard
-from pipeline.shards.reader import BrokenSample, ShardLoader, ShardReader, decode, read_index
+from pipeline.shards.reader import BrokenSample, ShardLoader, ShardReader, decode
 from tests.fixtures.run_folder import make_run_folder
 
 
@@ -372,17 +373,3 @@ def test_a_truncated_video_is_broken_or_shows_what_is_left(tmp_path):
     mp4 = film(tmp_path, extra=["-movflags", "+faststart"])
     with pytest.raises(BrokenSample):
         decode(mp4[: len(mp4) // 8], 2, None, None, 0.0)
-
-
-def test_hashes_are_kept_as_bytes_wherever_they_begin():
-    import hashlib
-
-    import pyarrow as pa
-
-    from pipeline.shards.reader import from_hex
-
-    texts = [hashlib.sha256(bytes([i])).hexdigest() for i in range(7)]
-    whole = pa.chunked_array([texts[:3], texts[3:]])
-    for column in (whole, whole.slice(1), whole.slice(4, 2), pa.chunked_array([[None, *texts]])):
-        found = from_hex(column).to_pylist()
-        assert [v and v.hex() for v in found] == column.to_pylist()
