@@ -14,6 +14,10 @@ work of the other. The nearer `tokens` is to a common multiple of the buckets' p
 one of them (`pipeline.shards.mixture`), and goes through epochs of its own. Micro-batches hold about as many positions,
 so shares of them are shares of the work.
 
+**Sequential reads.** With `data.shuffle: shards` clips that lie together are read in one request and shuffled within a
+window (`pipeline.shards.order`), for object stores; of a mixture each source then gives `data.streams` micro-batches in
+a row, so that the streams of each stay with their workers.
+
 **Packing.** With `data.pack` a micro-batch is no longer of one bucket: clips and pictures of every shape fill the
 `data.tokens` positions together, each once an epoch (`jobs.training.packing`), and a batch is made of parts.
 
@@ -31,6 +35,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
 from typing import Any, Literal
 
 import numpy as np
@@ -110,8 +115,14 @@ class Loader:
             )
         made = Sizes(list(positions), tokens, batch, packed, images, list(areas or positions), lone)
         self.clips = [Clips(reader, made) for reader in self.readers]
-        self.mixture = Mixture(shares, [reader.folder for reader in self.readers])
+        self.sequential = self.readers[0].sequential
+        together = self.sequential.streams if self.sequential else 1
+        self.mixture = Mixture(shares, [reader.folder for reader in self.readers], together)
         self.made, self.stills = made, stills
+        self.sequential = self.readers[0].sequential
+        self.together = (
+            self.sequential.streams if self.sequential else 1
+        )  # micro-batches of a source in a row
         self.rank, self.world, self.workers, self.pin = rank, world, workers, pin
         self.first = self.step = (
             0  # the list's number before this rank's first; micro-batches handed out since
@@ -122,10 +133,7 @@ class Loader:
     @property
     def epoch_length(self) -> int:
         """Micro-batches of clips until each source has been gone through."""
-        return max(
-            -(-len(clips.order) * self.mixture.round // part)
-            for clips, part in zip(self.clips, self.mixture.parts, strict=True)
-        )
+        return self.mixture.epoch([len(clips.order) for clips in self.clips])
 
     @property
     def weights(self) -> tuple[int, int]:
@@ -216,6 +224,7 @@ class Loader:
             }
             | ({"packed": sizes.tokens} if sizes.packed else {})
             | ({"shares": self.mixture.parts} if len(self.readers) > 1 else {})
+            | ({"sequential": list(astuple(self.sequential))} if self.sequential else {})
         )
 
     @functools.cached_property
@@ -315,7 +324,7 @@ def reader_of(
 
     Raises StoreError, ValueError.
     """
-    shapes = shapes_of(recipe)
+    shapes, sequential = shapes_of(recipe), recipe.data.sequential()
     if not isinstance(recipe, DiffusionRecipe) or not recipe.data.cache:
         return ShardReader(
             below(data, "shards"),
@@ -324,11 +333,13 @@ def reader_of(
             captions=recipe.data.captions,
             seed=recipe.seed,
             layout="CTHW",
+            sequential=sequential,
             where=where,
             window=window,
         )
     made_of(recipe.data.cache)  # it is finished
-    return LatentReader(recipe.data.cache, shapes, length=recipe.text.length, seed=recipe.seed)
+    options: Any = {"length": recipe.text.length, "seed": recipe.seed, "sequential": sequential}
+    return LatentReader(recipe.data.cache, shapes, **options)
 
 
 def sources_of(recipe: TrainRecipe, data: str) -> list[tuple[TrainRecipe, str]]:
