@@ -20,8 +20,8 @@ setup: .venv/.done  ## create .venv with the pinned versions
 demo: setup  ## real footage to shards, a report and a few training steps, in minutes
 	$(BIN)/clipmill demo
 
-test: setup  ## every test
-	$(BIN)/python -m pytest
+test: setup  ## every test, on up to four cores
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

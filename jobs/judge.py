@@ -31,6 +31,7 @@ Wilson's, of 95 %, a video being one trial. --out keeps the videos, a contact sh
 """
 
 ATTRIBUTES = ("count", "colour", "shape", "direction", "background")
+SIDE = 128  # pixels of a video to look at, at least
 SHOWN = 24  # videos on the contact sheet
 BATCH = 25  # videos drawn at a time
 WORLD_FPS = 8.0  # of the videos of 'clipmill toy'
@@ -209,16 +210,13 @@ def table(verdicts: list[Verdict]) -> str:
 
 def keep(out: Path, videos: list[np.ndarray], verdicts: list[Verdict], fps: float) -> None:
     """Write the videos, a contact sheet of the first ones, and the verdicts."""
-    import torch
-
-    from jobs.training.monitor import contact_sheet, write_mp4
+    from jobs.videos import contact_sheet, write_mp4
 
     out.mkdir(parents=True, exist_ok=True)
-    shown: dict[str, torch.Tensor] = {}
+    shown: dict[str, np.ndarray] = {}
     for i, (told, video) in enumerate(zip(verdicts, videos, strict=True)):
-        pictures = torch.from_numpy(video)
-        write_mp4(out / f"{i:03d} {told['caption']}.mp4", pictures, fps)
-        shown.setdefault(str(told["caption"]), pictures)
+        write_mp4(out / f"{i:03d} {told['caption']}.mp4", video, fps, SIDE)
+        shown.setdefault(str(told["caption"]), video)
     contact_sheet(dict(list(shown.items())[:SHOWN])).save(out / "sheet.png")
     (out / "judged.json").write_text("".join(json.dumps(v) + "\n" for v in verdicts))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
 
     from jobs.sampling import Cascade, Drawing, Maker, Options
 
@@ -175,21 +175,21 @@ def sample(args: argparse.Namespace, folder: Path) -> None:
     """Draws every video and writes it into the folder."""
     import torch
 
-    from jobs.training.monitor import contact_sheet
+    from jobs.videos import contact_sheet, write_mp4
     from pipeline.caption.structured import told
 
     maker, drawing, used = prepared(args)
     print(said(used), flush=True)
     rows: list[dict[str, Any]] = []
-    videos: dict[str, Tensor] = {}
+    videos: dict[str, np.ndarray] = {}
     prompts = [told(prompt) for prompt in args.prompt or [""]]
     for prompt in prompts:
         for _ in range(args.n):
             number = len(rows)
             with torch.no_grad():
-                video = drawing(prompt, args.seed + number)[0].cpu()
+                video = drawing(prompt, args.seed + number)[0].cpu().numpy()
             slug = re.sub(r"[^a-z0-9]+", "-", f"{number:03d} {prompt}".lower()).strip("-")[:60]
-            encode(folder / f"{slug}.mp4", video, maker.fps)
+            write_mp4(folder / f"{slug}.mp4", video, maker.fps)
             videos[f"{number:03d} {prompt}".strip()] = video
             rows.append(
                 {
@@ -306,19 +306,6 @@ def new_folder(out: Path, replace: bool) -> Iterator[Path]:
         aside.replace(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def encode(path: Path, video: Tensor, fps: float) -> None:
-    """uint8 [T, H, W, 3] as H.264 with the settings of the mill's clips, every frame once. Raises FFmpegError."""
-    from pipeline.io.ffmpeg import encode_rgb
-    from pipeline.recipe import Cut
-    from pipeline.split.encode import encoder
-
-    height, width = video.shape[1:3]
-    colours = "yuv444p" if height % 2 or width % 2 else "yuv420p"
-    options = [str(x) for k, v in encoder(Cut(), fps).items() for x in (f"-{k}", v)]
-    output = ["-pix_fmt", colours, *options, "-movflags", "+faststart", "-y", "-f", "mp4", str(path)]
-    encode_rgb(video.contiguous().numpy().tobytes(), width, height, fps, output, stall_s=120)
 
 
 if __name__ == "__main__":

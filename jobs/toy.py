@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from pipeline.toy.world import Scene
 
 EPILOG = """
@@ -29,7 +27,6 @@ The same options give the same pictures.
 """
 
 HELD_OUT = "held_out.txt"
-CODEC = ["-c:v", "libx264", "-preset", "veryfast", "-crf", "12", "-pix_fmt", "yuv420p", "-threads", "1"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,6 +104,7 @@ def make(args: argparse.Namespace) -> tuple[int, int]:
     """
     import numpy as np
 
+    from jobs.videos import write_mp4
     from pipeline.toy import world as toy_world
 
     out, size = args.out, args.size
@@ -121,7 +119,8 @@ def make(args: argparse.Namespace) -> tuple[int, int]:
         rng = np.random.default_rng([args.seed, number])
         told = toy_world.story(rng, args.scenes, args.pan, without)
         name = f"{number:05}.mp4"
-        encode(out / "videos" / name, np.concatenate([toy_world.render(s, size) for s in told]), args.fps)
+        pictures = np.concatenate([toy_world.render(s, size) for s in told])
+        write_mp4(out / "videos" / name, pictures, args.fps, crf=12)
         for scene, (start, end) in zip(told, toy_world.cuts(told), strict=True):
             lines.append(truth(name, scene, start, end, size))
     (out / "truth.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -143,15 +142,6 @@ def truth(name: str, scene: Scene, start: int, end: int, size: int) -> dict[str,
         "pan_velocity": round(scene.pan * size, 4),
         "positions": (scene.positions() * size - 0.5).round(3).tolist(),
     }
-
-
-def encode(path: Path, pictures: np.ndarray, fps: int) -> None:
-    """uint8 [T, H, W, 3] RGB to H.264. Raises FFmpegError."""
-    from pipeline.io.ffmpeg import encode_rgb
-
-    height, width = pictures.shape[1:3]
-    output = [*CODEC, "-bitexact", f"file:{path}"]
-    encode_rgb(pictures.tobytes(), width, height, fps, output, stall_s=60)
 
 
 if __name__ == "__main__":

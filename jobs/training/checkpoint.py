@@ -287,19 +287,14 @@ class Saver:
             meta: JSON: step, recipe, loader, frozen.
             task: `Task.state()`.
 
-        Raises CheckpointError where the one before could not be written.
+        Raises CheckpointError, on all ranks, where the one before could not be written, or this one not begun.
         """
-        self.wait()
         final = self.out / "checkpoints" / f"step-{meta['step']:08d}"
         partial = final.with_name(final.name + ".partial")
         try:
-            if self.world.rank == 0:  # none writes before rank 0 has joined in
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-                (partial / "meta.json").write_text(json.dumps(meta | {"ranks": self.world.size}, indent=1))
-                torch.save(_to_host(task), partial / "task.pt")
-        except OSError as e:
-            raise self._failed(e) from e
+            self.world.agree(lambda: self._begin(partial, meta, task))
+        except ValueError as e:  # another rank's
+            raise CheckpointError(str(e)) from e
         begun = dcp.async_save(
             tensors(phases, averages),
             checkpoint_id=partial,
@@ -309,6 +304,17 @@ class Saver:
         )
         assert isinstance(begun, Future)
         self.writing = self.thread.submit(self._finish, begun, partial, final)
+
+    def _begin(self, partial: Path, meta: dict[str, Any], task: Any) -> None:
+        self.wait()
+        try:
+            if self.world.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                (partial / "meta.json").write_text(json.dumps(meta | {"ranks": self.world.size}, indent=1))
+                torch.save(_to_host(task), partial / "task.pt")
+        except OSError as e:
+            raise self._failed(e) from e
 
     def wait(self) -> None:
         """Until what is being written is whole. Raises CheckpointError."""

@@ -61,8 +61,8 @@ class Clips:
             runs, still_runs = (pack(counts, each, sizes.tokens) for each in (sizes.positions, sizes.areas))
         else:
             runs, still_runs = (whole(counts, each) for each in (sizes.clips, sizes.stills))
-        self.order = Order(reader.bucket, runs, reader.seed)
-        self.still_order = Order(reader.bucket, still_runs, reader.seed)
+        self.order = Order(reader.bucket, runs, reader.seed, sequential=reader.sequential)
+        self.still_order = Order(reader.bucket, still_runs, reader.seed, sequential=reader.sequential)
 
     @property
     def used(self) -> list[int]:
@@ -82,6 +82,7 @@ class Clips:
             place: its number in the run, by which images are drawn.
         """
         self.reader.epoch, rows = self.rows(number, stills)
+        self.reader.gather(self.still_order if stills else self.order, rows)
         return self._made(rows, stills, place)
 
     def examples(self, stills: bool) -> Iterator[Batch]:

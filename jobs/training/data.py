@@ -14,6 +14,10 @@ work of the other. The nearer `tokens` is to a common multiple of the buckets' p
 one of them (`pipeline.shards.mixture`), and goes through epochs of its own. Micro-batches hold about as many positions,
 so shares of them are shares of the work.
 
+**Sequential reads.** With `data.shuffle: shards` clips that lie together are read in one request and shuffled within a
+window (`pipeline.shards.order`), for object stores; of a mixture each source then gives `data.streams` micro-batches in
+a row, so that the streams of each stay with their workers.
+
 **Packing.** With `data.pack` a micro-batch is no longer of one bucket: clips and pictures of every shape fill the
 `data.tokens` positions together, each once an epoch (`jobs.training.packing`), and a batch is made of parts.
 
@@ -31,6 +35,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
 from typing import Any, Literal
 
 import numpy as np
@@ -112,6 +117,10 @@ class Loader:
         self.clips = [Clips(reader, made) for reader in self.readers]
         self.mixture = Mixture(shares, [reader.folder for reader in self.readers])
         self.made, self.stills = made, stills
+        self.sequential = self.readers[0].sequential
+        self.together = (
+            self.sequential.streams if self.sequential else 1
+        )  # micro-batches of a source in a row
         self.rank, self.world, self.workers, self.pin = rank, world, workers, pin
         self.first = self.step = (
             0  # the list's number before this rank's first; micro-batches handed out since
@@ -136,8 +145,9 @@ class Loader:
     def at(self, number: int) -> tuple[Clips, int, bool]:
         """(source, number in its list, whether that is the list of stills) of a micro-batch of the endless list."""
         stills = number < self.stills
-        source, own = self.mixture.at(number if stills else number - self.stills)
-        return self.clips[source], own, stills
+        turns, turn = divmod(number if stills else number - self.stills, self.together)
+        source, own = self.mixture.at(turns)
+        return self.clips[source], own * self.together + turn, stills
 
     def rows(self, number: int) -> tuple[int, np.ndarray]:
         """(epoch, rows of the index) in its source of a micro-batch of the endless list."""
@@ -216,6 +226,7 @@ class Loader:
             }
             | ({"packed": sizes.tokens} if sizes.packed else {})
             | ({"shares": self.mixture.parts} if len(self.readers) > 1 else {})
+            | ({"sequential": list(astuple(self.sequential))} if self.sequential else {})
         )
 
     @functools.cached_property
@@ -315,7 +326,7 @@ def reader_of(
 
     Raises StoreError, ValueError.
     """
-    shapes = shapes_of(recipe)
+    shapes, sequential = shapes_of(recipe), recipe.data.sequential()
     if not isinstance(recipe, DiffusionRecipe) or not recipe.data.cache:
         return ShardReader(
             below(data, "shards"),
@@ -324,11 +335,13 @@ def reader_of(
             captions=recipe.data.captions,
             seed=recipe.seed,
             layout="CTHW",
+            sequential=sequential,
             where=where,
             window=window,
         )
     made_of(recipe.data.cache)  # it is finished
-    return LatentReader(recipe.data.cache, shapes, length=recipe.text.length, seed=recipe.seed)
+    options: Any = {"length": recipe.text.length, "seed": recipe.seed, "sequential": sequential}
+    return LatentReader(recipe.data.cache, shapes, **options)
 
 
 def sources_of(recipe: TrainRecipe, data: str) -> list[tuple[TrainRecipe, str]]:

@@ -89,6 +89,12 @@ class World:
             raise ValueError(next(filter(None, said)))
         return found
 
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the first rank (picklable), on all; if it fails there, all fail, see `agree`."""
+        found = self.agree(lambda: work() if self.rank == 0 else None)
+        answer: T = self.gather(found)[0]
+        return answer
+
 
 @contextlib.contextmanager
 def connect(device: str | None = None) -> Iterator[World]:

@@ -160,7 +160,7 @@ class Trainer:
             exported.write_frozen(self.out, phases)
         self.frozen = exported.digests(phases) if self.world.rank == 0 else {}
         seed_torch(self.recipe.seed, 0)
-        self.plan = make_plan(self.recipe, self.task, self._examples(), self.world)
+        self.plan = self.world.first(lambda: make_plan(self.recipe, self.task, self._examples(), self.world))
         self.models: dict[str, nn.Module] = {
             phase.name: parallelize(
                 phase.module,

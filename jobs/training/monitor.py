@@ -26,20 +26,21 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from jobs.training import page
 from jobs.training.recipe_core import TrainRecipe
+from jobs.videos import contact_sheet, write_mp4
 from pipeline.faults import one_line
 from pipeline.recipe import RecipeError
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
 
     from jobs.training.task import Evaluation
 
 PAGE_EVERY_S = 300.0  # the page is written anew at least so often, while steps are logged
 VIDEO_SIDE = 128  # pixels that the shorter side of an mp4 has at least
-SHEET_FRAMES, SHEET_HEIGHT, SHEET_WIDTH = 8, 96, 1400
 
 
 class Monitor:
@@ -106,12 +107,10 @@ class Monitor:
             return
         self.resume(step - 1)
         self.metrics.write(step, {})  # the run has been here: the page leaves out samples of later steps
-        folder = write_samples(self.out / "samples", step, videos, self.recipe.data.fps or 8.0)
-        import numpy as np
-        from PIL import Image
-
-        with Image.open(folder / "sheet.png") as sheet:
-            self.board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+        pictures = {name: video.cpu().numpy() for name, video in videos.items()}
+        folder = write_samples(self.out / "samples", step, pictures, self.recipe.data.fps or 8.0)
+        sheet = np.asarray(contact_sheet(pictures))
+        self.board.add_image("samples", sheet, step, dataformats="HWC")
         self.board.flush()
         if self.wandb is not None:
             import wandb
@@ -213,7 +212,7 @@ def open_wandb(out: Path, recipe: TrainRecipe) -> Any:
 # ---------------------------------------------------------------- videos to look at
 
 
-def write_samples(root: Path, step: int, videos: dict[str, Tensor], fps: float) -> Path:
+def write_samples(root: Path, step: int, videos: dict[str, np.ndarray], fps: float) -> Path:
     """Write root/step-… with every video as mp4, sheet.png and samples.json; it appears whole. Returns it."""
     final = root / f"step-{step:08d}"
     aside = root / f".{final.name}.partial"
@@ -223,7 +222,7 @@ def write_samples(root: Path, step: int, videos: dict[str, Tensor], fps: float) 
     for i, (name, video) in enumerate(videos.items()):
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].strip("-")
         file = f"{i:02d}-{slug or 'video'}.mp4"
-        write_mp4(aside / file, video, fps)
+        write_mp4(aside / file, video, fps, VIDEO_SIDE)
         listed.append({"name": name, "file": file, "frames": len(video), "fps": fps})
     contact_sheet(videos).save(aside / "sheet.png")
     (aside / "samples.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -237,80 +236,3 @@ def write_texts(root: Path, step: int, texts: dict[str, str]) -> None:
     """root/step-….json, name → text."""
     root.mkdir(parents=True, exist_ok=True)
     page.replace(root / f"step-{step:08d}.json", json.dumps(texts, indent=1, ensure_ascii=False).encode())
-
-
-def write_mp4(path: Path, video: Tensor, fps: float) -> None:
-    """uint8 [T, H, W, 3] → H.264 of exactly T frames.
-
-    Small pictures are enlarged by whole pixels, so that halved chroma (4:2:0) costs them no colour. Raises
-    ValueError for another type or shape.
-    """
-    from fractions import Fraction
-
-    import av
-
-    check(video)
-    height, width = video.shape[1:3]
-    times = -(-VIDEO_SIDE // min(height, width))
-    frames = video.cpu().numpy().repeat(times, 1).repeat(times, 2)
-    frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # H.264 has even sides
-    rate = Fraction(fps).limit_denominator(1001)
-    options = {"crf": "12", "preset": "medium", "threads": "1", "bf": "0"}
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as out:
-        stream: Any = out.add_stream("libx264", rate=rate, options=options)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.time_base = 1 / rate
-        for i, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = i, 1 / rate
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-
-
-def contact_sheet(videos: dict[str, Tensor]) -> Image.Image:
-    """A row of at most 8 frames, from the first to the last, for every video, its name below."""
-    import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
-
-    font = ImageFont.load_default(size=15)
-    rows: list[tuple[Image.Image, list[str]]] = []
-    for video in videos.values():
-        check(video)
-        chosen = np.linspace(0, len(video) - 1, min(len(video), SHEET_FRAMES)).round().astype(int)
-        frames = [Image.fromarray(f) for f in video.cpu().numpy()[chosen]]
-        width, height = frames[0].size
-        height, width = SHEET_HEIGHT, max(1, round(SHEET_HEIGHT * width / height))
-        smooth = Image.Resampling.NEAREST if frames[0].height < SHEET_HEIGHT else Image.Resampling.LANCZOS
-        row = Image.new("RGB", (len(frames) * (width + 2) - 2, height), "white")
-        for i, frame in enumerate(frames):
-            row.paste(frame.resize((width, height), smooth), (i * (width + 2), 0))
-        if row.width > SHEET_WIDTH:
-            row = row.resize((SHEET_WIDTH, round(height * SHEET_WIDTH / row.width)), Image.Resampling.LANCZOS)
-        rows.append((row, []))
-    total = max(320, *(row.width for row, _ in rows))
-    for (_, lines), name in zip(rows, videos, strict=True):
-        for word in name.split():
-            longer = f"{lines[-1]} {word}" if lines else word
-            if lines and font.getlength(longer) <= total - 16:
-                lines[-1] = longer
-            else:
-                lines.append(word)
-    height = sum(row.height + 20 * len(lines) + 16 for row, lines in rows)
-    sheet = Image.new("RGB", (total + 16, height + 8), "white")
-    draw, top = ImageDraw.Draw(sheet), 8
-    for row, lines in rows:
-        sheet.paste(row, (8, top))
-        top += row.height + 4
-        for line in lines:
-            draw.text((8, top), line, fill="black", font=font)
-            top += 20
-        top += 12
-    return sheet
-
-
-def check(video: Tensor) -> None:
-    import torch
-
-    if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3 or not len(video):
-        raise ValueError(f"a sample is {video.dtype} {list(video.shape)}: give uint8 [T, H, W, 3]")

@@ -17,6 +17,7 @@ from jobs.training.task import Batch, Draws, Phase, Task, tensors_of
 from models.flops import Peak, cost, peak
 
 MOMENTS = 2  # that Adam keeps of a parameter
+SMALL = 2e9  # parameters · positions of a micro-batch that is computed rather than called on shapes
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a batch's tensors, by name
 
@@ -59,6 +60,7 @@ def make_plan(recipe: TrainRecipe, task: Task, examples: Iterable[Batch], world:
     counted: dict[Shapes, int] = {}
     flops = tokens = saved = beside = 0  # of the costliest
     modules = [phase.module for phase in task.phases]
+    parameters = sum(p.numel() for module in modules for p in module.parameters())
     for batch in examples:
         costs = aside = 0
         for phase in task.phases:
@@ -69,7 +71,8 @@ def make_plan(recipe: TrainRecipe, task: Task, examples: Iterable[Batch], world:
                 return torch.stack(list(losses.sums.values())).sum()
 
             own = [phase.module, *(m for m in modules if m is not phase.module)]
-            found = cost(loss, own, task.blocks(phase.module), device, SAVED.__contains__)
+            small = parameters * task.tokens(batch) <= SMALL
+            found = cost(loss, own, task.blocks(phase.module), device, SAVED.__contains__, small)
             if found.unused and world.size > 1:
                 raise ValueError(
                     f"{found.unused[0]} takes no part in a step of {_told(batch)}, so processes cannot agree on its "

@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator, model
 
 from pipeline.caption.structured import told
 from pipeline.recipe_schema import PATH, Section
+from pipeline.shards.order import Sequential
 
 
 class Bucket(Section):
@@ -52,6 +53,19 @@ class Data(Section):
         description="other runs to train on, each with its share; the one that is named to train has the rest",
     )
     workers: int = Field(1, ge=0, description="processes that decode")
+    shuffle: Literal["full", "shards"] = Field(
+        "full", description="shards: clips that lie together are read in one request, for object stores"
+    )
+    together: int = Field(16, ge=1, description="shuffle shards: clips a request")
+    window: int = Field(
+        256, ge=1, description="shuffle shards: clips shuffled with one another, of each bucket and stream"
+    )
+    streams: int = Field(
+        16, ge=1, description="shuffle shards: parts read side by side, a multiple of processes × workers"
+    )
+
+    def sequential(self) -> Sequential | None:
+        return Sequential(self.together, self.window, self.streams) if self.shuffle == "shards" else None
 
     @field_validator("mixture")
     @classmethod

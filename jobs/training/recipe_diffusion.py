@@ -69,6 +69,11 @@ class Autoencoder(Section):
     )
     patch: int = Field(8, ge=1, description="dct: side of a block, pixels")
     keep: int = Field(8, ge=1, description="dct: coefficients kept a colour")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of encoding; bf16: autocast, weights stay in fp32: latents err by about 1 % of what they vary, "
+        "see bench/results/frozen.md",
+    )
 
 
 class Text(Section):

@@ -92,9 +92,10 @@ class System:
     def encode(self, video: Tensor) -> Posterior:
         """[B, 3, T, H, W] in −1…1 → what the autoencoder says of it, float32, not normalised.
 
-        Never under autocast: published autoencoders give NaN in bfloat16.
+        Under autocast where the recipe says so (autoencoder.precision), not where the step around it is.
         """
-        with torch.autocast(self.device.type, enabled=False):
+        bf16 = self.recipe.autoencoder.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             posterior = self.autoencoder.encode(video)
         logvar = None if posterior.logvar is None else posterior.logvar.float()
         return Posterior(posterior.mean.float(), logvar)
@@ -170,8 +171,12 @@ class System:
         return [b for b in every if (b.frames, b.height, b.width) in self.trained] or list(every)
 
     def bucket_like(self, aspect: float) -> Bucket:
-        """The longest of those that are nearest in shape to pictures of an aspect, width ÷ height."""
-        return min(self.filled, key=lambda b: (abs(math.log(b.width / b.height / aspect)), -b.frames))
+        """The longest of those that are nearest in shape to pictures of an aspect, width ÷ height.
+
+        Where it was trained on videos, one of theirs, though pictures beside them have that very shape.
+        """
+        videos = [b for b in self.filled if b.frames > 1] or self.filled
+        return min(videos, key=lambda b: (abs(math.log(b.width / b.height / aspect)), -b.frames))
 
     def shape(
         self, count: int, frames: int | None = None, bucket: Bucket | None = None

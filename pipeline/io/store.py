@@ -325,9 +325,14 @@ class Ranges:
     def read(self, name: str, offset: int, size: int, sha256: str | None = None) -> bytes:
         data = bytearray(size)
         self._fill(name, offset, memoryview(data))
-        if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
-            raise self._damaged(name, offset, size, found, sha256)
+        if sha256 is not None:
+            self.check(name, offset, data, sha256)
         return bytes(data)
+
+    def check(self, name: str, offset: int, data: bytes | bytearray, sha256: str) -> None:
+        """Raise StoreError where the bytes that were read from there are others than were written."""
+        if (found := hashlib.sha256(data).hexdigest()) != sha256:
+            raise self._damaged(name, offset, len(data), found, sha256)
 
     def copy(self, name: str, offset: int, size: int, to: IO[bytes], sha256: str | None = None) -> None:
         """Append a range to a file opened for writing.

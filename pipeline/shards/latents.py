@@ -291,19 +291,13 @@ class LatentReader(ShardReader):
 
     def read(self, row: int, shape: Shape | None = None) -> Sample:
         """One sample; `shape` is the cache's own and must not be given. Raises BrokenSample."""
-        sample, place = super().read(row), self.place(row)
-        columns, at = self.index.columns, row if self.rows is None else int(self.rows[row])
-        offset, size = int(columns["text_offset"][at]), int(columns["text_size"][at])
+        sample, files = self._sample(row, None)
         try:
             latents = np.load(io.BytesIO(sample.pop("video")))
-            wanted = (
-                columns["text_sha256"][at].tobytes().hex()
-                if place.sha256 and "text_sha256" in columns
-                else None
-            )
-            text = np.load(io.BytesIO(self._files().read(place.tar, offset, size, wanted))) if size else None
+            features = files.file("text_")
+            text = np.load(io.BytesIO(features)) if features else None
         except (StoreError, OSError, ValueError, EOFError) as e:
-            raise BrokenSample(f"{sample['key']} in {place.tar}: {e}") from e
+            raise BrokenSample(f"{sample['key']} in {files.place.tar}: {e}") from e
         mean, logvar = latents[0], latents[1] if len(latents) == 2 else None
         told = {"text": None, "text_mask": None} if text is None else _padded(text, self.length)
         return sample | {"mean": mean, "logvar": logvar} | told

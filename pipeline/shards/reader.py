@@ -25,11 +25,11 @@ Randomness (which window of time, which caption) comes from (seed, epoch, clip) 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -38,9 +38,10 @@ import pyarrow.compute as pc
 
 from pipeline.faults import StoreError
 from pipeline.io.store import Ranges, Store
+from pipeline.shards.ahead import Ahead, Bytes, Place
 from pipeline.shards.buckets import AT_ONCE, Shape, fit, table
 from pipeline.shards.index import Texts, bytes_of, open_index, row_groups
-from pipeline.shards.order import Order, whole
+from pipeline.shards.order import Order, Sequential, whole
 from pipeline.shards.pixels import BrokenSample, decode
 
 try:
@@ -52,19 +53,8 @@ Sample = dict[str, Any]
 CaptionRule = Literal["chosen", "sample", "fields"] | Callable[[dict[str, Any], np.random.Generator], str]
 
 
+FILES = {"": "media_sha256", "json_": "", "text_": "text_sha256"}  # of a sample: columns' beginnings, hashes
 PATIENCE = 100  # broken samples in a row after which the data as a whole is at fault
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the files of a sample lie in its tar, in bytes. sha256: of the first, where it is known."""
-
-    tar: str
-    offset: int
-    size: int
-    sha256: str | None
-    json_offset: int
-    json_size: int
 
 
 class ShardReader(IterableDataset):
@@ -88,6 +78,8 @@ class ShardReader(IterableDataset):
         rank, world: this process's place among those that train together.
         last: see above.
         shuffle: False reads in the order of the index (evaluation).
+        sequential: clips that lie together are read in one request, and shuffled less thoroughly
+            (`pipeline.shards.order`); for object stores.
         where: keep samples of which this is true, an arrow expression over the index, e.g.
             `pc.field("score_motion") > 0.1`.
         layout: of a video, 'THWC' or 'CTHW'.
@@ -119,6 +111,7 @@ class ShardReader(IterableDataset):
         world: int = 1,
         last: Literal["wrap", "drop"] = "wrap",
         shuffle: bool = True,
+        sequential: Sequential | None = None,
         where: pc.Expression | None = None,
         layout: Literal["THWC", "CTHW"] = "THWC",
         decode: bool = True,
@@ -131,7 +124,7 @@ class ShardReader(IterableDataset):
         self.folder, self.frames, self.fps, self.size, self.window = folder, frames, fps, size, window
         self.captions, self.batch_size, self.by_bucket, self.decode = captions, batch_size, by_bucket, decode
         self.seed, self.rank, self.world, self.last, self.shuffle = seed, rank, world, last, shuffle
-        self.layout, self.check = layout, check
+        self.layout, self.check, self.sequential = layout, check, sequential
         self.index = open_index(folder)
         self.rows: np.ndarray | None = None  # of the index, that are read; none: all
         if where is not None:
@@ -153,9 +146,12 @@ class ShardReader(IterableDataset):
             self.bucket = buckets if self.rows is None else buckets[self.rows]
         self.epoch = self.first = self.step = self.sample = 0
         self.skipped: list[str] = []  # keys of broken samples met by this process
-        self._ranges: tuple[int, Ranges] | None = None
+        self._open: tuple[int, Ahead] | None = None
+        self._gathered = -1  # the epoch whose groups are held
         counts = np.bincount(self.bucket).tolist()
-        self.order = Order(self.bucket, whole(counts, [batch_size] * len(counts), last), seed, shuffle)
+        self.order = Order(
+            self.bucket, whole(counts, [batch_size] * len(counts), last), seed, shuffle, sequential
+        )
         if self.steps() == 0:
             raise StoreError(
                 f"{folder}: {len(self.keys)} samples are not one batch of {batch_size} for each of {world} ranks; "
@@ -212,6 +208,7 @@ class ShardReader(IterableDataset):
         In a worker of a DataLoader: this worker's batches of it; the state is the worker's own copy.
         """
         for place, rows in self._share():
+            self.gather(self.order, rows)
             for i in range(place, len(rows)):
                 sample = self.sound(int(rows[i]))
                 self.advance(1)
@@ -221,6 +218,7 @@ class ShardReader(IterableDataset):
     def iter_batches(self) -> Iterator[list[Sample]]:
         """As iterating, in lists of `batch_size`; the first is shorter where the state is inside a batch."""
         for place, rows in self._share():
+            self.gather(self.order, rows)
             yield [self.sound(int(row)) for row in rows[place:]]
 
     def _share(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -290,6 +288,10 @@ class ShardReader(IterableDataset):
 
     def read(self, row: int, shape: Shape | None = None) -> Sample:
         """One sample by its row of the index, in a shape of its own where one is given. Raises BrokenSample."""
+        return self._sample(row, shape)[0]
+
+    def _sample(self, row: int, shape: Shape | None) -> tuple[Sample, Bytes]:
+        """The sample, and the files that it is made from."""
         if shape is None and self.shapes:
             shape = self.shapes[self.bucket[row]]
         frames, picture = (self.frames, self.size) if shape is None else (shape[0], shape[1:])
@@ -297,36 +299,44 @@ class ShardReader(IterableDataset):
         rng = np.random.default_rng([self.seed, self.epoch, row])
         at = rng.random() if self.window == "random" else 0.5
         try:
-            video: Any = self._files().read(place.tar, place.offset, place.size, place.sha256)
-            meta = (
-                self._files().read(place.tar, place.json_offset, place.json_size)
-                if place.json_size
-                else b"{}"
-            )
-            meta = json.loads(meta)
+            files = self._files().read(row, place)
+            video: Any = files.file("")
+            meta = json.loads(files.file("json_") or b"{}")
             if self.decode:
                 video = decode(video, frames, self.fps, picture, at)
                 video = video.transpose(3, 0, 1, 2) if self.layout == "CTHW" else video
         except (BrokenSample, StoreError, OSError, ValueError) as e:
             raise BrokenSample(f"{key} in {place.tar}: {e}") from e
-        return {"key": key, "video": video, "caption": self._caption(meta, rng), "meta": meta}
+        return {"key": key, "video": video, "caption": self._caption(meta, rng), "meta": meta}, files
 
     def place(self, row: int) -> Place:
         """Where the files of a sample lie."""
         at, columns = row if self.rows is None else int(self.rows[row]), self.index.columns
+        files, hashes = {}, {}
+        for which, hashed in FILES.items():
+            if f"{which}size" in columns and (size := int(columns[f"{which}size"][at])):
+                files[which] = int(columns[f"{which}offset"][at]), size
+            if self.check and hashed in columns and any(sha256 := columns[hashed][at].tobytes()):
+                hashes[which] = sha256.hex()
+        return Place(self.index.names["tar"][columns["tar"][at]], files, hashes)
 
-        def number(name: str) -> int:
-            return int(columns[name][at]) if name in columns else 0
-
-        sha256 = columns["media_sha256"][at].tobytes() if self.check and "media_sha256" in columns else b""
-        return Place(
-            self.index.names["tar"][number("tar")],
-            number("offset"),
-            number("size"),
-            sha256.hex() if any(sha256) else None,
-            number("json_offset"),
-            number("json_size"),
-        )
+    def gather(self, order: Order, rows: np.ndarray) -> None:
+        """These samples are read next: read what lies together with them in as few requests, where the order is of
+        such groups. What was read for an earlier epoch is let go."""
+        if order.sequential is None:
+            return
+        files = self._files()
+        if self._gathered != self.epoch:
+            files.clear()
+            self._gathered = self.epoch
+        files.next(rows.tolist())
+        for row in rows.tolist():
+            if row not in files.held:
+                group = order.group(row).tolist()
+                with contextlib.suppress(
+                    StoreError
+                ):  # whatever is wrong is told of each sample when it is read
+                    files.load((other, self.place(other)) for other in group)
 
     def _caption(self, meta: dict[str, Any], rng: np.random.Generator) -> str:
         if callable(self.captions):
@@ -346,14 +356,19 @@ class ShardReader(IterableDataset):
         weights = np.maximum(weights, 1e-3) / np.maximum(weights, 1e-3).sum()
         return told[int(np.searchsorted(np.cumsum(weights)[:-1], rng.random(), "right"))]["text"]
 
-    def _files(self) -> Ranges:
+    def _files(self) -> Ahead:
         """Open files of this process; a worker opens its own after the fork."""
-        if self._ranges is None or self._ranges[0] != os.getpid():
-            self._ranges = (os.getpid(), Ranges(Store(self.folder)))
-        return self._ranges[1]
+        if self._open is None or self._open[0] != os.getpid():
+            self._open = (os.getpid(), Ahead(Ranges(Store(self.folder))))
+        return self._open[1]
+
+    @property
+    def requests(self) -> int:
+        """Byte ranges that this process has asked for."""
+        return self._files().requests
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_ranges": None}
+        return self.__dict__ | {"_open": None}
 
 
 class ShardLoader:

@@ -127,15 +127,15 @@ def test_only_the_i3d_file_gives_a_number_called_fvd(made, run, networks, capsys
 def test_the_real_videos_themselves_are_next_to_0_and_dark_ones_farther_than_other_real_ones(
     run, networks, tmp_path
 ):
-    from jobs.training.monitor import write_mp4
+    from jobs.videos import write_mp4
 
     same, dark = tmp_path / "same", tmp_path / "dark"
     same.mkdir()
     dark.mkdir()
     protocol = evaluate.Protocol(6, 8.0, 64, 64, 6, seed=0)
     for i, (video, _) in zip(range(6), evaluate.real_videos(f"{run}/shards", protocol, []), strict=False):
-        write_mp4(same / f"{i:02d}.mp4", video, 8)
-        write_mp4(dark / f"{i:02d}.mp4", video // 4, 8)
+        write_mp4(same / f"{i:02d}.mp4", video.numpy(), 8)
+        write_mp4(dark / f"{i:02d}.mp4", video.numpy() // 4, 8)
     options = ["--n", "6", "--features", str(networks / "colours.pt")]
     near, far = (evaluated(folder, run, *options)["numbers"] for folder in (same, dark))
     assert near[0]["value"] < 0.02 * near[0]["real"]  # what H.264 has changed
@@ -234,7 +234,7 @@ def test_without_captions_there_is_no_clip_score(made, run, networks, tiny_clip)
 def test_captions_of_the_monitors_samples_are_found(tmp_path):
     from jobs.training.monitor import write_samples
 
-    videos = {p: torch.zeros(2, 16, 16, 3, dtype=torch.uint8) for p in ("a red “dog”", "b")}
+    videos = {p: np.zeros((2, 16, 16, 3), np.uint8) for p in ("a red “dog”", "b")}
     folder = write_samples(tmp_path, 5, videos, 8)
     assert [evaluate.caption_of(f) for f in sorted(folder.glob("*.mp4"))] == list(videos)
 

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from jobs.training import checkpoint
 from jobs.training.checkpoint import checkpoints
 from jobs.training.distributed import connect
 from jobs.training.exported import load_model
@@ -116,6 +117,27 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_its_clips(tmp_path
         assert "on the clips clip-5-0, clip-5-1, clip-5-2;" in said
         assert "step 2 is kept" in said
     assert list(checkpoints(tmp_path)) == [2]
+
+
+def full_rank(out):
+    if os.environ["RANK"] == "0":  # which makes the plain files, and gives a checkpoint its name
+
+        def export(partial, out):
+            raise OSError(28, "No space left on device")
+
+        checkpoint.export = export
+    try:
+        run(recipe(data={"micro_batches": 2}), out)
+    except ValueError as e:
+        (out / f"said-{os.environ['RANK']}").write_text(str(e))
+
+
+def test_a_checkpoint_that_the_first_rank_cannot_write_ends_all_of_them(tmp_path):
+    assert in_ranks(2, full_rank, tmp_path) == [0, 0]
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
+    assert said[0] == said[1]
+    assert "the checkpoint could not be written ([Errno 28] No space left on device)" in said[0]
+    assert list(checkpoints(tmp_path)) == []
 
 
 class Signalled(Toy):

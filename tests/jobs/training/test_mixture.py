@@ -19,6 +19,7 @@ from jobs.training.recipe_core import Data
 from jobs.training.recipe_diffusion import DiffusionRecipe
 from models.autoencoders.latents import Statistics
 from pipeline.faults import StoreError
+from pipeline.shards.order import Sequential
 from pipeline.shards.reader import ShardReader
 from tests.fixtures.run_folder import make_run_folder
 from tests.fixtures.toy_training import Notes, start, weights
@@ -42,8 +43,9 @@ def reader(run, **options):
     return ShardReader(f"{run}/shards", fps=4.0, shapes=SHAPES, layout="CTHW", decode=False, **options)
 
 
-def loader(runs, shares=SHARES, **options):
-    return Loader([reader(run) for run in runs], POSITIONS, shares=shares, **({"tokens": 300} | options))
+def loader(runs, shares=SHARES, sequential=None, **options):
+    readers = [reader(run, sequential=sequential) for run in runs]
+    return Loader(readers, POSITIONS, shares=shares, **({"tokens": 300} | options))
 
 
 def take(loader, n):
@@ -64,13 +66,31 @@ def test_each_run_has_its_share_of_the_micro_batches_and_is_read_as_it_is_alone(
     assert "55.0% of the micro-batches" in mixed.table()
 
 
+def test_in_streams_each_run_gives_as_many_micro_batches_in_a_row_as_there_are_streams(runs):
+    how = Sequential(together=2, window=4, streams=3)
+    mixed, alone = loader(runs, sequential=how), [loader([r], [1.0], how) for r in runs]
+    source = np.array([mixed.clips.index(mixed.at(i)[0]) for i in range(60)]).reshape(-1, 3)
+    assert (source == source[:, :1]).all()
+    assert np.abs(np.cumsum(source[:, 0] == 1) - SHARES[1] * np.arange(1, 21)).max() < 1
+    found = take(mixed, 60)
+    for s, one in enumerate(alone):
+        mine = [keys for keys, of in zip(found, source.ravel(), strict=True) if of == s]
+        assert mine == take(one, len(mine))
+        epoch = mine[: len(one.clips[0].order)]
+        assert set(itertools.chain(*epoch)) == set(one.readers[0].keys)
+    with pytest.raises(ValueError, match="the saved state has sequential None"):
+        mixed.load_state_dict(loader(runs).state_dict())
+
+
+@pytest.mark.parametrize("sequential", [None, Sequential(2, 4, 6)], ids=["full", "shards"])
 @pytest.mark.parametrize(("world", "workers"), [(2, 0), (3, 2)])
-def test_ranks_and_workers_share_one_list_and_resume_in_it(runs, world, workers):
-    alone = take(loader(runs, stills=4), 18)
-    before = loader(runs, stills=4)
+def test_ranks_and_workers_share_one_list_and_resume_in_it(runs, world, workers, sequential):
+    options = {"stills": 4, "sequential": sequential}
+    alone = take(loader(runs, **options), 18)
+    before = loader(runs, **options)
     assert take(before, 6) == alone[:6]
     state = json.loads(json.dumps(before.state_dict()))
-    ranks = [loader(runs, stills=4, rank=r, world=world, workers=workers) for r in range(world)]
+    ranks = [loader(runs, rank=r, world=world, workers=workers, **options) for r in range(world)]
     for one in ranks:
         one.load_state_dict(state)
     rest = [take(one, 12 // world) for one in ranks]
@@ -131,7 +151,7 @@ def test_diffusion_trains_on_the_caches_of_two_runs_and_resumes_bit_for_bit(runs
     for name, run in zip("ab", runs, strict=True):
         encode.encode(run, recipe(runs), str(tmp_path / name))
     mixture = [{"data": runs[1], "share": 0.4, "cache": str(tmp_path / "b")}]
-    data = {"cache": str(tmp_path / "a"), "mixture": mixture}
+    data = {"cache": str(tmp_path / "a"), "mixture": mixture, "shuffle": "shards", "streams": 2}
     whole = trained(recipe(runs, data=data), runs, tmp_path / "whole")
     trained(recipe(runs, data=data, run={"steps": 2}), runs, tmp_path / "parts")
     parts = trained(recipe(runs, data=data), runs, tmp_path / "parts")

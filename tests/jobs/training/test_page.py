@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from jobs.training import charts, page
 from jobs.training.charts import Curve, Line, Scale, chart, linear_ticks, log_ticks, short
@@ -26,9 +25,9 @@ RECIPE = {
 PROMPTS = ["a red circle moves left", "two blue squares stand still"]
 
 
-def moving(step: int, n: int) -> torch.Tensor:
+def moving(step: int, n: int) -> np.ndarray:
     """uint8 [8, 32, 32, 3], another at every step."""
-    frames = torch.full((8, 32, 32, 3), 30 + 20 * n, dtype=torch.uint8)
+    frames = np.full((8, 32, 32, 3), 30 + 20 * n, np.uint8)
     for t in range(8):
         frames[t, 8:16, 2 + 3 * t : 10 + 3 * t, n] = 200 + step // 100
     return frames
@@ -163,9 +162,7 @@ def test_many_steps_and_large_videos_stay_small(tmp_path: Path, monkeypatch):
     metrics = Metrics(tmp_path / "metrics.jsonl")
     for step in range(1, 3001):
         metrics.write(step, {"loss": 1 / step, "lr": 1e-4})
-    noise = torch.randint(
-        0, 256, (8, 64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-    )
+    noise = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
     first = write_samples(tmp_path / "samples", 0, {f"noise {i}": noise for i in range(3)}, 8)
     for step in range(100, 3001, 100):
         (tmp_path / f"samples/step-{step:08d}").symlink_to(first)

@@ -84,3 +84,17 @@ def test_the_automatic_shift_is_open_sora_2s_for_each_shape():
     t = torch.tensor([1, 0.75, 0.5, 0.25])
     t = alpha * t / (1 + (alpha - 1) * t)
     torch.testing.assert_close(torch.cat(asked), system.process.level(t))
+
+
+def test_a_video_is_drawn_in_a_shape_of_videos_though_pictures_of_its_very_shape_were_trained_on():
+    shapes = [(1, 32, 32), (5, 32, 32), (9, 32, 48), (9, 48, 32)]
+    buckets = [dict(zip(("frames", "height", "width"), shape, strict=True)) for shape in shapes]
+    system = build_system(recipe(data={"buckets": buckets}), CPU)
+    system.trained = [shapes[0], *shapes[2:]]  # no clip filled the square one of videos
+    drawn = {aspect: system.bucket_like(aspect) for aspect in (0.5, 1.0, 2.0)}
+    assert all(b.frames == 9 for b in drawn.values())
+    assert (drawn[0.5].width, drawn[2.0].width) == (32, 48)
+    system.trained = shapes
+    assert system.bucket_like(1.0).frames == 5
+    system.trained = shapes[:1]
+    assert system.bucket_like(2.0).frames == 1

@@ -1,17 +1,25 @@
 """Every bundled recipe, shrunken: on one process, on two with DDP and on two with FSDP2 it trains, is killed, resumes
-bit for bit, and what it leaves is sampled in each of its tasks and evaluated."""
+bit for bit, and what it leaves is sampled in each of its tasks and evaluated. What was done is printed as a table."""
 
+import json
+import math
 import os
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from jobs import shard
+from jobs import evaluate, sample, shard
+from jobs.training.build import build_autoencoder
+from jobs.training.exported import load_model
 from jobs.training.loop import train
 from jobs.training.recipe import TRAINING, load_training
+from jobs.training.recipe_diffusion import Autoencoder
+from jobs.videos import write_mp4
+from models.measures.features import load_features
 from pipeline.recipe import bundled
 from tests.fixtures.run_folder import make_run_folder
 from tests.fixtures.shrunken import checkpoints, shrunken
@@ -55,6 +63,47 @@ class Killed(Notes):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A video that tasks are given, and a quick network of features."""
+    folder = tmp_path_factory.mktemp("given")
+    grey = np.linspace(30, 220, 9).astype(np.uint8)[:, None, None, None] + np.zeros((32, 32, 3), np.uint8)
+    write_mp4(folder / "video.mp4", grey, 8)
+    torch.jit.script(Colours()).save(str(folder / "colours.pt"))
+    return folder
+
+
+class Colours(torch.nn.Module):
+    """Mean and spread of the colours, [B, 6]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.mean((2, 3, 4)), x.std((2, 3, 4))], 1)
+
+
+def sampled(model, given, out) -> list[str]:
+    """Every task that takes one model, as commands: those that are done."""
+    tasks = {
+        "text": [],
+        "image": ["--video", str(given / "video.mp4")],
+        "predict": ["--video", str(given / "video.mp4"), "--context", "1"],
+        "extend": ["--video", str(given / "video.mp4"), "--frames", "24", "--context", "1"],
+        "interpolate": ["--video", str(given / "video.mp4"), "--frames", "2"],
+    }
+    options = ["--prompt", "waves", "--steps", "2", "--device", "cpu"]
+    for task, own in tasks.items():
+        assert sample.main([str(model), "--task", task, *own, *options, "--out", str(out / task)]) == 0
+        assert len(list((out / task).glob("*.mp4"))) == 1
+    return list(tasks)
+
+
+def evaluated(model, run, given, out) -> float:
+    """The distance to real videos that the command writes."""
+    options = ["--n", "2", "--steps", "2", "--features", str(given / "colours.pt"), "--device", "cpu"]
+    arguments = ["diffusion", str(model), "--against", f"{run}/shards", *options, "--out", str(out)]
+    assert evaluate.main(arguments) == 0
+    return next(row["value"] for row in json.loads(out.read_text())["numbers"])
+
+
 def rank(name, at, run, out, mode, monitor=Notes):
     file = name.removesuffix("-frozen")
     parallel = "fsdp" if mode == "fsdp" else "ddp"
@@ -68,7 +117,9 @@ def killed_rank(*args):
 
 @pytest.mark.parametrize("mode", RANKS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_trains_is_killed_and_resumes_bit_for_bit(name, mode, run, at, tmp_path):
+def test_a_recipe_trains_is_killed_resumes_bit_for_bit_is_sampled_and_evaluated(
+    name, mode, run, at, given, tmp_path, record_property
+):
     ranks = RANKS[mode]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert in_ranks(ranks, rank, name, at, run, whole, mode) == [0] * ranks
@@ -78,3 +129,20 @@ def test_a_recipe_trains_is_killed_and_resumes_bit_for_bit(name, mode, run, at, 
     assert a.keys() == b.keys()
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
     assert any(not torch.equal(x, early[k]) for k, x in b.items() if k.startswith("model/"))
+    trained = load_model(parts)
+    assert trained.step == STEPS
+    done = ["trained", "killed", "resumed"]
+    if trained.state.get("trains") == "diffusion":
+        done += sampled(parts, given, tmp_path / "samples")
+        assert math.isfinite(evaluated(parts, run, given, tmp_path / "eval.json"))
+        done.append("eval")
+    if trained.state.get("trains") == "vae":
+        kept = build_autoencoder(Autoencoder(kind="vae", path=str(parts)), torch.device("cpu"))
+        video = torch.rand(1, 3, 5, 32, 32)
+        assert kept.decode(kept.encode(video).mean).shape == video.shape
+        done.append("reconstructs")
+    if trained.state.get("trains") == "vivit":
+        features = load_features(f"vivit:{parts}")(torch.zeros(2, 4, 32, 32, 3, dtype=torch.uint8))
+        assert features.isfinite().all()
+        done.append("features")
+    record_property("system", (name, mode, done))
