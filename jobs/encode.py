@@ -116,7 +116,7 @@ def encode(
     counts = {"clips": reader.identity(), "clips_a_tar": clips, "copies": copies}
     if rank == 0:
         print(reader.table, flush=True)
-    if latents.begin(store, made_with(recipe, system.weights()) | counts):
+    if latents.begin(store, made_with(recipe, system.weights) | counts):
         print("the run's clips have changed since: what differs is encoded again", flush=True)
 
     todo = [part for part in parts[rank::world] if _to_do(store, part, reader)]

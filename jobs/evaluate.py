@@ -40,6 +40,7 @@ feature networks (--features, may be repeated)
 """
 
 BATCH = 8
+LOCATE = "where a part lies that the model names but has lost: autoencoder.path=vae/"
 CLIP_FRAMES = 8  # of a video that CLIP looks at
 
 
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of clips, and of sampling")
     parser.add_argument("--ema", type=float, metavar="L", help="σ_rel of the averaged weights to sample from")
+    parser.add_argument("--locate", action="append", default=[], metavar="KEY=PATH", help=LOCATE)
     parser.add_argument("--steps", type=int, metavar="N", help="of the sampler (default: the recipe's)")
     parser.add_argument("--guidance", type=float, metavar="W", help="by the caption (default: the recipe's)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU, where there is one)")
@@ -305,8 +307,9 @@ def caption_of(file: Path) -> str:
 def load(args: argparse.Namespace) -> tuple[System, Run, Protocol]:
     """The model, how it is sampled, and the protocol of what it makes."""
     from jobs.training.build import load_trained
+    from jobs.training.paths import located
 
-    system = load_trained(args.generated, args.ema, args.device)
+    system = load_trained(args.generated, args.ema, args.device, located(args.locate))
     run = system.recipe.run.but(sample_steps=args.steps, guidance=args.guidance)
     bucket, fps = system.bucket, system.recipe.data.fps
     sampling = system.drawn_with(run) | {"batch": BATCH, "latents": "×".join(map(str, system.shape(1)[1:]))}

@@ -59,6 +59,7 @@ TASKS = {
     "cascade": _task("keyframes interpolator upsampler times noise_level", "keyframes interpolator"),
 }
 OWN = frozenset[str]().union(*(task.takes for task in TASKS.values()))  # options that not every task takes
+LOCATE = "where a part lies that the model names but has lost: autoencoder.path=vae/"
 LEAST = {"n": 1, "context": 1, "steps": 1, "frames": 1, "times": 0}
 
 
@@ -124,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
     add("--guidance-rescale", type=float, metavar="F", help="how far its gain in contrast is taken back, 0…1")
     add("--seed", type=int, default=0, help="video i is drawn with seed + i")
     add("--ema", type=float, metavar="L", help="σ_rel of the averaged weights (the longest); 0: the last")
+    add("--locate", action="append", default=[], metavar="KEY=PATH", help=LOCATE)
     add("--device", help="cpu, cuda or cuda:N (default: a GPU, where there is one)")
     add("--keyframes", metavar="MODEL", help="cascade: makes key frames from the caption")
     add("--interpolator", metavar="MODEL", help="cascade: makes the frames between, used --times")
@@ -250,8 +252,10 @@ def prepared(args: argparse.Namespace) -> tuple[Maker | Cascade, Drawing, dict[s
 def load(folder: str, args: argparse.Namespace, options: Options) -> Maker:
     from jobs.sampling import Maker
     from jobs.training.build import load_trained
+    from jobs.training.paths import located
 
-    return Maker(load_trained(folder, args.ema, args.device), options)
+    system = load_trained(folder, args.ema, args.device, located(args.locate))
+    return Maker(system, options)
 
 
 def sampler_options(given: list[str]) -> dict[str, float] | None:

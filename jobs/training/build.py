@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 
 from jobs.training.distributed import device_of
-from jobs.training.exported import load_model
-from jobs.training.network import Network
+from jobs.training.exported import CheckpointError, Trained, load_model, longest_average
+from jobs.training.lora import adapt, merge
+from jobs.training.network import Network, blocks_of
 from jobs.training.parallelize import make
+from jobs.training.paths import missing
 from jobs.training.recipe_core import import_spec
 from jobs.training.recipe_diffusion import Autoencoder as AutoencoderRecipe
 from jobs.training.recipe_diffusion import DiffusionRecipe, Objective
@@ -177,9 +180,8 @@ def build_system(
     return System(recipe, autoencoder, normalizer.to(device), text, network, device)
 
 
-def load_system(state: dict[str, Any], device: torch.device) -> System:
-    """The system of a checkpoint's `state`; its network's weights are for the caller to load."""
-    recipe = DiffusionRecipe.model_validate(state["recipe"])
+def load_system(recipe: DiffusionRecipe, state: dict[str, Any], device: torch.device) -> System:
+    """The system of a checkpoint's recipe and `state`; its network's weights are for the caller to load."""
     system = build_system(recipe, device, normalizer_of(state), fresh=False)
     system.trained = [(t, h, w) for t, h, w in state.get("trained", [])]
     return system
@@ -191,21 +193,53 @@ def normalizer_of(state: dict[str, Any]) -> Normalizer:
     return Normalizer(torch.tensor(saved["mean"]), torch.tensor(saved["std"]))
 
 
-def load_trained(folder: str, ema: float | None, device: str | None) -> System:
-    """A trained system with its weights, in eval mode. ema: σ_rel; 0 the last weights, None the longest kept.
+def trained_at(
+    folder: str, ema: float | None = None, located: Mapping[str, str] | None = None
+) -> tuple[Trained, float]:
+    """What training a diffusion model left, and σ_rel of the average that it is.
+
+    Args:
+        ema: σ_rel; 0 the last weights, None the longest kept.
+        located: key of the recipe → path, where what it names lies today.
+
+    Raises ValueError or CheckpointError.
+    """
+    path = Path(folder)
+    if ema is None:
+        ema = longest_average(path)
+    trained = load_model(path, ema or None, located)
+    if trained.state.get("trains") != "diffusion":
+        raise ValueError(f"{folder} holds no diffusion model: give one that 'clipmill train diffusion' wrote")
+    return trained, ema
+
+
+def give_weights(network: Network, trained: Trained, recipe: DiffusionRecipe) -> None:
+    """A trained model's weights to a network that was made from its recipe, adapters folded in."""
+    if recipe.lora:
+        adapt(network, blocks_of(network.denoiser), recipe.lora, recipe.seed)
+    trained.load_into(network, "diffusion")
+    if recipe.lora:
+        merge(network)
+
+
+def load_trained(
+    folder: str, ema: float | None, device: str | None, located: Mapping[str, str] | None = None
+) -> System:
+    """A trained system with its weights, in eval mode. Args: see `trained_at`.
 
     Raises ValueError, CheckpointError or MissingModel.
     """
-    trained = load_model(Path(folder))
-    if trained.state.get("trains") != "diffusion":
-        raise ValueError(f"{folder} holds no diffusion model: give one that 'clipmill train diffusion' wrote")
-    lengths = trained.recipe["ema"]["lengths"]
-    if ema is None:
-        ema = max(lengths, default=0.0)
-    if ema:
-        trained = load_model(Path(folder), ema)
-    system = load_system(trained.state, device_of(device))
+    trained, ema = trained_at(folder, ema, located)
+    recipe = DiffusionRecipe.model_validate(trained.recipe)
+    named = {
+        "autoencoder.path": recipe.autoencoder.path,
+        "text.model": recipe.text.model,
+        "model.spatial": recipe.model.options().get("spatial"),
+    }
+    for sentence in missing(named, trained.folder, trained.was):
+        raise CheckpointError(sentence)
+    system = load_system(recipe, trained.state, device_of(device))
     system.step, system.ema = trained.step, ema
-    trained.load_into(system.network, "diffusion")
+    give_weights(system.network, trained, recipe)
     system.network.eval()
     return system

@@ -53,8 +53,11 @@ from models.ema import PowerEMA
 from pipeline.faults import one_line
 
 SNAPSHOTS = 32  # averages kept on disk at most, about evenly spread over training
-FREE = (  # what a resumed run may have otherwise: how long, and how the same numbers are computed
+FREE = (  # what a resumed run may have otherwise: how long, how the same numbers are computed, what it began with
     "name",
+    "start",
+    "model.weights",
+    "vae.image",
     "run.",
     "data.workers",
     "optimizer.decay_until",
@@ -63,6 +66,12 @@ FREE = (  # what a resumed run may have otherwise: how long, and how the same nu
     "compute.parallel",
     "compute.attention",
 )
+MOVED = (
+    "autoencoder.path",
+    "text.model",
+    "model.spatial",
+    "data.cache",
+)  # that may lie elsewhere: contents are checked
 _NAME = re.compile(r"step-(\d{8,})")
 
 # Training in one process has no process group, which is no mistake.
@@ -174,10 +183,11 @@ def lock(out: Path, world: World) -> Iterator[None]:
 
 
 def difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first key, outside of `FREE`, where two recipes differ, with both values."""
+    """The first key where two recipes differ, with both values; not of `FREE`, of `MOVED` only whether it is given."""
     a, b = (dict(_flat(x)) for x in (saved, now))
     for key in sorted(a.keys() | b.keys()):
         free = any(key == f or (f.endswith(".") and key.startswith(f)) for f in FREE)
+        free |= key in MOVED and a.get(key) is not None and b.get(key) is not None
         if not free and a.get(key) != b.get(key):
             return key, a.get(key), b.get(key)
     return None

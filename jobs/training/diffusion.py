@@ -12,18 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jobs.training.build import build_system, load_trained, normalizer_of
+from jobs.training.build import build_system, normalizer_of
 from jobs.training.data import Loader, build_loader, check_cache, sources_of
-from jobs.training.exported import CheckpointError, load_model
+from jobs.training.finetune import begin_with, check_encoders
 from jobs.training.frechet import FrechetInLoop
-from jobs.training.network import Answer, Network, Question
-from jobs.training.parallelize import on_meta
+from jobs.training.lora import adapt
+from jobs.training.network import Answer, Network, Question, blocks_of
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_diffusion import DiffusionRecipe, Tasks
 from jobs.training.system import LOW_NOISE, System, blurred, knows_frames, to_unit
@@ -98,7 +97,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     Raises ValueError or StoreError: one sentence with the fix.
     """
     assert isinstance(recipe, DiffusionRecipe)
-    _check(recipe)
+    _check(recipe, begins=not start.saved)
     world = start.world
     if recipe.compute.attention == "flex" and world.device.type == "cpu":
         raise ValueError("compute.attention flex has no gradients on a CPU: use auto")
@@ -122,63 +121,28 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     for alone, folder in sources_of(recipe, start.data):
         if recipe.data.cache:
             assert isinstance(alone, DiffusionRecipe)
-            check_cache(alone, folder, system.weights())
+            check_cache(alone, folder, system.weights)
     loader = build_loader(recipe, start.data, system.autoencoder, world)
     system.trained = [shape for shape, clips in loader.buckets.items() if clips]
     if start.saved:  # measured when the run began, and a part of it from then on
+        check_encoders(system, start.saved, str(start.out))
         system.normalizer = normalizer_of(start.saved).to(world.device)
     elif recipe.start:
         begin_with(system, recipe.start)
     else:
         system.normalizer = (as_published(system) or measure(system, loader)).to(world.device)
+    if recipe.lora:
+        adapt(system.network, blocks_of(system.network.denoiser), recipe.lora, recipe.seed)
     return Diffusion(system, loader, start), loader
 
 
-@torch.no_grad()
-def begin_with(system: System, folder: str) -> None:
-    """Give a new system the averaged weights and the normaliser of a trained one.
-
-    A convolution that takes more channels than the other's did (known frames) gets 0 for them, and parameters
-    that the other has not stay as they were made. Raises ValueError where something else differs.
-    """
-    if on_meta(system.network):  # weights come from the first rank, which compares the two
-        system.normalizer = normalizer_of(load_model(Path(folder)).state).to(system.device)
-        return
-    try:
-        other = load_trained(folder, None, "cpu")
-    except (CheckpointError, MissingModel) as e:
-        raise ValueError(f"start: {e}") from e
-    there = must_agree(other.recipe)
-    for name, mine in must_agree(system.recipe).items():
-        if there[name] != mine:
-            raise ValueError(
-                f"start {folder} was trained with another {name}: use the same, or leave start out"
-            )
-    own = system.network.state_dict()
-    for name, given in other.network.state_dict().items():
-        mine = own.get(name, given.new_empty(()))
-        part = mine[:, : given.shape[1]] if mine.ndim == given.ndim > 3 else mine
-        if part.shape != given.shape:
-            raise ValueError(
-                f"start {folder} has another {name}: use the same options of model, or leave start out"
-            )
-        mine.zero_()
-        part.copy_(given)
-    system.normalizer = other.normalizer.to(system.device)
-
-
-def must_agree(recipe: DiffusionRecipe) -> dict[str, Any]:
-    """What weights are tied to: which numbers go in, and which are asked for."""
-    return {
-        "autoencoder": recipe.autoencoder,
-        "text": recipe.text,
-        "objective.schedule": recipe.objective.schedule,
-        "objective.prediction": recipe.objective.prediction,
-    }
-
-
-def _check(recipe: DiffusionRecipe) -> None:
+def _check(recipe: DiffusionRecipe, begins: bool) -> None:
+    """Raises ValueError. Args: begins: it goes on from no checkpoint."""
     factor, cached = recipe.tasks.upsampling, recipe.data.cache
+    if recipe.lora and begins and not (recipe.start or recipe.model.options().get("weights")):
+        raise ValueError(
+            "lora adapts a network that was trained: name the folder of one in start, or leave lora out"
+        )
     if factor and recipe.run.frechet:
         raise ValueError("run.frechet: a model that upsamples has no videos of its own: set it to 0")
     if factor and cached:
@@ -406,12 +370,6 @@ def mean_over_frames(values: Sequence[Tensor], frames: Sequence[int]) -> Tensor:
     return torch.stack(
         [v.view(clips, -1).sum(1) * (t / shown) for v, t in zip(values, frames, strict=True)]
     ).sum(0)
-
-
-def blocks_of(denoiser: nn.Module) -> Iterator[nn.Module]:
-    """A denoiser's repeated blocks: its `repeated()`, or its list `blocks`."""
-    repeated: Any = getattr(denoiser, "repeated", None)
-    return repeated() if repeated is not None else iter(denoiser.blocks)  # type: ignore[arg-type]
 
 
 def known_frames(tasks: Tasks, frames: int, kind: Tensor, more: Tensor) -> Tensor:

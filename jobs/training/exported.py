@@ -3,6 +3,7 @@
 OUT/model.safetensors, OUT/model.json, OUT/model.pt   the newest weights, what they were trained with
 OUT/ema/00001000.safetensors    averages of the weights, from which `load_model` makes any length
 OUT/frozen.safetensors          what is not trained, written once, but for what published files give again
+OUT/adapter/                    of `lora`: the adapters in peft's layout, averaged over the longest length that is kept
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from jobs.training.paths import found_again
+from jobs.training.recipe import KINDS
+from jobs.training.recipe_core import LoRA
 from jobs.training.task import Phase
 from models.ema import Profile, combination
 from pipeline.io.store import fsync
@@ -112,7 +116,7 @@ def stored_shapes(folder: Path) -> dict[str, Tensor]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """{'step', 'recipe', 'loader', 'ranks', 'frozen'} of a checkpoint."""
+    """{'step', 'recipe', 'loader', 'ranks', 'frozen', 'out'} of a checkpoint."""
     found: dict[str, Any] = json.loads((folder / "meta.json").read_text())
     return found
 
@@ -195,8 +199,9 @@ def read_frozen(out: Path) -> dict[str, Tensor]:
 class Trained:
     """What training left, on the CPU.
 
-    recipe: as it was trained with, plain data. step: optimizer steps. weights: by phase; without what published
-    files give. state: `Task.state()`. frozen: phase → name → digest of what was not trained.
+    recipe: as it was trained with, plain data, with the paths of today. step: optimizer steps. weights: by phase;
+    without what published files give. state: `Task.state()`. frozen: phase → name → digest of what was not trained.
+    was: the folder that training wrote into.
     """
 
     folder: Path
@@ -205,6 +210,7 @@ class Trained:
     weights: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
     frozen: dict[str, dict[str, str]]
+    was: str = ""
 
     def load_into(self, module: nn.Module, phase: str) -> None:
         """Give a module, made from the recipe, the weights of a phase.
@@ -246,18 +252,40 @@ def export(checkpoint: Path, out: Path) -> None:
         aside = out / f"{name}.partial"
         shutil.copyfile(checkpoint / source, aside)
         publish(aside, out / name)
+    recipe = read_meta(checkpoint)["recipe"]
+    if lora := recipe.get("lora"):
+        export_adapter(out, recipe["trains"], LoRA.model_validate(lora))
+
+
+def export_adapter(out: Path, phase: str, lora: LoRA) -> None:
+    """The network's adapters, as peft loads them: `PeftModel.from_pretrained(network, OUT/adapter)`."""
+    from safetensors.torch import load_file
+
+    from jobs.training.lora import config, layers, peft_name
+
+    length = longest_average(out)
+    file = list(snapshots_of(out).values())[-1] if length else out / "model.safetensors"
+    before = f"{phase}/{length}/" if length else f"{phase}/"
+    weights = {k.removeprefix(before): x for k, x in load_file(file).items() if k.startswith(before)}
+    own = {name: x for key, x in weights.items() if (name := peft_name(key))}
+    partial = out / "adapter.new.partial"  # a folder that is replaced is called adapter.partial meanwhile
+    shutil.rmtree(partial, ignore_errors=True)
+    config(lora, layers(weights)).save_pretrained(partial)
+    write_safetensors(partial / "adapter_model.safetensors", own, lambda names: own, 0)
+    publish(partial, out / "adapter")
 
 
 def snapshots_of(out: Path) -> dict[int, Path]:
     return {int(p.stem): p for p in sorted((out / "ema").glob("*.safetensors")) if p.stem.isdigit()}
 
 
-def load_model(out: Path, ema: float | None = None) -> Trained:
+def load_model(out: Path, ema: float | None = None, located: Mapping[str, str] | None = None) -> Trained:
     """The newest weights of a training run, or their average.
 
     Args:
         ema: σ_rel, the average's length as a share of training, any between 0 and 0.28: those that were
             kept are exact, others are made of the snapshots. None: the weights themselves.
+        located: key of the recipe → path, in place of what it says; see `paths.found_again`.
 
     Frozen parameters, buffers and phases without averages are given as they are. Raises CheckpointError
     where nothing was saved, or no averages were.
@@ -269,6 +297,7 @@ def load_model(out: Path, ema: float | None = None) -> Trained:
     if not (out / "model.safetensors").is_file() or not (out / "model.json").is_file():
         raise CheckpointError(f"{out} holds no model.safetensors: give a folder that clipmill train wrote")
     meta = json.loads((out / "model.json").read_text())
+    recipe = found_again(KINDS[meta["recipe"]["trains"]], meta["recipe"], meta.get("out", ""), out, located)
     with safe_open(out / "model.safetensors", "pt") as f:
         step = int(f.metadata()["step"])
     state = torch.load(out / "model.pt", weights_only=True)
@@ -289,7 +318,17 @@ def load_model(out: Path, ema: float | None = None) -> Trained:
     for key, value in found.items():
         phase, _, name = key.partition("/")
         weights.setdefault(phase, {})[name] = value
-    return Trained(out, meta["recipe"], step, weights, state, meta.get("frozen", {}))
+    return Trained(out, recipe, step, weights, state, meta.get("frozen", {}), meta.get("out", ""))
+
+
+def longest_average(out: Path) -> float:
+    """σ_rel of the longest average that was kept; 0: none was."""
+    from safetensors import safe_open
+
+    for path in list(snapshots_of(out).values())[-1:]:
+        with safe_open(path, "pt") as f:
+            return max(float(key.split("/")[1]) for key in f.keys())  # noqa: SIM118 (no mapping)
+    return 0.0
 
 
 def _combine(stored: list[tuple[Profile, str]], x: list[float], phase: str) -> dict[str, Tensor]:

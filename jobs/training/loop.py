@@ -375,6 +375,7 @@ class Trainer:
             "recipe": self.recipe.model_dump(mode="json"),
             "loader": self.loader_state,
             "frozen": self.frozen,
+            "out": str(self.out.absolute()),
         }
         self.saver.save(meta, self.task.phases, self.averages, self.task.state())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -91,3 +91,9 @@ class Network(nn.Module):
             features, mask = self.read(question.texts)
             condition = replace(condition, text=features, text_mask=mask)
         return condition.without_text(question.dropped)
+
+
+def blocks_of(denoiser: nn.Module) -> Iterator[nn.Module]:
+    """A denoiser's repeated blocks: its `repeated()`, or its list `blocks`."""
+    repeated: Any = getattr(denoiser, "repeated", None)
+    return repeated() if repeated is not None else iter(denoiser.blocks)  # type: ignore[arg-type]

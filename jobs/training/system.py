@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -190,16 +190,26 @@ class System:
         """[B, 3, T, H, W] in −1…1 → normalised latents [B, C, T, h, w], without drawing."""
         return self.normalizer(self.encode(video).mean)
 
+    @cached_property
     def weights(self) -> dict[str, str]:
         """Hashes of the frozen encoders' weights, by whose latents and features a network is trained."""
-        frozen = {"autoencoder": self.autoencoder, "text": self.text}
-        return {f"{name}_weights": weights_hash(m) for name, m in frozen.items() if isinstance(m, nn.Module)}
+        return {f"{name}_weights": weights_hash(m) for name, m in self._frozen.items()}
+
+    @cached_property
+    def encoders(self) -> dict[str, str]:
+        """The same by the recipe's sections, and whatever the type that the weights have on this device."""
+        return {name: weights_hash(m, torch.bfloat16) for name, m in self._frozen.items()}
+
+    @property
+    def _frozen(self) -> dict[str, nn.Module]:
+        parts = {"autoencoder": self.autoencoder, "text": self.text}
+        return {name: m for name, m in parts.items() if isinstance(m, nn.Module)}
 
     def state(self) -> dict[str, Any]:
         """What `load_system` needs beside the network's weights; plain values."""
         return {
             "trains": "diffusion",
-            "recipe": self.recipe.model_dump(mode="json"),
+            "encoders": self.encoders,
             "trained": [list(shape) for shape in self.trained],
             "normalizer": {"mean": self.normalizer.mean.tolist(), "std": self.normalizer.std.tolist()},
         }

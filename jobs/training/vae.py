@@ -50,7 +50,9 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[AutoencoderTask, Loader]:
     assert isinstance(recipe, VAERecipe)
     if recipe.model.kind != "vae":
         raise ValueError(f"trains: vae needs model.kind vae, not {recipe.model.kind}")
-    task = AutoencoderTask(recipe, start.world.device, start.device)
+    if recipe.lora:
+        raise ValueError("lora: an autoencoder is trained whole: leave it out")
+    task = AutoencoderTask(recipe, start.world.device, start.device, fresh=not start.saved)
     task.world = start.world
     loader = build_loader(recipe, start.data, task.vae, start.world, recipe.held_out)
     reader = loader.readers[0]
@@ -66,9 +68,16 @@ class AutoencoderTask(Task):
 
     Args:
         made_on: see `Start`.
+        fresh: it begins with `vae.image`; False where a checkpoint's weights take their place.
     """
 
-    def __init__(self, recipe: VAERecipe, device: torch.device, made_on: torch.device | None = None):
+    def __init__(
+        self,
+        recipe: VAERecipe,
+        device: torch.device,
+        made_on: torch.device | None = None,
+        fresh: bool = True,
+    ):
         wanted = self.wanted = recipe.vae
         self.measured, self.world = recipe.measured, World(0, 1, device)
         self.held_out: ShardReader | None = None
@@ -78,7 +87,7 @@ class AutoencoderTask(Task):
         made_on = made_on or device
         self.vae = make(partial(vae.build, **self.made_of), made_on)
         choose_kernel(self.vae, recipe.compute.attention)
-        if wanted.image and not on_meta(self.vae):
+        if wanted.image and fresh and not on_meta(self.vae):
             trained = load_model(Path(wanted.image))
             if "vae" not in trained.weights:
                 raise ValueError(f"vae.image {wanted.image} holds no autoencoder: train one, trains: vae")

@@ -288,10 +288,16 @@ def check(videos: Tensor) -> None:
         raise ValueError(f"videos are {videos.dtype} {list(videos.shape)}: give uint8 [B, T, H, W, 3]")
 
 
-def weights_hash(network: nn.Module) -> str:
-    """First 12 digits of the SHA-256 of the names, types, shapes and bytes of all weights and buffers."""
+def weights_hash(network: nn.Module, as_type: torch.dtype | None = None) -> str:
+    """First 12 digits of the SHA-256 of the names, types, shapes and bytes of all weights and buffers.
+
+    Args:
+        as_type: numbers are rounded to it first, so that copies of several types are the same.
+    """
     found = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
+        if as_type is not None and value.is_floating_point():
+            value = value.to(as_type)
         found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:12]

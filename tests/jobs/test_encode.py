@@ -188,7 +188,7 @@ def test_an_autoencoder_of_other_weights_at_the_same_path_is_refused(run, tmp_pa
         folder.mkdir(exist_ok=True)
         weights = {f"vae/{name}": x for name, x in vae.build(**options).state_dict().items()}
         save_file(weights, folder / "model.safetensors", {"step": "1"})
-        (folder / "model.json").write_text(json.dumps({"recipe": {}}))
+        (folder / "model.json").write_text(json.dumps({"recipe": {"trains": "vae"}}))
         torch.save({"vae": options}, folder / "model.pt")
 
     save(0)

@@ -157,7 +157,9 @@ def test_a_turned_video_is_given_upright_and_in_the_nearest_of_the_shapes_that_w
     shutil.copytree(models["known"], tmp_path / "model")
     state = torch.load(tmp_path / "model/model.pt", weights_only=True)
     buckets = [{"frames": 4, "height": h, "width": w} for h, w in ((32, 64), (64, 32))]
-    state["recipe"]["data"]["buckets"] = buckets
+    meta = json.loads((tmp_path / "model/model.json").read_text())
+    meta["recipe"]["data"]["buckets"] = buckets
+    (tmp_path / "model/model.json").write_text(json.dumps(meta))
     state["trained"] = [[b["frames"], b["height"], b["width"]] for b in buckets]
     torch.save(state, tmp_path / "model/model.pt")
     turned = made(rotated, degrees=90)

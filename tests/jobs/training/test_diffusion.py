@@ -232,52 +232,6 @@ def test_super_resolution_is_told_the_blurred_clip_with_noise_of_its_level(run):
     assert abs(noise.std() - 1) < 0.06
 
 
-# ------------------------------------------------------------ starting from a trained model
-
-
-UNET = {"kind": "unet3d", "width": 16, "multipliers": [1, 2], "depth": 1, "head_dim": 8}
-
-
-@pytest.fixture(scope="module")
-def trained(run, tmp_path_factory):
-    out = tmp_path_factory.mktemp("trained")
-    steps = {"steps": 3, "save_every": 3, "sample_every": 0}
-    train(recipe(model=UNET, run=steps, optimizer={"lr": 0.01}), run, out, device="cpu")
-    return str(out)
-
-
-def test_a_fine_tuned_model_says_at_first_what_the_one_it_starts_from_says(run, trained):
-    other = load_trained(trained, None, "cpu")
-    tasks = {"first_frame": 0.5}
-    for options in ({}, {"tasks": tasks}):  # with known frames it takes more channels
-        task, loader = build(recipe(model=UNET, start=trained, **options), start(run))
-        batch = first(loader)
-        x = task.latents(batch, Draws(0, 0, CPU))
-        told = task.condition(x, batch, Draws(0, 0, CPU))
-        assert (told.known is not None) == bool(options)
-        text, mask = task.system.network.read(batch["caption"])
-        told = replace(told, text=text, text_mask=mask)
-        plain = replace(told, known=None, known_mask=None)
-        level = torch.full((3,), 0.4)
-        said = task.system.network.predict(x, level, told)
-        assert said.abs().max() > 1e-3
-        torch.testing.assert_close(said, other.network.predict(x, level, plain))
-        assert torch.equal(task.system.normalizer.std, other.normalizer.std)
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"model": UNET | {"width": 24}}, "use the same options of model"),
-        ({"model": UNET, "text": {"width": 24}}, "another text"),
-        ({"model": UNET, "start": "nowhere"}, "nowhere holds no model.safetensors"),
-    ],
-)
-def test_a_start_that_does_not_fit_is_refused(run, trained, change, says):
-    with pytest.raises(ValueError, match=says):
-        build(recipe(**({"start": trained} | change)), start(run))
-
-
 # ------------------------------------------------------------ text
 
 
@@ -377,7 +331,7 @@ def test_shift_of_the_cosine_schedule_divides_the_snr_by_its_square():
 def test_the_state_and_the_weights_bring_the_system_back(run):
     task, _ = build(recipe(run={"steps": 1, "sample_steps": 2, "prompts": ["a", "b"]}), start(run))
     stirred(task.system.network)
-    again = load_system(task.state(), CPU)
+    again = load_system(task.recipe, task.state(), CPU)
     again.network.load_state_dict(task.system.network.state_dict())
     shape = task.system.shape(2)
     drawn = [s.draw(seed=1)(shape, s.condition(["a", "b"])) for s in (task.system, again)]

@@ -9,9 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.training.build import build_network
-from jobs.training.diffusion import blocks_of
 from jobs.training.distributed import World
-from jobs.training.network import Network, Question
+from jobs.training.network import Network, Question, blocks_of
 from jobs.training.parallelize import GRAPHS, checkpoint_activations, compile_blocks, parallelize
 from jobs.training.recipe_core import Compute, import_spec
 from jobs.training.recipe_diffusion import DiffusionRecipe
