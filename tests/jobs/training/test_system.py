@@ -122,7 +122,7 @@ def test_an_autoencoder_encodes_in_bf16_where_the_recipe_says_so_and_never_becau
     assert 1e-4 < (near.mean - mean).square().mean().sqrt() / mean.std() < 0.03
     latents = torch.randn(rough.shape(1))
     assert torch.equal(rough.decode(latents), exact.decode(latents))
-    assert rough.weights() == exact.weights()
+    assert rough.weights == exact.weights
 
 
 def test_bf16_is_refused_where_there_is_nothing_to_gain():
