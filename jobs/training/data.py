@@ -115,7 +115,9 @@ class Loader:
             )
         made = Sizes(list(positions), tokens, batch, packed, images, list(areas or positions), lone)
         self.clips = [Clips(reader, made) for reader in self.readers]
-        self.mixture = Mixture(shares, [reader.folder for reader in self.readers])
+        self.sequential = self.readers[0].sequential
+        together = self.sequential.streams if self.sequential else 1
+        self.mixture = Mixture(shares, [reader.folder for reader in self.readers], together)
         self.made, self.stills = made, stills
         self.sequential = self.readers[0].sequential
         self.together = (
@@ -131,10 +133,7 @@ class Loader:
     @property
     def epoch_length(self) -> int:
         """Micro-batches of clips until each source has been gone through."""
-        return max(
-            -(-len(clips.order) * self.mixture.round // part)
-            for clips, part in zip(self.clips, self.mixture.parts, strict=True)
-        )
+        return self.mixture.epoch([len(clips.order) for clips in self.clips])
 
     @property
     def weights(self) -> tuple[int, int]:
@@ -145,9 +144,8 @@ class Loader:
     def at(self, number: int) -> tuple[Clips, int, bool]:
         """(source, number in its list, whether that is the list of stills) of a micro-batch of the endless list."""
         stills = number < self.stills
-        turns, turn = divmod(number if stills else number - self.stills, self.together)
-        source, own = self.mixture.at(turns)
-        return self.clips[source], own * self.together + turn, stills
+        source, own = self.mixture.at(number if stills else number - self.stills)
+        return self.clips[source], own, stills
 
     def rows(self, number: int) -> tuple[int, np.ndarray]:
         """(epoch, rows of the index) in its source of a micro-batch of the endless list."""
