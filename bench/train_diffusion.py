@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -134,7 +133,7 @@ def run(pair: str, side: str, args: argparse.Namespace) -> dict[str, float]:
     if side == "compiled":
         compile_blocks(model.blocks, uncompiled)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True if as_trained else None)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = most_memory()
 
     def now() -> float:
         if cuda:
@@ -156,9 +155,7 @@ def run(pair: str, side: str, args: argparse.Namespace) -> dict[str, float]:
     found = {
         "seconds": statistics.median(times),
         "adamw": statistics.median(updates),
-        "memory_mb": torch.cuda.max_memory_allocated() / 1e6
-        if cuda
-        else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+        "memory_mb": torch.cuda.max_memory_allocated() / 1e6 if cuda else most_memory() - before,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     from torch.utils.flop_counter import FlopCounterMode
@@ -253,6 +250,12 @@ def equal(args: argparse.Namespace) -> str:
 
 def size_of(pair: str, args: argparse.Namespace) -> str:
     return args.size or DEFAULT_SIZE[pair]
+
+
+def most_memory() -> float:
+    """MB that this process has had at most; `getrusage` would count what its parent had before it was started."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def mfu(found: dict[str, float]) -> str:
