@@ -132,9 +132,11 @@ def start(folder: str, what: str, packed: bool) -> None:
         begun = time.perf_counter()
         identity = reader.identity()
         identified = time.perf_counter() - begun
+    cpu = time.process_time()
     held, rows = memory("Anonymous") - before, len(reader.keys)
     print(
-        f"{what}: opened in {opened:.1f} s, planned in {planned:.1f} s, identity {identity[:8]} in {identified:.1f} s; "
+        f"{what}: opened in {opened:.1f} s, planned in {planned:.1f} s, identity {identity[:8]} in {identified:.1f} s "
+        f"({cpu:.0f} s of a core in all); "
         f"{loader.epoch_length:,} micro-batches an epoch; {held:,.0f} MB of its own, {held * 1e6 / rows:.1f} bytes a "
         f"clip ({peak.most - before:,.0f} MB at most)"
     )
@@ -168,11 +170,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=71_000_000)
+    parser.add_argument("--index", type=Path, metavar="FOLDER", help="one that was written before")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tempfile.tempdir = folder  # for the copy that is mapped
         begun = time.perf_counter()
-        alone(partial(write, Path(folder), args.rows))
+        if args.index:
+            os.link(args.index / "index.parquet", Path(folder) / "index.parquet")
+        else:
+            alone(partial(write, Path(folder), args.rows))
         size = (Path(folder) / "index.parquet").stat().st_size
         print(
             f"{args.rows:,} rows, {size / 1e9:.2f} GB of parquet, written in {time.perf_counter() - begun:.0f} s",

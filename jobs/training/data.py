@@ -115,7 +115,9 @@ class Loader:
             )
         made = Sizes(list(positions), tokens, batch, packed, images, list(areas or positions), lone)
         self.clips = [Clips(reader, made) for reader in self.readers]
-        self.mixture = Mixture(shares, [reader.folder for reader in self.readers])
+        self.sequential = self.readers[0].sequential
+        together = self.sequential.streams if self.sequential else 1
+        self.mixture = Mixture(shares, [reader.folder for reader in self.readers], together)
         self.made, self.stills = made, stills
         self.sequential = self.readers[0].sequential
         self.together = (
@@ -131,10 +133,7 @@ class Loader:
     @property
     def epoch_length(self) -> int:
         """Micro-batches of clips until each source has been gone through."""
-        return max(
-            -(-len(clips.order) * self.mixture.round // part)
-            for clips, part in zip(self.clips, self.mixture.parts, strict=True)
-        )
+        return self.mixture.epoch([len(clips.order) for clips in self.clips])
 
     @property
     def weights(self) -> tuple[int, int]:
@@ -145,9 +144,8 @@ class Loader:
     def at(self, number: int) -> tuple[Clips, int, bool]:
         """(source, number in its list, whether that is the list of stills) of a micro-batch of the endless list."""
         stills = number < self.stills
-        turns, turn = divmod(number if stills else number - self.stills, self.together)
-        source, own = self.mixture.at(turns)
-        return self.clips[source], own * self.together + turn, stills
+        source, own = self.mixture.at(number if stills else number - self.stills)
+        return self.clips[source], own, stills
 
     def rows(self, number: int) -> tuple[int, np.ndarray]:
         """(epoch, rows of the index) in its source of a micro-batch of the endless list."""
@@ -235,14 +233,17 @@ class Loader:
 
     def table(self) -> str:
         """Of each source its share, what fills its buckets, and how micro-batches are packed."""
-        if len(self.clips) == 1:
-            return self.clips[0].table()
         lines = []
         for clips, share in zip(self.clips, self.mixture.shares, strict=True):
-            lines.append(
-                f"source       {clips.reader.folder}: {share:.1%} of the micro-batches, {len(clips.order):,} an epoch"
-            )
+            told = f"{clips.reader.folder}: {share:.1%} of the micro-batches, {len(clips.order):,} an epoch"
+            lines += [f"source       {told}"] if len(self.clips) > 1 else []
             lines.append(clips.table())
+        readers = self.world * max(self.workers, 1)
+        if self.sequential and self.sequential.streams % readers:
+            lines.append(
+                f"streams      data.streams {self.sequential.streams} is no multiple of {readers}, the processes × "
+                "workers that read: clips that lie together are read by several; make it one"
+            )
         return "\n".join(filter(None, lines))
 
 

@@ -110,7 +110,9 @@ class SequenceLoader:
         sources = self.source.sources if isinstance(self.source, Mixed) else [self.source]
         shares = self.source.mixture.shares if isinstance(self.source, Mixed) else [1.0]
         each = zip(sources, shares, strict=True)
-        return "\n".join(f"source       {share:.1%} of the samples: {len(s):,} an epoch" for s, share in each)
+        return "\n".join(
+            f"source       {share:.1%} of the samples: {s.samples:,} an epoch" for s, share in each
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """How many micro-batches all ranks have taken, and where this rank's lanes are; plain numbers."""
@@ -187,7 +189,7 @@ class _Lane:
 
     def _processed(self, number: int) -> tuple[Item, list[str]]:
         """A sample as the processor makes it, and the keys of broken ones that it stands for."""
-        sample = self.loader.source.sample(number)
+        sample = self.loader.source.nth(number)
         try:
             return {"key": sample["key"], **self.loader.process(sample)}, sample["skipped"]
         except BrokenSample as e:

@@ -79,31 +79,41 @@ def _best(
     index: pa.Table, shapes: Sequence[Shape], fps: float | None, usable: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """(the best of the usable shapes or −1, share of the picture that it keeps) of each clip, some rows at a time."""
+    frames, height, width = np.array(shapes).T  # [k] each
+    enough = frames - 0.5  # half a frame: durations are rounded
+    steps = np.unique(enough)
     bucket, kept = np.empty(len(index), np.int16), np.empty(len(index), np.float32)
     for at in range(0, len(index), AT_ONCE):
         part = slice(at, at + AT_ONCE)
-        bucket[part], kept[part] = _best_of(index[part], shapes, fps, usable)
+        w, h = (index[c][part].fill_null(1).to_numpy().astype(np.int64) for c in ("width", "height"))
+        shown = np.full(len(w), np.inf)  # frames
+        if fps:
+            shown = index["duration_s"][part].fill_null(0.0).to_numpy() * fps
+        # clips measure a few sizes, and fill the same shapes as others: each such kind is looked at once
+        kinds = w << 36 | h << 8 | np.searchsorted(steps, shown)
+        _, some, kind = np.unique(kinds, return_index=True, return_inverse=True)
+        filled = usable & (shown[some, None] > enough)  # [n, k]
+        best, share = _best_of(w[some, None], h[some, None], filled, frames, height, width)
+        bucket[part], kept[part] = best[kind], share[kind]
     return bucket, kept
 
 
 def _best_of(
-    index: pa.Table, shapes: Sequence[Shape], fps: float | None, usable: np.ndarray
+    w: np.ndarray,
+    h: np.ndarray,
+    filled: np.ndarray,
+    frames: np.ndarray,
+    height: np.ndarray,
+    width: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    frames, height, width = np.array(shapes).T  # [k] each
-    w, h = (index[c].fill_null(1).to_numpy()[:, None] for c in ("width", "height"))  # [n, 1]
-    filled = np.broadcast_to(usable, (len(index), len(shapes)))
-    if fps:
-        shown = index["duration_s"].fill_null(0.0).to_numpy()[:, None] * fps
-        filled = filled & (shown > frames - 0.5)  # half a frame: durations are rounded
+    """As `_best`, of clips of w × h pixels [n, 1] that fill some of the shapes [n, k]."""
     kept = np.exp(-np.abs(np.log(w / h) - np.log(width / height)))
     near = filled & (kept >= np.where(filled, kept, 0.0).max(1, keepdims=True) - NEAR)
     length = np.where(near, frames, 0)
     enlarged = np.maximum(height / h, width / w) > 1.02  # encoders round sides to even numbers
     area = np.where(enlarged, -1, 1) * height * width
-    best = np.lexsort((-area, enlarged, -kept.round(6), -length))[
-        :, 0
-    ]  # by the last key first, along the shapes
-    every = np.arange(len(index))
+    ranked = np.lexsort((-area, enlarged, -kept.round(6), -length))  # by the last key first, along the shapes
+    best, every = ranked[:, 0], np.arange(len(w))
     return np.where(filled.any(1), best, -1).astype(np.int16), kept[every, best]
 
 

@@ -71,18 +71,19 @@ class ChatReader:
         self._identity = found.hexdigest()
         self._ranges: tuple[int, Ranges] | None = None
 
-    def __len__(self) -> int:
+    @property
+    def samples(self) -> int:
         return len(self.starts)
 
     def identity(self) -> str:
         """A hash of the lines and the names of their files."""
         return self._identity
 
-    def sample(self, number: int) -> Sample:
+    def nth(self, number: int) -> Sample:
         """The sample of that number of the endless list. Raises StoreError where it can no longer be read."""
-        epoch, place = divmod(number, len(self))
+        epoch, place = divmod(number, self.samples)
         if self.shuffle:
-            place = int(Permutation(len(self), self.seed, epoch)(np.array([place]))[0])
+            place = int(Permutation(self.samples, self.seed, epoch)(np.array([place]))[0])
         return self.read(place)
 
     def read(self, row: int) -> Sample:

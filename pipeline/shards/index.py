@@ -152,6 +152,21 @@ class Index:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def kept(self, what: str, make: Callable[[], str]) -> str:
+        """What was made of this version of the index before, by another process of this machine, or is made now.
+
+        Args:
+            what: names it, and all that it depends on beside the index.
+        """
+        if self.folder is None:
+            return make()
+        file = self.folder / hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+        if not file.exists():
+            aside = file.with_name(f".{file.name}.{os.getpid()}")
+            aside.write_text(make())
+            aside.rename(file)
+        return file.read_text()
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ if self.folder is None else {"folder": self.folder}
 

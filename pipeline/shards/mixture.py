@@ -34,11 +34,12 @@ class Source(Protocol):
     stands for.
     """
 
-    def __len__(self) -> int:
-        """Samples an epoch."""
+    @property
+    def samples(self) -> int:
+        """Of an epoch."""
         ...
 
-    def sample(self, number: int) -> Sample:
+    def nth(self, number: int) -> Sample:
         """The sample of that number of the endless list. Raises StoreError where the data as a whole is at fault."""
         ...
 
@@ -51,11 +52,15 @@ class Mixture:
     """Args:
         shares: of each source, above 0, together 1 (as near as 0.33 three times is).
         names: of the sources, for messages.
+        together: samples that a source gives in a row, all of which then count as one above: of sources that are read
+            in streams (`pipeline.shards.order.Sequential`) as many as there are, so that the n-th sample of the
+            mixture is of the stream n mod `together` of its source.
 
     Raises ValueError: one sentence.
     """
 
-    def __init__(self, shares: Sequence[float], names: Sequence[str] = ()):
+    def __init__(self, shares: Sequence[float], names: Sequence[str] = (), together: int = 1):
+        self.together = together
         names = names or [f"source {i + 1}" for i in range(len(shares))]
         for name, share in zip(names, shares, strict=True):
             if not 1 / PARTS <= share <= 1:
@@ -78,14 +83,16 @@ class Mixture:
 
     def at(self, number: int) -> tuple[int, int]:
         """(source, number of its own) of a sample of the mixture."""
-        rounds, place = divmod(number, self.round)
+        turns, turn = divmod(number, self.together)
+        rounds, place = divmod(turns, self.round)
         source = int(self._source[place])
-        return source, rounds * self.parts[source] + int(self._before[place, source])
+        before = rounds * self.parts[source] + int(self._before[place, source])
+        return source, before * self.together + turn
 
-    def given(self, number: int) -> list[int]:
-        """How many of the first so many samples each source has given."""
-        rounds, place = divmod(number, self.round)
-        return [rounds * p + int(n) for p, n in zip(self.parts, self._before[place], strict=True)]
+    def epoch(self, lengths: Sequence[int]) -> int:
+        """Samples until every source, of so many samples each, has been gone through."""
+        turns = (-(-n // self.together) * self.round / p for n, p in zip(lengths, self.parts, strict=True))
+        return math.ceil(max(turns)) * self.together
 
 
 def _round(parts: Sequence[int]) -> list[int]:
@@ -103,17 +110,15 @@ class Mixed:
 
     def __init__(self, sources: Sequence[Source], mixture: Mixture):
         self.sources, self.mixture = list(sources), mixture
-        for name, source in enumerate(self.sources):
-            assert len(source), f"source {name} is empty"
 
-    def __len__(self) -> int:
-        """Samples until every source has been gone through."""
-        each = zip(self.sources, self.mixture.parts, strict=True)
-        return max(-(-len(source) * self.mixture.round // part) for source, part in each)
+    @property
+    def samples(self) -> int:
+        """Until every source has been gone through."""
+        return self.mixture.epoch([source.samples for source in self.sources])
 
-    def sample(self, number: int) -> Sample:
+    def nth(self, number: int) -> Sample:
         source, own = self.mixture.at(number)
-        return self.sources[source].sample(own) | {"source": source}
+        return self.sources[source].nth(own) | {"source": source}
 
     def identity(self) -> str:
         each = zip(self.sources, self.mixture.parts, strict=True)

@@ -185,11 +185,19 @@ class ShardReader(IterableDataset):
 
     def identity(self) -> str:
         """A hash of `contents` and of the buckets: of another folder, other bytes, other captions it is another."""
-        if self.rows is None:
-            return digest(self._contents(), self.bucket)
-        used = np.zeros(len(self.index), bool)
-        used[self.rows] = True
-        return digest(_only(self._contents(), used), np.cumsum(used)[self.rows], self.bucket)
+        used = None
+        order = [self.bucket]
+        if self.rows is not None:
+            used = np.zeros(len(self.index), bool)
+            used[self.rows] = True
+            order.append(np.cumsum(used, dtype=np.int32)[self.rows])
+
+        def made() -> str:
+            return digest(self._contents() if used is None else _only(self._contents(), used), *order)
+
+        chosen = self.captions == "chosen"
+        whole = order if used is None else [*order, used]
+        return self.index.kept(f"identity {chosen} {digest([], *whole)}", made)
 
     # ------------------------------------------------------------ the order
 
@@ -269,6 +277,22 @@ class ShardReader(IterableDataset):
         self.epoch, self.step, self.sample, self.first = state["epoch"], 0, state["sample"], state["first"]
 
     # ------------------------------------------------------------ samples
+
+    @property
+    def samples(self) -> int:
+        """Of an epoch, those that are repeated to fill its last batch included."""
+        return len(self.order) * self.batch_size
+
+    def nth(self, number: int) -> Sample:
+        """The sample of that number of the endless list, whichever rank's it is; the state stays as it is.
+
+        So a reader is a source of a mixture (`pipeline.shards.mixture`).
+        """
+        self.epoch, place = divmod(number, self.samples)
+        batch, at = divmod(place, self.batch_size)
+        rows = self.order.batch(self.epoch, batch)
+        self.gather(self.order, rows)
+        return self.sound(int(rows[at]))
 
     def sound(self, row: int, shape: Shape | None = None) -> Sample:
         """The sample of a row, or of the next sound one of its bucket. Raises StoreError after PATIENCE broken."""

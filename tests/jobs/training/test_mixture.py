@@ -78,6 +78,8 @@ def test_in_streams_each_run_gives_as_many_micro_batches_in_a_row_as_there_are_s
         assert mine == take(one, len(mine))
         epoch = mine[: len(one.clips[0].order)]
         assert set(itertools.chain(*epoch)) == set(one.readers[0].keys)
+    assert "streams" not in mixed.table()
+    assert "data.streams 3 is no multiple of 4" in loader(runs, sequential=how, world=2, workers=2).table()
     with pytest.raises(ValueError, match="the saved state has sequential None"):
         mixed.load_state_dict(loader(runs).state_dict())
 

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from jobs import shard
 from jobs.training.sequences import SequenceLoader, joined
 from pipeline.faults import StoreError
 from pipeline.shards.chat import ChatReader
 from pipeline.shards.mixture import Mixed, Mixture
-from pipeline.shards.reader import BrokenSample
+from pipeline.shards.order import Sequential
+from pipeline.shards.reader import BrokenSample, ShardReader
+from tests.fixtures.run_folder import make_run_folder
 
 TOKENS, LANES = 64, 12
 
@@ -66,8 +69,8 @@ def test_every_sample_is_in_one_sequence_in_the_shares_of_the_mixture(talks):
     seen = Counter(key for batch in take(one, 200) for key in batch["key"])
     state = one.state_dict()["lanes"]["0"]
     still = [n for sequence in state["packer"]["open"] for n, _ in sequence]
-    seen.update(one.source.sample(n)["key"] for n in still)
-    every = Counter(one.source.sample(n)["key"] for n in range(state["taken"]))
+    seen.update(one.source.nth(n)["key"] for n in still)
+    every = Counter(one.source.nth(n)["key"] for n in range(state["taken"]))
     assert every - seen == Counter({"short.jsonl:6": every["short.jsonl:6"]})  # the broken one
     assert not seen - every
     short, long = (sum(n for key, n in every.items() if key.startswith(name)) for name in ("short", "long"))
@@ -141,6 +144,46 @@ def test_an_example_is_not_taken_from_the_list(talks):
     one = loader(talks)
     (example,) = one.examples()
     assert same([example], take(one, 1))
+
+
+# ------------------------------------------------------------ clips and conversations in one mixture
+
+
+class Bytes:
+    """A clip is as many tokens as its caption has letters, and one more; a conversation as `letters` has it."""
+
+    def __call__(self, sample):
+        if "messages" in sample:
+            return letters(sample)
+        tokens = np.array([0, *map(ord, sample["caption"])], np.int32)
+        return {"length": len(tokens), "tokens": tokens, "learned": tokens > 0}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sequences") / "run"
+    make_run_folder(folder, sources=4)
+    assert shard.main([str(folder)]) == 0
+    return str(folder)
+
+
+@pytest.mark.parametrize("sequential", [None, Sequential(2, 4, LANES)], ids=["full", "shards"])
+def test_clips_and_conversations_share_sequences_and_resume(run, talks, sequential):
+    def made(**options):
+        clips = ShardReader(f"{run}/shards", decode=False, sequential=sequential)
+        together = LANES if sequential else 1
+        mixed = Mixed([clips, ChatReader(str(talks))], Mixture([0.4, 0.6], together=together))
+        return SequenceLoader(mixed, Bytes(), tokens=300, pool=3, lanes=LANES, **options)
+
+    alone = take(made(), 60)
+    keys = [key for batch in alone for key in batch["key"]]
+    every = set(ShardReader(f"{run}/shards", decode=False).keys)
+    assert every < set(keys)
+    before = [made(rank=r, world=2) for r in range(2)]
+    taken = [take(one, 15) for one in before]
+    after = made(workers=2)
+    after.load_state_dict(json.loads(json.dumps(joined([one.state_dict() for one in before]))))
+    assert same([b for step in zip(*taken, strict=True) for b in step] + take(after, 30), alone)
 
 
 def broken(sample):

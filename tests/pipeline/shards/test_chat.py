@@ -37,8 +37,8 @@ def talks(tmp_path):
 def test_lines_are_read_as_they_were_written_however_the_file_is_read(talks, monkeypatch, block):
     monkeypatch.setattr(chat, "BLOCK", block)
     reader = ChatReader(str(talks), shuffle=False)
-    assert len(reader) == 41
-    samples = [reader.sample(n) for n in range(41)]
+    assert reader.samples == 41
+    samples = [reader.nth(n) for n in range(41)]
     assert [s["messages"] for s in samples[:20]] == [said(f"a{i}", "ä" * i)["messages"] for i in range(20)]
     assert [s["messages"] for s in samples[20:40]] == [said(f"b{i}", "答" * i)["messages"] for i in range(20)]
     assert [s["key"] for s in samples[19:22]] == ["a.jsonl:20", "more/b.jsonl:2", "more/b.jsonl:3"]
@@ -51,13 +51,13 @@ def test_lines_are_read_as_they_were_written_however_the_file_is_read(talks, mon
 
 def test_an_epoch_has_every_line_once_in_another_order_each_time(talks):
     reader, again = ChatReader(str(talks), seed=3), ChatReader(str(talks), seed=3)
-    epochs = [[reader.sample(41 * e + n)["key"] for n in range(41)] for e in range(2)]
+    epochs = [[reader.nth(41 * e + n)["key"] for n in range(41)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1])
     assert len(set(epochs[0])) == 41
     assert epochs[0] != epochs[1]
-    assert [again.sample(n)["key"] for n in range(41)] == epochs[0]
-    assert [ChatReader(str(talks), seed=4).sample(n)["key"] for n in range(41)] != epochs[0]
-    assert pickle.loads(pickle.dumps(reader)).sample(5)["key"] == epochs[0][5]
+    assert [again.nth(n)["key"] for n in range(41)] == epochs[0]
+    assert [ChatReader(str(talks), seed=4).nth(n)["key"] for n in range(41)] != epochs[0]
+    assert pickle.loads(pickle.dumps(reader)).nth(5)["key"] == epochs[0][5]
 
 
 def test_what_is_kept_does_not_grow_with_the_text(tmp_path):
@@ -69,7 +69,7 @@ def test_what_is_kept_does_not_grow_with_the_text(tmp_path):
         reader = ChatReader(str(path))
         held.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-        assert len(reader) == 500
+        assert reader.samples == 500
     assert held[1] < held[0] + 20_000
 
 
@@ -124,4 +124,4 @@ def test_a_file_that_changed_since_it_was_opened_is_told(tmp_path):
     reader = ChatReader(str(path))
     path.write_bytes(b"{" * 300)
     with pytest.raises(StoreError, match=r"line [123]: it is no JSON"):
-        reader.sample(0)
+        reader.nth(0)

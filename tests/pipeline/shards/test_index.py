@@ -7,6 +7,7 @@ from multiprocessing import get_context
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -39,6 +40,7 @@ def told(reader):
     return list(reader.keys), places, reader.bucket.tolist(), reader.identity(), reader.table
 
 
+DIFFERENT = [{"captions": "sample"}, {"shapes": [(12, 32, 56)]}, {"where": pc.field("duration_s") > 4}]
 OPTIONS = {"fps": 4.0, "shapes": [(1, 32, 32), (12, 32, 56), (30, 32, 32)]}
 
 
@@ -84,6 +86,19 @@ def test_it_is_made_once_for_all_processes_and_anew_for_another_version(shards, 
     assert list(open_index(shards).keys) == keys[2:]
     assert list(held.keys) == keys  # whoever has the old one keeps it
     assert not made.exists()
+
+
+def test_an_identity_is_made_once_for_all_processes_and_anew_where_anything_differs(
+    shards, mapping, monkeypatch
+):
+    first = ShardReader(shards, **OPTIONS).identity()
+    others = {ShardReader(shards, **(OPTIONS | more)).identity() for more in DIFFERENT}
+    assert len(others | {first}) == 1 + len(DIFFERENT)
+    monkeypatch.setattr(ShardReader, "_contents", None)
+    assert ShardReader(shards, **OPTIONS).identity() == first
+    assert {ShardReader(shards, **(OPTIONS | more)).identity() for more in DIFFERENT} == others
+    monkeypatch.undo()
+    assert ShardReader(shards, **OPTIONS).identity() == first  # not mapped
 
 
 def opened(folder):

@@ -24,8 +24,6 @@ def test_after_any_number_of_samples_every_source_is_within_one_of_its_share(see
     given = np.cumsum(turns[:, None] == np.arange(len(shares)), 0)
     wanted = np.arange(1, n + 1)[:, None] * np.array(shares)
     assert np.abs(given - wanted).max() < 1
-    assert mixture.given(n) == given[-1].tolist()
-    assert mixture.given(0) == [0] * len(shares)
 
 
 @pytest.mark.parametrize("shares", [[1.0], [0.5, 0.5], [0.7, 0.3], [0.33, 0.33, 0.33], [0.0001, 0.9999]])
@@ -33,7 +31,7 @@ def test_each_source_gives_its_samples_one_after_the_other_none_left_out(shares)
     mixture, seen = Mixture(shares), [0] * len(shares)
     for n in range(30_000):
         source, own = mixture.at(n)
-        assert own == seen[source] == mixture.given(n)[source]
+        assert own == seen[source]
         seen[source] += 1
     assert min(seen) > 0
 
@@ -43,6 +41,16 @@ def test_any_sample_is_found_by_its_number_alone():
     far = 10**15 + 3
     source, own = mixture.at(far)
     assert abs(own - far * mixture.shares[source]) < 1
+
+
+def test_sources_read_in_streams_give_a_sample_of_each_stream_in_a_row():
+    mixture, plain = Mixture([0.6, 0.4], together=4), Mixture([0.6, 0.4])
+    for n in range(100):
+        source, own = mixture.at(n)
+        assert (source, own // 4) == plain.at(n // 4)
+        assert own % 4 == n % 4
+    assert mixture.epoch([24, 16]) == 40
+    assert mixture.epoch([25, 16]) > 40
 
 
 @pytest.mark.parametrize(
@@ -65,10 +73,11 @@ class Letters:
     def __init__(self, name, count):
         self.name, self.count = name, count
 
-    def __len__(self):
+    @property
+    def samples(self):
         return self.count
 
-    def sample(self, number):
+    def nth(self, number):
         epoch, place = divmod(number, self.count)
         return {"key": f"{self.name}{(place + epoch) % self.count}", "epoch": epoch, "skipped": []}
 
@@ -78,8 +87,8 @@ class Letters:
 
 def test_every_source_goes_through_its_own_epochs():
     mixed = Mixed([Letters("a", 5), Letters("b", 30)], Mixture([0.5, 0.5]))
-    assert len(mixed) == 60
-    samples = [mixed.sample(n) for n in range(len(mixed))]
+    assert mixed.samples == 60
+    samples = [mixed.nth(n) for n in range(60)]
     for name, source, epochs in (("a", 0, 6), ("b", 1, 1)):
         mine = [s for s in samples if s["source"] == source]
         assert {s["key"][0] for s in mine} == {name}
