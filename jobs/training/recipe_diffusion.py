@@ -75,6 +75,14 @@ class Autoencoder(Section):
         "see bench/results/frozen.md",
     )
 
+    @model_validator(mode="after")
+    def _exact(self) -> Autoencoder:
+        if self.precision != "fp32" and self.kind in ("none", "dct"):
+            raise ValueError(
+                f"precision {self.precision}: kind {self.kind} costs next to nothing: leave it out"
+            )
+        return self
+
 
 class Text(Section):
     """Captions to features."""
