@@ -71,9 +71,17 @@ class Autoencoder(Section):
     keep: int = Field(8, ge=1, description="dct: coefficients kept a colour")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32",
-        description="of encoding; bf16: autocast, weights stay in fp32: latents err by about 1 % of what they vary, "
+        description="of encoding; bf16: autocast, weights stay in fp32: latents err by some 2 % of their spread, "
         "see bench/results/frozen.md",
     )
+
+    @model_validator(mode="after")
+    def _exact(self) -> Autoencoder:
+        if self.precision != "fp32" and self.kind in ("none", "dct"):
+            raise ValueError(
+                f"precision {self.precision}: kind {self.kind} costs next to nothing: leave it out"
+            )
+        return self
 
 
 class Text(Section):
