@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from itertools import permutations
 
 import numpy as np
@@ -94,15 +95,15 @@ def summary(name: str, values: list[float], wide: float = 2.0) -> None:
     )
 
 
-def extension(system: System, n: int, seed: int) -> None:
+def extension(system: System, n: int, seed: int, context: int) -> None:
     told, drawn = scenes(n, 32, seed, step_of(system)), []
     true = [pictures(s) for s in told]
     for i in range(0, n, BATCH):
         condition = system.condition([s.attributes.caption() for s in told[i : i + BATCH]])
         first = latents(system, [v[:8] for v in true[i : i + BATCH]])
-        longer = extend(system.draw(seed=seed + i), first, 32, 8, 2, condition)
+        longer = extend(system.draw(seed=seed + i), first, 32, 8, context, condition)
         drawn += list(system.decode(longer).numpy())
-    print(f"8 true frames extended to 32, context 2, {n} scenes")
+    print(f"8 true frames extended to 32, context {context}, {n} scenes")
     for start in (8, 16, 24):
         summary(f"  frames {start}–{start + 7}, from the law", astray(drawn, told, range(start, start + 8)))
     summary("  the reader on true frames", astray(true, told, range(8, 32)))
@@ -155,9 +156,12 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--context", type=int, default=4, help="of extend: frames given to each block (default: 4)"
+    )
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    tasks = {"extend": extension, "interpolate": interpolation, "join": join}
+    tasks = {"extend": partial(extension, context=args.context), "interpolate": interpolation, "join": join}
     tasks[args.what](load_trained(args.model, None, "cpu"), args.n, args.seed)
 
 

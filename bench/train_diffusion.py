@@ -1,9 +1,17 @@
 """Step time and memory of training, against the same models in diffusers, in one run.
 
+    .venv/bin/python -m bench.train_diffusion --equal [--precision fp32] [--rounds 15]
     .venv/bin/python -m bench.train_diffusion [--device cuda] [--precision fp32] [--rounds 5]
 
 Pairs of the same shape and the same work: a step is forward, backward and AdamW on random latents with a
-mean-squared loss, in bf16 by autocast unless told. Each side steps as its trainer does: ours with fused AdamW and,
+mean-squared loss, in bf16 by autocast unless told.
+
+--equal: both sides with the same settings (fused AdamW, kept memory, threads, precision), step about in one process,
+a round being a step of each, the first by turns. Of the ratios of the rounds the median and its 95 % interval, by
+bootstrap; once of seconds that passed and once of seconds of the processor, which other work on the machine does not
+lengthen.
+
+Otherwise each side steps as its trainer does: ours with fused AdamW and,
 on a CPU, with memory that is kept from step to step; diffusers' training examples with torch's defaults. Of the
 step, what AdamW takes is said; `plain` is ours with torch's defaults too, so the model alone. `compiled` is ours
 compiled block by block, as `compute.compile` does. The sides take turns, each round in a process of its own, so
@@ -14,14 +22,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -104,24 +115,25 @@ PAIRS = {
     "image DiT-{size}/2, 256 px": (image_ours, image_diffusers),
     "Latte-{size}/2, 16 frames of 256 px": (video_ours, video_diffusers),
 }
+DEFAULT_SIZE = dict(zip(PAIRS, ("S", "XS"), strict=True))
 DEVICE = "cpu"
 
 
 def run(pair: str, side: str, args: argparse.Namespace) -> dict[str, float]:
     """Seconds a step and of AdamW (medians, after warm-up), peak memory, parameters, operations; in this process."""
-    make = PAIRS[pair][side == "diffusers"]
-    as_trained = side in ("clipmill", "compiled")
+    make = PAIRS[pair][side.startswith("diffusers")]
+    as_trained = side not in ("plain", "diffusers")
     if as_trained and DEVICE == "cpu":
         keep_freed_memory()
     torch.manual_seed(0)
-    model, forward = make(args.size, args.batch)
+    model, forward = make(size_of(pair, args), args.batch)
     model = model.to(DEVICE).train()
     cuda = DEVICE == "cuda"
     uncompiled: list[str] = []
     if side == "compiled":
         compile_blocks(model.blocks, uncompiled)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True if as_trained else None)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = most_memory()
 
     def now() -> float:
         if cuda:
@@ -143,9 +155,7 @@ def run(pair: str, side: str, args: argparse.Namespace) -> dict[str, float]:
     found = {
         "seconds": statistics.median(times),
         "adamw": statistics.median(updates),
-        "memory_mb": torch.cuda.max_memory_allocated() / 1e6
-        if cuda
-        else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+        "memory_mb": torch.cuda.max_memory_allocated() / 1e6 if cuda else most_memory() - before,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     from torch.utils.flop_counter import FlopCounterMode
@@ -154,6 +164,98 @@ def run(pair: str, side: str, args: argparse.Namespace) -> dict[str, float]:
     with counter, torch.no_grad():
         forward(model)
     return found | {"forward_flops": counter.get_total_flops()}
+
+
+class Round(NamedTuple):
+    """Seconds of a step of each side, that passed and of the processor."""
+
+    ours: float
+    theirs: float
+    ours_cpu: float
+    theirs_cpu: float
+
+
+def paired(pair: str, args: argparse.Namespace) -> list[Round]:
+    """Rounds of a step of each side at equal settings, in this process."""
+    if DEVICE == "cpu":
+        keep_freed_memory()
+    steps = []
+    for make in PAIRS[pair]:
+        torch.manual_seed(0)
+        model, forward = make(size_of(pair, args), args.batch)
+        model = model.to(DEVICE).train()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+        steps.append(partial(step, model, forward, optimizer, args.precision))
+    rounds = []
+    for i in range(args.rounds + WARM):
+        seconds, cpu = [0.0, 0.0], [0.0, 0.0]
+        for side in (i % 2, 1 - i % 2):
+            start, start_cpu = time.perf_counter(), time.process_time()
+            steps[side]()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            seconds[side], cpu[side] = time.perf_counter() - start, time.process_time() - start_cpu
+        if i >= WARM:
+            rounds.append(Round(*seconds, *cpu))
+    return rounds
+
+
+def step(
+    model: nn.Module,
+    forward: Callable[[nn.Module], Tensor],
+    optimizer: torch.optim.Optimizer,
+    precision: str,
+) -> None:
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
+        loss = forward(model).float().square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def interval(ratios: Sequence[float]) -> str:
+    """The median, and where 95 % of the medians of so many drawn with replacement lie."""
+    drawn = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
+    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+    return f"{np.median(ratios):.2f} ({low:.2f}…{high:.2f})"
+
+
+def equal(args: argparse.Namespace) -> str:
+    """The table of `--equal`."""
+    lines = [
+        "| model | clipmill, s a step | diffusers | diffusers ÷ clipmill | of processor seconds | memory MB, clipmill "
+        "and diffusers |",
+        "|---|---|---|---|---|---|",
+    ]
+    for pair in PAIRS:
+        rounds = paired(pair, args)
+        memory = [alone(pair, side, args)["memory_mb"] for side in ("clipmill", "diffusers as clipmill")]
+        name = f"{pair.format(size=size_of(pair, args))}, batch {args.batch}, {args.precision}"
+        cells = [
+            name,
+            f"{statistics.median(r.ours for r in rounds):.3f}",
+            f"{statistics.median(r.theirs for r in rounds):.3f}",
+            interval([r.theirs / r.ours for r in rounds]),
+            interval([r.theirs_cpu / r.ours_cpu for r in rounds]),
+            " and ".join(f"{x:,.0f}" for x in memory),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    loads = " ".join(f"{x:.1f}" for x in os.getloadavg())
+    return (
+        "\n".join([*lines, "", f"{args.rounds} rounds, {torch.get_num_threads()} threads, load {loads}"])
+        + "\n"
+    )
+
+
+def size_of(pair: str, args: argparse.Namespace) -> str:
+    return args.size or DEFAULT_SIZE[pair]
+
+
+def most_memory() -> float:
+    """MB that this process has had at most; `getrusage` would count what its parent had before it was started."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def mfu(found: dict[str, float]) -> str:
@@ -165,7 +267,8 @@ def mfu(found: dict[str, float]) -> str:
 
 def alone(pair: str, side: str, args: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, "-m", "bench.train_diffusion", "--one", pair, side]
-    for name in ("device", "size", "batch", "steps", "precision"):
+    command += ["--size", size_of(pair, args)]
+    for name in ("device", "batch", "steps", "precision"):
         command += [f"--{name}", str(getattr(args, name))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -179,7 +282,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--size", default="S", help="of DiT: S, B, L or XL (default: S)")
+    parser.add_argument("--equal", action="store_true", help="the same settings on both sides, in pairs")
+    parser.add_argument("--size", help="of DiT: XS, S, B, L or XL (default: image S, Latte XS)")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5, help="timed steps a process")
@@ -190,6 +294,12 @@ def main() -> int:
     DEVICE = args.device
     if args.one:
         print(json.dumps(run(*args.one, args)))
+        return 0
+    if args.equal:
+        text = equal(args)
+        print(text)
+        if args.out:
+            args.out.write_text(text)
         return 0
     lines = [
         "| model | side | parameters | s a step | of it AdamW | ÷ clipmill | memory MB | MFU |",
@@ -205,7 +315,7 @@ def main() -> int:
             m = {key: statistics.median(r[key] for r in found) for key in found[0]}
             ratios = [r["seconds"] / o["seconds"] for r, o in zip(found, rounds["clipmill"], strict=True)]
             lines.append(
-                f"| {pair.format(size=args.size)}, batch {args.batch}, {args.precision} | {side} "
+                f"| {pair.format(size=size_of(pair, args))}, batch {args.batch}, {args.precision} | {side} "
                 f"| {m['parameters']:,.0f} | {m['seconds']:.3f} | {m['adamw']:.3f} "
                 f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}…{max(ratios):.2f}) "
                 f"| {m['memory_mb']:,.0f} | {mfu(m)} |"

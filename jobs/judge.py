@@ -201,7 +201,8 @@ def table(verdicts: list[Verdict]) -> str:
     for a in ATTRIBUTES:
         right = sum(bool(v[a]) for v in verdicts) / n
         blank = sum(v[f"{a}_seen"] is None for v in verdicts) / n
-        lines.append(row(a, right, f"{1 - right - blank:9.1%}{blank:12.1%}"))
+        misread = sum(not v[a] and v[f"{a}_seen"] is not None for v in verdicts) / n
+        lines.append(row(a, right, f"{misread:9.1%}{blank:12.1%}"))
     lines.append(row("mean", sum(bool(v[a]) for v in verdicts for a in ATTRIBUTES) / n / len(ATTRIBUTES)))
     lines.append(row("all five", sum(all(v[a] for a in ATTRIBUTES) for v in verdicts) / n))
     return "\n".join(lines)

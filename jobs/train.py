@@ -11,13 +11,15 @@ EPILOG = """
 examples
   clipmill train vlm run/ --recipe vlm --out model/ --steps 100
   clipmill train diffusion run/ --recipe my.yaml --out model/ --set optimizer.lr=3e-4 --set data.tokens=16384
+  clipmill train diffusion run/ --recipe my.yaml --out tuned/ --set start=model/ --set 'lora={rank: 16}'
   torchrun --nproc-per-node 8 -m jobs.train diffusion run/ --recipe my.yaml --out model/
   clipmill train vlm run/ --recipe vlm --out model/ --ray 4
 
 OUT gets checkpoints/, metrics and a page to look at, and model.safetensors with averages in ema/ to sample
 from. The same command goes on from the last checkpoint, on any number of GPUs that divides data.micro_batches,
 and gives what an uninterrupted run would have given; so do more --steps, unless the learning rate decays until a
-step of the recipe. Ctrl-C ends the step, saves and stops.
+step of the recipe. Ctrl-C ends the step, saves and stops. `start` begins with another OUT, which need not be there
+later; with `lora` adapters alone are trained, and OUT/adapter has them as peft loads them.
 
 A recipe is a YAML file; the bundled ones lie in recipes/training. compute.precision=bf16,
 compute.activation_checkpointing=selective (or full), compute.compile=true and compute.parallel=fsdp are for GPUs.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,8 +62,9 @@ class Clips:
             runs, still_runs = (pack(counts, each, sizes.tokens) for each in (sizes.positions, sizes.areas))
         else:
             runs, still_runs = (whole(counts, each) for each in (sizes.clips, sizes.stills))
-        self.order = Order(reader.bucket, runs, reader.seed, sequential=reader.sequential)
-        self.still_order = Order(reader.bucket, still_runs, reader.seed, sequential=reader.sequential)
+        how: dict[str, Any] = {"seed": reader.seed, "sequential": reader.sequential}
+        self.order = Order(reader.bucket, runs, **how)
+        self.still_order = Order(reader.bucket, still_runs, **how, beside=self.order)
 
     @property
     def used(self) -> list[int]:

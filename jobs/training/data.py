@@ -233,14 +233,17 @@ class Loader:
 
     def table(self) -> str:
         """Of each source its share, what fills its buckets, and how micro-batches are packed."""
-        if len(self.clips) == 1:
-            return self.clips[0].table()
         lines = []
         for clips, share in zip(self.clips, self.mixture.shares, strict=True):
-            lines.append(
-                f"source       {clips.reader.folder}: {share:.1%} of the micro-batches, {len(clips.order):,} an epoch"
-            )
+            told = f"{clips.reader.folder}: {share:.1%} of the micro-batches, {len(clips.order):,} an epoch"
+            lines += [f"source       {told}"] if len(self.clips) > 1 else []
             lines.append(clips.table())
+        readers = self.world * max(self.workers, 1)
+        if self.sequential and self.sequential.streams % readers:
+            lines.append(
+                f"streams      data.streams {self.sequential.streams} is no multiple of {readers}, the processes × "
+                "workers that read: clips that lie together are read by several; make it one"
+            )
         return "\n".join(filter(None, lines))
 
 

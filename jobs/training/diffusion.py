@@ -377,12 +377,13 @@ def known_frames(tasks: Tasks, frames: int, kind: Tensor, more: Tensor) -> Tenso
 
     Args:
         kind: [B] in 0…1, which task: the recipe's chances laid side by side, text → video above them.
-        more: [B] in 0…1, below ½ one context frame of `prediction`, else two.
+        more: [B] in 0…1, how many of the context frames of `prediction`: the first of as many parts, one.
     """
     place = torch.arange(frames, device=kind.device)[None]  # 1 T
     first, prediction = tasks.first_frame, tasks.first_frame + tasks.prediction
     between, kind = is_interpolation(tasks, kind)[:, None], kind[:, None]
-    context = torch.where(more < 0.5, 1, min(2, frames - 1))[:, None]  # B 1
+    most = max(1, min(tasks.context, frames - 1))
+    context = 1 + (more * tasks.context).floor().clamp(max=most - 1)[:, None]  # B 1
     known = (kind < first) & (place < 1)
     known |= (kind >= first) & (kind < prediction) & (place < context)
     known |= between & (place % tasks.stride == 0)

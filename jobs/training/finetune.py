@@ -90,7 +90,7 @@ def _ties(recipe: DiffusionRecipe) -> dict[str, Any]:
     """But for where files lie: what is in them is compared."""
     return {
         "model.kind": recipe.model.kind,
-        "autoencoder": recipe.autoencoder.model_dump(exclude={"path"}),
+        "autoencoder": recipe.autoencoder.model_dump(exclude={"path", "precision"}),
         "text": recipe.text.model_dump(exclude={"model", "dropout"}),
         "objective.schedule": recipe.objective.schedule,
         "objective.prediction": recipe.objective.prediction,

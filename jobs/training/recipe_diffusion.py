@@ -71,9 +71,17 @@ class Autoencoder(Section):
     keep: int = Field(8, ge=1, description="dct: coefficients kept a colour")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32",
-        description="of encoding; bf16: autocast, weights stay in fp32: latents err by about 1 % of what they vary, "
+        description="of encoding; bf16: autocast, weights stay in fp32: latents err by some 2 % of their spread, "
         "see bench/results/frozen.md",
     )
+
+    @model_validator(mode="after")
+    def _exact(self) -> Autoencoder:
+        if self.precision != "fp32" and self.kind in ("none", "dct"):
+            raise ValueError(
+                f"precision {self.precision}: kind {self.kind} costs next to nothing: leave it out"
+            )
+        return self
 
 
 class Text(Section):
@@ -130,7 +138,10 @@ class Tasks(Section):
     """Chances that a sample is trained on with known frames (the rest: text → video)."""
 
     first_frame: float = Field(0.0, ge=0, le=1, description="image → video")
-    prediction: float = Field(0.0, ge=0, le=1, description="the first 1 or 2 latent frames are known")
+    prediction: float = Field(
+        0.0, ge=0, le=1, description="the first latent frames are known, 1 to `context` of them"
+    )
+    context: int = Field(2, ge=1, description="most known frames of prediction")
     interpolation: float = Field(0.0, ge=0, le=1, description="every `stride`-th frame is known")
     stride: int = Field(4, ge=2, description="of interpolation")
     upsampling: int = Field(0, ge=0, description="factor of super-resolution; 0: none")

@@ -48,6 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "XL/2-h64": {**SIZES["XL"], "patch": 2, "heads": 18},
     "XL/2-h128": {**SIZES["XL"], "patch": 2, "heads": 9},
     "L/2-h128": {**SIZES["L"], "patch": 2, "heads": 8},
+    "Latte-XS/2": {**SIZES["XS"], "patch": 2, "attention": "alternating"},
     "Latte-S/2": {**SIZES["S"], "patch": 2, "attention": "alternating"},
     "Latte-B/2": {**SIZES["B"], "patch": 2, "attention": "alternating"},
     "Latte-XL/2": {**SIZES["XL"], "patch": 2, "attention": "alternating"},

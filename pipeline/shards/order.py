@@ -130,6 +130,7 @@ class Order:
         runs: what an epoch is made of; a bucket of which they take more than it has begins again.
         shuffle: False leaves rows and batches in their order.
         sequential: neighbours are read together.
+        beside: another order of the same rows in the same buckets, to share its lists of them.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class Order:
         seed: int = 0,
         shuffle: bool = True,
         sequential: Sequential | None = None,
+        beside: Order | None = None,
     ):
         self.seed, self.shuffle, self.runs = seed, shuffle, list(runs)
         self.bucket, self.sequential = bucket, sequential
@@ -148,7 +150,9 @@ class Order:
         self.counts = np.bincount(bucket, minlength=buckets)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         self.rows: np.ndarray | None = None  # of the buckets, one after the other; none: as they are
-        if np.count_nonzero(self.counts) > 1 and (np.diff(bucket) < 0).any():
+        if beside is not None:
+            self.rows = beside.rows
+        elif np.count_nonzero(self.counts) > 1 and (np.diff(bucket) < 0).any():
             kind = np.int32 if len(bucket) < 1 << 31 else np.int64
             self.rows = np.argsort(bucket, kind="stable").astype(kind)
         repeats = np.array([run.repeats for run in self.runs], np.int64)

@@ -83,6 +83,25 @@ def copied(layer: SelfAttention | CrossAttention) -> nn.MultiheadAttention:
     return reference
 
 
+@pytest.mark.parametrize("mask", [None, Mask.padding(torch.arange(9)[None] < torch.tensor([[4], [9]]))])
+@pytest.mark.parametrize("bias", [None, torch.randn(4, 9, 9)])
+def test_on_a_cpu_bf16_is_float32_rounded_once_under_autocast_too(
+    mask: Mask | None, bias: torch.Tensor | None
+):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 9, 16).bfloat16().requires_grad_() for _ in range(3))
+    wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    bias = None if bias is None else bias.bfloat16().float()
+    expected = attend(*wide, mask, bias)
+    expected.square().sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(q, k, v, mask, bias)
+    found.square().sum().backward()
+    assert torch.equal(found, expected.bfloat16())
+    for x, y in zip((q, k, v), wide, strict=True):
+        torch.testing.assert_close(x.grad.float(), y.grad, atol=0.05, rtol=0.02)
+
+
 @pytest.mark.parametrize("name", CPU)
 def test_self_attention_is_torchs(name: Kernel):
     torch.manual_seed(0)

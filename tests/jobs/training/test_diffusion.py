@@ -156,6 +156,15 @@ def test_each_image_has_the_caption_and_the_noise_of_its_own(run):
 # ------------------------------------------------------------ what is known
 
 
+def test_prediction_knows_one_to_context_frames_each_as_often():
+    every = torch.linspace(0, 0.999, 1000)
+    for most, frames, counts in ((4, 8, [250] * 4), (2, 8, [500] * 2), (4, 3, [250, 750]), (1, 2, [1000])):
+        known = known_frames(Tasks(prediction=1.0, context=most), frames, torch.zeros(1000), every)
+        told = known.sum(1)
+        assert torch.bincount(told).tolist() == [0, *counts]
+        assert all(row[:n].all() for row, n in zip(known, told, strict=True))
+
+
 def test_known_frames_are_those_of_the_task():
     tasks = Tasks(first_frame=0.25, prediction=0.25, interpolation=0.25, stride=3)
     kind, more = torch.tensor([0.1, 0.3, 0.3, 0.6, 0.9]), torch.tensor([0.0, 0.1, 0.9, 0.0, 0.0])

@@ -14,11 +14,13 @@ from jobs import encode, shard
 from jobs.training.data import Loader
 from jobs.training.diffusion import build, mixed_normalizer
 from jobs.training.loop import train
+from jobs.training.needs import models
 from jobs.training.recipe import load_training
 from jobs.training.recipe_core import Data
 from jobs.training.recipe_diffusion import DiffusionRecipe
 from models.autoencoders.latents import Statistics
 from pipeline.faults import StoreError
+from pipeline.recipe import RecipeError
 from pipeline.shards.order import Sequential
 from pipeline.shards.reader import ShardReader
 from tests.fixtures.run_folder import make_run_folder
@@ -78,6 +80,8 @@ def test_in_streams_each_run_gives_as_many_micro_batches_in_a_row_as_there_are_s
         assert mine == take(one, len(mine))
         epoch = mine[: len(one.clips[0].order)]
         assert set(itertools.chain(*epoch)) == set(one.readers[0].keys)
+    assert "streams" not in mixed.table()
+    assert "data.streams 3 is no multiple of 4" in loader(runs, sequential=how, world=2, workers=2).table()
     with pytest.raises(ValueError, match="the saved state has sequential None"):
         mixed.load_state_dict(loader(runs).state_dict())
 
@@ -215,6 +219,18 @@ def test_a_run_of_the_mixture_without_clips_is_named(runs, tmp_path):
     pq.write_table(short, tmp_path / "short/shards/index.parquet")
     with pytest.raises(StoreError, match=f"data.mixture {tmp_path}/short: none of 1 clips fills a bucket"):
         build(beside("short"), start(runs[0]))
+
+
+def test_what_a_mixture_names_is_looked_for_before_any_work(runs):
+    mixture = [{"data": runs[1], "share": 0.3, "cache": "b"}, {"data": "nowhere", "share": 0.3, "cache": "c"}]
+    wanted = dict(models(recipe(runs, data={"mixture": mixture, "cache": "a"})))
+    assert wanted[f"data: {runs[1]}"]() == "a folder"
+    with pytest.raises(RecipeError, match=r"data\.mixture\.1\.data: nowhere is not there; it comes from"):
+        wanted["data: nowhere"]()
+    with pytest.raises(
+        RecipeError, match=r"data\.mixture\.0\.cache: b is not there; it comes from clipmill encode"
+    ):
+        wanted["data: b"]()
 
 
 def test_paths_of_a_mixture_are_found_from_the_folder_of_the_recipe(runs, tmp_path):

@@ -2,11 +2,14 @@
 
 import math
 
+import diffusers
 import pytest
 import torch
+from pydantic import ValidationError
 
 from jobs.training.build import build_system
 from jobs.training.recipe_diffusion import DiffusionRecipe
+from tests.fixtures.shrunken import KL
 from tests.jobs.training.test_diffusion import stirred
 
 CPU = torch.device("cpu")
@@ -98,3 +101,30 @@ def test_a_video_is_drawn_in_a_shape_of_videos_though_pictures_of_its_very_shape
     assert system.bucket_like(1.0).frames == 5
     system.trained = shapes[:1]
     assert system.bucket_like(2.0).frames == 1
+
+
+# ---------------------------------------------------------------- precision of what is frozen
+
+
+def test_an_autoencoder_encodes_in_bf16_where_the_recipe_says_so_and_never_because_the_step_does(tmp_path):
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(**KL).save_pretrained(tmp_path)
+    exact, rough = (
+        build_system(recipe(autoencoder={"kind": "diffusers", "path": str(tmp_path), "precision": p}), CPU)
+        for p in ("fp32", "bf16")
+    )
+    video = torch.rand(1, 3, 3, 32, 32) * 2 - 1
+    mean = exact.encode(video).mean
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(exact.encode(video).mean, mean)
+    near = rough.encode(video)
+    assert near.mean.dtype == near.logvar.dtype == torch.float32
+    assert 1e-4 < (near.mean - mean).square().mean().sqrt() / mean.std() < 0.03
+    latents = torch.randn(rough.shape(1))
+    assert torch.equal(rough.decode(latents), exact.decode(latents))
+    assert rough.weights == exact.weights
+
+
+def test_bf16_is_refused_where_there_is_nothing_to_gain():
+    with pytest.raises(ValidationError, match="precision bf16: kind dct costs next to nothing"):
+        recipe(autoencoder={"kind": "dct", "precision": "bf16"})

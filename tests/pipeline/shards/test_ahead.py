@@ -1,48 +1,22 @@
 """Neighbours read in one request: fewer requests on a real object store, the same bytes, whoever reads."""
 
-import hashlib
-import io
 import itertools
 import json
-import tarfile
 from collections import Counter
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from pipeline.io.store import Store
 from pipeline.shards.order import Sequential
 from pipeline.shards.reader import ShardLoader, ShardReader
+from tests.fixtures import packed
 from tests.fixtures.object_store import Proxy, environment
 
 CLIPS, HOW = 480, Sequential(together=16, window=64, streams=4)
 
 
-def write(address, clips=CLIPS, tars=3, gap=0):
-    """Shards of so many samples of a few hundred bytes; returns what is in each.
-
-    Args:
-        gap: bytes of another member between any two samples.
-    """
-    rng, store, rows, found = np.random.default_rng(0), Store(address), [], {}
-    for number in range(tars):
-        name, out = f"all/all-{number:06d}.tar", io.BytesIO()
-        with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for i in range(number, clips, tars):
-                key, row = f"{i:06d}", {"clip_id": f"{i:06d}", "bucket": "all", "tar": name}
-                found[key] = rng.bytes(int(rng.integers(200, 900)))
-                files = {"mp4": found[key], "json": json.dumps({"caption": key}).encode(), "txt": bytes(gap)}
-                for kind, data in files.items():
-                    info = tarfile.TarInfo(f"{key}.{kind}")
-                    info.size = len(data)
-                    prefix = {"mp4": "", "json": "json_", "txt": "txt_"}[kind]
-                    row |= {f"{prefix}offset": tar.offset + 512, f"{prefix}size": len(data)}
-                    tar.addfile(info, io.BytesIO(data))
-                rows.append(row | {"media_sha256": hashlib.sha256(found[key]).hexdigest(), "caption": key})
-        store.write_bytes(name, out.getvalue())
-    store.write_table("index.parquet", pa.Table.from_pylist(rows))
-    return found
+def write(address, clips=CLIPS, **options):
+    return packed.write(address, np.random.default_rng(0).integers(200, 900, clips), **options)
 
 
 def reader(folder, **options):
