@@ -2,8 +2,8 @@
 
   python -m bench.feature_networks RUN --features vivit:toy/vivit --features efficientnet-lite0
 
-Half of the clips against the other half: as they are, played backwards, their frames shuffled, mirrored, made soft,
-noisy. Of a network that does not notice, a distance is that of the clips as they are.
+Half of the clips against the other half: as they are, played backwards, their frames shuffled, held still, mirrored,
+made soft, noisy. Of a network that does not notice, a distance is that of the clips as they are.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ CHANGES = {
     "as they are": lambda v: v,
     "backwards": lambda v: v.flip(1),
     "frames shuffled": shuffled,
+    "first frame held": lambda v: v[:, :1].expand_as(v),
     "mirrored": lambda v: v.flip(3),
     "mean of 3×3 pixels": soft,
     "noise of σ 10": noisy,

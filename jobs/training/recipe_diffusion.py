@@ -71,7 +71,7 @@ class Autoencoder(Section):
     keep: int = Field(8, ge=1, description="dct: coefficients kept a colour")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32",
-        description="of encoding; bf16: autocast, weights stay in fp32: latents err by about 1 % of what they vary, "
+        description="of encoding; bf16: autocast, weights stay in fp32: latents err by some 2 % of their spread, "
         "see bench/results/frozen.md",
     )
 

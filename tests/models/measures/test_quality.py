@@ -67,3 +67,14 @@ def test_bfloat16_videos_are_measured_in_float32():
 def test_frames_smaller_than_the_window_are_refused():
     with pytest.raises(ValueError, match="32×10: SSIM needs 11×11"):
         ssim(torch.zeros(1, 3, 1, 10, 32), torch.zeros(1, 3, 1, 10, 32))
+
+
+def test_under_autocast_similarity_is_as_exact_as_without():
+    a, b = (
+        torch.rand(1, 3, 2, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (0, 1)
+    )
+    near = a + 0.1 * b
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ssim(near, a), psnr(near, a)
+    assert torch.equal(found[0], ssim(near, a))
+    assert torch.equal(found[1], psnr(near, a))
