@@ -118,7 +118,11 @@ def _of_setting(mistake: str, overrides: list[str]) -> str:
         if f"{key}.".startswith(f"{set_}.")
         or f"{set_}.".startswith((f"{key}.", f"{key.rpartition('.')[0]}."))
     ]
-    item = related[-1] if related else overrides[-1]
+    words = re.findall(r"\w+", mistake.partition(": ")[2])
+    named = [
+        item for item in related if split_setting(item)[0][-1] in words
+    ]  # of a section whose keys do not agree
+    item = (named or related or overrides)[-1]
     shown = item if len(item) <= SHOWN else f"{item[: SHOWN - 1]}…"
     same = dotted(split_setting(item)[0]) == key
     return f"--set {shlex.quote(shown)}: {mistake.partition(': ')[2] if same else mistake}"

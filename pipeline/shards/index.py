@@ -17,7 +17,7 @@ import shutil
 import stat
 import tarfile
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, overload
@@ -32,6 +32,7 @@ from pipeline.io.files import fix
 from pipeline.io.store import Store
 
 UNREAD = {"meta"}  # columns of the index that no reader needs
+AT_ONCE = 1 << 20  # rows that are hashed together
 SHARED_FROM = 1 << 20  # rows from which an index is mapped from a file
 FORMAT = 1  # of those files
 
@@ -106,6 +107,44 @@ def _scan(store: Store, name: str) -> Iterator[dict[str, Any]]:
                 row |= {"json_offset": member.offset_data, "json_size": member.size}
     if "offset" in row:
         yield row
+
+
+def digest(tables: Iterable[pa.Table], *more: np.ndarray) -> str:
+    """A hash of the values of a table that comes in parts, and of arrays, in their order."""
+    found: dict[str, list[Any]] = {}
+    for rows in tables:
+        for name in rows.column_names:
+            data, ends = bytes_of(rows[name])
+            lengths, values = found.setdefault(name, [hashlib.blake2b(), hashlib.blake2b()])
+            lengths.update(np.diff(ends, prepend=0).data)
+            values.update(data.data)
+    told = hashlib.blake2b(digest_size=16)
+    for name, each in found.items():
+        told.update(name.encode())
+        for hashed in each:
+            told.update(hashed.digest())
+    for array in more:
+        for at in range(0, len(array), AT_ONCE):
+            told.update(array[at : at + AT_ONCE].astype(np.int64).data)
+    return told.hexdigest()
+
+
+def only(tables: Iterable[pa.Table], used: np.ndarray) -> Iterator[pa.Table]:
+    """The rows that are used, bool [n]."""
+    at = 0
+    for rows in tables:
+        yield rows.filter(pa.array(used[at : at + len(rows)]))
+        at += len(rows)
+
+
+def rows_where(folder: str, where: pc.Expression) -> np.ndarray:
+    """Rows of the index of which it is true."""
+    found, at = [np.zeros(0, np.int64)], 0
+    for rows in row_groups(folder):
+        numbered = rows.append_column("row", pa.array(np.arange(at, at + len(rows))))
+        found.append(numbered.filter(where)["row"].to_numpy())
+        at += len(rows)
+    return np.concatenate(found)
 
 
 # ---------------------------------------------------------------- columns

@@ -34,8 +34,9 @@ import pyarrow as pa
 from pipeline.faults import StoreError
 from pipeline.io.store import Store
 from pipeline.shards.buckets import Shape
+from pipeline.shards.index import digest
 from pipeline.shards.plan import split
-from pipeline.shards.reader import BrokenSample, Sample, ShardReader, digest
+from pipeline.shards.reader import BrokenSample, Sample, ShardReader
 
 MAX_CLIPS, MAX_BYTES = 256, 256 << 20  # of a tar: what a killed rank loses at most
 LARGEST = float(np.finfo(np.float16).max)

@@ -26,10 +26,9 @@ Randomness (which window of time, which caption) comes from (seed, epoch, clip) 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -39,8 +38,9 @@ import pyarrow.compute as pc
 from pipeline.faults import StoreError
 from pipeline.io.store import Ranges, Store
 from pipeline.shards.ahead import Ahead, Bytes, Place
-from pipeline.shards.buckets import AT_ONCE, Shape, fit, table
-from pipeline.shards.index import Texts, bytes_of, open_index, row_groups
+from pipeline.shards.buckets import Shape, fit, table
+from pipeline.shards.captions import CaptionRule, caption_of
+from pipeline.shards.index import Texts, digest, only, open_index, row_groups, rows_where
 from pipeline.shards.order import Order, Sequential, whole
 from pipeline.shards.pixels import BrokenSample, decode
 
@@ -50,7 +50,6 @@ except ImportError:  # reading needs no torch
     IterableDataset = object  # type: ignore[assignment, misc]
 
 Sample = dict[str, Any]
-CaptionRule = Literal["chosen", "sample", "fields"] | Callable[[dict[str, Any], np.random.Generator], str]
 
 
 FILES = {"": "media_sha256", "json_": "", "text_": "text_sha256"}  # of a sample: columns' beginnings, hashes
@@ -128,7 +127,7 @@ class ShardReader(IterableDataset):
         self.index = open_index(folder)
         self.rows: np.ndarray | None = None  # of the index, that are read; none: all
         if where is not None:
-            self.rows = _rows_where(folder, where)
+            self.rows = rows_where(folder, where)
         self.table = ""  # of the buckets, for a person
         self.shapes = shapes
         if shapes:
@@ -193,7 +192,7 @@ class ShardReader(IterableDataset):
             order.append(np.cumsum(used, dtype=np.int32)[self.rows])
 
         def made() -> str:
-            return digest(self._contents() if used is None else _only(self._contents(), used), *order)
+            return digest(self._contents() if used is None else only(self._contents(), used), *order)
 
         chosen = self.captions == "chosen"
         whole = order if used is None else [*order, used]
@@ -331,7 +330,12 @@ class ShardReader(IterableDataset):
                 video = video.transpose(3, 0, 1, 2) if self.layout == "CTHW" else video
         except (BrokenSample, StoreError, OSError, ValueError) as e:
             raise BrokenSample(f"{key} in {place.tar}: {e}") from e
-        return {"key": key, "video": video, "caption": self._caption(meta, rng), "meta": meta}, files
+        return {
+            "key": key,
+            "video": video,
+            "caption": caption_of(meta, self.captions, rng),
+            "meta": meta,
+        }, files
 
     def place(self, row: int) -> Place:
         """Where the files of a sample lie."""
@@ -361,24 +365,6 @@ class ShardReader(IterableDataset):
                     StoreError
                 ):  # whatever is wrong is told of each sample when it is read
                     files.load((other, self.place(other)) for other in group)
-
-    def _caption(self, meta: dict[str, Any], rng: np.random.Generator) -> str:
-        if callable(self.captions):
-            return self.captions(meta, rng)
-        told = [c for c in meta.get("captions", []) if c["text"]]
-        if self.captions == "fields":
-            from pipeline.caption.structured import record_of, sampled
-
-            scores = {k: v for k, v in json_of(meta.get("scores") or {}).items() if v is not None}
-            found = (r for c in told if (r := record_of(c.get("raw") or "", scores)))
-            if (record := next(found, None)) is not None:
-                return sampled(record, str(rng.integers(1 << 62)))
-            return meta.get("caption") or ""
-        if self.captions == "chosen" or not told:
-            return meta.get("caption") or ""
-        weights = np.array([max([0.0, *json_of(c["scores"]).values()]) for c in told])
-        weights = np.maximum(weights, 1e-3) / np.maximum(weights, 1e-3).sum()
-        return told[int(np.searchsorted(np.cumsum(weights)[:-1], rng.random(), "right"))]["text"]
 
     def _files(self) -> Ahead:
         """Open files of this process; a worker opens its own after the fork."""
@@ -459,49 +445,6 @@ def stack(samples: list[Sample]) -> dict[str, Any]:
     if len({getattr(v, "shape", None) for v in batch["video"]} - {None}) == 1:
         batch["video"] = torch.from_numpy(np.stack(batch["video"]))
     return batch
-
-
-def digest(tables: Iterable[pa.Table], *more: np.ndarray) -> str:
-    """A hash of the values of a table that comes in parts, and of arrays, in their order."""
-    found: dict[str, list[Any]] = {}
-    for rows in tables:
-        for name in rows.column_names:
-            data, ends = bytes_of(rows[name])
-            lengths, values = found.setdefault(name, [hashlib.blake2b(), hashlib.blake2b()])
-            lengths.update(np.diff(ends, prepend=0).data)
-            values.update(data.data)
-    told = hashlib.blake2b(digest_size=16)
-    for name, each in found.items():
-        told.update(name.encode())
-        for hashed in each:
-            told.update(hashed.digest())
-    for array in more:
-        for at in range(0, len(array), AT_ONCE):
-            told.update(array[at : at + AT_ONCE].astype(np.int64).data)
-    return told.hexdigest()
-
-
-def _only(tables: Iterable[pa.Table], used: np.ndarray) -> Iterator[pa.Table]:
-    """The rows that are used, bool [n]."""
-    at = 0
-    for rows in tables:
-        yield rows.filter(pa.array(used[at : at + len(rows)]))
-        at += len(rows)
-
-
-def _rows_where(folder: str, where: pc.Expression) -> np.ndarray:
-    """Rows of the index of which it is true."""
-    found, at = [np.zeros(0, np.int64)], 0
-    for rows in row_groups(folder):
-        numbered = rows.append_column("row", pa.array(np.arange(at, at + len(rows))))
-        found.append(numbered.filter(where)["row"].to_numpy())
-        at += len(rows)
-    return np.concatenate(found)
-
-
-def json_of(told: Any) -> dict[str, Any]:
-    """What a map of key.json holds: JSON text (see `pipeline.shards.provenance`); older shards have a map."""
-    return json.loads(told) if isinstance(told, str) else told
 
 
 def _worker() -> tuple[int, int]:

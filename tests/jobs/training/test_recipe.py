@@ -107,3 +107,10 @@ def test_the_options_of_a_network_are_what_its_build_takes(name):
     recipe = load_training(name)
     again = type(recipe).model_validate(recipe.model_dump(mode="json"))  # as a checkpoint keeps it
     assert again.model_dump(mode="json") == recipe.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_of_several_settings_of_a_section_the_one_is_named_whose_key_is_wrong(order):
+    settings = ["run.sampler=dpm++", "run.steps=9"]
+    with pytest.raises(RecipeError, match=r"^--set run\.sampler=dpm\+\+: .*is none of"):
+        load_training("small", settings[:: -1 if order else 1])

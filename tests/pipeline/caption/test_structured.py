@@ -14,7 +14,7 @@ import pytest
 from jobs.training.recipe_core import Run
 from pipeline.caption import structured
 from pipeline.caption.structured import FIELDS, Broken, Record, Subject, measured, parse, sampled, text
-from pipeline.shards.reader import ShardReader
+from pipeline.shards.captions import caption_of
 
 FULL = Record(
     subjects=[
@@ -127,14 +127,14 @@ def test_a_reader_draws_fields_of_the_structured_caption_with_the_measured_camer
             {"text": "A woman …", "raw": f"```json{FULL.model_dump_json()}```", "scores": "{}"},
         ],
     }
-    reader = ShardReader.__new__(ShardReader)
-    reader.captions = "fields"
-    drawn = {reader._caption(meta, np.random.default_rng(n)) for n in range(100)}
+    drawn = {caption_of(meta, "fields", np.random.default_rng(n)) for n in range(100)}
     assert len(drawn) > 60
-    assert reader._caption(meta, np.random.default_rng(7)) == reader._caption(meta, np.random.default_rng(7))
+    again = [caption_of(meta, "fields", np.random.default_rng(7)) for _ in range(2)]
+    assert again[0] == again[1]
     assert any("The camera pans to the left." in d for d in drawn)
     assert not any("holds still" in d for d in drawn)
-    assert reader._caption(meta | {"captions": meta["captions"][:1]}, np.random.default_rng(0)) == "chosen"
+    plain = meta | {"captions": meta["captions"][:1]}
+    assert caption_of(plain, "fields", np.random.default_rng(0)) == "chosen"
 
 
 def test_the_words_are_the_same_in_every_process():

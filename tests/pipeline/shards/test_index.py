@@ -14,8 +14,8 @@ import pytest
 from jobs import shard
 from pipeline.faults import StoreError
 from pipeline.shards import index as index_
-from pipeline.shards.index import Texts, bytes_of, from_hex, open_index, read_index
-from pipeline.shards.reader import ShardReader, digest
+from pipeline.shards.index import Texts, bytes_of, digest, from_hex, open_index, read_index
+from pipeline.shards.reader import ShardReader
 from tests.fixtures.run_folder import make_run_folder
 
 
