@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.training.build import build_system, normalizer_of
+from jobs.training.build import build_system, check_encoders, normalizer_of
 from jobs.training.data import Loader, build_loader, check_cache, sources_of
-from jobs.training.finetune import begin_with, check_encoders
+from jobs.training.finetune import begin_with
 from jobs.training.frechet import FrechetInLoop
 from jobs.training.lora import adapt
 from jobs.training.network import Answer, Network, Question, blocks_of
@@ -125,7 +125,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     loader = build_loader(recipe, start.data, system.autoencoder, world)
     system.trained = [shape for shape, clips in loader.buckets.items() if clips]
     if start.saved:  # measured when the run began, and a part of it from then on
-        check_encoders(system, start.saved, str(start.out))
+        check_encoders(system, start.saved, str(start.out), "name those in")
         system.normalizer = normalizer_of(start.saved).to(world.device)
     elif recipe.start:
         begin_with(system, recipe.start)

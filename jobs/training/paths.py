@@ -7,6 +7,7 @@ there any more is looked for where it would lie had it moved along: /old/vae of 
 from __future__ import annotations
 
 import os
+from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,17 @@ def missing(keys: Mapping[str, str | None], folder: Path, was: str) -> Iterator[
                 f"{folder}: {key} {path}, which it was trained with, is not there, {there}: bring it back, or say "
                 f"where it is, --locate {key}=FOLDER"
             )
+
+
+def add_locate(parser: ArgumentParser) -> None:
+    """The option of every command that uses a trained model; see `located`."""
+    parser.add_argument(
+        "--locate",
+        action="append",
+        default=[],
+        metavar="KEY=PATH",
+        help="where a part lies that the model names but has lost: autoencoder.path=vae/",
+    )
 
 
 def located(settings: list[str]) -> dict[str, str]:

@@ -345,6 +345,17 @@ def test_what_is_lost_is_named_with_what_gives_it_anew(moved, at, tmp_path, monk
     assert "--locate text.model=lost: lost is not there" in capsys.readouterr().err
 
 
+def test_a_model_is_sampled_with_the_encoders_that_it_was_trained_with_alone(
+    moved, at, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(moved[1] / "clip")
+    assert drawn("new/models/dit", "--locate", f"text.model={at['t5']}") == 2
+    told = capsys.readouterr().err
+    assert "new/models/dit was trained with other weights of its text than " in told
+    assert told.endswith(f"{at['t5']} holds: say where those are, --locate text.model\n")
+
+
 def test_an_export_without_its_averages_gives_its_last_weights(moved):
     folder = moved[1] / "models/dit"
     assert load_trained(str(folder), None, "cpu").ema == 0.1

@@ -223,7 +223,7 @@ def test_what_is_wrong_is_one_sentence(talks):
     with pytest.raises(StoreError, match="tokens now, and had"):
         take(other, 12)
     gone = loader(talks, broken)
-    gone.load_state_dict(loader_after(talks, LANES).state_dict())
+    gone.load_state_dict(one.state_dict())
     with pytest.raises(
         StoreError, match=r"jsonl:\d+ can no longer be read, and could when the state was saved"
     ):
