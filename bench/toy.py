@@ -159,10 +159,14 @@ def main() -> None:
     parser.add_argument(
         "--context", type=int, default=4, help="of extend: frames given to each block (default: 4)"
     )
+    parser.add_argument("--guidance", type=float, help="by the caption (default: the recipe's)")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     tasks = {"extend": partial(extension, context=args.context), "interpolate": interpolation, "join": join}
-    tasks[args.what](load_trained(args.model, None, "cpu"), args.n, args.seed)
+    system = load_trained(args.model, None, "cpu")
+    run = system.recipe.run.but(guidance=args.guidance)
+    system.recipe = system.recipe.model_copy(update={"run": run})
+    tasks[args.what](system, args.n, args.seed)
 
 
 if __name__ == "__main__":
