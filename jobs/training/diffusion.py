@@ -49,7 +49,10 @@ def measure(system: System, loader: Loader) -> Normalizer:
         caches = [cache, *(mixed.cache for mixed in system.recipe.data.mixture if mixed.cache)]
         return mixed_normalizer([statistics(cache) for cache in caches], loader.mixture.shares)
     measured, clips = Statistics(system.autoencoder.channels), 0
-    for number in range(loader.epoch_length):
+    streams = (
+        loader.mixture.together
+    )  # a source gives so many in a row: one of each row first, to see all sources
+    for number in (i + k for i in range(streams) for k in range(0, loader.epoch_length, streams)):
         for batch in parts_of(loader.batch(loader.stills + number)):
             posterior = system.encode(to_unit(batch["video"].to(system.device)))
             measured.add(posterior.mean)

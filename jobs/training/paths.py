@@ -10,9 +10,10 @@ import os
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.recipe_schema import Place, Section, below
+if TYPE_CHECKING:
+    from pipeline.recipe_schema import Place, Section
 
 KEYS = ("autoencoder.path", "text.model", "model.spatial")  # what a trained model is used with
 
@@ -26,6 +27,8 @@ def found_again(
         was: the folder that training wrote into, '' where that is not known; now: the folder it is today.
         located: key → path, in place of what the recipe says.
     """
+    from pipeline.recipe_schema import Place, below
+
     given = dict(located or {})
 
     def renewed(place: Place, data: Any, key: str) -> Any:
