@@ -40,11 +40,12 @@ feature networks (--features, may be repeated)
 """
 
 BATCH = 8
-LOCATE = "where a part lies that the model names but has lost: autoencoder.path=vae/"
 CLIP_FRAMES = 8  # of a video that CLIP looks at
 
 
 def main(argv: list[str] | None = None) -> int:
+    from jobs.training.paths import add_locate
+
     parser = argparse.ArgumentParser(
         prog="clipmill eval",
         description=__doc__,
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of clips, and of sampling")
     parser.add_argument("--ema", type=float, metavar="L", help="σ_rel of the averaged weights to sample from")
-    parser.add_argument("--locate", action="append", default=[], metavar="KEY=PATH", help=LOCATE)
+    add_locate(parser)
     parser.add_argument("--steps", type=int, metavar="N", help="of the sampler (default: the recipe's)")
     parser.add_argument("--guidance", type=float, metavar="W", help="by the caption (default: the recipe's)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU, where there is one)")
@@ -186,6 +187,8 @@ def check(args: argparse.Namespace) -> None:
         or (args.fps is not None and args.fps <= 0)
     ):
         raise ValueError("--n must be at least 2, --frames at least 1, and --fps above 0")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: give 0 or more")
     if (folder / "model.safetensors").exists():
         for name in ("frames", "fps", "size"):
             if getattr(args, name) is not None:

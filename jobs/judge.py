@@ -39,6 +39,8 @@ SEEN, HELD_OUT, EVERY = "combinations seen in training", "combinations held out"
 
 
 def main(argv: list[str] | None = None) -> int:
+    from jobs.training.paths import add_locate, located
+
     parser = argparse.ArgumentParser(
         prog="clipmill judge",
         description=__doc__,
@@ -55,23 +57,29 @@ def main(argv: list[str] | None = None) -> int:
         metavar="FILE",
         help="captions never trained on: held_out.txt of 'clipmill toy'",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="keep the videos here")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="keep the videos here, in a new or empty folder"
+    )
     parser.add_argument("--steps", type=int, metavar="N", help="of the sampler (default: the recipe's)")
     parser.add_argument("--guidance", type=float, metavar="W", help="by the caption (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--ema", type=float, metavar="L", help="σ_rel of the averaged weights (default: the longest)"
     )
+    add_locate(parser)
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU, where there is one)")
     args = parser.parse_args(argv)
 
     from jobs.training.build import load_trained
     from jobs.training.exported import CheckpointError
+    from jobs.videos import taken
     from models.hub import MissingModel
 
     try:
         captions = asked(args.n, args.seed, args.held_out)
-        system = load_trained(args.model, args.ema, args.device)
+        if args.out and taken(args.out):
+            raise ValueError(f"--out {args.out}: it is there already; give a new or empty folder")
+        system = load_trained(args.model, args.ema, args.device, located(args.locate))
         print(trust(system, [c for some in captions.values() for c in some], args.seed), flush=True)
         verdicts: list[Verdict] = []
         videos: list[np.ndarray] = []
@@ -80,12 +88,12 @@ def main(argv: list[str] | None = None) -> int:
             found = [verdict(v, c) | {"kind": kind} for v, c in zip(drawn, some, strict=True)]
             verdicts += found
             print(f"\n{len(found)} videos of {kind}\n{table(found)}", flush=True)
+        if args.out:
+            keep(args.out, videos, verdicts, system.recipe.data.fps or WORLD_FPS)
+            print(f"{len(videos)} videos, sheet.png and judged.json in {args.out}")
     except (ValueError, CheckpointError, MissingModel, OSError) as e:
         print(f"clipmill judge: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
-    if args.out:
-        keep(args.out, videos, verdicts, system.recipe.data.fps or WORLD_FPS)
-        print(f"{len(videos)} videos, sheet.png and judged.json in {args.out}")
     return 0
 
 
@@ -93,14 +101,20 @@ def asked(n: int, seed: int, held_out: Path | None) -> dict[str, list[str]]:
     """Kind of combinations → n captions. Raises ValueError and OSError."""
     from pipeline.toy.world import every, parse
 
-    if n < 1:
-        raise ValueError(f"--n {n}: give 1 or more")
+    for name, value, least in (("n", n, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"--{name} {value}: give {least} or more")
     if held_out is None:
         return {EVERY: draw_captions(every(), n, seed)}
-    never = {parse(line) for line in held_out.read_text().splitlines() if line}
+    try:
+        never = {parse(line) for line in held_out.read_text(encoding="utf-8").splitlines() if line}
+    except ValueError as e:  # of bytes that are no text, too
+        raise ValueError(f"--held-out {held_out}: {e}") from e
     if not never:
         raise ValueError(f"--held-out {held_out} names no caption: leave it out")
     seen = [attributes for attributes in every() if attributes not in never]
+    if not seen:
+        raise ValueError(f"--held-out {held_out} names all combinations, so none was seen: leave it out")
     return {SEEN: draw_captions(seen, n, seed), HELD_OUT: draw_captions(never, n, seed)}
 
 

@@ -59,7 +59,6 @@ TASKS = {
     "cascade": _task("keyframes interpolator upsampler times noise_level", "keyframes interpolator"),
 }
 OWN = frozenset[str]().union(*(task.takes for task in TASKS.values()))  # options that not every task takes
-LOCATE = "where a part lies that the model names but has lost: autoencoder.path=vae/"
 LEAST = {"n": 1, "context": 1, "steps": 1, "frames": 1, "times": 0}
 
 
@@ -82,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    from jobs.training.paths import add_locate
+
     found = argparse.ArgumentParser(
         prog="clipmill sample",
         description=__doc__,
@@ -125,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
     add("--guidance-rescale", type=float, metavar="F", help="how far its gain in contrast is taken back, 0…1")
     add("--seed", type=int, default=0, help="video i is drawn with seed + i")
     add("--ema", type=float, metavar="L", help="σ_rel of the averaged weights (the longest); 0: the last")
-    add("--locate", action="append", default=[], metavar="KEY=PATH", help=LOCATE)
+    add_locate(found)
     add("--device", help="cpu, cuda or cuda:N (default: a GPU, where there is one)")
     add("--keyframes", metavar="MODEL", help="cascade: makes key frames from the caption")
     add("--interpolator", metavar="MODEL", help="cascade: makes the frames between, used --times")

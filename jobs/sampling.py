@@ -249,6 +249,12 @@ def sharpened(maker: Maker, small: Tensor, prompt: str, seed: int, noise: float)
     return torch.cat(parts, dim=1)
 
 
+def latents_of(system: System) -> tuple[dict[str, Any], str | None]:
+    """By what two models' latents are told apart: their autoencoders, wherever those lie and however they encode."""
+    autoencoder = system.recipe.autoencoder.model_dump(exclude={"path", "precision"})
+    return autoencoder, system.encoders.get("autoencoder")
+
+
 class Cascade:
     """Video LDM end to end (Blattmann et al. 2023, fig. 5); models with the same autoencoder.
 
@@ -257,7 +263,7 @@ class Cascade:
 
     def __init__(self, keys: Maker, between: Maker, sharp: Maker | None = None):
         self.keys, self.between, self.sharp = keys, between, sharp
-        if keys.system.recipe.autoencoder != between.system.recipe.autoencoder:
+        if latents_of(keys.system) != latents_of(between.system):
             raise ValueError(
                 "--keyframes and --interpolator have different autoencoders, so their latents differ"
             )

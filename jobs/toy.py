@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def complaint(args: argparse.Namespace) -> str:
     """What is wrong with the options, in one sentence; '' if nothing."""
+    from jobs.videos import taken
+
     for name, least in (("videos", 1), ("scenes", 1), ("fps", 1), ("seed", 0)):
         if (value := getattr(args, name)) < least:
             return f"--{name} {value}: give {least} or more"
@@ -92,7 +94,7 @@ def complaint(args: argparse.Namespace) -> str:
         return f"--pan {args.pan:g}: give a share from 0 to 1"
     if not 0 <= args.hold_out <= 0.5:
         return f"--hold-out {args.hold_out:g}: give a share from 0 to 0.5"
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+    if taken(args.out):
         return f"--out {args.out}: it is there already; give a new or empty folder"
     return ""
 

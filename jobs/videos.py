@@ -15,6 +15,11 @@ FRAMES, HEIGHT, WIDTH = 8, 96, 1400  # of a contact sheet: pictures a row, their
 LINE = 20  # pixels, of words
 
 
+def taken(out: Path) -> bool:
+    """Whether a folder to write into is there already with something in it, or is a file."""
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+
+
 def check(video: np.ndarray) -> None:
     """Raises ValueError for another type or shape."""
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or not len(video):

@@ -187,6 +187,25 @@ def load_system(recipe: DiffusionRecipe, state: dict[str, Any], device: torch.de
     return system
 
 
+def check_encoders(system: System, state: dict[str, Any], what: str, fix: str) -> None:
+    """Raise ValueError where a network was trained with other encoders than the system has, wherever they lie.
+
+    Args:
+        what: was trained. fix: what is to be done, before the key that says where an encoder lies.
+    """
+    recipe = system.recipe
+    places = {
+        "autoencoder": ("autoencoder.path", recipe.autoencoder.path),
+        "text": ("text.model", recipe.text.model),
+    }
+    for name, x in system.encoders.items():
+        if state["encoders"].get(name) != x:
+            key, path = places[name]
+            raise ValueError(
+                f"{what} was trained with other weights of its {name} than {path} holds: {fix} {key}"
+            )
+
+
 def normalizer_of(state: dict[str, Any]) -> Normalizer:
     """That of `System.state()`."""
     saved = state["normalizer"]
@@ -227,7 +246,7 @@ def load_trained(
 ) -> System:
     """A trained system with its weights, in eval mode. Args: see `trained_at`.
 
-    Raises ValueError, CheckpointError or MissingModel.
+    Raises ValueError, CheckpointError or MissingModel; where its encoders are others by now, too.
     """
     trained, ema = trained_at(folder, ema, located)
     recipe = DiffusionRecipe.model_validate(trained.recipe)
@@ -239,6 +258,7 @@ def load_trained(
     for sentence in missing(named, trained.folder, trained.was):
         raise CheckpointError(sentence)
     system = load_system(recipe, trained.state, device_of(device))
+    check_encoders(system, trained.state, folder, "say where those are, --locate")
     system.step, system.ema = trained.step, ema
     give_weights(system.network, trained, recipe)
     system.network.eval()

@@ -71,6 +71,8 @@ MOVED = (
     "text.model",
     "model.spatial",
     "data.cache",
+    "data.mixture.data",
+    "data.mixture.cache",
 )  # that may lie elsewhere: contents are checked
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -187,7 +189,7 @@ def difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, A
     a, b = (dict(_flat(x)) for x in (saved, now))
     for key in sorted(a.keys() | b.keys()):
         free = any(key == f or (f.endswith(".") and key.startswith(f)) for f in FREE)
-        free |= key in MOVED and a.get(key) is not None and b.get(key) is not None
+        free |= re.sub(r"\.\d+\.", ".", key) in MOVED and a.get(key) is not None and b.get(key) is not None
         if not free and a.get(key) != b.get(key):
             return key, a.get(key), b.get(key)
     return None
@@ -195,6 +197,8 @@ def difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, A
 
 def _flat(x: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, Any]]:
     for key, value in x.items():
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            value = {str(i): item for i, item in enumerate(value)}
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{above}{key}.")
         else:

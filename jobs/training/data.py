@@ -43,7 +43,7 @@ from pyarrow.compute import Expression
 
 from jobs.training.clips import Clips, Sizes
 from jobs.training.distributed import World
-from jobs.training.held_out import split
+from jobs.training.held_out import trained_on
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_diffusion import DiffusionData, DiffusionRecipe
 from jobs.training.task import Batch
@@ -119,10 +119,6 @@ class Loader:
         together = self.sequential.streams if self.sequential else 1
         self.mixture = Mixture(shares, [reader.folder for reader in self.readers], together)
         self.made, self.stills = made, stills
-        self.sequential = self.readers[0].sequential
-        self.together = (
-            self.sequential.streams if self.sequential else 1
-        )  # micro-batches of a source in a row
         self.rank, self.world, self.workers, self.pin = rank, world, workers, pin
         self.first = self.step = (
             0  # the list's number before this rank's first; micro-batches handed out since
@@ -357,12 +353,13 @@ def sources_of(recipe: TrainRecipe, data: str) -> list[tuple[TrainRecipe, str]]:
 
 
 def readers_of(recipe: TrainRecipe, data: str, held_out: float = 0.0) -> list[ShardReader]:
-    """Of each run that is trained on, but for a share of its sources. Raises StoreError, ValueError."""
+    """Of each run that is trained on, but for a share of the sources of each. Raises StoreError, ValueError."""
     found: list[ShardReader] = []
-    for alone, folder in sources_of(recipe, data):
+    sources = sources_of(recipe, data)
+    kept = trained_on([below(folder, "shards") for _, folder in sources], held_out) if held_out else None
+    for i, (alone, folder) in enumerate(sources):
         try:
-            where = split(below(folder, "shards"), held_out)[0] if held_out else None
-            found.append(reader_of(alone, folder, where))
+            found.append(reader_of(alone, folder, kept[i] if kept else None))
         except StoreError as e:
             raise StoreError(f"data.mixture {folder}: {e}") if found else e from None
     return found

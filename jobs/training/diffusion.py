@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.training.build import build_system, normalizer_of
+from jobs.training.build import build_system, check_encoders, normalizer_of
 from jobs.training.data import Loader, build_loader, check_cache, sources_of
-from jobs.training.finetune import begin_with, check_encoders
+from jobs.training.finetune import begin_with
 from jobs.training.frechet import FrechetInLoop
 from jobs.training.lora import adapt
 from jobs.training.network import Answer, Network, Question, blocks_of
@@ -49,7 +49,10 @@ def measure(system: System, loader: Loader) -> Normalizer:
         caches = [cache, *(mixed.cache for mixed in system.recipe.data.mixture if mixed.cache)]
         return mixed_normalizer([statistics(cache) for cache in caches], loader.mixture.shares)
     measured, clips = Statistics(system.autoencoder.channels), 0
-    for number in range(loader.epoch_length):
+    streams = (
+        loader.mixture.together
+    )  # a source gives so many in a row: one of each row first, to see all sources
+    for number in (i + k for i in range(streams) for k in range(0, loader.epoch_length, streams)):
         for batch in parts_of(loader.batch(loader.stills + number)):
             posterior = system.encode(to_unit(batch["video"].to(system.device)))
             measured.add(posterior.mean)
@@ -125,7 +128,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Diffusion, Loader]:
     loader = build_loader(recipe, start.data, system.autoencoder, world)
     system.trained = [shape for shape, clips in loader.buckets.items() if clips]
     if start.saved:  # measured when the run began, and a part of it from then on
-        check_encoders(system, start.saved, str(start.out))
+        check_encoders(system, start.saved, str(start.out), "name those in")
         system.normalizer = normalizer_of(start.saved).to(world.device)
     elif recipe.start:
         begin_with(system, recipe.start)

@@ -8,7 +8,9 @@ OUT/adapter/                    of `lora`: the adapters in peft's layout, averag
 
 from __future__ import annotations
 
+import contextlib
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,14 +20,17 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from jobs.training.paths import found_again
 from jobs.training.recipe import KINDS
-from jobs.training.recipe_core import LoRA
+from jobs.training.recipe_diffusion import LoRA
 from jobs.training.task import Phase
 from models.ema import Profile, combination
+from pipeline.faults import one_line
 from pipeline.io.store import fsync
 
 AT_ONCE = 1 << 29  # bytes of a checkpoint that are in memory while plain files are made of it
@@ -121,6 +126,24 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return found
 
 
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[Path]:
+    """Inside, a plain file that training left is read. Raises CheckpointError where it is damaged or gone."""
+    try:
+        yield file
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        SafetensorError,
+        json.JSONDecodeError,
+        pickle.UnpicklingError,
+    ) as e:
+        raise CheckpointError(
+            f"{file} cannot be read ({one_line(e)}): copy it again from where it was trained"
+        ) from e
+
+
 # ---------------------------------------------------------------- what is not trained
 
 
@@ -187,9 +210,10 @@ def check_frozen(out: Path, tensors: Mapping[str, Tensor], expected: Mapping[str
 
 
 def read_frozen(out: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(out / FROZEN) if (out / FROZEN).is_file() else {}
+    if not (out / FROZEN).is_file():
+        return {}
+    with reading(out / FROZEN) as file:
+        return load_file(file)
 
 
 # ---------------------------------------------------------------- models to use
@@ -259,8 +283,6 @@ def export(checkpoint: Path, out: Path) -> None:
 
 def export_adapter(out: Path, phase: str, lora: LoRA) -> None:
     """The network's adapters, as peft loads them: `PeftModel.from_pretrained(network, OUT/adapter)`."""
-    from safetensors.torch import load_file
-
     from jobs.training.lora import config, layers, peft_name
 
     length = longest_average(out)
@@ -288,24 +310,23 @@ def load_model(out: Path, ema: float | None = None, located: Mapping[str, str] |
         located: key of the recipe → path, in place of what it says; see `paths.found_again`.
 
     Frozen parameters, buffers and phases without averages are given as they are. Raises CheckpointError
-    where nothing was saved, or no averages were.
+    where nothing was saved, or no averages were, or a file is damaged.
     """
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
     out = Path(out)
     if not (out / "model.safetensors").is_file() or not (out / "model.json").is_file():
         raise CheckpointError(f"{out} holds no model.safetensors: give a folder that clipmill train wrote")
-    meta = json.loads((out / "model.json").read_text())
+    with reading(out / "model.json") as file:
+        meta = json.loads(file.read_text())
     recipe = found_again(KINDS[meta["recipe"]["trains"]], meta["recipe"], meta.get("out", ""), out, located)
-    with safe_open(out / "model.safetensors", "pt") as f:
-        step = int(f.metadata()["step"])
-    state = torch.load(out / "model.pt", weights_only=True)
-    found = load_file(out / "model.safetensors") | read_frozen(out)
+    with reading(out / "model.safetensors") as file, safe_open(file, "pt") as f:
+        step, found = int(f.metadata()["step"]), load_file(file)
+    with reading(out / "model.pt") as file:
+        state = torch.load(file, weights_only=True)
+    found |= read_frozen(out)
     if ema is not None:
         stored: list[tuple[Profile, str, str]] = []  # what, phase, file
         for at, path in snapshots_of(out).items():
-            with safe_open(path, "pt") as f:
+            with reading(path), safe_open(path, "pt") as f:
                 kinds = {tuple(key.split("/")[:2]) for key in f.keys()}  # noqa: SIM118 (no mapping)
             stored += [(Profile(at, float(length)), phase, str(path)) for phase, length in sorted(kinds)]
         if not stored:
@@ -323,24 +344,20 @@ def load_model(out: Path, ema: float | None = None, located: Mapping[str, str] |
 
 def longest_average(out: Path) -> float:
     """σ_rel of the longest average that was kept; 0: none was."""
-    from safetensors import safe_open
-
     for path in list(snapshots_of(out).values())[-1:]:
-        with safe_open(path, "pt") as f:
+        with reading(path), safe_open(path, "pt") as f:
             return max(float(key.split("/")[1]) for key in f.keys())  # noqa: SIM118 (no mapping)
     return 0.0
 
 
 def _combine(stored: list[tuple[Profile, str]], x: list[float], phase: str) -> dict[str, Tensor]:
     """Σ x_i · average i, by phase/name; one snapshot in memory at a time."""
-    from safetensors import safe_open
-
     total: dict[str, Tensor] = {}
     for (profile, path), weight in zip(stored, x, strict=True):
         if weight == 0:
             continue
         start = f"{phase}/{profile.length}/"
-        with safe_open(path, "pt") as f:
+        with reading(Path(path)), safe_open(path, "pt") as f:
             for key in [k for k in f.keys() if k.startswith(start)]:  # noqa: SIM118 (no mapping)
                 name = f"{phase}/{key.removeprefix(start)}"
                 part = weight * f.get_tensor(key).double()

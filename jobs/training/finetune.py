@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.training.build import build_network, give_weights, normalizer_of, trained_at
+from jobs.training.build import build_network, check_encoders, give_weights, normalizer_of, trained_at
 from jobs.training.exported import CheckpointError
 from jobs.training.parallelize import on_meta
 from jobs.training.recipe_diffusion import DiffusionRecipe
@@ -73,17 +73,7 @@ def check_same(system: System, other: DiffusionRecipe, state: dict[str, Any], fo
             raise ValueError(
                 f"start {folder} was trained with another {name}: use the same, or leave start out"
             )
-    check_encoders(system, state, f"start {folder}")
-
-
-def check_encoders(system: System, state: dict[str, Any], what: str) -> None:
-    """Raise ValueError where a network was trained with other encoders than the system has, wherever they lie."""
-    for name, x in system.encoders.items():
-        if state["encoders"].get(name) != x:
-            raise ValueError(
-                f"{what} was trained with other weights of its {name} than this recipe's have: name those in "
-                f"{name}.{'model' if name == 'text' else 'path'}"
-            )
+    check_encoders(system, state, f"start {folder}", "name those in")
 
 
 def _ties(recipe: DiffusionRecipe) -> dict[str, Any]:

@@ -7,11 +7,13 @@ there any more is looked for where it would lie had it moved along: /old/vae of 
 from __future__ import annotations
 
 import os
+from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.recipe_schema import Place, Section, below
+if TYPE_CHECKING:
+    from pipeline.recipe_schema import Place, Section
 
 KEYS = ("autoencoder.path", "text.model", "model.spatial")  # what a trained model is used with
 
@@ -25,6 +27,8 @@ def found_again(
         was: the folder that training wrote into, '' where that is not known; now: the folder it is today.
         located: key → path, in place of what the recipe says.
     """
+    from pipeline.recipe_schema import Place, below
+
     given = dict(located or {})
 
     def renewed(place: Place, data: Any, key: str) -> Any:
@@ -62,6 +66,17 @@ def missing(keys: Mapping[str, str | None], folder: Path, was: str) -> Iterator[
                 f"{folder}: {key} {path}, which it was trained with, is not there, {there}: bring it back, or say "
                 f"where it is, --locate {key}=FOLDER"
             )
+
+
+def add_locate(parser: ArgumentParser) -> None:
+    """The option of every command that uses a trained model; see `located`."""
+    parser.add_argument(
+        "--locate",
+        action="append",
+        default=[],
+        metavar="KEY=PATH",
+        help="where a part lies that the model names but has lost: autoencoder.path=vae/",
+    )
 
 
 def located(settings: list[str]) -> dict[str, str]:

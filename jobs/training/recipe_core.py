@@ -27,7 +27,7 @@ class Mixed(Section):
     """Another run that is trained on."""
 
     data: str = Field(description="folder of a run with shards", json_schema_extra=PATH)
-    share: float = Field(ge=1e-4, lt=1, description="of the micro-batches")
+    share: float = Field(ge=1e-4, lt=1, description="of the micro-batches, to a ten-thousandth")
 
 
 class Data(Section):
@@ -77,7 +77,7 @@ class Data(Section):
     def shares(self) -> list[float]:
         """Of each run: the one that is named to train, then those of the mixture."""
         others = [mixed.share for mixed in self.mixture]
-        return [1 - sum(others), *others]
+        return [round(1 - sum(others), 9), *others]
 
 
 class Model(Section):
@@ -275,25 +275,6 @@ class Run(Section):
         return self
 
 
-class LoRA(Section):
-    """Low-rank adapters, trained in place of the network's weights, which stay as they are (Hu et al. 2021)."""
-
-    rank: int = Field(16, ge=1, description="of what is added to a layer's weight")
-    alpha: float = Field(16.0, gt=0, description="what is added is scaled by alpha ÷ rank")
-    targets: Literal["auto"] | tuple[str, ...] = Field(
-        "auto",
-        description="linear layers, by the ends of their names; auto: those of attention and feed-forward",
-    )
-    dropout: float = Field(0.0, ge=0, lt=1, description="of what adapters see")
-
-    @field_validator("targets")
-    @classmethod
-    def _some(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if targets != "auto" and (not targets or "" in targets):
-            raise ValueError("give auto, or the ends of linear layers' names")
-        return targets
-
-
 class TrainRecipe(Section):
     """What every trainer's recipe has."""
 
@@ -303,7 +284,6 @@ class TrainRecipe(Section):
     data: Data = Field(Data(), description="which clips, in which shape")
     model: Model = Field(description="the network")
     optimizer: Optimizer = Optimizer()
-    lora: LoRA | None = Field(None, description="train adapters alone; null: all weights")
     ema: EMA = EMA()
     compute: Compute = Compute()
     run: Run = Run()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jobs.training.recipe_core import Data, Mixed, TrainRecipe
 from pipeline.recipe_schema import MAYBE_PATH, PATH, Section
@@ -153,6 +153,25 @@ class Tasks(Section):
         return self
 
 
+class LoRA(Section):
+    """Low-rank adapters, trained in place of the network's weights, which stay as they are (Hu et al. 2021)."""
+
+    rank: int = Field(16, ge=1, description="of what is added to a layer's weight")
+    alpha: float = Field(16.0, gt=0, description="what is added is scaled by alpha ÷ rank")
+    targets: Literal["auto"] | tuple[str, ...] = Field(
+        "auto",
+        description="linear layers, by the ends of their names; auto: those of attention and feed-forward",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what adapters see")
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if targets != "auto" and (not targets or "" in targets):
+            raise ValueError("give auto, or the ends of linear layers' names")
+        return targets
+
+
 class DiffusionRecipe(TrainRecipe):
     """From a run's shards to a video diffusion model."""
 
@@ -162,6 +181,7 @@ class DiffusionRecipe(TrainRecipe):
         description="begin with the averaged weights of this diffusion model: a folder, to fine-tune it",
         json_schema_extra=PATH,
     )
+    lora: LoRA | None = Field(None, description="train adapters alone; null: all weights")
     data: DiffusionData = Field(DiffusionData(), description="which clips, in which shape")
     autoencoder: Autoencoder = Autoencoder()
     text: Text = Text()

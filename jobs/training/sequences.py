@@ -130,7 +130,10 @@ class SequenceLoader:
                     f"the saved state has {name} {state.get(name)}, this loader {mine}; use the same"
                 )
         self.first, self.step = state["batches"], 0
-        self.states = {int(lane): dict(told) for lane, told in state["lanes"].items()}
+        mine = (self.first + self.rank) % self.world  # of others it would tell what is no longer so
+        self.states = {
+            int(n): dict(told) for n, told in state["lanes"].items() if int(n) % self.world == mine
+        }
 
     def _made_of(self) -> dict[str, Any]:
         sizes = {"tokens": self.tokens, "pool": self.pool, "of": self.lanes}
@@ -155,7 +158,7 @@ class _Lane:
             self.packer.load_state_dict(state["packer"])
             for sequence in self.packer.open:
                 for sample, length in sequence:
-                    item, _ = self._processed(sample)
+                    item = self._again(sample)
                     if item["length"] != length:
                         raise StoreError(
                             f"{item['key']} has {item['length']} tokens now, and had {length} when the state was "
@@ -186,6 +189,15 @@ class _Lane:
             if closed := self.packer.add(sample, item["length"]):
                 return self._batch([self.items.pop(n) for n in closed], skipped)
         raise StoreError(f"{PATIENCE} samples in a row are broken, the last: {skipped[-1]}")
+
+    def _again(self, number: int) -> Item:
+        """A sample that a saved state has in an open sequence."""
+        try:
+            return self._processed(number)[0]
+        except BrokenSample as e:
+            raise StoreError(
+                f"{e} can no longer be read, and could when the state was saved: bring it back"
+            ) from e
 
     def _processed(self, number: int) -> tuple[Item, list[str]]:
         """A sample as the processor makes it, and the keys of broken ones that it stands for."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from jobs.training.data import build_loader, reader_of
 from jobs.training.distributed import World
 from jobs.training.exported import load_model
-from jobs.training.held_out import split
+from jobs.training.held_out import held_out
 from jobs.training.parallelize import make, on_meta
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_vae import VAERecipe
@@ -50,14 +50,12 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[AutoencoderTask, Loader]:
     assert isinstance(recipe, VAERecipe)
     if recipe.model.kind != "vae":
         raise ValueError(f"trains: vae needs model.kind vae, not {recipe.model.kind}")
-    if recipe.lora:
-        raise ValueError("lora: an autoencoder is trained whole: leave it out")
     task = AutoencoderTask(recipe, start.world.device, start.device, fresh=not start.saved)
     task.world = start.world
     loader = build_loader(recipe, start.data, task.vae, start.world, recipe.held_out)
     reader = loader.readers[0]
     if recipe.held_out:
-        _, others = split(below(start.data, "shards"), recipe.held_out)
+        others = held_out(below(start.data, "shards"), recipe.held_out)
         reader = task.held_out = reader_of(recipe, start.data, others, "center")
     task.shown = [torch.from_numpy(reader.sound(row)["video"]) for row in range(min(SHOWN, len(reader.keys)))]
     return task, loader

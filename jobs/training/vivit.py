@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jobs.training.data import Loader, reader_of, readers_of, sources_of
-from jobs.training.held_out import SOURCES, split
+from jobs.training.held_out import SOURCES, held_out, trained_on
 from jobs.training.parallelize import make
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_vivit import ViViTRecipe
@@ -54,7 +54,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Classification, Loader]:
         labels = start.saved["labels"]
     task = Classification(recipe, start, labels)
     if recipe.held_out:
-        _, others = split(below(start.data, "shards"), recipe.held_out)
+        others = held_out(below(start.data, "shards"), recipe.held_out)
         task.held_out = reader_of(recipe, start.data, others, "center")
     loader = Loader(
         readers_of(recipe, start.data, recipe.held_out),
@@ -76,12 +76,13 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Classification, Loader]:
 def captions_of(recipe: ViViTRecipe, data: str) -> list[str]:
     """Captions of the clips that are trained on. Raises StoreError, and ValueError where an index has none."""
     found: list[str] = []
-    for _, folder in sources_of(recipe, data):
-        shards = below(folder, "shards")
+    folders = [below(folder, "shards") for _, folder in sources_of(recipe, data)]
+    trained = trained_on(folders, recipe.held_out) if recipe.held_out else [None] * len(folders)
+    for shards, where in zip(folders, trained, strict=True):
         index = read_index(shards, ["caption", *SOURCES])
         if "caption" not in index.column_names:
             raise ValueError(f"{shards} has no index with captions: shard the run with clipmill shard")
-        kept = index.filter(split(shards, recipe.held_out)[0]) if recipe.held_out else index
+        kept = index if where is None else index.filter(where)
         step = max(1, -(-len(kept) // CAPTIONS))
         found += [caption or "" for caption in kept["caption"].to_pylist()[::step]]
     return found

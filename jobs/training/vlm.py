@@ -28,8 +28,6 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Captioning, Loader]:
     assert isinstance(recipe, VLMRecipe)
     if recipe.model.kind != "small_vlm":
         raise ValueError(f"trains: vlm needs model.kind small_vlm, not {recipe.model.kind}")
-    if recipe.lora:
-        raise ValueError("lora: the small VLM is trained from nothing, all of it: leave it out")
     if len(recipe.data.buckets) > 1 or recipe.data.buckets[0].height != recipe.data.buckets[0].width:
         raise ValueError("data.buckets: the small VLM takes one bucket, as high as it is wide")
     world = start.world

@@ -194,6 +194,8 @@ def vivit(path: str | Path, device: str = "cpu") -> Network:
 
     Raises ValueError where it holds something else.
     """
+    from safetensors import SafetensorError
+
     from models.encoders.vivit import ViViT
 
     path = Path(path)
@@ -206,7 +208,7 @@ def vivit(path: str | Path, device: str = "cpu") -> Network:
             options, weights = saved["options"], saved["weights"]
         network = ViViT(**options)
         network.load_state_dict(weights)
-    except (OSError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as e:
+    except (OSError, KeyError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
         raise ValueError(
             f"{path} holds no ViViT: train one (clipmill train vivit), or write a file with "
             "torch.save({'options': …, 'weights': model.state_dict()}, file)"

@@ -123,6 +123,9 @@ def test_a_model_is_sampled_read_and_its_videos_kept(model, tmp_path, capsys):
     [
         (["--n", "0"], "--n 0: give 1 or more"),
         (["--held-out", "/dev/null"], "--held-out /dev/null names no caption"),
+        (["--seed", "-1"], "--seed -1: give 0 or more"),
+        (["--out", "/dev/null"], "--out /dev/null: it is there already; give a new or empty folder"),
+        (["--locate", "vae=x"], "--locate vae=x: give autoencoder.path=PATH"),
         (["--held-out", "no_such_file"], "No such file or directory: 'no_such_file'"),
         ([], "nowhere holds no model"),
     ],
@@ -130,3 +133,22 @@ def test_a_model_is_sampled_read_and_its_videos_kept(model, tmp_path, capsys):
 def test_what_cannot_be_judged_is_one_sentence(tmp_path, capsys, arguments, says):
     assert judge.main([str(tmp_path / "nowhere"), *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("held_out", "says"),
+    [
+        (b"a dog\n", "caption 'a dog' is none of this world's"),
+        (b"\xff", "can't decode byte"),
+        (
+            "".join(f"{a.caption()}\n" for a in toy_world.every()).encode(),
+            "names all combinations, so none was seen",
+        ),
+    ],
+)
+def test_a_file_of_captions_that_cannot_be_judged_by_is_named(tmp_path, capsys, held_out, says):
+    (tmp_path / "held_out.txt").write_bytes(held_out)
+    assert judge.main([str(tmp_path), "--held-out", str(tmp_path / "held_out.txt")]) == 2
+    told = capsys.readouterr().err
+    assert f"--held-out {tmp_path / 'held_out.txt'}" in told
+    assert says in told

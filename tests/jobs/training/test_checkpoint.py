@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -439,6 +440,25 @@ def test_thinned_snapshots_still_span_every_length(tmp_path, saves):
 def test_a_folder_that_is_no_model_is_one_sentence(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds no model\.safetensors: give a folder"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.json", "model.pt", "ema", "frozen.safetensors", "no model.pt"]
+)
+def test_a_file_that_was_half_copied_is_named_with_what_to_do(tmp_path, whole, name):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    file = max((copy / "ema").glob("*")) if name == "ema" else copy / name.removeprefix("no ")
+    file.write_bytes(file.read_bytes()[:90] if file.exists() else b"0")
+    if name.startswith("no "):
+        file.unlink()
+    with pytest.raises(CheckpointError) as e:
+        load_model(copy, 0.1)
+    assert str(e.value).startswith(f"{file} cannot be read (")
+    assert str(e.value).endswith("): copy it again from where it was trained")
+    if name == "ema":
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            exported.longest_average(copy)
 
 
 def test_plain_files_made_a_tensor_at_a_time_are_the_same(tmp_path, whole, monkeypatch):

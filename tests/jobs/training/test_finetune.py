@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from jobs import sample, shard
+from jobs.sampling import latents_of
 from jobs.training.build import load_trained
 from jobs.training.checkpoint import difference
 from jobs.training.diffusion import Diffusion, build
@@ -345,6 +346,26 @@ def test_what_is_lost_is_named_with_what_gives_it_anew(moved, at, tmp_path, monk
     assert "--locate text.model=lost: lost is not there" in capsys.readouterr().err
 
 
+def test_a_model_is_sampled_with_the_encoders_that_it_was_trained_with_alone(
+    moved, at, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(moved[1] / "clip")
+    assert drawn("new/models/dit", "--locate", f"text.model={at['t5']}") == 2
+    told = capsys.readouterr().err
+    assert "new/models/dit was trained with other weights of its text than " in told
+    assert told.endswith(f"{at['t5']} holds: say where those are, --locate text.model\n")
+
+
+def test_two_models_latents_are_alike_wherever_their_autoencoders_lie(moved, at):
+    folder = str(moved[1] / "models/dit")
+    one, other = (
+        load_trained(folder, None, "cpu", located) for located in ({}, {"autoencoder.path": at["image"]})
+    )
+    assert one.recipe.autoencoder != other.recipe.autoencoder
+    assert latents_of(one) == latents_of(other)
+
+
 def test_an_export_without_its_averages_gives_its_last_weights(moved):
     folder = moved[1] / "models/dit"
     assert load_trained(str(folder), None, "cpu").ema == 0.1
@@ -361,6 +382,15 @@ def test_where_a_part_lies_is_no_other_training_but_whether_there_is_one_is():
     assert difference(a, a | {"autoencoder": {"path": "y", "keep": 1}}) is None
     assert difference(a, a | {"autoencoder": {"path": "x", "keep": 2}}) == ("autoencoder.keep", 1, 2)
     assert difference(a, a | {"data": {"cache": "c"}}) == ("data.cache", None, "c")
+
+    def mixed(*parts):
+        return {"data": {"mixture": [dict(zip(("data", "share", "cache"), x, strict=True)) for x in parts]}}
+
+    b = mixed(("a", 0.3, "c"))
+    assert difference(b, mixed(("moved", 0.3, "d"))) is None
+    assert difference(b, mixed(("a", 0.4, "c"))) == ("data.mixture.0.share", 0.3, 0.4)
+    assert difference(b, mixed(("a", 0.3, None))) == ("data.mixture.0.cache", "c", None)
+    assert difference(b, mixed(("a", 0.3, "c"), ("b", 0.1, "c")))[0].startswith("data.mixture.1.")
 
 
 def test_an_adapters_folder_says_what_it_is(run, at, trained, tmp_path):

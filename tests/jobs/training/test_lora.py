@@ -11,8 +11,10 @@ from torch import nn
 from jobs.training.lora import adapt, merge, targets
 from jobs.training.network import blocks_of
 from jobs.training.parallelize import compile_blocks
-from jobs.training.recipe_core import LoRA, import_spec
+from jobs.training.recipe_core import import_spec
+from jobs.training.recipe_diffusion import LoRA
 from models.diffusion.condition import Condition
+from pipeline.recipe import RecipeError
 from tests.fixtures.shrunken import STABLE_DIFFUSION
 
 CHANNELS, TEXT = 4, 32
@@ -174,3 +176,11 @@ def test_a_recipe_says_so_in_one_line():
     plain = json.loads(found.model_dump_json())
     assert plain["lora"]["targets"] == "auto"
     assert type(found).model_validate(plain) == found
+
+
+@pytest.mark.parametrize("name", ["vae", "vlm", "vivit", "toy-vivit"])
+def test_where_all_is_trained_a_recipe_knows_no_adapters(name):
+    from jobs.training.recipe import load_training
+
+    with pytest.raises(RecipeError, match="lora"):
+        load_training(name, ["lora={rank: 8}"])

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from jobs import encode, shard
 from jobs.training.data import Loader
-from jobs.training.diffusion import build, mixed_normalizer
+from jobs.training.diffusion import build, measure, mixed_normalizer
 from jobs.training.loop import train
 from jobs.training.needs import models
 from jobs.training.recipe import load_training
@@ -239,3 +239,18 @@ def test_paths_of_a_mixture_are_found_from_the_folder_of_the_recipe(runs, tmp_pa
     assert made.data.mixture[0].data == str(tmp_path / "more")
     assert made.data.shares() == [0.75, 0.25]
     assert Data().shares() == [1.0]
+
+
+def test_the_largest_share_leaves_the_run_that_is_named_the_smallest(runs):
+    mixture = [{"data": runs[1], "share": 0.9999}]
+    _, made = build(recipe(runs, data={"mixture": mixture}), start(runs[0]))
+    assert made.mixture.parts == [1, 9999]
+
+
+def test_the_normaliser_is_measured_on_all_runs_where_each_gives_micro_batches_in_a_row(runs):
+    data = {"shuffle": "shards", "streams": 40}  # of which one row has more clips than are measured
+    task, loader = build(recipe(runs, data=data), start(runs[0]))
+    seen = set()
+    loader.batch, taken = lambda n: seen.add(loader.mixture.at(n)[0]) or taken(n), loader.batch
+    measure(task.system, loader)
+    assert seen == {0, 1}

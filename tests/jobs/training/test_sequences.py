@@ -112,6 +112,19 @@ def test_resumed_after_any_step_it_goes_on_bit_for_bit(talks, steps):
     assert same([b for step in zip(*rest, strict=True) for b in step], alone[2 * steps : 2 * steps + 15])
 
 
+def test_resumed_again_and_again_on_other_ranks_no_sample_is_lost_or_comes_twice(talks):
+    alone, state, done = take(loader(talks), 60), None, 0
+    for world in (2, 2, 3, 1, 4, 2):
+        ranks = [loader(talks, rank=r, world=world) for r in range(world)]
+        for one in ranks if state else ():
+            one.load_state_dict(state)
+        taken = [take(one, 3) for one in ranks]
+        steps = [batch for step in zip(*taken, strict=True) for batch in step]
+        assert same(steps, alone[done : done + len(steps)])
+        done += len(steps)
+        state = joined([one.state_dict() for one in ranks])
+
+
 def test_resumed_through_workers_it_goes_on_bit_for_bit(talks):
     alone = take(loader(talks), 40)
     before = loader(talks, workers=3)
@@ -209,3 +222,9 @@ def test_what_is_wrong_is_one_sentence(talks):
     other.load_state_dict(one.state_dict())
     with pytest.raises(StoreError, match="tokens now, and had"):
         take(other, 12)
+    gone = loader(talks, broken)
+    gone.load_state_dict(one.state_dict())
+    with pytest.raises(
+        StoreError, match=r"jsonl:\d+ can no longer be read, and could when the state was saved"
+    ):
+        take(gone, 1)

@@ -1,5 +1,6 @@
 """Training a ViViT: what captions name, what is held out and measured, and its features for distances."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -14,7 +15,7 @@ from jobs import shard, toy
 from jobs.curate import main as curate
 from jobs.training import vivit as training
 from jobs.training.exported import load_model
-from jobs.training.held_out import split
+from jobs.training.held_out import held_out, trained_on
 from jobs.training.loop import train
 from jobs.training.recipe_vivit import ViViTRecipe
 from jobs.training.task import Draws
@@ -112,7 +113,7 @@ def test_sources_are_held_out_whole_the_same_in_any_order(tmp_path):
     for folder in folders:
         kept, held = (
             set(pq.read_table(f"{folder}/index.parquet", filters=part)["source_sha256"].to_pylist())
-            for part in split(folder, 0.15)
+            for part in (*trained_on([folder], 0.15), held_out(folder, 0.15))
         )
         assert not kept & held
         assert kept | held == set(sources)
@@ -120,7 +121,24 @@ def test_sources_are_held_out_whole_the_same_in_any_order(tmp_path):
     assert found[0] == found[1]
     assert len(found[0]) == 3
     with pytest.raises(ValueError, match=r"held_out 0\.1: .* has clips of one source alone; set it to 0"):
-        split(index_of(tmp_path / "c", ["one"] * 3), 0.1)
+        held_out(index_of(tmp_path / "c", ["one"] * 3), 0.1)
+
+
+def test_a_source_that_one_run_of_a_mixture_holds_out_is_trained_on_in_none(tmp_path):
+    sources = sorted((f"source {i}" for i in range(20)), key=lambda s: hashlib.sha256(s.encode()).digest())
+    folders = [
+        index_of(tmp_path / "a", sources),
+        index_of(tmp_path / "b", sources[:10]),
+    ]  # 6 and 3 are held out
+
+    def those(folder, part):
+        return set(pq.read_table(f"{folder}/index.parquet", filters=part)["source_sha256"].to_pylist())
+
+    held = set().union(*(those(folder, held_out(folder, 0.3)) for folder in folders))
+    kept = [those(f, part) for f, part in zip(folders, trained_on(folders, 0.3), strict=True)]
+    assert kept == [set(sources) - held, set(sources[:10]) - held]
+    alone = those(folders[1], trained_on(folders[1:], 0.3)[0])
+    assert alone - kept[1] == set(sources[3:6])
 
 
 def test_the_step_weighs_every_label_that_a_caption_names_alike(world):
