@@ -257,7 +257,9 @@ def test_a_model_is_sampled_with_the_captions_of_the_real_clips_and_says_how(run
     protocol = json.loads((tmp_path / "m/eval.json").read_text())["numbers"][0]["protocol"]
     assert protocol["sampling"]["step"] == 20
 
-    args = argparse.Namespace(generated=model, ema=None, device="cpu", steps=2, guidance=1.5, n=3, seed=7)
+    args = argparse.Namespace(
+        generated=model, ema=None, device="cpu", steps=2, guidance=1.5, n=3, seed=7, locate=[]
+    )
     system, how, asked = evaluate.load(args)
     found = list(evaluate.sampled(system, how, ["ape", "bee"], asked))
     assert [c for _, c in found] == ["ape", "bee", "ape"]
@@ -306,7 +308,7 @@ def test_a_folder_without_videos_or_shards_is_one_line(made, run, networks, tmp_
 
 def test_a_model_is_measured_as_it_was_trained(tmp_path):
     (tmp_path / "model.safetensors").touch()
-    given = {"generated": str(tmp_path), "n": 4, "frames": None, "fps": None, "size": None}
+    given = {"generated": str(tmp_path), "n": 4, "seed": 0, "frames": None, "fps": None, "size": None}
     evaluate.check(argparse.Namespace(**given))
     for name, value in (("frames", 8), ("fps", 4.0), ("size", "32")):
         with pytest.raises(ValueError, match=f"--{name}: a model is measured as it was trained"):

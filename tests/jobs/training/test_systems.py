@@ -132,16 +132,16 @@ def test_a_recipe_trains_is_killed_resumes_bit_for_bit_is_sampled_and_evaluated(
     trained = load_model(parts)
     assert trained.step == STEPS
     done = ["trained", "killed", "resumed"]
-    if trained.state.get("trains") == "diffusion":
+    if trained.recipe["trains"] == "diffusion":
         done += sampled(parts, given, tmp_path / "samples")
         assert math.isfinite(evaluated(parts, run, given, tmp_path / "eval.json"))
         done.append("eval")
-    if trained.state.get("trains") == "vae":
+    if trained.recipe["trains"] == "vae":
         kept = build_autoencoder(Autoencoder(kind="vae", path=str(parts)), torch.device("cpu"))
         video = torch.rand(1, 3, 5, 32, 32)
         assert kept.decode(kept.encode(video).mean).shape == video.shape
         done.append("reconstructs")
-    if trained.state.get("trains") == "vivit":
+    if trained.recipe["trains"] == "vivit":
         features = load_features(f"vivit:{parts}")(torch.zeros(2, 4, 32, 32, 3, dtype=torch.uint8))
         assert features.isfinite().all()
         done.append("features")

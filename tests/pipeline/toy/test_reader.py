@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from jobs import toy
+from jobs.videos import write_mp4
 from pipeline.toy import reader, world
 from pipeline.toy.world import Attributes
 
@@ -34,7 +34,7 @@ def soft(frames: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def through_h264(pictures: np.ndarray, path: Path) -> np.ndarray:
-    toy.encode(path, pictures, 8)
+    write_mp4(path, pictures, 8, crf=12)
     with av.open(str(path)) as container:
         return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
 
