@@ -231,7 +231,8 @@ def attend(
 ) -> Tensor:
     """softmax(q kᵀ / √D + bias) v under the mask, [B, H, Lq, D]; a query that may look nowhere gets 0.
 
-    Where the mask has a context, that attends, whatever the kernel.
+    k and v may have fewer heads, of which H is a multiple: query head h has key head ⌊h · theirs / H⌋ (Ainslie et al.
+    2023, grouped queries). Where the mask has a context, that attends, whatever the kernel.
     """
     if mask is not None and mask.context is not None:
         if bias is not None:
@@ -239,6 +240,8 @@ def attend(
                 "attention over a ring or in blocks takes no bias: hand in a mask without a context"
             )
         return mask.context(q, k, v, mask)
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if len(q) > MOST_ROWS and (mask is None or mask.rows == 1) and (bias is None or bias.ndim < 4):
         parts = zip(q.split(MOST_ROWS), k.split(MOST_ROWS), v.split(MOST_ROWS), strict=True)
         return torch.cat([attend(a, b, c, mask, bias, kernel) for a, b, c in parts])  # over time: B·h·w

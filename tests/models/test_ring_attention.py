@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jobs.training.distributed import connect
 from models.attention import Mask, Rotary, SelfAttention, Tokens, attend
+from models.language.loss import Goal, shifted, token_weights
+from models.language.world import Goals, Places, build
 from models.ring_attention import ALL, NOTHING, SOMETHING, Blocks, Placement, Ring, join, sight, split
 from tests.fixtures.toy_training import in_ranks
 
@@ -341,6 +343,37 @@ def test_a_layer_that_is_handed_such_a_mask_gives_the_same_outputs_and_gradients
     assert torch.allclose(join(outs, placement, dim=1), wanted, atol=1e-12)
     for parts, gradient in zip(found, gradients, strict=True):
         assert torch.allclose(sum(parts), gradient, atol=1e-10)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_world_model_in_a_ring_has_the_loss_and_the_gradients_of_one_device(placement: Placement):
+    """Packed documents of words and visual tokens, with a rank on which there is nothing to learn."""
+    torch.manual_seed(0)
+    model = build(20, 12, dim=32, ffn=48, heads=4, groups=2, depth=2).double()
+    tokens, vision, learnt = torch.randint(12, (1, L)), torch.rand(1, L) < 0.5, torch.rand(1, L) < 0.7
+    learnt = shifted(learnt, LENGTHS)
+    learnt[:, 6:24] = learnt[:, 36:42] = False  # nothing to learn on the second rank of either placement
+    assert not split(learnt, 1, 4, placement).any()
+    targets, weights, kind = (
+        shifted(tokens, LENGTHS),
+        token_weights(LENGTHS, learnt),
+        shifted(vision, LENGTHS),
+    )
+    places, trained = Places.packed(LENGTHS, L), [p for p in model.parameters() if p.requires_grad]
+
+    def loss(of: Callable[[Tensor], Tensor], places: Places) -> Tensor:
+        goals = (Goal.of(of(targets), of(weights * mark)) for mark in (~kind, kind))
+        said = model(of(tokens), of(vision), places, goals=Goals(*goals))
+        return said.text + said.vision
+
+    def work(ring: Ring) -> tuple[Tensor, ...]:
+        found = loss(ring.split, Places(ring.split(places.positions), ring.mask(places.mask, L)))
+        return found.detach(), *torch.autograd.grad(found, trained)
+
+    wanted = loss(lambda x: x, places)
+    every = zip(*in_threads(4, work, placement), strict=True)
+    for parts, whole in zip(every, (wanted, *torch.autograd.grad(wanted, trained)), strict=True):
+        assert torch.allclose(sum(parts), whole, atol=1e-6)  # the cross-entropy is in float32
 
 
 def test_a_compiled_layer_steps_out_for_the_ring():
