@@ -277,6 +277,27 @@ def test_zigzag_gives_every_rank_the_same_work_in_causal_order(placement: Placem
     assert max(work) / (sum(work) / 8) == most
 
 
+class Products(TorchDispatchMode):
+    """How many products of matrices there were."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_blocks_that_see_nothing_cost_nothing(rule: str):
+    mask = mask_of(rule)
+    seen = torch.ones(1, 1, L, L) if mask is None else mask.dense().expand(-1, -1, L, L)
+    blocks = seen.bool().any(0)[0].view(6, 8, 6, 8).any(3).any(1).sum()
+    assert blocks < 23 or rule in ("none", "padding")  # of 36
+    with Products() as products:
+        part(Ring(block=8), mask, numbers())
+    assert products.count == blocks * 7  # S and PV; S again, dV, dP, dQ, dK
+
+
 class Largest(TorchDispatchMode):
     """Elements of the largest tensor that any operation gives."""
 
