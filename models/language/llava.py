@@ -142,7 +142,7 @@ class Llava(nn.Module):
         )  # [L] → [1, L], [3, L] → [3, 1, L]
         given = {
             "inputs_embeds": self.embed(rows, visuals),
-            "attention_mask": self._mask(each, rows.device),
+            "attention_mask": self._mask(each, rows.device, positions is not None),
             "position_ids": told,
             "use_cache": False,
         }
@@ -204,10 +204,14 @@ class Llava(nn.Module):
         clips = [frame] if self.video_tower is None else [frame, frame.expand(2, -1, -1, -1)]
         return torch.cat(self.see(clips))[:0]
 
-    def _mask(self, lengths: list[list[int]], device: torch.device) -> Any:
-        """Who sees whom, as the language model's kernel takes it; None: causal order is all."""
+    def _mask(self, lengths: list[list[int]], device: torch.device, placed: bool) -> Any:
+        """Who sees whom, as the language model's kernel takes it; None: causal order is all.
+
+        Args:
+            placed: positions are given; without a mask, transformers would read documents out of them.
+        """
         if all(len(row) == 1 for row in lengths):
-            return None
+            return torch.ones(len(lengths), lengths[0][0], device=device) if placed else None
         config = self.language.config
         if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
             raise ValueError(
@@ -216,6 +220,10 @@ class Llava(nn.Module):
             )
         kernel = config._attn_implementation
         if kernel.startswith("flash"):  # transformers tells documents by positions that begin anew
+            if placed:
+                raise ValueError(
+                    f"attention {kernel} takes no positions of packed documents: use sdpa or flex_attention"
+                )
             return None
         masks = [Mask.documents(row, device=device).in_order(sum(row), device=device) for row in lengths]
         if kernel == "flex_attention" and len(masks) == 1:
