@@ -108,6 +108,8 @@ class Mask:
 
     Args:
         moving: how many frames the clip has; those after them are images by themselves.
+        context: what attends in place of a kernel, (q, k, v, mask) → out, where the sequence lies on several ranks or
+            is looked at in blocks: models/ring_attention.py makes such masks.
     """
 
     queries: Tokens = ANY
@@ -115,6 +117,7 @@ class Mask:
     moving: int = 0
     causal: bool = False
     block: Any = None  # flex_attention's BlockMask, where it was `prepared`
+    context: Callable[[Tensor, Tensor, Tensor, Mask], Tensor] | None = None
 
     @classmethod
     def documents(
@@ -198,7 +201,9 @@ class Mask:
 
     def prepared(self, kernel: Kernel, queries: int, keys: int, device: torch.device) -> Mask:
         """The same for a kernel that needs more than the rules, made once for all layers. Args: numbers of places."""
-        return replace(self, block=self.blocks(queries, keys, device)) if kernel == "flex" else self
+        if kernel != "flex" or self.context is not None:
+            return self
+        return replace(self, block=self.blocks(queries, keys, device))
 
     def blocks(self, queries: int, keys: int, device: torch.device) -> Any:
         """flex_attention's BlockMask for so many queries and keys."""
@@ -224,7 +229,19 @@ def attend(
     bias: Tensor | None = None,
     kernel: Kernel = "auto",
 ) -> Tensor:
-    """softmax(q kᵀ / √D + bias) v under the mask, [B, H, Lq, D]; a query that may look nowhere gets 0."""
+    """softmax(q kᵀ / √D + bias) v under the mask, [B, H, Lq, D]; a query that may look nowhere gets 0.
+
+    k and v may have fewer heads, of which H is a multiple: query head h has key head ⌊h · theirs / H⌋ (Ainslie et al.
+    2023, grouped queries). Where the mask has a context, that attends, whatever the kernel.
+    """
+    if mask is not None and mask.context is not None:
+        if bias is not None:
+            raise ValueError(
+                "attention over a ring or in blocks takes no bias: hand in a mask without a context"
+            )
+        return mask.context(q, k, v, mask)
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if len(q) > MOST_ROWS and (mask is None or mask.rows == 1) and (bias is None or bias.ndim < 4):
         parts = zip(q.split(MOST_ROWS), k.split(MOST_ROWS), v.split(MOST_ROWS), strict=True)
         return torch.cat([attend(a, b, c, mask, bias, kernel) for a, b, c in parts])  # over time: B·h·w

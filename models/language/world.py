@@ -224,7 +224,6 @@ class GroupedAttention(AttentionLayer):
         v = split_heads(self.v(x), self.groups)
         if held is not None:
             k, v = held.add(k, v)
-        k, v = (y.repeat_interleave(self.heads // self.groups, dim=1) for y in (k, v))
         return self.out(join_heads(self.attend(q, k, v, mask)))
 
 

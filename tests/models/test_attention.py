@@ -245,6 +245,18 @@ def test_documents_of_queries_see_those_of_other_keys(kernel: Kernel):
         assert (a - b).abs().max() < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("kernel", [*CPU, "flex", "varlen"])
+def test_heads_of_queries_share_one_of_keys(kernel: Kernel, flex_on_a_cpu: None):
+    q, k, v = numbers(1, 10, 10)
+    mask = masks()["documents"][0]
+    q = torch.cat([q, q.flip(2), -q], dim=1)  # 6 heads: 0, 1 and 2 of key head 0
+    found = attend(q, k, v, mask, kernel=kernel)
+    for head in range(6):
+        own = attend(q[:, head, None], k[:, head // 3, None], v[:, head // 3, None], mask, kernel="plain")
+        assert (found[:, head] - own[:, 0]).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("rule", list(masks()))
 def test_a_part_of_a_mask_is_the_part_of_what_it_allows(rule: str):
     mask, seen = masks()[rule]
