@@ -201,7 +201,7 @@ def test_it_learns_squares_of_eight_colours(options):
     which = torch.randint(8, (32, 1, 2, 2), generator=torch.Generator().manual_seed(5))
     colours = torch.cartesian_prod(*[torch.tensor([-0.8, 0.8])] * 3)[which].movedim(-1, 1)
     video = colours.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
-    for step in range(120):
+    for step in range(160):
         shown, quantised = model(video)
         loss = (shown - video).square().mean() + quantised.loss.mean()
         optimizer.zero_grad()
