@@ -187,11 +187,9 @@ class World(nn.Module):
         first: Any = self.blocks[0]
         return first.attention.kernel
 
-    def cache(self, rows: int, capacity: int) -> Cache:
-        """An empty one, for `rows` sequences of at most `capacity` places, of the weights' type and device."""
-        like = self.norm.weight
-        shape = rows, self.groups, capacity, self.head_width
-        return Cache([Held(like.new_empty(shape), like.new_empty(shape)) for _ in self.blocks])
+    def cache(self, capacity: int) -> Cache:
+        """An empty one, for sequences of at most `capacity` places."""
+        return Cache([Held(capacity) for _ in self.blocks])
 
 
 class Block(nn.Module):
@@ -250,16 +248,18 @@ def rotary(positions: Tensor, size: int, theta: float) -> Rotary:
 class Held:
     """Keys and values of a layer, [B, G, capacity, W] of which the first `length` places are filled."""
 
-    def __init__(self, keys: Tensor, values: Tensor):
-        self.keys, self.values, self.length = keys, values, 0
+    def __init__(self, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self.keys = self.values = torch.empty(0)
 
     def add(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All so far, these included. Raises ValueError where they do not fit."""
-        stop = self.length + k.shape[2]
-        if stop > self.keys.shape[2]:
-            raise ValueError(f"{stop} places, but the cache was made for {self.keys.shape[2]}")
-        self.keys[:, :, self.length : stop] = k
-        self.values[:, :, self.length : stop] = v
+        start, stop = self.length, self.length + k.shape[2]
+        if stop > self.capacity:
+            raise ValueError(f"{stop} places, but the cache was made for {self.capacity}")
+        if not start:
+            self.keys, self.values = (x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (k, v))
+        self.keys[:, :, start:stop], self.values[:, :, start:stop] = k, v
         self.length = stop
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 

@@ -252,7 +252,7 @@ def test_sizes_that_do_not_fit_are_refused(sizes):
 def test_cached_equals_uncached(pieces):
     model = world()
     tokens, vision = torch.randint(CODES, (3, 12)), torch.rand(3, 12) < 0.5
-    whole, cache = model(tokens, vision), model.cache(3, 20)
+    whole, cache = model(tokens, vision), model.cache(20)
     parts = [
         model(t, v, cache=cache)
         for t, v in zip(tokens.split(pieces, 1), vision.split(pieces, 1), strict=True)
@@ -267,7 +267,7 @@ def test_packed_documents_may_be_read_in_pieces():
     model = world()
     tokens, vision, _, lengths = packed()
     n = len(tokens)
-    places, cache = Places.packed(lengths, n), model.cache(1, n)
+    places, cache = Places.packed(lengths, n), model.cache(n)
     whole = model(tokens[None], vision[None], places).text
     cut = lengths[0] + 4
     parts = [
@@ -281,4 +281,4 @@ def test_packed_documents_may_be_read_in_pieces():
 def test_a_full_cache_says_so():
     model = world()
     with pytest.raises(ValueError, match="made for 4"):
-        model(torch.zeros(1, 5, dtype=torch.long), cache=model.cache(1, 4))
+        model(torch.zeros(1, 5, dtype=torch.long), cache=model.cache(4))
