@@ -18,6 +18,7 @@ import torch
 
 from models.hub import MissingModel, transformers_weights
 from models.language.llava import ONEVISION, Llava, Placeholders, scales_logits
+from models.language.positions import MRotary
 from models.language.projectors import Projector, projector
 from models.language.towers import TransformersTower
 
@@ -43,6 +44,10 @@ def kind_of(model: Llava) -> str:
     if scales_logits(config):
         raise ValueError(
             f"export: transformers' LLaVA classes do not scale logits, as {config.model_type} does"
+        )
+    if isinstance(getattr(model.language.base_model, "rotary_emb", None), MRotary):
+        raise ValueError(
+            "export: transformers' LLaVA classes know one position a token, not three: set positions: plain"
         )
     if getattr(model.language.get_output_embeddings(), "bias", None) is not None:
         raise ValueError(
@@ -149,7 +154,8 @@ def _model(model: Llava, kind: str) -> Any:
         }
     with torch.device("meta"):
         published: Any = cls(config(**told))
-    published.load_state_dict(_weights(model), assign=True)
+    weights = _weights(model)
+    published.load_state_dict({name: weights[name] for name in published.state_dict()}, assign=True)
     published.tie_weights()
     published.generation_config = language.generation_config
     return published

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import Mask
-from models.hub import MissingModel, transformers_weights
+from models.hub import MissingModel, open_clip_weights, transformers_weights
 from models.language.loss import Goal, Lengths, summed, summed_in_chunks, with_padding
 from models.language.projectors import Projector, QFormer, projector
-from models.language.towers import Tower, tower
+from models.language.towers import Tower, on_meta, tower
 
 ONEVISION = {"map": "mlp", "pool": 2, "newline": "clip", "whole_images": True}
 
@@ -110,6 +110,10 @@ class Llava(nn.Module):
             )
         self.tower, self.projector, self.language, self.video_tower = tower, projector, language, video_tower
         self.placeholders = placeholders
+        for module in (
+            self.modules()
+        ):  # a model that is made on the meta device has of a checkpoint what no one computes
+            module._non_persistent_buffers_set.clear()
 
     def forward(
         self,
@@ -300,12 +304,30 @@ def build(
     speaking = _language(language, attention, vocabulary)
     rows = speaking.get_input_embeddings().num_embeddings
     if vocabulary is not None and rows < vocabulary:
-        speaking.resize_token_embeddings(vocabulary)
+        speaking.resize_token_embeddings(vocabulary, mean_resizing=not on_meta())
     if max(placeholders.image, placeholders.video) >= max(rows, vocabulary or 0):
         raise ValueError(f"placeholders {placeholders}: the language model knows {rows} tokens only")
     dim = speaking.get_input_embeddings().embedding_dim
     moving = None if video_tower is None else _tower(video_tower, layer)
     return Llava(seeing, _projector(seeing.width, dim, projector), speaking, placeholders, moving)
+
+
+def check(tower: str | dict[str, Any], language: str | dict[str, Any]) -> list[str]:
+    """Where the parts come from, made sure of in seconds, a line each; no weights are loaded or fetched.
+
+    Raises MissingModel: one sentence with the fix.
+    """
+    lines = []
+    for name, what in (("tower", tower), ("language", language)):
+        if isinstance(what, dict):
+            where = f"a {what.get('model_type')} begun from nothing"
+        elif what.startswith("open_clip:"):
+            model, _, weights = what.removeprefix("open_clip:").partition(":")
+            where = f"{what} {open_clip_weights(model, weights)}" if weights else f"{what} begun from nothing"
+        else:
+            where = f"{what} {transformers_weights(what)}"
+        lines.append(f"{name}: {where}")
+    return lines
 
 
 _tower, _projector = tower, projector  # which `build` has as names of its arguments
@@ -321,8 +343,11 @@ def _language(what: str | dict[str, Any], attention: str, vocabulary: int | None
             return AutoModelForCausalLM.from_config(
                 config, attn_implementation=attention, dtype=torch.float32
             )
+        told: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
+        if on_meta():
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(what), **told)
         transformers_weights(what)
-        return AutoModelForCausalLM.from_pretrained(what, attn_implementation=attention, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(what, **told)
     except (OSError, KeyError, ValueError, TypeError, ImportError) as e:
         name = what.get("model_type") if isinstance(what, dict) else what
         first = (str(e).strip() or type(e).__name__).splitlines()[0]

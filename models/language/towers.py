@@ -223,6 +223,11 @@ def tower(what: str | dict[str, Any], layer: int = -2) -> Tower:
     return TransformersTower(_pretrained(what), layer)
 
 
+def on_meta() -> bool:
+    """Whether what is made now has shapes alone, and is given its weights later."""
+    return torch.get_default_device().type == "meta"
+
+
 def _from_config(options: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModel
 
@@ -236,10 +241,12 @@ def _from_config(options: dict[str, Any]) -> Any:
 def _pretrained(model: str) -> Any:
     from transformers import AutoConfig, AutoModel
 
-    transformers_weights(model)
     try:
         config = AutoConfig.from_pretrained(model)
         vision = getattr(config, "vision_config", config)
+        if on_meta():
+            return AutoModel.from_config(vision, dtype=torch.float32)
+        transformers_weights(model)
         return AutoModel.from_pretrained(model, config=vision, dtype=torch.float32)
     except (OSError, KeyError, ValueError) as e:
         first = (str(e).strip() or type(e).__name__).splitlines()[0]

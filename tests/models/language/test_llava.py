@@ -10,8 +10,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPConfig,
 
 from models.curation.vlm.loading import Wanted
 from models.curation.vlm.model import VLM, Look
+from models.hub import MissingModel
 from models.language import exported, loss
-from models.language.llava import ONEVISION, PRESETS, Llava, Placeholders, build
+from models.language.llava import ONEVISION, PRESETS, Llava, Placeholders, build, check
+from models.language.positions import turn_by_three
 from models.language.towers import OpenClipTower, tower
 from tests.fixtures.tiny_vlm import _qwen_tokenizer
 
@@ -327,6 +329,13 @@ def test_trained_in_two_stages_saved_and_served_by_the_mills_captioner(
     assert processor.tokenizer.convert_tokens_to_ids("<video>") == model.placeholders.video
 
 
+def test_a_model_of_three_positions_is_not_exported(made, tokenizer, tmp_path):
+    model = made()
+    turn_by_three(model.language)
+    with pytest.raises(ValueError, match="one position a token"):
+        exported.save(model, tmp_path, tokenizer)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -342,6 +351,37 @@ def test_what_no_class_of_transformers_computes_is_not_exported(made, tokenizer,
     with pytest.raises(ValueError, match="export:"):
         exported.save(made(**options), tmp_path, tokenizer)
     assert not any(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_made_on_the_meta_device_a_checkpoint_has_all_it_needs(tokenizer, made, tmp_path):
+    """Of pretrained parts no weights are read then."""
+    whole = made()
+    whole.tower.model.save_pretrained(tmp_path / "tower")
+    whole.language.save_pretrained(tmp_path / "language")
+    for file in tmp_path.glob("*/*.safetensors"):
+        file.unlink()
+    parts = {"tower": str(tmp_path / "tower"), "language": str(tmp_path / "language")}
+    with torch.device("meta"):
+        empty = build(whole.placeholders, **parts, vocabulary=len(tokenizer)).eval()
+    assert not dict(empty.named_buffers()).keys() - empty.state_dict().keys()
+    assert all(x.is_meta for x in empty.state_dict().values())
+    empty.load_state_dict(whole.state_dict(), assign=True)
+    one = picture()
+    tokens = sequence(whole, 3, one, 4)
+    assert torch.equal(empty(tokens, [one]), whole(tokens, [one]))
+    with pytest.raises(MissingModel, match="no "):
+        build(whole.placeholders, **parts)
+
+
+def test_where_the_parts_come_from_is_told_without_loading_them(made, tmp_path):
+    made().language.save_pretrained(tmp_path)
+    assert check(SIGLIP, str(tmp_path)) == [
+        "tower: a siglip_vision_model begun from nothing",
+        f"language: {tmp_path} a folder",
+    ]
+    with pytest.raises(MissingModel, match="no such folder"):
+        check("./nowhere", str(tmp_path))
 
 
 def test_presets_name_what_build_takes(made):

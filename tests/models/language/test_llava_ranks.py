@@ -15,13 +15,22 @@ from models.language.loss import Goal
 
 TOWER = {
     "model_type": "siglip_vision_model",
-    **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
-    **{"image_size": 16, "patch_size": 8},
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
 }
 LANGUAGE = {
     "model_type": "qwen2",
-    **{"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
-    **{"num_key_value_heads": 1, "vocab_size": 50, "tie_word_embeddings": True},
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 50,
+    "tie_word_embeddings": True,
 }
 
 
