@@ -119,6 +119,7 @@ class Llava(nn.Module):
         positions: Tensor | None = None,
         keep: Tensor | None = None,
         goal: Goal | None = None,
+        kept: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """tokens [L] or [B, L] → logits [L, V] or [B, L, V]; with a goal its loss.
 
@@ -130,6 +131,8 @@ class Llava(nn.Module):
                 None: 0, 1, … in each document.
             keep: int64 [n], places whose logits are wanted, the same in all sequences: [n, V] or [B, n, V].
             goal: gives `loss.summed` at its places, a scalar, without ever holding the logits of all.
+            kept: of each picture which of its tokens are there, bool [t, h, w] (`grid`), None: all; see
+                `budget.moving`.
 
         Raises ValueError where there are not as many placeholders as visual tokens, or the language model cannot keep
         documents apart.
@@ -141,7 +144,7 @@ class Llava(nn.Module):
             told if positions is None or tokens.ndim > 1 else told.unsqueeze(-2)
         )  # [L] → [1, L], [3, L] → [3, 1, L]
         given = {
-            "inputs_embeds": self.embed(rows, visuals),
+            "inputs_embeds": self.embed(rows, visuals, kept),
             "attention_mask": self._mask(each, rows.device, positions is not None),
             "position_ids": told,
             "use_cache": False,
@@ -154,16 +157,19 @@ class Llava(nn.Module):
             return summed(logits.flatten(0, 1)[goal.at], goal.targets, goal.weights)
         return logits if tokens.ndim > 1 else logits[0]
 
-    def embed(self, tokens: Tensor, visuals: Sequence[Tensor] = ()) -> Tensor:
+    def embed(
+        self, tokens: Tensor, visuals: Sequence[Tensor] = (), kept: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
         """tokens [B, L] → what goes into the language model, [B, L, dim]."""
         x = self.language.get_input_embeddings()(tokens)
         there = (tokens == self.placeholders.image) | (tokens == self.placeholders.video)
-        seen = torch.cat(self.see(visuals)).to(x.dtype) if visuals else self._nothing(x)
+        parts = [*self.see(visuals, kept), *self._glances(visuals)]
+        seen = torch.cat(parts).to(x.dtype) if parts else x[0, :0]
         _as_many(there, seen)
         return x.masked_scatter(there[..., None], seen)
 
-    def see(self, visuals: Sequence[Tensor]) -> list[Tensor]:
-        """Images [3, H, W] and videos [T, 3, H, W] → tokens [n, dim] each."""
+    def see(self, visuals: Sequence[Tensor], kept: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+        """Images [3, H, W] and videos [T, 3, H, W] → tokens [n, dim] each. Args: kept: see `forward`."""
         clips = [v if v.ndim == 4 else v[None] for v in visuals]
         moving = [i for i, clip in enumerate(clips) if self.video_tower is not None and len(clip) > 1]
         still = sorted(set(range(len(clips))) - set(moving))
@@ -171,12 +177,20 @@ class Llava(nn.Module):
         for chosen, eye in ((still, self.tower), (moving, self.video_tower)):
             if eye is not None and chosen:
                 features |= zip(chosen, eye.each([clips[i] for i in chosen]), strict=True)
-        return [self.projector(features[i][None])[0] for i in range(len(clips))]
+        tokens = (self.projector(features[i][None])[0] for i in range(len(clips)))
+        chosen_tokens = zip(tokens, [None] * len(clips) if kept is None else kept, strict=True)
+        return [x if there is None else x[there.flatten()] for x, there in chosen_tokens]
 
     def tokens(self, frames: int, height: int, width: int) -> int:
         """Visual tokens of a clip, or of an image (1 frame)."""
-        tower = self.tower if frames == 1 or self.video_tower is None else self.video_tower
-        return self.projector.tokens(*tower.grid(frames, height, width))
+        return self.projector.tokens(*self._eye(frames).grid(frames, height, width))
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(t, h, w) of those tokens. Raises ValueError where newlines stand between them, or they have no places."""
+        return self.projector.grid(*self._eye(frames).grid(frames, height, width))
+
+    def _eye(self, frames: int) -> Tower:
+        return self.tower if frames == 1 or self.video_tower is None else self.video_tower
 
     @torch.no_grad()
     def generate(
@@ -193,16 +207,21 @@ class Llava(nn.Module):
             lists = [] if part is None else [m for m in part.modules() if isinstance(m, nn.ModuleList)]
             yield from max(lists, key=len, default=[])
 
-    def _nothing(self, x: Tensor) -> Tensor:
-        """No visual tokens, [0, dim]; in training after a look at a blank picture.
+    def _glances(self, visuals: Sequence[Tensor]) -> list[Tensor]:
+        """In training no tokens, [0, dim], of a look at a blank picture through each tower that saw nothing.
 
-        So that each part takes part in each step, as DDP and FSDP expect, of which some ranks have pictures.
+        So that each part takes part in each step, as DDP and FSDP expect, of which some ranks have no pictures.
         """
         if not (self.training and torch.is_grad_enabled()):
-            return x.new_zeros(0, x.shape[-1])
-        frame = x.new_zeros(1, 3, self.tower.size, self.tower.size)
-        clips = [frame] if self.video_tower is None else [frame, frame.expand(2, -1, -1, -1)]
-        return torch.cat(self.see(clips))[:0]
+            return []
+        moving = [v.ndim == 4 and len(v) > 1 for v in visuals]
+        frame = next(self.projector.parameters()).new_zeros(1, 3, self.tower.size, self.tower.size)
+        blank = []
+        if not visuals or (all(moving) and self.video_tower is not None):
+            blank.append(frame)
+        if not any(moving) and self.video_tower is not None:
+            blank.append(frame.expand(2, -1, -1, -1))
+        return [tokens[:0] for tokens in self.see(blank)]
 
     def _mask(self, lengths: list[list[int]], device: torch.device, placed: bool) -> Any:
         """Who sees whom, as the language model's kernel takes it; None: causal order is all.
@@ -261,6 +280,7 @@ def build(
     language: str | dict[str, Any],
     projector: dict[str, Any] | None = None,
     layer: int = -2,
+    video_tower: str | dict[str, Any] | None = None,
     vocabulary: int | None = None,
     attention: str = "sdpa",
 ) -> Llava:
@@ -270,6 +290,7 @@ def build(
         tower: see `towers.tower`; layer: of its hidden states.
         language: hub id or folder, or a configuration to begin from nothing: {'model_type': 'qwen2', …}.
         projector: options of `Projector` or `QFormer`.
+        video_tower: for clips of more than one frame.
         vocabulary: tokens that the tokenizer knows, placeholders and all; the table grows to it, and never shrinks.
         attention: how the language model attends, by transformers' names: sdpa, eager, flex_attention, ….
 
@@ -283,7 +304,8 @@ def build(
     if max(placeholders.image, placeholders.video) >= max(rows, vocabulary or 0):
         raise ValueError(f"placeholders {placeholders}: the language model knows {rows} tokens only")
     dim = speaking.get_input_embeddings().embedding_dim
-    return Llava(seeing, _projector(seeing.width, dim, projector), speaking, placeholders)
+    moving = None if video_tower is None else _tower(video_tower, layer)
+    return Llava(seeing, _projector(seeing.width, dim, projector), speaking, placeholders, moving)
 
 
 _tower, _projector = tower, projector  # which `build` has as names of its arguments

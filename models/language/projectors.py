@@ -80,10 +80,20 @@ class Projector(nn.Module):
 
     def tokens(self, t: int, h: int, w: int) -> int:
         """n, of features [t, h, w]."""
-        h, w = h // self.shuffle, w // self.shuffle
-        if not self._whole(t):
-            t, h, w = -(-t // self.temporal), -(-h // self.pool), -(-w // self.pool)
+        t, h, w = self._grid(t, h, w)
         return t * h * w + {"none": 0, "row": t * h, "frame": t, "clip": 1}[self.line]
+
+    def grid(self, t: int, h: int, w: int) -> tuple[int, int, int]:
+        """Of the tokens. Raises ValueError where newlines stand between them."""
+        if self.line != "none":
+            raise ValueError(f"newline {self.line}: tokens have places of a grid with newline: none only")
+        return self._grid(t, h, w)
+
+    def _grid(self, t: int, h: int, w: int) -> tuple[int, int, int]:
+        h, w = h // self.shuffle, w // self.shuffle
+        return (
+            (t, h, w) if self._whole(t) else (-(-t // self.temporal), -(-h // self.pool), -(-w // self.pool))
+        )
 
     def _whole(self, frames: int) -> bool:
         return self.whole_images and frames == 1
@@ -178,6 +188,9 @@ class QFormer(nn.Module):
 
     def tokens(self, t: int, h: int, w: int) -> int:
         return len(self.queries) * (t if self.time is None else 1)
+
+    def grid(self, t: int, h: int, w: int) -> tuple[int, int, int]:
+        raise ValueError("tokens of a Q-Former have no places: use map: linear or mlp")
 
 
 class _QBlock(nn.Module):

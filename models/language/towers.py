@@ -11,6 +11,7 @@ Class tokens and registers are left out. Pixels are scaled as the tower's own pr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -138,6 +139,7 @@ class TransformersTower(FrameTower):
         self.model, self.layer = model, layer
         self.width, self.size = config.hidden_size, config.image_size
         self.step = (1, config.patch_size, config.patch_size)
+        self.interpolates = "interpolate_pos_encoding" in signature(type(model).forward).parameters
         kind = config.model_type
         self.mean, self.std = (CLIP_MEAN, CLIP_STD) if "clip" in kind and "siglip" not in kind else HALF
         if kind.startswith("dinov2"):
@@ -145,7 +147,9 @@ class TransformersTower(FrameTower):
         self._freeze_unused()
 
     def see(self, frames: Tensor) -> Tensor:
-        return self.model(pixel_values=frames, output_hidden_states=True).hidden_states[self.layer]
+        own = frames.shape[-2:] == (self.size, self.size)  # other sides: positions are interpolated
+        more = {} if own or not self.interpolates else {"interpolate_pos_encoding": True}
+        return self.model(pixel_values=frames, output_hidden_states=True, **more).hidden_states[self.layer]
 
 
 class OpenClipTower(FrameTower):

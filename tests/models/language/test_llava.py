@@ -89,6 +89,20 @@ def test_visual_tokens_stand_where_their_placeholders_are_in_order(made, tower, 
     assert torch.equal(there, model.language.get_input_embeddings()(words))
 
 
+@torch.no_grad()
+def test_a_tower_for_video_shares_the_projector_with_the_one_for_images(made):
+    """Video-LLaVA: what they see is united before the language model."""
+    model = made(SIGLIP, video_tower=VIVIT | {"dim": 32})
+    one, clip = picture(), picture(4)
+    got = model.see([clip, one])
+    torch.testing.assert_close(got[0], model.projector(model.video_tower(clip[None]))[0])
+    torch.testing.assert_close(got[1], model.projector(model.tower(one[None, None]))[0])
+    tokens = sequence(model, 2, clip, 3, one, 2)
+    assert model(tokens, [clip, one]).shape == (len(tokens), 405)
+    with pytest.raises(ValueError, match="one projector serves both"):
+        made(SIGLIP, video_tower=VIVIT)
+
+
 def test_as_many_placeholders_as_visual_tokens_are_asked_for(made):
     model = made()
     with pytest.raises(ValueError, match="16 placeholders, but 32 visual tokens"):
@@ -188,9 +202,11 @@ def test_cached_generation_equals_the_likeliest_token_again_and_again(made):
 
 
 def test_every_trained_weight_gets_a_gradient_with_and_without_pictures(made):
-    for eye in (SIGLIP, CLIP, VIVIT):
-        model = made(eye).train()
-        for visuals, parts in (([picture(2)], (3, picture(2), 3)), ([], (6,))):
+    for eye in ({"tower": SIGLIP}, {"tower": CLIP}, {"tower": VIVIT}, {"video_tower": VIVIT | {"dim": 32}}):
+        model = made(**eye).train()
+        every = [picture(), picture(2)]
+        for visuals in (every, every[:1], every[1:], []):
+            parts = (3, *visuals, 3)
             model.zero_grad(set_to_none=True)
             model(sequence(model, *parts), visuals).square().mean().backward()
             assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
