@@ -147,7 +147,8 @@ def frames(
         for _ in range(layout.frame):
             logits = session.vision[:, : layout.codes]  # no mark within a frame
             if guide:
-                logits = guided(*logits.chunk(2), how.scale)
+                conditional, unconditional = logits.chunk(2)
+                logits = guided(conditional, unconditional, how.scale)
             codes = draw(logits, how, generators)
             found.append(codes)
             session.add(torch.cat([codes, codes]) if guide else codes, vision=True)
