@@ -2,8 +2,8 @@
 
 Two encoders bring a clip's features (class probabilities, frame or video embeddings) and a caption's (a sentence
 embedding) into one space, in which cosines are compared; a head looks at both together where that is not enough.
-Losses: `models.language.contrastive`. Retrieval is by cosine first, and the best are looked at again by the head (Li et al.
-2021, ALBEF, sec. 3.2).
+Losses: `models.language.contrastive`. Retrieval is by cosine first, and the best are looked at again by the head
+(Li et al. 2021, ALBEF, sec. 3.2).
 
 B: pairs; K: captions of a clip; D: dim.
 """
