@@ -15,7 +15,7 @@ from models.language import exported, loss
 from models.language.llava import ONEVISION, PRESETS, Llava, Placeholders, build, check
 from models.language.positions import turn_by_three
 from models.language.towers import OpenClipTower, tower
-from tests.fixtures.tiny_vlm import _qwen_tokenizer
+from tests.fixtures.tiny_vlm import _qwen_tokenizer, llava_onevision, qwen2_5_vl
 
 SIDE = 32
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -290,6 +290,22 @@ def test_onevision_saved_gives_the_same_logits_in_transformers(made, tokenizer, 
     torch.testing.assert_close(
         exported.load(str(tmp_path)).eval()(tokens, [one, two, clip]), ours, atol=1e-5, rtol=1e-5
     )
+
+
+@torch.no_grad()
+def test_checkpoints_of_others_load_and_give_their_logits(tmp_path):
+    """As published ones: LLaVA-OneVision, written by transformers."""
+    theirs = AutoModelForImageTextToText.from_pretrained(llava_onevision(tmp_path / "onevision")).eval()
+    ours = exported.load(str(tmp_path / "onevision")).eval()
+    clip = picture(3, side=28)
+    tokens = sequence(ours, 3, clip, 4)
+    got, expected = (
+        ours(tokens, [clip]),
+        theirs(input_ids=tokens[None], pixel_values_videos=clip[None]).logits[0],
+    )
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
+    with pytest.raises(MissingModel, match="is a qwen2_5_vl"):
+        exported.load(str(qwen2_5_vl(tmp_path / "qwen")))
 
 
 @pytest.mark.parametrize(("options", "input"), [({"projector": ONEVISION}, "video"), ({}, "images")])
