@@ -61,7 +61,9 @@ def test_equal_captions_are_not_each_others_negatives():
     assert got.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_rivals_weigh_one_and_captions_of_other_videos_a_hundredth():
+@pytest.mark.parametrize(("own", "others"), [(1.0, 0.01), (0.5, 0.1)])
+def test_rivals_and_captions_of_other_videos_have_their_weights(own, others):
+    """Panda-70M's are 1 and a hundredth."""
     v, _, texts = features()
     chosen = torch.tensor([0, 1, 2, 0, 1, 2])
     there = torch.ones(N, K, dtype=torch.bool)
@@ -73,9 +75,12 @@ def test_rivals_weigh_one_and_captions_of_other_videos_a_hundredth():
         for j in range(N):
             for k in range(K):
                 if there[j, k] and (j, k) != (i, int(chosen[i])):
-                    below += (1.0 if i == j else 0.01) * math.exp(4 * cosine(v[i], texts[j, k]))
+                    below += (own if i == j else others) * math.exp(4 * cosine(v[i], texts[j, k]))
         expected -= math.log(right / below)
-    assert among_rivals(v, texts, chosen, 4.0, there=there).item() == pytest.approx(expected, rel=1e-5)
+    got = among_rivals(v, texts, chosen, 4.0, there=there, own=own, others=others)
+    assert got.item() == pytest.approx(expected, rel=1e-5)
+    if own == 1.0:
+        assert got == among_rivals(v, texts, chosen, 4.0, there=there)
 
 
 def test_negatives_are_drawn_by_similarity_and_never_a_positive():
