@@ -39,9 +39,12 @@ class Tower(nn.Module):
     std: tuple[float, ...] = HALF[1]
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(t, h, w) of the features of a clip. Raises ValueError for sides that are no multiple of a patch."""
+        """(t, h, w) of the features of a clip. Raises ValueError for sides that are no multiple of a patch.
+
+        At its own size a tower may leave some pixels out: 384 has 27 patches of 14.
+        """
         _, p, q = self.step
-        if height % p or width % q:
+        if (height % p or width % q) and (height, width) != (self.size, self.size):
             raise ValueError(
                 f"frames of {height}×{width} pixels do not divide into patches of {p}×{q}: choose sizes that do"
             )
@@ -80,22 +83,29 @@ class FrameTower(Tower):
     def see(self, frames: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _freeze_unused(self) -> None:
+    def _freeze_unused(self, kind: str) -> None:
         """What lies behind the layer that is looked at, or beside it, is not trained; found out on shapes alone.
 
-        DDP wants a gradient of everything that is.
+        DDP wants a gradient of everything that is. Raises ValueError for a model that does not see plain pictures.
         """
         parameters = {
             name: torch.empty_like(p, device="meta").requires_grad_() for name, p in self.named_parameters()
         }
         buffers = {name: b.to("meta") for name, b in self.named_buffers()}
-        blank = torch.empty(1, 3, self.size, self.size, device="meta")
-        with torch.enable_grad():
-            weights = {f"tower.{name}": x for name, x in (parameters | buffers).items()}
-            seen: Tensor = torch.func.functional_call(_Seeing(self), weights, (blank,))
-            seen.sum().backward()
+        blank = torch.empty(2, 3, self.size, self.size, device="meta")
+        weights = {f"tower.{name}": x for name, x in (parameters | buffers).items()}
         _, h, w = self.grid(1, self.size, self.size)
-        self.before = seen.shape[1] - h * w
+        with torch.enable_grad():
+            try:
+                seen: Tensor = torch.func.functional_call(_Seeing(self), weights, (blank,))
+                self.before = seen.shape[1] - h * w
+                if len(seen) != 2 or self.before < 0:
+                    raise ValueError(f"it gives {list(seen.shape)} of two pictures of {h}×{w} patches")
+            except (TypeError, ValueError, RuntimeError) as e:
+                raise ValueError(
+                    f"tower {kind} takes no plain pictures: name a CLIP, SigLIP, DINO or ViT model"
+                ) from e
+            seen.sum().backward()
         for name, p in self.named_parameters():
             if parameters[name].grad is None:
                 p.requires_grad_(False)
@@ -142,9 +152,9 @@ class TransformersTower(FrameTower):
         self.interpolates = "interpolate_pos_encoding" in signature(type(model).forward).parameters
         kind = config.model_type
         self.mean, self.std = (CLIP_MEAN, CLIP_STD) if "clip" in kind and "siglip" not in kind else HALF
-        if kind.startswith("dinov2"):
+        if kind.startswith(("dino", "ijepa")):
             self.mean, self.std = IMAGENET
-        self._freeze_unused()
+        self._freeze_unused(kind)
 
     def see(self, frames: Tensor) -> Tensor:
         own = frames.shape[-2:] == (self.size, self.size)  # other sides: positions are interpolated
@@ -163,14 +173,24 @@ class OpenClipTower(FrameTower):
         super().__init__()
         if layer >= 0:
             raise ValueError(f"layer {layer}: count open_clip's blocks from the end, −1 the last")
+        if not hasattr(visual, "trunk") and not hasattr(visual, "transformer"):
+            raise ValueError(
+                f"tower: open_clip's {type(visual).__name__} has no tokens: name a vision transformer"
+            )
         self.model, self.layer = visual, layer
         size, patch = visual.image_size, visual.patch_size if hasattr(visual, "patch_size") else None
-        patch = visual.trunk.patch_embed.patch_size if patch is None else patch
+        if patch is None:
+            embed = getattr(visual.trunk, "patch_embed", None)
+            if embed is None:
+                raise ValueError("tower: this model of timm has no patches: name a vision transformer")
+            patch = embed.patch_size
         sides = patch if isinstance(patch, tuple) else (patch, patch)
         self.step, self.size = (1, sides[0], sides[1]), size if isinstance(size, int) else size[0]
         self.width = visual.trunk.embed_dim if hasattr(visual, "trunk") else visual.conv1.out_channels
-        self.mean, self.std = visual.image_mean or CLIP_MEAN, visual.image_std or CLIP_STD
-        self._freeze_unused()
+        told = getattr(visual, "preprocess_cfg", None) or {}
+        self.mean = tuple(visual.image_mean or told.get("mean") or CLIP_MEAN)
+        self.std = tuple(visual.image_std or told.get("std") or CLIP_STD)
+        self._freeze_unused("open_clip's")
 
     def see(self, frames: Tensor) -> Tensor:
         given = self.model.forward_intermediates(
@@ -215,12 +235,27 @@ def tower(what: str | dict[str, Any], layer: int = -2) -> Tower:
 
         name, _, weights = what.removeprefix("open_clip:").partition(":")
         try:
-            return OpenClipTower(open_clip.create_model(name, weights or None).visual, layer)
+            given = None if on_meta() else weights or None
+            model = open_clip.create_model(name, given, device=torch.get_default_device())
+            return OpenClipTower(model.visual, layer)
         except RuntimeError as e:
             raise MissingModel(
                 f"tower {what!r}: open_clip cannot make it ({e}): see open_clip.list_pretrained()"
             ) from e
-    return TransformersTower(_pretrained(what), layer)
+    seeing = TransformersTower(_pretrained(what), layer)
+    seeing.mean, seeing.std = _scaling(what) or (seeing.mean, seeing.std)
+    return seeing
+
+
+def _scaling(model: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation of the pixels as its preprocessing has them, if it comes with one."""
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(model)
+        return tuple(processor.image_mean), tuple(processor.image_std)
+    except (OSError, ValueError, TypeError, AttributeError, ImportError):
+        return None
 
 
 def on_meta() -> bool:

@@ -293,6 +293,34 @@ def test_onevision_saved_gives_the_same_logits_in_transformers(made, tokenizer, 
 
 
 @torch.no_grad()
+def test_a_side_that_is_no_multiple_of_a_patch_is_seen_as_transformers_sees_it(made, tokenizer, tmp_path):
+    """SigLIP so400m's 384 pixels have 27 patches of 14, here 30 have 3 of 8."""
+    model = made(SIGLIP | {"image_size": 30}, projector=ONEVISION, layer=-1)
+    theirs, clip = saved(model, tokenizer, tmp_path), picture(2, side=30)
+    assert model.tokens(2, 30, 30) == 2 * 2 * 2 + 1
+    tokens = sequence(model, 2, clip, 3)
+    got = theirs(input_ids=tokens[None], pixel_values_videos=clip[None]).logits[0]
+    torch.testing.assert_close(got, model(tokens, [clip]), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="do not divide into patches"):
+        model.tokens(2, 36, 36)
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "dinov2_with_registers", "vit", "beit"])
+@torch.no_grad()
+def test_other_vision_models_are_towers_too_on_other_sides_as_well(kind):
+    made = tower(SIGLIP | {"model_type": kind}).eval()
+    assert made(picture(2)[None]).shape == (1, 2, 4, 4, 32)
+    assert made(torch.randn(1, 1, 3, SIDE, 2 * SIDE)).shape == (1, 1, 4, 8, 32)
+    assert made.before == (5 if kind.endswith("registers") else 1)
+
+
+@pytest.mark.parametrize("kind", ["siglip2_vision_model", "videomae", "pixtral"])
+def test_what_sees_no_plain_pictures_is_no_tower(kind):
+    with pytest.raises(ValueError, match="takes no plain pictures"):
+        tower(SIGLIP | {"model_type": kind})
+
+
+@torch.no_grad()
 def test_checkpoints_of_others_load_and_give_their_logits(tmp_path):
     """As published ones: LLaVA-OneVision, written by transformers."""
     theirs = AutoModelForImageTextToText.from_pretrained(llava_onevision(tmp_path / "onevision")).eval()
