@@ -310,11 +310,12 @@ def _one_by_one(
 ) -> Tensor:
     """Document by document, which costs no padding either."""
     kernel, out = "auto" if kernel == "varlen" else kernel, []
-    for (a, b), (c, d) in zip(pairwise(queries.ends), pairwise(keys.ends), strict=True):
-        if a < b:
-            order = Mask().in_order(b - a, device=q.device) if causal else None
-            own = q[:, :, a:b], k[:, :, c:d], v[:, :, c:d]
-            out.append(attend(*own, order, kernel=kernel) if c < d else own[0] * 0.0)
+    sizes = [[b - a for a, b in pairwise(side.ends)] for side in (queries, keys)]
+    own = (x.split(of, dim=2) for x, of in ((q, sizes[0]), (k, sizes[1]), (v, sizes[1])))
+    for a, b, c in zip(*own, strict=True):
+        if length := a.shape[2]:
+            order = Mask().in_order(length, device=q.device) if causal else None
+            out.append(attend(a, b, c, order, kernel=kernel) if b.shape[2] else a * 0.0)
     return torch.cat(out, dim=2)
 
 
