@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from models.attention import Mask
 from models.hub import MissingModel, open_clip_weights, transformers_weights
 from models.language.loss import Goal, Lengths, summed, summed_in_chunks, with_padding
+from models.language.positions import MRotary
 from models.language.projectors import Projector, QFormer, projector
 from models.language.towers import Tower, on_meta, tower
 
@@ -200,7 +201,16 @@ class Llava(nn.Module):
     def generate(
         self, tokens: Tensor, visuals: Sequence[Tensor] = (), there: Tensor | None = None, **options: Any
     ) -> Tensor:
-        """Answers to prompts [B, L], int64 [B, new tokens]. Args: there: bool [B, L], False in padding, at the left."""
+        """Answers to prompts [B, L], int64 [B, new tokens].
+
+        Args:
+            there: bool [B, L], False in padding, at the left.
+            options: of transformers' `generate`.
+
+        Raises ValueError for a language model that turns by three, whose positions `generate` would not know.
+        """
+        if isinstance(getattr(self.language.base_model, "rotary_emb", None), MRotary):
+            raise ValueError("generate: transformers counts one position a token: set positions: plain")
         mask = torch.ones_like(tokens) if there is None else there.long()
         embedded = self.embed(tokens, visuals)
         return self.language.generate(inputs_embeds=embedded, attention_mask=mask, **options)

@@ -373,11 +373,15 @@ def test_trained_in_two_stages_saved_and_served_by_the_mills_captioner(
     assert processor.tokenizer.convert_tokens_to_ids("<video>") == model.placeholders.video
 
 
-def test_a_model_of_three_positions_is_not_exported(made, tokenizer, tmp_path):
+def test_a_model_of_three_positions_is_not_exported_nor_asked_by_transformers_generate(
+    made, tokenizer, tmp_path
+):
     model = made()
     turn_by_three(model.language)
     with pytest.raises(ValueError, match="one position a token"):
         exported.save(model, tmp_path, tokenizer)
+    with pytest.raises(ValueError, match="one position a token"):
+        model.generate(torch.zeros(1, 3, dtype=torch.long))
 
 
 @pytest.mark.parametrize(
