@@ -11,6 +11,7 @@ B: batch rows, L: places, D: dim, H: heads, G: heads of keys and values, W: widt
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from models.attention import (
     owners,
     split_heads,
 )
-from models.language import llama
+from models.language import llama, lwm
 from models.language.loss import Goal, Lengths, summed_in_chunks, with_padding
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -187,11 +188,9 @@ class World(nn.Module):
         first: Any = self.blocks[0]
         return first.attention.kernel
 
-    def cache(self, rows: int, capacity: int) -> Cache:
-        """An empty one, for `rows` sequences of at most `capacity` places, of the weights' type and device."""
-        like = self.norm.weight
-        shape = rows, self.groups, capacity, self.head_width
-        return Cache([Held(like.new_empty(shape), like.new_empty(shape)) for _ in self.blocks])
+    def cache(self, capacity: int) -> Cache:
+        """An empty one, for sequences of at most `capacity` places."""
+        return Cache([Held(capacity) for _ in self.blocks])
 
 
 class Block(nn.Module):
@@ -250,16 +249,18 @@ def rotary(positions: Tensor, size: int, theta: float) -> Rotary:
 class Held:
     """Keys and values of a layer, [B, G, capacity, W] of which the first `length` places are filled."""
 
-    def __init__(self, keys: Tensor, values: Tensor):
-        self.keys, self.values, self.length = keys, values, 0
+    def __init__(self, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self.keys = self.values = torch.empty(0)
 
     def add(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All so far, these included. Raises ValueError where they do not fit."""
-        stop = self.length + k.shape[2]
-        if stop > self.keys.shape[2]:
-            raise ValueError(f"{stop} places, but the cache was made for {self.keys.shape[2]}")
-        self.keys[:, :, self.length : stop] = k
-        self.values[:, :, self.length : stop] = v
+        start, stop = self.length, self.length + k.shape[2]
+        if stop > self.capacity:
+            raise ValueError(f"{stop} places, but the cache was made for {self.capacity}")
+        if not start:
+            self.keys, self.values = (x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (k, v))
+        self.keys[:, :, start:stop], self.values[:, :, start:stop] = k, v
         self.length = stop
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
@@ -281,24 +282,35 @@ class Cache:
 
 
 def build(words: int, codes: int | None = 8448, *, weights: str | None = None, **options: Any) -> World:
-    """A `World` of a preset or sizes, or, with `weights`, that of a folder in the layout of `transformers`' LLaMA.
+    """A `World` of a preset or sizes, or, with `weights`, a published one.
 
     Args:
-        words: text tokens; a folder's model may have more.
-        weights: sizes are the folder's; only `theta` and `kernel` may be given beside it. What the folder has no
-            weights of (the visual embedding and head, of a model of text) begins at random.
+        words: text tokens; a published model may have more.
+        weights: a folder in the layout of `transformers`' LLaMA, or a file of Large World Model's own. It has the
+            sizes; only `theta` may be given beside it. What it has no weights of (the visual embedding and head, of a
+            model of text) begins at random.
 
-    Raises ValueError for a folder that cannot be taken.
+    Raises ValueError for weights that cannot be taken.
     """
     if weights is None:
         return World(words, codes, **options)
-    found = llama.options(weights)
+    stream = lwm.read(weights) if Path(weights).is_file() else None
+    found = llama.options(weights) if stream is None else lwm.options(stream, options.get("heads"))
     if found["words"] < words:
         raise ValueError(f"weights={weights} knows {found['words']} text tokens, the tokenizer has {words}")
     if differs := sorted(k for k, v in options.items() if k != "theta" and found.get(k) != v):
         raise ValueError(
             f"weights={weights} has {differs[0]} {found.get(differs[0])}: leave {differs[0]} out"
         )
+    if found["codes"] not in (None, codes):
+        raise ValueError(
+            f"weights={weights} knows {found['codes']} visual tokens: give codes={found['codes']}"
+        )
     model = World(**found | {"codes": codes} | options)
-    llama.load(model, weights)
+    if stream is None:
+        llama.load(model, weights)
+    elif lacking := model.state_dict().keys() - stream.keys() - set(() if found["codes"] else llama.VISION):
+        raise ValueError(f"weights={weights} lacks {min(lacking)}: give a whole model's")
+    else:
+        model.load_state_dict(stream, strict=False)
     return model

@@ -2,6 +2,7 @@
 
 import json
 
+import msgpack
 import pytest
 import torch
 
@@ -117,13 +118,104 @@ def test_weights_that_do_not_fit_are_refused_in_words(tmp_path):
         build(WORDS + 1, weights=str(tmp_path))
     with pytest.raises(ValueError, match="leave depth out"):
         build(WORDS, CODES, weights=str(tmp_path), depth=3)
-    with pytest.raises(ValueError, match="vision_embed"):
+    with pytest.raises(ValueError, match="give codes=24"):
         build(WORDS, CODES + 1, weights=str(tmp_path))
     assert build(WORDS, CODES, weights=str(tmp_path), theta=5e7).theta == 5e7
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"rope_scaling": {"rope_type": "llama3"}}))
     with pytest.raises(ValueError, match="rope_scaling"):
         build(WORDS, weights=str(tmp_path))
+
+
+# ---------------------------------------------------------------- Large World Model's own files
+
+
+def flax_array(x, chunk: int | None = None) -> bytes:
+    """As flax.serialization.to_bytes writes it; chunk: in pieces of so many values, as it does above 1 GiB."""
+
+    def packed(x):
+        told = (tuple(x.shape), "bfloat16" if x.dtype == torch.bfloat16 else "float32", raw(x))
+        return msgpack.ExtType(1, msgpack.packb(told, use_bin_type=True))
+
+    def raw(x) -> bytes:
+        return x.contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b""
+
+    if chunk is None:
+        return msgpack.packb(packed(x))
+    pieces = {str(i): packed(piece) for i, piece in enumerate(x.flatten().split(chunk))}
+    shape = {str(i): n for i, n in enumerate(x.shape)}
+    return msgpack.packb({"__msgpack_chunked_array__": True, "shape": shape, "chunks": pieces})
+
+
+def stream(theirs, path, dtype, scanned: bool, vision: bool = True) -> dict[str, torch.Tensor]:
+    """LlamaForCausalLM's weights in Large World Model's form, with visual ones; → these."""
+    state = {k: v.to(dtype) for k, v in theirs.state_dict().items()}
+    seen = {"vision_embed.weight": torch.randn(CODES, 32), "vision_head.weight": torch.randn(CODES, 32)}
+
+    def neighbours(w):  # rows of halves (i, i + W/2) to (2i, 2i + 1), head by head
+        order = torch.arange(8).view(2, 4).T.flatten()
+        return torch.cat([head[order] for head in w.split(8)])
+
+    layers = []
+    for i in range(2):
+        own = {k.removeprefix(f"model.layers.{i}."): v for k, v in state.items() if f".layers.{i}." in k}
+        attention = {n: own[f"self_attn.{n}_proj.weight"] for n in "qkvo"}
+        attention |= {n: neighbours(attention[n]) for n in "qk"}
+        layer = {("attention", f"w{n}", "kernel"): w.T for n, w in attention.items()}
+        layer[("attention_norm", "kernel")] = own["input_layernorm.weight"]
+        layer[("ffn_norm", "kernel")] = own["post_attention_layernorm.weight"]
+        for ours, name in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
+            layer[("feed_forward", ours, "kernel")] = own[f"mlp.{name}_proj.weight"].T
+        layers.append(layer)
+    records = {
+        ("transformer", "wte", "embedding"): state["model.embed_tokens.weight"],
+        ("transformer", "ln_f", "kernel"): state["model.norm.weight"],
+        ("lm_head", "kernel"): state["lm_head.weight"].T,
+    }
+    if vision:
+        records[("transformer", "vte", "embedding")] = seen["vision_embed.weight"]
+        records[("vision_head", "kernel")] = seen["vision_head.weight"].T
+    for name in layers[0]:
+        if scanned:
+            records[("transformer", "h", "scan_decoder", *name)] = torch.stack([x[name] for x in layers])
+        else:
+            records |= {("transformer", "h", str(i), *name): x[name] for i, x in enumerate(layers)}
+    with open(path, "wb") as file:
+        for i, (key, x) in enumerate(records.items()):
+            key = key if scanned else ("params", *key)
+            file.write(msgpack.packb((key, flax_array(x, chunk=100 if i % 2 else None))))
+    return seen
+
+
+@pytest.mark.parametrize(("dtype", "scanned"), [(torch.float32, True), (torch.bfloat16, False)])
+@torch.no_grad()
+def test_large_world_models_own_files_give_llamas_logits_and_their_visual_half(
+    tmp_path, dtype, scanned: bool
+):
+    theirs = published(rope_parameters={"rope_type": "default", "rope_theta": 5e7})
+    for p in theirs.parameters():
+        p.copy_(p.to(dtype))
+    seen = stream(theirs, tmp_path / "streaming_params", dtype, scanned)
+    model = build(WORDS, CODES, weights=str(tmp_path / "streaming_params"), heads=4).eval()
+    model.norm.eps = 1e-5
+    for block in model.blocks:
+        block.attention_norm.eps = block.mlp_norm.eps = 1e-5  # theirs here; the file's models have 1e-6
+    tokens = torch.randint(WORDS, (2, 30))
+    torch.testing.assert_close(model(tokens).text, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+    for name, x in seen.items():
+        assert torch.equal(model.state_dict()[name], x)
+
+
+@torch.no_grad()
+def test_files_of_a_model_of_text_leave_the_visual_half_at_random_and_other_files_are_refused(tmp_path):
+    path = tmp_path / "streaming_params"
+    stream(published(), path, torch.float32, True, vision=False)
+    assert build(WORDS, CODES, weights=str(path), heads=4).vision_head.weight.shape == (CODES, 32)
+    whole = path.read_bytes()
+    for content, told in ((whole[:3000], "lacks"), (b"no weights at all", "not a stream"), (b"", "lacks")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=told):
+            build(WORDS, CODES, weights=str(path), heads=4)
 
 
 # ---------------------------------------------------------------- packing
@@ -252,7 +344,7 @@ def test_sizes_that_do_not_fit_are_refused(sizes):
 def test_cached_equals_uncached(pieces):
     model = world()
     tokens, vision = torch.randint(CODES, (3, 12)), torch.rand(3, 12) < 0.5
-    whole, cache = model(tokens, vision), model.cache(3, 20)
+    whole, cache = model(tokens, vision), model.cache(20)
     parts = [
         model(t, v, cache=cache)
         for t, v in zip(tokens.split(pieces, 1), vision.split(pieces, 1), strict=True)
@@ -267,7 +359,7 @@ def test_packed_documents_may_be_read_in_pieces():
     model = world()
     tokens, vision, _, lengths = packed()
     n = len(tokens)
-    places, cache = Places.packed(lengths, n), model.cache(1, n)
+    places, cache = Places.packed(lengths, n), model.cache(n)
     whole = model(tokens[None], vision[None], places).text
     cut = lengths[0] + 4
     parts = [
@@ -281,4 +373,4 @@ def test_packed_documents_may_be_read_in_pieces():
 def test_a_full_cache_says_so():
     model = world()
     with pytest.raises(ValueError, match="made for 4"):
-        model(torch.zeros(1, 5, dtype=torch.long), cache=model.cache(1, 4))
+        model(torch.zeros(1, 5, dtype=torch.long), cache=model.cache(4))
