@@ -280,7 +280,8 @@ class Blocks:
         for step in range(size):
             coming = self.neighbours.pass_on(held) if step < size - 1 else None
             yield (rank - step) % size, held
-            held = coming() if coming else held
+            if coming:
+                held, coming = coming(), None  # what was sent is let go before more is asked for
 
     def seen(self, mask: Mask, owner: int, query: int) -> Iterator[tuple[tuple[int, int], Tensor | None]]:
         """Blocks of the owner's keys of which a block of queries sees some; which, bool, and none where it is all."""
@@ -319,6 +320,7 @@ class _RingAttention(torch.autograd.Function):
                         o = o * shrink + p @ values[:, :, a:b].to(wide)
                     for x, found in ((total, o), (weight, l), (most, m)):
                         x[..., slice(*rows), :] = found.unflatten(2, (heads.shape[2], -1))
+                del keys, values
         blind = weight == 0
         out = (total / weight.masked_fill(blind, 1.0)).flatten(1, 2).to(q.dtype)
         lse = (most + weight.log()).masked_fill(blind, torch.inf)  # then P = e^(S − lse) is 0
@@ -351,9 +353,11 @@ class _RingAttention(torch.autograd.Function):
                         of_scaled += of_s @ key
                         of_keys[:, :, a:b] += of_s.mT @ scaled
                     of_q[..., slice(*rows), :] += of_scaled.unflatten(2, (heads.shape[2], -1)) * scale
+                del keys, values
                 if coming:  # what the ranks before found for these keys
-                    for x, found in zip((of_keys, of_values), coming(), strict=True):
-                        x += found
+                    before, coming = coming(), None
+                    of_keys += before.pop(0)
+                    of_values += before.pop(0)
                 coming = work.neighbours.pass_on([of_keys, of_values])
         assert coming is not None
         of_keys, of_values = coming()
