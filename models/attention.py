@@ -108,13 +108,18 @@ class Mask:
 
     Args:
         moving: how many frames the clip has; those after them are images by themselves.
+        aligned: both sides are the same places, so within a document the i-th query sees the first i keys.
+        context: what attends in place of a kernel, (q, k, v, mask) → out, where the sequence lies on several ranks or
+            is looked at in blocks: models/ring_attention.py makes such masks.
     """
 
     queries: Tokens = ANY
     keys: Tokens = ANY
     moving: int = 0
     causal: bool = False
+    aligned: bool = False
     block: Any = None  # flex_attention's BlockMask, where it was `prepared`
+    context: Callable[[Tensor, Tensor, Tensor, Mask], Tensor] | None = None
 
     @classmethod
     def documents(
@@ -150,18 +155,26 @@ class Mask:
         """The same and causal: no place sees a later one. Args: their numbers of places (keys: none, the same)."""
         sides = (self.queries, queries), (self.keys, queries if keys is None else keys)
         placed = [replace(side, place=torch.arange(n, device=device)) for side, n in sides]
-        return replace(self, queries=placed[0], keys=placed[1], causal=True)
+        aligned = self.queries is self.keys and sides[0] == sides[1]
+        return replace(self, queries=placed[0], keys=placed[1], causal=True, aligned=aligned)
 
     def part(self, queries: tuple[int, int], keys: tuple[int, int]) -> Mask:
         """Of the queries from start to stop and the keys from start to stop, as ring attention meets them."""
-        return replace(self, queries=self.queries.between(*queries), keys=self.keys.between(*keys))
+        sides = self.queries.between(*queries), self.keys.between(*keys)
+        return replace(self, queries=sides[0], keys=sides[1], aligned=self.aligned and queries == keys)
 
     @property
     def spans(self) -> tuple[Spans, Spans] | None:
-        """Of queries and keys, where documents are all there is to say."""
+        """Of queries and keys, where documents, and perhaps an order within each, are all there is to say."""
         q, k = self.queries, self.keys
-        only = q.frame is None and k.frame is None and not self.causal
+        only = q.frame is None and k.frame is None and self.aligned == self.causal
         return (q.spans, k.spans) if only and q.spans is not None and k.spans is not None else None
+
+    @property
+    def triangle(self) -> bool:
+        """Whether the order is all there is to say: the i-th query sees the first i keys."""
+        told = (x for side in (self.queries, self.keys) for x in (side.document, side.frame))
+        return self.aligned and all(x is None for x in told)
 
     @property
     def rows(self) -> int:
@@ -198,7 +211,9 @@ class Mask:
 
     def prepared(self, kernel: Kernel, queries: int, keys: int, device: torch.device) -> Mask:
         """The same for a kernel that needs more than the rules, made once for all layers. Args: numbers of places."""
-        return replace(self, block=self.blocks(queries, keys, device)) if kernel == "flex" else self
+        if kernel != "flex" or self.context is not None:
+            return self
+        return replace(self, block=self.blocks(queries, keys, device))
 
     def blocks(self, queries: int, keys: int, device: torch.device) -> Any:
         """flex_attention's BlockMask for so many queries and keys."""
@@ -224,22 +239,36 @@ def attend(
     bias: Tensor | None = None,
     kernel: Kernel = "auto",
 ) -> Tensor:
-    """softmax(q kᵀ / √D + bias) v under the mask, [B, H, Lq, D]; a query that may look nowhere gets 0."""
+    """softmax(q kᵀ / √D + bias) v under the mask, [B, H, Lq, D]; a query that may look nowhere gets 0.
+
+    k and v may have fewer heads, of which H is a multiple: query head h has key head ⌊h · theirs / H⌋ (Ainslie et al.
+    2023, grouped queries). Where the mask has a context, that attends, whatever the kernel.
+    """
+    if mask is not None and mask.context is not None:
+        if bias is not None:
+            raise ValueError(
+                "attention over a ring or in blocks takes no bias: hand in a mask without a context"
+            )
+        return mask.context(q, k, v, mask)
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if len(q) > MOST_ROWS and (mask is None or mask.rows == 1) and (bias is None or bias.ndim < 4):
         parts = zip(q.split(MOST_ROWS), k.split(MOST_ROWS), v.split(MOST_ROWS), strict=True)
         return torch.cat([attend(a, b, c, mask, bias, kernel) for a, b, c in parts])  # over time: B·h·w
     spans = None if mask is None or bias is not None or kernel in ("plain", "flex", *_DENSE) else mask.spans
     if kernel == "varlen" and spans is None:
         raise ValueError("attention kernel varlen: it knows documents that lie end to end alone; use auto")
-    if spans is not None and kernel in ("auto", "flash", "varlen") and _varlen(q):
-        return _by_kernel(q, k, v, *spans)
-    if spans is not None and not torch.compiler.is_compiling():
-        return _one_by_one(q, k, v, *spans, kernel=kernel)
+    causal = mask is not None and mask.causal
     compiling = torch.compiler.is_compiling()  # then block masks are those that were prepared
+    if spans is not None and kernel in ("auto", "flash", "varlen") and _varlen(q):
+        return _by_kernel(q, k, v, *spans, causal=causal)
+    if spans is not None and not compiling:
+        return _one_by_one(q, k, v, *spans, kernel=kernel, causal=causal)
     if kernel == "flex" and mask is not None and bias is None and (mask.block is not None or not compiling):
         block = mask.blocks(q.shape[2], k.shape[2], q.device) if mask.block is None else mask.block
         return (flex_attention if compiling else _flex(q.device))(q, k, v, block_mask=block)
-    seen = None if mask is None else mask.dense() if compiling else mask._dense
+    triangle = mask is not None and mask.triangle and bias is None and kernel != "plain"
+    seen = None if mask is None or triangle else mask.dense() if compiling else mask._dense
     if kernel == "plain":
         logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         logits = logits if bias is None else logits + bias
@@ -250,40 +279,44 @@ def attend(
         seen = bias if seen is None else bias.masked_fill(~seen, float("-inf"))
     with sdpa_kernel(_SDPA[kernel]) if kernel in _SDPA else contextlib.nullcontext():
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-            return _in_float32(q, k, v, seen)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            return _in_float32(q, k, v, seen, triangle)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=triangle)
 
 
-def _in_float32(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+def _in_float32(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, triangle: bool) -> Tensor:
     """On a CPU torch's kernel goes backward in bf16 slower than in float32: of 16 tokens seven times."""
     seen = seen.float() if seen is not None and seen.is_floating_point() else seen
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=seen).to(q.dtype)
+        wide = q.float(), k.float(), v.float()
+        return F.scaled_dot_product_attention(*wide, attn_mask=seen, is_causal=triangle).to(q.dtype)
 
 
 def _varlen(q: Tensor) -> bool:
     """Whether torch's kernel for documents of any length takes it."""
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and varlen_attn is not None
+    return (
+        q.is_cuda and len(q) == 1 and q.dtype in (torch.float16, torch.bfloat16) and varlen_attn is not None
+    )
 
 
-def _by_kernel(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans) -> Tensor:
+def _by_kernel(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> Tensor:
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # L H D each
     sizes = queries.offsets, keys.offsets, queries.longest, keys.longest
-    return cast(Tensor, varlen_attn(q, k, v, *sizes)).transpose(0, 1)[None]
+    window = (-1, 0) if causal else (-1, -1)
+    return cast(Tensor, varlen_attn(q, k, v, *sizes, window_size=window)).transpose(0, 1)[None]
 
 
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, kernel: Kernel) -> Tensor:
+def _one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, kernel: Kernel, causal: bool
+) -> Tensor:
     """Document by document, which costs no padding either."""
-    kernel = "auto" if kernel == "varlen" else kernel
-    spans = zip(pairwise(queries.ends), pairwise(keys.ends), strict=True)
-    return torch.cat(
-        [
-            attend(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], kernel=kernel) if c < d else q[:, :, a:b] * 0.0
-            for (a, b), (c, d) in spans
-            if a < b
-        ],
-        dim=2,
-    )
+    kernel, out = "auto" if kernel == "varlen" else kernel, []
+    sizes = [[b - a for a, b in pairwise(side.ends)] for side in (queries, keys)]
+    own = (x.split(of, dim=2) for x, of in ((q, sizes[0]), (k, sizes[1]), (v, sizes[1])))
+    for a, b, c in zip(*own, strict=True):
+        if length := a.shape[2]:
+            order = Mask().in_order(length, device=q.device) if causal else None
+            out.append(attend(a, b, c, order, kernel=kernel) if b.shape[2] else a * 0.0)
+    return torch.cat(out, dim=2)
 
 
 @cache

@@ -85,7 +85,7 @@ class VAE(nn.Module):
         dct: bool = False,
     ):
         super().__init__()
-        factors = _factors(stride)
+        factors = stage_factors(stride)
         self.blocks = BlockDCT3D(stride) if dct else None
         if self.blocks is not None:
             factors = []
@@ -106,8 +106,8 @@ class VAE(nn.Module):
         self.channels, self.stride = channels, (stride[0], stride[1], stride[2])
         widths, taps = [width * m for m in multipliers], 3 if stride[0] > 1 else 1
         values = len(self.blocks.basis) if self.blocks else 3
-        self.encoder = _encoder(values, channels, widths, factors, depth, taps)
-        self.decoder = _decoder(values, channels, widths, factors, depth, taps, temporal_decoder)
+        self.encoder = encoder_half(values, 2 * channels, widths, factors, depth, taps)  # mean and logvar
+        self.decoder = decoder_half(values, channels, widths, factors, depth, taps, temporal_decoder)
         for layer in self.modules():  # torch's first biases are as large as the signal and would drown it
             if isinstance(layer, nn.Conv3d | nn.Linear) and layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -230,8 +230,8 @@ def inflate(vae: VAE, image: dict[str, Tensor]) -> None:
 # ---------------------------------------------------------------- the two halves
 
 
-def _encoder(
-    values: int, channels: int, widths: list[int], factors: list[Factor], depth: int, taps: int
+def encoder_half(
+    values: int, outputs: int, widths: list[int], factors: list[Factor], depth: int, taps: int
 ) -> Chain:
     width = widths[0]
     layers: list[nn.Module] = [CausalConv3d(values, width, (taps, 3, 3))]  # 3 → width, T H W
@@ -242,17 +242,17 @@ def _encoder(
         if i < len(factors):
             layers.append(CausalConv3d(width, width, (taps, 3, 3), stride=factors[i]))  # T/t H/y W/x
     layers += [ResBlock(width, width, taps), FrameAttention(width), ResBlock(width, width, taps)]
-    return Chain([*layers, NormConv(width, 2 * channels, taps)])  # mean and logvar
+    return Chain([*layers, NormConv(width, outputs, taps)])
 
 
-def _decoder(
+def decoder_half(
     values: int,
     channels: int,
     widths: list[int],
     factors: list[Factor],
     depth: int,
     taps: int,
-    temporal: bool,
+    temporal: bool = False,
 ) -> Chain:
     width = widths[-1]
     layers: list[nn.Module] = [CausalConv3d(channels, width, (taps, 3, 3))]
@@ -269,7 +269,7 @@ def _decoder(
 Factor = tuple[int, int, int]
 
 
-def _factors(stride: Sequence[int]) -> list[Factor]:
+def stage_factors(stride: Sequence[int]) -> list[Factor]:
     """What each stage divides (T, H, W) by: space from the first on, time in the last ones."""
     if len(stride) != 3 or any(s < 1 or s & (s - 1) for s in stride):
         raise ValueError(f"stride {tuple(stride)}: give three powers of two, of time, height and width")

@@ -215,7 +215,7 @@ def flex_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
 def test_every_kernel_reads_the_mask_alike(rule: str, kernel: Kernel, flex_on_a_cpu: None):
     mask, seen = masks()[rule]
     leaves = numbers(2 if rule == "padding" else 1, 10, 10)
-    if kernel == "varlen" and rule != "documents":
+    if kernel == "varlen" and not rule.startswith("documents"):
         with pytest.raises(ValueError, match="kernel varlen: it knows documents"):
             attend(*leaves, mask, kernel=kernel)
         return
@@ -245,6 +245,18 @@ def test_documents_of_queries_see_those_of_other_keys(kernel: Kernel):
         assert (a - b).abs().max() < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("kernel", [*CPU, "flex", "varlen"])
+def test_heads_of_queries_share_one_of_keys(kernel: Kernel, flex_on_a_cpu: None):
+    q, k, v = numbers(1, 10, 10)
+    mask = masks()["documents"][0]
+    q = torch.cat([q, q.flip(2), -q], dim=1)  # 6 heads: 0, 1 and 2 of key head 0
+    found = attend(q, k, v, mask, kernel=kernel)
+    for head in range(6):
+        own = attend(q[:, head, None], k[:, head // 3, None], v[:, head // 3, None], mask, kernel="plain")
+        assert (found[:, head] - own[:, 0]).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("rule", list(masks()))
 def test_a_part_of_a_mask_is_the_part_of_what_it_allows(rule: str):
     mask, seen = masks()[rule]
@@ -255,6 +267,25 @@ def test_a_part_of_a_mask_is_the_part_of_what_it_allows(rule: str):
         assert torch.equal(part.dense().expand(-1, -1, b - a, -1), whole[:, :, a:b, c:d])
         again = part.part((0, 1), (0, d - c)).dense()
         assert torch.equal(again.expand(-1, -1, 1, -1), whole[:, :, a : a + 1, c:d])
+
+
+@pytest.mark.parametrize("kernel", CPU)
+@pytest.mark.parametrize("rule", ["causal", "documents in order"])
+def test_parts_of_an_order_are_attended_to_alike(rule: str, kernel: Kernel):
+    """Where queries and keys are the same places, and where a cache has earlier keys too; of several rows."""
+    (mask, seen), (q, k, v) = masks()[rule], numbers(2, 10, 10)
+    assert mask is not None
+    for (a, b), (c, d) in (
+        ((0, 10), (0, 10)),
+        ((0, 6), (0, 6)),
+        ((2, 8), (2, 8)),
+        ((6, 10), (0, 10)),
+        ((2, 6), (0, 6)),
+    ):
+        leaves = [q[:, :, a:b], k[:, :, c:d], v[:, :, c:d]]
+        found = results(leaves, mask.part((a, b), (c, d)), kernel)
+        for x, y in zip(found, written(leaves, seen[a:b, c:d]), strict=True):
+            assert (x - y).abs().max() < 1e-12
 
 
 def test_ring_attention_can_be_made_of_parts():
@@ -288,9 +319,13 @@ def test_attention_under_a_mask_compiles_as_one_graph(rule: str, kernel: Kernel)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels for documents need CUDA")
 @pytest.mark.parametrize("kernel", ["varlen", "flex"])
 @pytest.mark.parametrize("lengths", [[3, 1, 60], [300, 17, 200]])
-def test_the_kernels_for_documents_give_the_same_forward_and_backward(lengths: list[int], kernel: Kernel):
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_kernels_for_documents_give_the_same_forward_and_backward(
+    lengths: list[int], kernel: Kernel, causal: bool
+):
     torch.manual_seed(0)
     mask = Mask.documents(lengths, device=torch.device("cuda"))
+    mask = mask.in_order(sum(lengths), device=torch.device("cuda")) if causal else mask
     leaves = [
         torch.randn(1, 4, sum(lengths), 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for _ in range(3)

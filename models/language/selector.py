@@ -1,0 +1,112 @@
+"""The selector: which of several captions a clip's is, from features of frozen encoders; small enough for a laptop.
+
+Two encoders bring a clip's features (class probabilities, frame or video embeddings) and a caption's (a sentence
+embedding) into one space, in which cosines are compared; a head looks at both together where that is not enough.
+Losses: `models.language.contrastive`. Retrieval is by cosine first, and the best are looked at again by the head
+(Li et al. 2021, ALBEF, sec. 3.2).
+
+B: pairs; K: captions of a clip; D: dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.language.contrastive import LogitScale
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"dim": 64, "hidden": 128},
+    "base": {"dim": 256, "hidden": 1024},
+}
+
+
+class Selector(nn.Module):
+    """(video, text) → features of both and the scale of their cosines.
+
+    Args:
+        video, text: widths of the frozen features.
+        dropout: of the hidden layers.
+    """
+
+    platt: Tensor
+
+    def __init__(self, video: int, text: int, *, dim: int = 256, hidden: int = 1024, dropout: float = 0.0):
+        super().__init__()
+        self.video, self.text = _encoder(video, hidden, dim, dropout), _encoder(text, hidden, dim, dropout)
+        self.head = nn.Sequential(
+            nn.Linear(4 * dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 1)
+        )
+        self.scale = LogitScale()
+        self.register_buffer("platt", torch.tensor([1.0, 0.0]))  # slope and shift of `probability`
+
+    def forward(self, video: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """video [B, video], or [B, F, video] of F frames; text [B, (K,) text] → [B, D], [B, (K,) D], scale."""
+        v = self.video(video)
+        return (v.mean(1) if v.ndim == 3 else v), self.text(text), self.scale()
+
+    def match(self, video: Tensor, text: Tensor) -> Tensor:
+        """Features [n, D] of both → logits [n] that they belong together."""
+        v, t = F.normalize(video, dim=-1), F.normalize(text, dim=-1)
+        return self.head(torch.cat([v, t, v * t, (v - t).abs()], dim=-1))[..., 0]
+
+    def probability(self, logits: Tensor) -> Tensor:
+        """How often pairs of such logits do belong together, after `calibrate`."""
+        slope, shift = self.platt
+        return torch.sigmoid(slope * logits + shift)
+
+    @torch.no_grad()
+    def calibrate(self, logits: Tensor, together: Tensor) -> None:
+        """Fit `probability` to held-out pairs (Platt 1999), by Newton's method.
+
+        Args:
+            logits: [n]. together: bool [n], whether the pair does.
+
+        Raises ValueError where all pairs are of one kind, so that nothing can be fitted.
+        """
+        y = together.double()
+        if not 0 < y.sum() < len(y):
+            raise ValueError("calibrating needs pairs that belong together and pairs that do not: give both")
+        x = torch.stack([logits.double(), torch.ones_like(y)], dim=1)  # n 2
+        ridge = 1e-3 * torch.eye(2, dtype=x.dtype, device=x.device)  # pairs that separate have no finite fit
+        w = torch.tensor([1.0, 0.0], dtype=x.dtype, device=x.device)
+        for _ in range(50):
+            p = torch.sigmoid(x @ w)
+            step = torch.linalg.solve(x.T * (p * (1 - p)) @ x + ridge, x.T @ (p - y) + ridge @ w)
+            w = w - step / max(1.0, float(step.norm()))
+        self.platt.copy_(w)
+
+    @torch.no_grad()
+    def best(self, video: Tensor, texts: Tensor, again: int = 128) -> Tensor:
+        """Of each clip its captions from best to worst, int64 [B, N].
+
+        Args:
+            video, texts: features [B, D] and [N, D] of clips and captions, or [B, N, D] of captions of each clip.
+            again: so many of the nearest by cosine are put in order by the head; 0: none.
+        """
+        v, t = F.normalize(video, dim=-1), F.normalize(texts, dim=-1)
+        cosine = v @ t.T if t.ndim == 2 else (t @ v[..., None])[..., 0]
+        order = cosine.argsort(dim=1, descending=True, stable=True)
+        near = order[:, :again]
+        if not near.shape[1]:
+            return order
+        own = (
+            texts[near]
+            if texts.ndim == 2
+            else texts.gather(1, near[..., None].expand(-1, -1, texts.shape[-1]))
+        )
+        logits = self.match(video[:, None].expand(-1, near.shape[1], -1), own)
+        first = near.gather(1, logits.argsort(dim=1, descending=True, stable=True))
+        return torch.cat([first, order[:, again:]], dim=1)
+
+
+def _encoder(width: int, hidden: int, dim: int, dropout: float) -> nn.Module:
+    return nn.Sequential(
+        nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim)
+    )
+
+
+build = Selector

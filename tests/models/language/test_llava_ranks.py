@@ -1,0 +1,88 @@
+"""LLaVA-type models over ranks: one has pictures, the other has none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from models.language.llava import Llava, Placeholders, build
+from models.language.loss import Goal
+
+TOWER = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+LANGUAGE = {
+    "model_type": "qwen2",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 50,
+    "tie_word_embeddings": True,
+}
+
+
+def model() -> Llava:
+    torch.manual_seed(0)
+    return build(Placeholders(48, 49), tower=TOWER, language=LANGUAGE, projector={"newline": "clip"}).train()
+
+
+def sequence(rank: int) -> tuple[torch.Tensor, list[torch.Tensor], Goal]:
+    """Rank 0: an image and a video; rank 1: words alone."""
+    g = torch.Generator().manual_seed(rank)
+    tokens = torch.randint(0, 48, (24,), generator=g)
+    visuals = []
+    if rank == 0:
+        visuals = [torch.randn(3, 16, 16, generator=g), torch.randn(2, 3, 16, 16, generator=g)]
+        tokens[2:7], tokens[9:18] = 48, 49
+    at = torch.tensor([19, 20, 21])
+    return tokens, visuals, Goal(at, tokens[at + 1], torch.ones(3))
+
+
+def _rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    try:
+        tokens, visuals, goal = sequence(rank)
+        replicated = DistributedDataParallel(model())
+        sharded = model()
+        for block in sharded.blocks():
+            fully_shard(block)
+        fully_shard(sharded)
+        for name, wrapped in (("ddp", replicated), ("fsdp", sharded)):
+            wrapped(tokens, visuals, goal=goal).backward()
+            grads = {}
+            for key, p in wrapped.named_parameters():
+                if p.grad is not None:
+                    whole = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                    grads[key.removeprefix("module.")] = whole.clone()
+            if rank == 0:
+                torch.save(grads, f"{folder}/{name}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ddp_and_fsdp_have_the_gradients_of_one_process_though_one_rank_has_no_pictures(tmp_path: Path):
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    alone = model()
+    for rank in range(2):
+        tokens, visuals, goal = sequence(rank)
+        (alone(tokens, visuals, goal=goal) / 2).backward()
+    expected = {n: p.grad for n, p in alone.named_parameters() if p.grad is not None}
+    for name in ("ddp", "fsdp"):
+        got = torch.load(tmp_path / f"{name}.pt")
+        assert got.keys() == expected.keys()
+        for key, grad in expected.items():
+            torch.testing.assert_close(got[key], grad, atol=1e-6, rtol=1e-5)
