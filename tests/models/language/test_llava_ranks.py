@@ -70,6 +70,8 @@ def _rank(rank: int, folder: str) -> None:
                     grads[key.removeprefix("module.")] = whole.clone()
             if rank == 0:
                 torch.save(grads, f"{folder}/{name}.pt")
+        del wrapped, replicated, sharded  # before the group that their threads use
+        dist.barrier()  # none leaves while the other still asks
     finally:
         dist.destroy_process_group()
 
