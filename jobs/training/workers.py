@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,10 +34,28 @@ def prepared(prepare: Prepare, workers: int, pin: bool = False) -> Iterator[Any]
                 raise batch
             yield batch
     finally:
-        if mine:
-            batches._shutdown_workers()  # what its __del__ does, which a traceback may put off
-        for process in mine:  # one that it could not end would keep this process from ending
-            process.kill()
+        try:
+            handler = _deaf()
+        except RuntimeError:  # once more, of the same process
+            handler = _deaf()
+        try:
+            if mine:
+                batches._shutdown_workers()  # what its __del__ does, which a traceback may put off
+        finally:
+            for process in mine:  # one that it could not end would keep this process from ending
+                process.kill()
+            if handler is not None:
+                signal.signal(signal.SIGCHLD, handler)
+
+
+def _deaf() -> Any:
+    """Take away torch's handler of ended processes, and give it, where this is the main thread.
+
+    Once a worker has failed it raises wherever the main thread is, again for each other process that ends.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 class _Prepared(IterableDataset):
