@@ -43,7 +43,7 @@ from pyarrow.compute import Expression
 
 from jobs.training.clips import Clips, Sizes
 from jobs.training.distributed import World
-from jobs.training.held_out import trained_on
+from jobs.training.held_out import held_out, trained_on
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_diffusion import DiffusionData, DiffusionRecipe
 from jobs.training.task import Batch
@@ -365,6 +365,16 @@ def readers_of(recipe: TrainRecipe, data: str, held_out: float = 0.0) -> list[Sh
     return found
 
 
+def held_out_of(recipe: TrainRecipe, data: str, share: float) -> ShardReader | None:
+    """The clips of the run in folder `data` that are not trained on, their middle; None where the share is 0.
+
+    Raises StoreError, ValueError.
+    """
+    if not share:
+        return None
+    return reader_of(recipe, data, held_out(below(data, "shards"), share), "center")
+
+
 def build_loader(
     recipe: TrainRecipe,
     data: str,
@@ -376,19 +386,38 @@ def build_loader(
 
     Raises StoreError, ValueError.
     """
-    return Loader(
-        readers_of(recipe, data, held_out),
+    return loader_of(
+        recipe,
+        data,
         positions_of(recipe, autoencoder),
-        shares=recipe.data.shares(),
-        tokens=recipe.data.tokens,
-        batch=recipe.data.batch,
+        world,
+        held_out,
         packed=beside(recipe).pack,
         images=beside(recipe).images,
         stills=beside(recipe).stills,
         areas=[math.prod(latent_shape(autoencoder, *s)[1:]) for s in shapes_of(recipe)],
         lone=autoencoder.stride[0] == 1,
+    )
+
+
+def loader_of(
+    recipe: TrainRecipe,
+    data: str,
+    positions: Sequence[int],
+    world: World,
+    held_out: float = 0.0,
+    **options: Any,
+) -> Loader:
+    """The same for a model whose samples have so many positions, by bucket; options: of `Loader`."""
+    return Loader(
+        readers_of(recipe, data, held_out),
+        positions,
+        shares=recipe.data.shares(),
+        tokens=recipe.data.tokens,
+        batch=recipe.data.batch,
         rank=world.data_rank,
         world=world.data_size,
         workers=recipe.data.workers,
         pin=world.device.type == "cuda",
+        **options,
     )

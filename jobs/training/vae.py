@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.training.data import build_loader, reader_of
+from jobs.training.data import build_loader, held_out_of
 from jobs.training.distributed import World
 from jobs.training.exported import load_model
-from jobs.training.held_out import held_out
 from jobs.training.parallelize import make, on_meta
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_vae import VAERecipe
@@ -38,7 +37,6 @@ from models.autoencoders.discriminator import (
 )
 from models.autoencoders.latents import BlockDCT, Posterior, latent_shape
 from models.measures.quality import psnr, ssim
-from pipeline.io.store import below
 from pipeline.shards.reader import ShardReader
 
 SHOWN = 2  # clips whose reconstruction is looked at
@@ -53,10 +51,8 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[AutoencoderTask, Loader]:
     task = AutoencoderTask(recipe, start.world.device, start.device, fresh=not start.saved)
     task.world = start.world
     loader = build_loader(recipe, start.data, task.vae, start.world, recipe.held_out)
-    reader = loader.readers[0]
-    if recipe.held_out:
-        others = held_out(below(start.data, "shards"), recipe.held_out)
-        reader = task.held_out = reader_of(recipe, start.data, others, "center")
+    task.held_out = held_out_of(recipe, start.data, recipe.held_out)
+    reader = task.held_out or loader.readers[0]
     task.shown = [torch.from_numpy(reader.sound(row)["video"]) for row in range(min(SHOWN, len(reader.keys)))]
     return task, loader
 

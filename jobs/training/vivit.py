@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.training.data import Loader, reader_of, readers_of, sources_of
-from jobs.training.held_out import SOURCES, held_out, trained_on
+from jobs.training.data import Loader, held_out_of, loader_of, sources_of
+from jobs.training.held_out import SOURCES, trained_on
 from jobs.training.parallelize import make
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_vivit import ViViTRecipe
@@ -45,7 +45,6 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Classification, Loader]:
         raise ValueError(f"trains: vivit needs model.kind vivit, not {recipe.model.kind}")
     if len(recipe.data.buckets) > 1 or recipe.data.buckets[0].height != recipe.data.buckets[0].width:
         raise ValueError("data.buckets: ViViT takes one bucket, as high as it is wide")
-    world = start.world
     if start.saved is None:
         captions = captions_of(recipe, start.data)
         labels = labels_of(recipe, captions)
@@ -53,21 +52,8 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Classification, Loader]:
     else:
         labels = start.saved["labels"]
     task = Classification(recipe, start, labels)
-    if recipe.held_out:
-        others = held_out(below(start.data, "shards"), recipe.held_out)
-        task.held_out = reader_of(recipe, start.data, others, "center")
-    loader = Loader(
-        readers_of(recipe, start.data, recipe.held_out),
-        [task.positions],
-        shares=recipe.data.shares(),
-        tokens=recipe.data.tokens,
-        batch=recipe.data.batch,
-        rank=world.data_rank,
-        world=world.data_size,
-        workers=recipe.data.workers,
-        pin=world.device.type == "cuda",
-    )
-    return task, loader
+    task.held_out = held_out_of(recipe, start.data, recipe.held_out)
+    return task, loader_of(recipe, start.data, [task.positions], start.world, recipe.held_out)
 
 
 # ---------------------------------------------------------------- labels

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from jobs.training.data import Loader, readers_of
+from jobs.training.data import Loader, loader_of
 from jobs.training.parallelize import make
 from jobs.training.recipe_core import TrainRecipe, import_spec
 from jobs.training.recipe_vlm import VLMRecipe
@@ -30,20 +30,8 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Captioning, Loader]:
         raise ValueError(f"trains: vlm needs model.kind small_vlm, not {recipe.model.kind}")
     if len(recipe.data.buckets) > 1 or recipe.data.buckets[0].height != recipe.data.buckets[0].width:
         raise ValueError("data.buckets: the small VLM takes one bucket, as high as it is wide")
-    world = start.world
-    task = Captioning(recipe, world.device, start.device)
-    loader = Loader(
-        readers_of(recipe, start.data),
-        [task.positions],
-        shares=recipe.data.shares(),
-        tokens=recipe.data.tokens,
-        batch=recipe.data.batch,
-        rank=world.data_rank,
-        world=world.data_size,
-        workers=recipe.data.workers,
-        pin=world.device.type == "cuda",
-    )
-    return task, loader
+    task = Captioning(recipe, start.world.device, start.device)
+    return task, loader_of(recipe, start.data, [task.positions], start.world)
 
 
 class Captioning(Task):
