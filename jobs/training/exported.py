@@ -257,7 +257,7 @@ def export(checkpoint: Path, out: Path) -> None:
     Raises OSError.
     """
     stored = stored_shapes(checkpoint)
-    step = read_meta(checkpoint)["step"]
+    meta = read_meta(checkpoint)
 
     def write(kind: str, final: Path) -> None:
         shapes = {key.removeprefix(kind): x for key, x in stored.items() if key.startswith(kind)}
@@ -268,17 +268,16 @@ def export(checkpoint: Path, out: Path) -> None:
             return {key.removeprefix(kind): x for key, x in state.items()}
 
         if shapes:
-            write_safetensors(final, shapes, read, step)
+            write_safetensors(final, shapes, read, meta["step"])
 
-    write("ema/", out / f"ema/{step:08d}.safetensors")
+    write("ema/", out / f"ema/{meta['step']:08d}.safetensors")
     write("model/", out / "model.safetensors")
     for name, source in (("model.json", "meta.json"), ("model.pt", "task.pt")):
         aside = out / f"{name}.partial"
         shutil.copyfile(checkpoint / source, aside)
         publish(aside, out / name)
-    recipe = read_meta(checkpoint)["recipe"]
-    if lora := recipe.get("lora"):
-        export_adapter(out, recipe["trains"], LoRA.model_validate(lora))
+    if lora := meta["recipe"].get("lora"):
+        export_adapter(out, meta["recipe"]["trains"], LoRA.model_validate(lora))
 
 
 def export_adapter(out: Path, phase: str, lora: LoRA) -> None:
