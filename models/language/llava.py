@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.attention import Mask
 from models.hub import MissingModel, open_clip_weights, transformers_weights
-from models.language.loss import Goal, Lengths, summed, summed_in_chunks, with_padding
+from models.language.loss import Goal, Lengths, restarted, summed, summed_in_chunks, with_padding
 from models.language.positions import MRotary
 from models.language.projectors import Projector, QFormer, projector
 from models.language.towers import Tower, on_meta, tower
@@ -266,11 +266,6 @@ class Llava(nn.Module):
             return seen
         dtype = self.language.dtype
         return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
-
-
-def restarted(lengths: Sequence[Sequence[int]], device: torch.device | None = None) -> Tensor:
-    """Places 0, 1, … in each document of each sequence, int64 [B, L]."""
-    return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths]).to(device)
 
 
 def scales_logits(config: Any) -> bool:

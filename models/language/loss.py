@@ -44,6 +44,11 @@ def with_padding(lengths: Lengths, length: int) -> list[list[int]]:
     return [[*row, rest] if (rest := length - sum(row)) else row for row in rows]
 
 
+def restarted(rows: Sequence[Sequence[int]], device: torch.device | None = None) -> Tensor:
+    """Places 0, 1, … in each document of each row, int64 [B, L]; rows as `with_padding` gives them."""
+    return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows]).to(device)
+
+
 def _in_rows(x: Tensor, lengths: Lengths) -> Iterator[tuple[Tensor, list[int]]]:
     """Each row of x [L] or [B, L] as a view, with the lengths of its documents."""
     rows, of = x.view(-1, x.shape[-1]), rows_of(lengths)

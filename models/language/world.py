@@ -30,7 +30,7 @@ from models.attention import (
     split_heads,
 )
 from models.language import llama, lwm
-from models.language.loss import Goal, Lengths, summed_in_chunks, with_padding
+from models.language.loss import Goal, Lengths, restarted, summed_in_chunks, with_padding
 
 PRESETS: dict[str, dict[str, Any]] = {
     "XS": {"dim": 192, "ffn": 512, "heads": 6, "depth": 6},  # small enough for a CPU
@@ -53,11 +53,11 @@ class Places(NamedTuple):
     def packed(cls, lengths: Lengths, length: int, device: torch.device | None = None) -> Places:
         """Of sequences of `length` places, see `models.language.loss`; padding is as one more document."""
         rows = with_padding(lengths, length)
-        positions = [torch.cat([torch.arange(n) for n in row]).to(device) for row in rows]
+        positions = restarted(rows, device)
         if len(rows) == 1:
             return cls(positions[0], Mask.documents(rows[0], device=device).in_order(length, device=device))
         side = Tokens(torch.stack([owners(row, device) for row in rows]))
-        return cls(torch.stack(positions), Mask(side, side).in_order(length, device=device))
+        return cls(positions, Mask(side, side).in_order(length, device=device))
 
     def part(self, start: int, stop: int) -> Places:
         """Of the queries from start to stop, which see the keys up to stop, as a cache holds them."""
