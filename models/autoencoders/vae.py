@@ -69,10 +69,40 @@ def build(
     return VAE(channels, stride, width, multipliers, depth, temporal_decoder, dct)
 
 
-class VAE(nn.Module):
-    """Follows `models.autoencoders.latents.Autoencoder`. See `build` for the options."""
+class Halves(nn.Module):
+    """An autoencoder of a causal encoder and decoder, whatever lies between them."""
 
     causal = True
+    stride: tuple[int, int, int]
+    encoder: Chain
+    decoder: Chain
+
+    def pieces(self, video: Tensor, chunk: int) -> list[Tensor]:
+        """A video [B, 3, 1 + n·s, H, W] in parts of `chunk` latent frames each."""
+        ahead = 1 + (chunk - 1) * self.stride[0]
+        parts = [video[:, :, :ahead], *video[:, :, ahead:].split(chunk * self.stride[0], dim=2)]
+        return [part for part in parts if part.shape[2]]
+
+    def zero_biases(self) -> None:
+        """torch's first biases are as large as the signal and would drown it."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv3d | nn.Linear) and layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weights of the decoder's last convolution, for `models.autoencoders.discriminator.adaptive_weight`."""
+        head = self.decoder.layers[-1]
+        assert isinstance(head, NormConv)
+        return head.conv.weight
+
+    def repeated(self) -> Iterator[nn.Module]:
+        """The residual blocks."""
+        return (m for m in self.modules() if isinstance(m, ResBlock))
+
+
+class VAE(Halves):
+    """Follows `models.autoencoders.latents.Autoencoder`. See `build` for the options."""
 
     def __init__(
         self,
@@ -94,23 +124,17 @@ class VAE(nn.Module):
                     f"{channels} channels: blocks of {tuple(stride)} have {len(self.blocks.basis)} coefficients: give "
                     "as many channels or fewer"
                 )
-        if len(multipliers) != len(factors) + 1:
-            raise ValueError(
-                f"{'with dct, ' * dct}stride {tuple(stride)} halves {len(factors)} times and so has "
-                f"{len(factors) + 1} resolutions: give as many multipliers, not {len(multipliers)}"
-            )
         if temporal_decoder and stride[0] > 1:
             raise ValueError(
                 f"temporal_decoder is for a time stride of 1: with {stride[0]} every layer looks back already"
             )
         self.channels, self.stride = channels, (stride[0], stride[1], stride[2])
-        widths, taps = [width * m for m in multipliers], 3 if stride[0] > 1 else 1
+        widths = stage_widths(width, multipliers, stride, factors, "with dct, " * dct)
+        taps = 3 if stride[0] > 1 else 1
         values = len(self.blocks.basis) if self.blocks else 3
         self.encoder = encoder_half(values, 2 * channels, widths, factors, depth, taps)  # mean and logvar
         self.decoder = decoder_half(values, channels, widths, factors, depth, taps, temporal_decoder)
-        for layer in self.modules():  # torch's first biases are as large as the signal and would drown it
-            if isinstance(layer, nn.Conv3d | nn.Linear) and layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        self.zero_biases()
         if self.blocks is not None:
             for head in (self.encoder.layers[-1], self.decoder.layers[-1]):
                 nn.init.zeros_(head.conv.weight)  # type: ignore[union-attr,arg-type]
@@ -152,9 +176,7 @@ class VAE(nn.Module):
         latent_shape(self, *video.shape[2:])
         if chunk is None:
             return self._encoded(video)
-        ahead = 1 + (chunk - 1) * self.stride[0]
-        pieces = [video[:, :, :ahead], *video[:, :, ahead:].split(chunk * self.stride[0], dim=2)]
-        parts = list(self.encode_chunks(p for p in pieces if p.shape[2]))
+        parts = list(self.encode_chunks(self.pieces(video, chunk)))
         mean, logvar = (torch.cat(x, dim=2) for x in zip(*((p.mean, p.logvar) for p in parts), strict=True))
         return Posterior(mean, logvar)
 
@@ -190,17 +212,6 @@ class VAE(nn.Module):
     def freeze_encoder(self) -> None:
         """Only the decoder trains from here on; latents stay what a diffusion model has learnt."""
         self.encoder.requires_grad_(False)
-
-    @property
-    def last_layer(self) -> Tensor:
-        """Weights of the decoder's last convolution, for `models.autoencoders.discriminator.adaptive_weight`."""
-        head = self.decoder.layers[-1]
-        assert isinstance(head, NormConv)
-        return head.conv.weight
-
-    def repeated(self) -> Iterator[nn.Module]:
-        """The residual blocks."""
-        return (m for m in self.modules() if isinstance(m, ResBlock))
 
 
 def inflate(vae: VAE, image: dict[str, Tensor]) -> None:
@@ -276,6 +287,24 @@ def stage_factors(stride: Sequence[int]) -> list[Factor]:
     t, y, x = (s.bit_length() - 1 for s in stride)
     stages = max(t, y, x)
     return [(1 + (i >= stages - t), 1 + (i < y), 1 + (i < x)) for i in range(stages)]
+
+
+def stage_widths(
+    width: int, multipliers: Sequence[int], stride: Sequence[int], factors: Sequence[Factor], where: str = ""
+) -> list[int]:
+    """Features at each resolution.
+
+    Args:
+        where: what is said before, of an autoencoder for which factors are others than the stride tells.
+
+    Raises ValueError where there are not as many multipliers as resolutions.
+    """
+    if len(multipliers) != len(factors) + 1:
+        raise ValueError(
+            f"{where}stride {tuple(stride)} halves {len(factors)} times and so has {len(factors) + 1} resolutions: "
+            f"give as many multipliers, not {len(multipliers)}"
+        )
+    return [width * m for m in multipliers]
 
 
 def _posterior(moments: Tensor) -> Posterior:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.autoencoders.vae import Memory, NormConv, ResBlock, decoder_half, encoder_half, stage_factors
+from models.autoencoders.vae import Halves, Memory, decoder_half, encoder_half, stage_factors, stage_widths
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"stride": (1, 4, 4), "width": 32, "multipliers": (1, 2, 4), "depth": 1, "codes": 512},
@@ -207,10 +207,8 @@ def health(counts: Tensor) -> Health:
     return Health(float((counts > 0).double().mean()), float(entropy.exp()))
 
 
-class VQ(nn.Module):
+class VQ(Halves):
     """See `build` for the options."""
-
-    causal = True
 
     def __init__(
         self,
@@ -222,19 +220,12 @@ class VQ(nn.Module):
     ):
         super().__init__()
         factors = stage_factors(stride)
-        if len(multipliers) != len(factors) + 1:
-            raise ValueError(
-                f"stride {tuple(stride)} halves {len(factors)} times and so has {len(factors) + 1} resolutions: give "
-                f"as many multipliers, not {len(multipliers)}"
-            )
         self.stride, self.channels = (stride[0], stride[1], stride[2]), quantiser.channels
-        widths, taps = [width * m for m in multipliers], 3 if stride[0] > 1 else 1
+        widths, taps = stage_widths(width, multipliers, stride, factors), 3 if stride[0] > 1 else 1
         self.encoder = encoder_half(3, self.channels, widths, factors, depth, taps)
         self.quantiser = quantiser
         self.decoder = decoder_half(3, self.channels, widths, factors, depth, taps)
-        for layer in self.modules():  # torch's first biases are as large as the signal and would drown it
-            if isinstance(layer, nn.Conv3d | nn.Linear) and layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        self.zero_biases()
 
     @property
     def codes(self) -> int:
@@ -269,10 +260,8 @@ class VQ(nn.Module):
             )
         if chunk is None:
             return self._quantised(video).codes
-        ahead = 1 + (chunk - 1) * t
-        pieces = [video[:, :, :ahead], *video[:, :, ahead:].split(chunk * t, dim=2)]
         memory: Memory = {}
-        return torch.cat([self._quantised(p, memory).codes for p in pieces if p.shape[2]], dim=1)
+        return torch.cat([self._quantised(p, memory).codes for p in self.pieces(video, chunk)], dim=1)
 
     def decode(self, codes: Tensor, chunk: int | None = None) -> Tensor:
         """[B, 1 + n, h, w] → [B, 3, 1 + n·s, H, W]; chunk: frames of codes at a time."""
@@ -285,17 +274,6 @@ class VQ(nn.Module):
         memory: Memory = {}
         for codes in chunks:
             yield self._decoded(self.quantiser.vectors(codes), memory)
-
-    @property
-    def last_layer(self) -> Tensor:
-        """Weights of the decoder's last convolution, for `models.autoencoders.discriminator.adaptive_weight`."""
-        head = self.decoder.layers[-1]
-        assert isinstance(head, NormConv)
-        return head.conv.weight
-
-    def repeated(self) -> Iterator[nn.Module]:
-        """The residual blocks."""
-        return (m for m in self.modules() if isinstance(m, ResBlock))
 
 
 def build(
