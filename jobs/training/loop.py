@@ -32,6 +32,7 @@ from jobs.training.recipe_core import Optimizer, TrainRecipe
 from jobs.training.resume import resume_point
 from jobs.training.signals import Signals
 from jobs.training.task import (
+    COUNTS,
     Batch,
     Evaluation,
     Loader,
@@ -241,7 +242,7 @@ class Trainer:
             try:
                 found = [self._next() for _ in range(self.micro_batches)]
                 for batch in found:
-                    mine |= {kind: mine[kind] + n for kind, n in self.task.counts(batch).items()}
+                    mine |= {kind: mine[kind] + n for kind, n in batch[COUNTS].items()}
             except Exception as e:  # whatever reading and decoding may raise
                 failed = e
         stop, broken, plain, *counts = self.world.sum(
@@ -265,6 +266,7 @@ class Trainer:
             raise TrainError("the loader has ended, though it must go on epoch after epoch")
         waited = time.perf_counter() - start
         batch = to_device(batch, self.world.device)
+        batch[COUNTS] = self.task.counts(batch)
         tokens, skipped = self.task.tokens(batch), len(batch.get("skipped", ()))
         self.metrics.batch(tokens, self.plan.flops(batch, tokens), len(batch["key"]), skipped, waited)
         return batch
@@ -312,7 +314,7 @@ class Trainer:
             each = torch.isfinite(losses.each)
             fine = each & (fine | ~each.all())
         self.unread.append(Finite(self.step, 0, batch["key"], fine))
-        self.metrics.losses(phase, losses, self.task.counts(batch), self.task.weights)
+        self.metrics.losses(phase, losses, batch[COUNTS], self.task.weights)
 
     def _apply(self, phase: Phase, batches: list[Batch]) -> Tensor:
         """Clip, update; gives the gradient's norm before clipping."""

@@ -25,6 +25,7 @@ from jobs.training.recipe_core import Optimizer
 
 Batch = dict[str, Any]
 
+COUNTS = "counts"  # of a batch on the device: what `Task.counts` says of it, put there by the loop
 PARTS = "parts"  # of a batch whose samples have several shapes: batches of one shape each
 
 
