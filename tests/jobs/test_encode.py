@@ -29,7 +29,7 @@ from pipeline.faults import StoreError
 from pipeline.shards import latents
 from pipeline.shards.index import read_index
 from pipeline.shards.reader import ShardReader
-from tests.fixtures.run_folder import flip, make_run_folder
+from tests.fixtures.run_folder import flip, make_sharded_run
 from tests.fixtures.toy_training import start
 
 CPU = torch.device("cpu")
@@ -40,9 +40,7 @@ BUCKETS = [{"frames": 4, "height": 32, "width": 32}, {"frames": 8, "height": 32,
 def run(tmp_path_factory):
     """17 clips."""
     folder = tmp_path_factory.mktemp("encode") / "run"
-    make_run_folder(folder, sources=8)
-    assert shard.main([str(folder)]) == 0
-    return str(folder)
+    return make_sharded_run(folder, sources=8)
 
 
 def recipe(**sections) -> DiffusionRecipe:

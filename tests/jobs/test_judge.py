@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from jobs import judge, shard
+from jobs import judge
 from jobs.training.loop import train
 from jobs.training.recipe_diffusion import DiffusionRecipe
 from pipeline.toy import world as toy_world
 from pipeline.toy.reader import identity
-from tests.fixtures.run_folder import make_run_folder
+from tests.fixtures.run_folder import make_sharded_run
 
 
 def drawn(caption: str) -> np.ndarray:
@@ -85,8 +85,7 @@ def test_true_videos_of_a_caption_are_read_as_it_says(size, step):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("judge")
-    make_run_folder(folder / "run", sources=2)
-    assert shard.main([str(folder / "run")]) == 0
+    make_sharded_run(folder / "run", sources=2)
     recipe = {
         "name": "t",
         "data": {"fps": 4, "buckets": [{"frames": 4, "height": 32, "width": 32}], "batch": 2, "workers": 0},

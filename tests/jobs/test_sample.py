@@ -10,13 +10,12 @@ import torch
 from PIL import Image
 
 from jobs import sample as job
-from jobs import shard
 from jobs.evaluate import caption_of
 from jobs.training.loop import train
 from jobs.training.recipe_diffusion import DiffusionRecipe
 from jobs.videos import write_mp4
 from pipeline.split.shown import read
-from tests.fixtures.run_folder import make_run_folder
+from tests.fixtures.run_folder import make_sharded_run
 from tests.fixtures.videos import cfr, made, rotated
 
 
@@ -52,9 +51,7 @@ def recipe(side=32, frames=5, **tasks) -> DiffusionRecipe:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample") / "run"
-    make_run_folder(folder, sources=4)
-    assert shard.main([str(folder)]) == 0
-    return str(folder)
+    return make_sharded_run(folder, sources=4)
 
 
 @pytest.fixture(scope="module")

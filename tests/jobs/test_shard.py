@@ -10,7 +10,7 @@ import pytest
 from jobs import report, shard
 from pipeline.io.store import Store
 from pipeline.shards.pack import read_run
-from tests.fixtures.run_folder import make_run_folder
+from tests.fixtures.run_folder import make_sharded_run
 
 STRICT = ["--set", "decide.rules.short={column: duration_s, max: 3}"]
 
@@ -18,8 +18,7 @@ STRICT = ["--set", "decide.rules.short={column: duration_s, max: 3}"]
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("packed") / "run"
-    make_run_folder(root)
-    assert shard.main([str(root)]) == 0
+    make_sharded_run(root)
     return root
 
 

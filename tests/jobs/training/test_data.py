@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 import torch
 
-from jobs import shard
 from jobs.training.data import Loader, build_loader, positions_of
 from jobs.training.distributed import World
 from jobs.training.recipe_diffusion import DiffusionRecipe
@@ -20,7 +19,7 @@ from pipeline.faults import StoreError
 from pipeline.shards.buckets import fit, table
 from pipeline.shards.index import read_index
 from pipeline.shards.reader import ShardReader
-from tests.fixtures.run_folder import make_run_folder
+from tests.fixtures.run_folder import make_sharded_run
 
 SHAPES = [(4, 32, 32), (8, 32, 56), (24, 16, 16)]  # at 4 a second: 1, 2 and 6 s
 POSITIONS = [4 * 16, 8 * 28, 24 * 4]  # of blocks of 8×8
@@ -30,9 +29,7 @@ POSITIONS = [4 * 16, 8 * 28, 24 * 4]  # of blocks of 8×8
 def run(tmp_path_factory):
     """17 clips of 2.5, 5.5 and 9.5 s."""
     folder = tmp_path_factory.mktemp("data") / "run"
-    make_run_folder(folder, sources=8)
-    assert shard.main([str(folder)]) == 0
-    return str(folder)
+    return make_sharded_run(folder, sources=8)
 
 
 def loader(run, *, seed=0, decode=False, shapes=SHAPES, **options):

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jobs import shard
 from jobs.training.build import build_network, build_process, load_system, load_trained
 from jobs.training.data import positions_of
 from jobs.training.diffusion import LOW_NOISE, build, images_of, known_frames, mean_over_frames
@@ -23,7 +22,7 @@ from jobs.training.task import Draws
 from models.autoencoders import vae
 from models.autoencoders.latents import BlockDCT
 from models.diffusion.objective import prediction_error
-from tests.fixtures.run_folder import make_run_folder
+from tests.fixtures.run_folder import make_sharded_run
 from tests.fixtures.toy_training import start
 
 CPU = torch.device("cpu")
@@ -32,9 +31,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("diffusion") / "run"
-    make_run_folder(folder, sources=4)
-    assert shard.main([str(folder)]) == 0
-    return str(folder)
+    return make_sharded_run(folder, sources=4)
 
 
 def recipe(**sections) -> DiffusionRecipe:

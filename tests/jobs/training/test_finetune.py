@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs import sample, shard
+from jobs import sample
 from jobs.sampling import latents_of
 from jobs.training.build import load_trained
 from jobs.training.checkpoint import difference
@@ -21,10 +21,9 @@ from jobs.training.diffusion import Diffusion, build
 from jobs.training.exported import CheckpointError
 from jobs.training.loop import train
 from jobs.training.network import Network
-from jobs.training.recipe import load_training
 from jobs.training.task import Draws
-from tests.fixtures.run_folder import make_run_folder
-from tests.fixtures.shrunken import checkpoints, shrunken
+from tests.fixtures.run_folder import make_sharded_run
+from tests.fixtures.shrunken import checkpoints, load
 from tests.fixtures.toy_training import Notes, in_ranks, start, weights
 from tests.jobs.training.test_lora import stirred
 
@@ -37,9 +36,7 @@ SHORT += ["tasks={first_frame: 0}"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetune") / "run"
-    make_run_folder(folder, sources=4)
-    assert shard.main([str(folder)]) == 0
-    return str(folder)
+    return make_sharded_run(folder, sources=4)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +45,7 @@ def at(tmp_path_factory):
 
 
 def recipe(name, at, *more):
-    return load_training(name.removesuffix("-frozen"), [*shrunken(name, at), *SHORT, *more])
+    return load(name, at, *SHORT, *more)
 
 
 def away_from_zero(recipe, start):

@@ -7,28 +7,22 @@ import pytest
 import torch
 from torch import nn
 
-from jobs import shard
 from jobs.training.distributed import World, connect
 from jobs.training.loop import train
 from jobs.training.parallelize import made_on, make, on_meta, parallelize
-from jobs.training.recipe import TRAINING, load_training
 from jobs.training.recipe_core import Compute
 from jobs.training.task import Start
-from pipeline.recipe import bundled
-from tests.fixtures.run_folder import make_run_folder
-from tests.fixtures.shrunken import checkpoints, shrunken
+from tests.fixtures.run_folder import make_sharded_run
+from tests.fixtures.shrunken import NAMES, checkpoints, load
 from tests.fixtures.toy_training import Notes, in_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-NAMES = [*bundled(TRAINING), "video_ldm-frozen"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "run"
-    make_run_folder(folder, sources=6)
-    assert shard.main([str(folder)]) == 0
-    return str(folder)
+    return make_sharded_run(folder, sources=6)
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +34,7 @@ def at(tmp_path_factory, run):
 
 
 def recipe_of(name, at, *more):
-    return load_training(
-        name.removesuffix("-frozen"),
-        [*shrunken(name, at), "compute.parallel=fsdp", "run.sample_every=0", *more],
-    )
+    return load(name, at, "compute.parallel=fsdp", "run.sample_every=0", *more)
 
 
 def trained(name, at, run, out, steps, build=None):

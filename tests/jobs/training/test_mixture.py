@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from jobs import encode, shard
+from jobs import encode
 from jobs.training.data import Loader
 from jobs.training.diffusion import build, measure, mixed_normalizer
 from jobs.training.loop import train
@@ -23,7 +23,7 @@ from pipeline.faults import StoreError
 from pipeline.recipe import RecipeError
 from pipeline.shards.order import Sequential
 from pipeline.shards.reader import ShardReader
-from tests.fixtures.run_folder import make_run_folder
+from tests.fixtures.run_folder import make_sharded_run
 from tests.fixtures.toy_training import Notes, start, weights
 
 SHAPES = [(4, 32, 32), (8, 32, 56)]
@@ -36,8 +36,7 @@ def runs(tmp_path_factory):
     """Of 6 and 3 sources."""
     folder = tmp_path_factory.mktemp("mixture")
     for name, sources in (("many", 6), ("few", 3)):
-        make_run_folder(folder / name, sources=sources, seed=sources)
-        assert shard.main([str(folder / name)]) == 0
+        make_sharded_run(folder / name, sources=sources, seed=sources)
     return [str(folder / name) for name in ("many", "few")]
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from jobs import shard
 from jobs.encode import encode
 from jobs.training.build import build_network, load_trained
 from jobs.training.data import Loader
@@ -26,7 +25,7 @@ from jobs.training.task import Draws, parts_of
 from models.diffusion.condition import Condition
 from models.encoders.text import PretrainedText
 from pipeline.shards.reader import ShardReader
-from tests.fixtures.run_folder import make_run_folder
+from tests.fixtures.run_folder import make_sharded_run
 from tests.fixtures.shrunken import checkpoints
 from tests.fixtures.toy_training import Notes, start
 
@@ -40,9 +39,7 @@ TOKENS = 600
 def run(tmp_path_factory):
     """17 clips of 2.5, 5.5 and 9.5 s in three aspects, and their stills."""
     folder = tmp_path_factory.mktemp("packing") / "run"
-    make_run_folder(folder, sources=8)
-    assert shard.main([str(folder)]) == 0
-    return str(folder)
+    return make_sharded_run(folder, sources=8)
 
 
 def random_case(seed):

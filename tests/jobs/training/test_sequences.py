@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from jobs import shard
 from jobs.training.sequences import SequenceLoader, joined
 from pipeline.faults import StoreError
 from pipeline.shards.chat import ChatReader
 from pipeline.shards.mixture import Mixed, Mixture
 from pipeline.shards.order import Sequential
 from pipeline.shards.reader import BrokenSample, ShardReader
-from tests.fixtures.run_folder import make_run_folder
+from tests.fixtures.run_folder import make_sharded_run
 
 TOKENS, LANES = 64, 12
 
@@ -175,9 +174,7 @@ class Bytes:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sequences") / "run"
-    make_run_folder(folder, sources=4)
-    assert shard.main([str(folder)]) == 0
-    return str(folder)
+    return make_sharded_run(folder, sources=4)
 
 
 @pytest.mark.parametrize("sequential", [None, Sequential(2, 4, LANES)], ids=["full", "shards"])

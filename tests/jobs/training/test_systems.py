@@ -12,21 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from jobs import evaluate, sample, shard
+from jobs import evaluate, sample
 from jobs.training.build import build_autoencoder
 from jobs.training.exported import load_model
 from jobs.training.loop import train
-from jobs.training.recipe import TRAINING, load_training
 from jobs.training.recipe_diffusion import Autoencoder
 from jobs.videos import write_mp4
 from models.measures.features import load_features
-from pipeline.recipe import bundled
-from tests.fixtures.run_folder import make_run_folder
-from tests.fixtures.shrunken import checkpoints, shrunken
+from tests.fixtures.run_folder import make_sharded_run
+from tests.fixtures.shrunken import NAMES, checkpoints, load
 from tests.fixtures.toy_training import Notes, in_ranks, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-NAMES = [*bundled(TRAINING), "video_ldm-frozen"]
 RANKS = {"one": 1, "ddp": 2, "fsdp": 2}
 STEPS, KILLED = 4, 3
 
@@ -34,9 +31,7 @@ STEPS, KILLED = 4, 3
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("systems") / "run"
-    make_run_folder(folder, sources=6)
-    assert shard.main([str(folder)]) == 0
-    return str(folder)
+    return make_sharded_run(folder, sources=6)
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +100,8 @@ def evaluated(model, run, given, out) -> float:
 
 
 def rank(name, at, run, out, mode, monitor=Notes):
-    file = name.removesuffix("-frozen")
     parallel = "fsdp" if mode == "fsdp" else "ddp"
-    recipe = load_training(file, [*shrunken(name, at), f"run.steps={STEPS}", f"compute.parallel={parallel}"])
+    recipe = load(name, at, f"run.steps={STEPS}", f"compute.parallel={parallel}")
     train(recipe, run, Path(out), device="cpu", monitor=monitor)
 
 

@@ -14,7 +14,7 @@ from jobs.training.vae import AutoencoderTask
 from models.autoencoders.latents import BlockDCT
 from models.measures.quality import psnr, ssim
 from pipeline.recipe_file import parse_as
-from tests.fixtures.run_folder import make_run_folder
+from tests.fixtures.run_folder import make_sharded_run
 from tests.fixtures.toy_training import start
 
 MODEL = {"kind": "vae", "stride": [2, 4, 4], "width": 8, "multipliers": [1, 2, 2], "depth": 1}
@@ -169,12 +169,9 @@ def test_blocks_are_found_under_a_wrapper_too():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run of a few clips, sharded."""
-    from jobs import shard
 
     folder = tmp_path_factory.mktemp("run")
-    make_run_folder(folder)
-    assert shard.main([str(folder)]) == 0
-    return str(folder)
+    return make_sharded_run(folder)
 
 
 def test_built_on_shards_it_trains_and_shows_original_beside_reconstruction(run):

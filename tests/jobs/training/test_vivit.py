@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jobs import shard, toy
+from jobs import toy
 from jobs.curate import main as curate
 from jobs.training import vivit as training
 from jobs.training.exported import load_model
@@ -24,7 +24,7 @@ from models.encoders.vivit import ViViT
 from models.measures.features import load_features
 from pipeline.recipe_file import parse_as
 from pipeline.recipe_schema import RecipeError
-from tests.fixtures.run_folder import make_run_folder
+from tests.fixtures.run_folder import make_sharded_run
 from tests.fixtures.toy_training import Notes, start
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -194,8 +194,7 @@ def test_its_features_are_those_of_the_averaged_network_and_tell_time_forwards_f
 
 
 def test_common_words_belong_to_the_run_and_are_not_chosen_anew_on_going_on(tmp_path):
-    make_run_folder(tmp_path / "run", sources=6)
-    assert shard.main([str(tmp_path / "run")]) == 0
+    make_sharded_run(tmp_path / "run", sources=6)
     wanted = recipe(
         labels={"words": 6}, data={"buckets": [{"frames": 4, "height": 16, "width": 16}], "batch": 2}
     )

@@ -11,18 +11,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import shard
 from pipeline.faults import StoreError
 from pipeline.shards import index as index_
 from pipeline.shards.index import Texts, bytes_of, digest, from_hex, open_index, read_index
 from pipeline.shards.reader import ShardReader
-from tests.fixtures.run_folder import make_run_folder
+from tests.fixtures.run_folder import make_sharded_run
 
 
 @pytest.fixture
 def shards(tmp_path):
-    make_run_folder(tmp_path / "run", sources=6)
-    assert shard.main([str(tmp_path / "run")]) == 0
+    make_sharded_run(tmp_path / "run", sources=6)
     return str(tmp_path / "run/shards")
 
 
