@@ -351,6 +351,11 @@ def kept(make: Make) -> Make:
     return cast(Make, table)
 
 
+def rotary_rates(pairs: int, base: float, device: torch.device | None = None) -> Tensor:
+    """How fast n pairs of features turn: pair i at base^(−i/n) (Su et al. 2021, eq. 15), float64 [n]."""
+    return base ** -(torch.arange(pairs, device=device).double() / pairs)
+
+
 class Rotary(NamedTuple):
     """Angles that turn queries and keys, so that their product knows only how far apart they are."""
 
@@ -362,11 +367,11 @@ class Rotary(NamedTuple):
         """positions [L, 3]: time, row, column; `size`: D, the width of a head, even.
 
         Of the c = D/2 pairs of features, c − 2⌊c/3⌋ turn with time, ⌊c/3⌋ with the row and ⌊c/3⌋ with the
-        column, pair i of n at rate base^(−i/n) (Su et al. 2021, eq. 15; split over axes as Wan does).
+        column, each at `rotary_rates` (split over axes as Wan does).
         """
         third = size // 2 // 3
         pairs = size // 2 - 2 * third, third, third
-        rates = [base ** -(torch.arange(n, device=positions.device).double() / n) for n in pairs]
+        rates = [rotary_rates(n, base, positions.device) for n in pairs]
         angle = torch.cat([positions[:, i, None] * rate for i, rate in enumerate(rates)], dim=-1)
         return cls(angle.cos(), angle.sin())
 

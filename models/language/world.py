@@ -27,6 +27,7 @@ from models.attention import (
     Tokens,
     join_heads,
     owners,
+    rotary_rates,
     split_heads,
 )
 from models.language import llama, lwm
@@ -239,9 +240,8 @@ class SwiGLU(nn.Module):
 
 
 def rotary(positions: Tensor, size: int, theta: float) -> Rotary:
-    """Angles of positions [L] or [B, L]; pair i of W/2 turns at rate θ^(−2i/W) (Su et al. 2021, eq. 15). float32."""
-    rates = theta ** -(torch.arange(0, size, 2, device=positions.device).double() / size)
-    angle = positions[..., None] * rates
+    """Angles of positions [L] or [B, L], float32."""
+    angle = positions[..., None] * rotary_rates(size // 2, theta, positions.device)
     angle = angle[:, None] if positions.ndim == 2 else angle  # for all heads
     return Rotary(angle.cos().float(), angle.sin().float())
 
