@@ -23,10 +23,18 @@ of which any two are shown together. The rest is the mill's own work:
   clipmill train diffusion toy/run --recipe toy --set data.cache=toy/latents --out toy/model
   clipmill judge toy/model --held-out toy/held_out.txt
 
+What a model has put together itself is seen on the combinations that are held out: --only-held-out shows these alone.
+With --questions, DIR/questions has every scene as a video of its own (scenes/), a conversation about each to learn
+from (chat.jsonl) and five multiple-choice questions about each to be asked (choices.json):
+
+  clipmill toy --out toy/ --questions
+  clipmill toy --out held_out/ --only-held-out --videos 20 --questions
+
 The same options give the same pictures.
 """
 
 HELD_OUT = "held_out.txt"
+QUESTIONS = "questions"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,6 +66,16 @@ def main(argv: list[str] | None = None) -> int:
         help="share of the combinations of count, colour, shape, direction and background that no scene has, to judge "
         "by them what a model has put together itself (default: 0.15)",
     )
+    parser.add_argument(
+        "--only-held-out",
+        action="store_true",
+        help="show the combinations that --hold-out holds out of other worlds, and no other",
+    )
+    parser.add_argument(
+        "--questions",
+        action="store_true",
+        help="every scene as a video of its own, with a conversation and multiple-choice questions about it",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -75,8 +93,12 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{args.videos} videos of {scenes} scenes in {args.out / 'videos'}, the truth in {args.out / 'truth.jsonl'}"
     )
-    if held_out:
+    if args.only_held_out:
+        print(f"of {held_out} combinations of attributes that are held out of other worlds, and of no other")
+    elif held_out:
         print(f"{held_out} of 450 combinations of attributes are in none: {args.out / HELD_OUT}")
+    if args.questions:
+        print(f"conversations and multiple-choice questions about every scene in {args.out / QUESTIONS}")
     print(f"next: clipmill curate {args.out / 'videos'} --recipe toy --out {args.out / 'run'}")
     return 0
 
@@ -94,9 +116,18 @@ def complaint(args: argparse.Namespace) -> str:
         return f"--pan {args.pan:g}: give a share from 0 to 1"
     if not 0 <= args.hold_out <= 0.5:
         return f"--hold-out {args.hold_out:g}: give a share from 0 to 0.5"
+    if args.only_held_out and not shows_both(args.hold_out):
+        return f"--only-held-out: a share of {args.hold_out:g} holds out too few to show; give --hold-out 0.01 or more"
     if taken(args.out):
         return f"--out {args.out}: it is there already; give a new or empty folder"
     return ""
+
+
+def shows_both(share: float) -> bool:
+    """Whether what is held out has both backgrounds, which scenes of a video show in turn."""
+    from pipeline.toy.world import BACKGROUNDS, held_out
+
+    return {a.background for a in held_out(share)} == set(BACKGROUNDS)
 
 
 def make(args: argparse.Namespace) -> tuple[int, int]:
@@ -108,6 +139,7 @@ def make(args: argparse.Namespace) -> tuple[int, int]:
 
     from jobs.videos import write_mp4
     from pipeline.toy import world as toy_world
+    from pipeline.toy.questions import choices, conversation
 
     out, size = args.out, args.size
     without = toy_world.held_out(args.hold_out)
@@ -116,15 +148,31 @@ def make(args: argparse.Namespace) -> tuple[int, int]:
         (out / HELD_OUT).write_text(
             "".join(f"{caption}\n" for caption in sorted(a.caption() for a in without))
         )
-    lines = []
+    if args.questions:
+        (out / QUESTIONS / "scenes").mkdir(parents=True)
+    lines, talks, asked = [], [], []
     for number in range(args.videos):
         rng = np.random.default_rng([args.seed, number])
-        told = toy_world.story(rng, args.scenes, args.pan, without)
+        if args.only_held_out:
+            told = toy_world.story(rng, args.scenes, args.pan, within=without)
+        else:
+            told = toy_world.story(rng, args.scenes, args.pan, without)
         name = f"{number:05}.mp4"
-        pictures = np.concatenate([toy_world.render(s, size) for s in told])
-        write_mp4(out / "videos" / name, pictures, args.fps, crf=12)
+        pictures = [toy_world.render(s, size) for s in told]
+        write_mp4(out / "videos" / name, np.concatenate(pictures), args.fps, crf=12)
         for scene, (start, end) in zip(told, toy_world.cuts(told), strict=True):
             lines.append(truth(name, scene, start, end, size))
+        if args.questions:
+            for i, scene in enumerate(told):
+                shown = f"scenes/{number:05}-{i:03}.mp4"
+                write_mp4(out / QUESTIONS / shown, pictures[i], args.fps, crf=12)
+                drawn = np.random.default_rng([args.seed, number, i, 1])
+                talks.append({"messages": conversation(drawn, scene.attributes), "video": shown})
+                for question in choices(drawn, scene.attributes):
+                    asked.append({"id": f"{number:05}-{i:03}-{question['kind']}", "video": shown} | question)
+    if args.questions:
+        (out / QUESTIONS / "chat.jsonl").write_text("".join(json.dumps(t) + "\n" for t in talks))
+        (out / QUESTIONS / "choices.json").write_text(json.dumps(asked, indent=0) + "\n")
     (out / "truth.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return len(lines), len(without)
 

@@ -179,18 +179,26 @@ def scene(rng: np.random.Generator, attributes: Attributes, lengths: tuple[int, 
 
 
 def story(
-    rng: np.random.Generator, scenes: int, pan: float = 0.0, without: frozenset[Attributes] = frozenset()
+    rng: np.random.Generator,
+    scenes: int,
+    pan: float = 0.0,
+    without: frozenset[Attributes] = frozenset(),
+    within: frozenset[Attributes] | None = None,
 ) -> list[Scene]:
     """The scenes of one video, every attribute drawn evenly, black and white backgrounds in turn.
 
     Args:
         pan: share of the scenes in which the camera moves.
         without: combinations that are never drawn, however the camera moves, see `held_out`.
+        within: the only combinations that are drawn, instead of all; some of them on each background.
     """
     first = int(rng.integers(2))
     told = []
     for i in range(scenes):
         attributes = _drawn(rng, list(BACKGROUNDS)[(first + i) % 2], pan)
+        if within is not None:
+            some = [a for a in every() if a in within and a.background == attributes.background]
+            attributes = replace(some[int(rng.integers(len(some)))], pan=attributes.pan)
         while replace(attributes, pan="none") in without:
             attributes = _drawn(rng, attributes.background, pan)
         told.append(scene(rng, attributes))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -9,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import curate, toy
+from pipeline.shards.chat import ChatReader
+from pipeline.toy import questions
 from pipeline.toy import world as toy_world
 
 
@@ -66,6 +69,52 @@ def test_held_out_captions_are_listed_and_no_scene_has_one(tmp_path, capsys):
     assert toy.main(["--out", str(tmp_path / "none"), *args[:4], "--hold-out", "0"]) == 0
     assert not (tmp_path / "none/held_out.txt").exists()
     assert "combinations" not in capsys.readouterr().out
+
+
+def test_only_held_out_shows_what_other_worlds_never_do(tmp_path, capsys):
+    args = ["--videos", "4", "--scenes", "40", "--size", "32", "--pan", "0.2", "--only-held-out"]
+    assert toy.main(["--out", str(tmp_path / "held"), *args]) == 0
+    assert "of 68 combinations of attributes that are held out of other worlds" in capsys.readouterr().out
+    told = [toy_world.parse(line["caption"].partition(", camera")[0]) for line in lines(tmp_path / "held")]
+    assert set(told) <= toy_world.held_out(0.15)
+    assert len(set(told)) > 50  # of 160 scenes; evenly drawn, 62 are expected
+    assert all(a.background != b.background for a, b in pairwise(told[:40]))
+    assert {line["pan"] for line in lines(tmp_path / "held")} == {"none", "left", "right"}
+    assert toy.main(["--out", str(tmp_path / "few"), *args[:6], "--hold-out", "0", "--only-held-out"]) == 2
+    assert "holds out too few to show" in capsys.readouterr().err
+
+
+def test_questions_are_answered_by_the_truth_and_open_as_conversations(tmp_path):
+    out = tmp_path / "asked"
+    assert toy.main(["--out", str(out), "--videos", "2", "--scenes", "6", "--size", "32", "--questions"]) == 0
+    truths = lines(out)
+    asked = json.loads((out / "questions/choices.json").read_text())
+    assert len(asked) == 5 * len(truths) == 60
+    assert len({q["id"] for q in asked}) == 60
+    for truth, five in zip(truths, [asked[i : i + 5] for i in range(0, 60, 5)], strict=True):
+        assert {q["kind"]: q["options"][q["answer"]] for q in five} == {
+            q["kind"]: truth[q["kind"]] for q in five
+        }
+        with av.open(str(out / "questions" / five[0]["video"])) as container:
+            frames = sum(1 for _ in container.decode(video=0))
+        assert frames == truth["end_frame"] - truth["start_frame"]
+    talks = ChatReader(str(out / "questions"), shuffle=False)  # the folder holds no other .jsonl
+    assert talks.samples == 12
+    by_letter = 0
+    for row, truth in enumerate(truths):
+        sample = talks.read(row)
+        assert Path(sample["video"]).is_file()
+        turns = list(zip(sample["messages"][::2], sample["messages"][1::2], strict=True))
+        kinds = {text: kind for kind, text in questions.QUESTIONS.items()}
+        assert {kinds[q["content"].partition("\n")[0]] for q, _ in turns} == set(questions.QUESTIONS)
+        for question, answer in turns:
+            first, _, options = question["content"].partition("\n")
+            said = answer["content"]
+            if options:
+                by_letter += 1
+                said = dict(line.split(". ") for line in options.splitlines()[:-1])[said]
+            assert said == truth[kinds[first]]
+    assert 15 < by_letter < 45  # of 60, one in two
 
 
 def digests(out: Path) -> dict[str, str]:
