@@ -188,6 +188,10 @@ class Loader:
         """How many micro-batches all ranks have taken, and what the list is made of; plain numbers."""
         return {"batches": self.first + self.step * self.world} | self._made_of()
 
+    def joined(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The same on all ranks."""
+        return states[0]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after a state of any rank, with any number of ranks and workers.
 

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +31,7 @@ class World:
     """This process among those that train together.
 
     mesh: of all of them, [data, context]; none: there is one. Ranks along 'data' see different samples, those along
-        'context' parts of the same ones (for now there is one).
+        'context' parts of the same ones.
     host: gloo group of all ranks, for host-side agreement; writing: another one, for the thread that writes
         checkpoints.
     """
@@ -50,6 +51,27 @@ class World:
     @property
     def data_size(self) -> int:
         return self.size if self.mesh is None else self.mesh["data"].size()
+
+    @property
+    def context_rank(self) -> int:
+        """Which part of its samples this rank computes, of `context_size`."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank("context")
+
+    @property
+    def context_size(self) -> int:
+        return 1 if self.mesh is None else self.mesh["context"].size()
+
+    @property
+    def context_group(self) -> dist.ProcessGroup | None:
+        """Of the ranks that have the same samples; none where there is one process."""
+        return None if self.mesh is None else self.mesh.get_group("context")
+
+    @cached_property
+    def all_ranks(self) -> DeviceMesh | None:
+        """The mesh along one dimension, over which weights are shared and gradients summed."""
+        if self.mesh is None or self.context_size == 1:
+            return self.mesh and self.mesh["data"]
+        return self.mesh["data", "context"]._flatten("all")
 
     def sum(self, *values: float) -> list[float]:
         """Of host numbers, over all ranks."""
@@ -97,7 +119,7 @@ class World:
 
 
 @contextlib.contextmanager
-def connect(device: str | None = None) -> Iterator[World]:
+def connect(device: str | None = None, context: int = 1) -> Iterator[World]:
     """Join the processes that the launcher started, for the time of the block.
 
     Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; where a launcher has made the process group
@@ -105,8 +127,9 @@ def connect(device: str | None = None) -> Iterator[World]:
 
     Args:
         device: 'cpu', 'cuda' or 'cuda:1'; none: this process's GPU where there is one.
+        context: so many neighbouring ranks compute the same samples, a part each.
 
-    Raises ValueError where that device is not there.
+    Raises ValueError where that device is not there, or the ranks cannot be shared out so.
     """
     own = False
     where = device_of(device)
@@ -118,9 +141,14 @@ def connect(device: str | None = None) -> Iterator[World]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
         own = True
     try:
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            size = dist.get_world_size()
-            mesh = init_device_mesh(where.type, (size, 1), mesh_dim_names=("data", "context"))
+        size = dist.get_world_size() if dist.is_initialized() else 1
+        if size % context:
+            raise ValueError(
+                f"compute.context {context} does not divide the {size} processes: start a multiple of it"
+            )
+        if size > 1:
+            shape = (size // context, context)
+            mesh = init_device_mesh(where.type, shape, mesh_dim_names=("data", "context"))
             groups = [dist.new_group(backend="gloo") for _ in range(2)]
             yield World(dist.get_rank(), size, where, mesh, *groups)
         else:

@@ -89,7 +89,7 @@ def train(
     build = build or import_module(f"jobs.training.{recipe.trains}").build
     monitor = monitor or import_module("jobs.training.monitor").Monitor
     out = Path(out)
-    with Signals() as signals, connect(device) as world, checkpoint.lock(out, world):
+    with Signals() as signals, connect(device, recipe.compute.context) as world, checkpoint.lock(out, world):
         torch.manual_seed(recipe.seed)
         trainer = Trainer(recipe, data, out, world, build)
         if trainer.step >= recipe.run.steps:
@@ -266,9 +266,13 @@ class Trainer:
             raise TrainError("the loader has ended, though it must go on epoch after epoch")
         waited = time.perf_counter() - start
         batch = to_device(batch, self.world.device)
-        batch[COUNTS] = self.task.counts(batch)
-        tokens, skipped = self.task.tokens(batch), len(batch.get("skipped", ()))
-        self.metrics.batch(tokens, self.plan.flops(batch, tokens), len(batch["key"]), skipped, waited)
+        counts, tokens = self.task.counts(batch), self.task.tokens(batch)
+        flops = self.plan.flops(batch, tokens) / self.world.context_size
+        samples, skipped = len(batch["key"]), len(batch.get("skipped", ()))
+        if self.world.context_rank:  # the first of those who share a batch counts it
+            counts, tokens, samples, skipped = dict.fromkeys(counts, 0), 0, 0, 0
+        batch[COUNTS] = counts
+        self.metrics.batch(tokens, flops, samples, skipped, waited)
         return batch
 
     def take_step(self, batches: list[Batch], counts: dict[str, float]) -> None:
@@ -302,6 +306,7 @@ class Trainer:
             self.metrics.step(phase.name, self._apply(phase, batches))
             if phase.name in self.averages:
                 self.averages[phase.name].update(self.step)
+        self.task.after_step()
         self.metrics.steps += 1
         self.loader_state = self.loader.state_dict()
 
@@ -375,7 +380,7 @@ class Trainer:
         meta = {
             "step": self.step,
             "recipe": self.recipe.model_dump(mode="json"),
-            "loader": self.loader_state,
+            "loader": self.loader.joined(self.world.gather(self.loader_state)),
             "frozen": self.frozen,
             "out": str(self.out.absolute()),
         }

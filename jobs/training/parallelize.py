@@ -91,7 +91,7 @@ def parallelize(
     world: World,
     uncompiled: list[str],
 ) -> nn.Module:
-    """What to call in place of the module: its gradients are means over the data-parallel ranks.
+    """What to call in place of the module: its gradients are means over all ranks.
 
     The optimizer is given the sharded parameters in place of those it was made with.
 
@@ -209,11 +209,11 @@ def replicate(module: nn.Module, world: World) -> nn.Module:
     """DDP: every rank holds all. Nothing is searched for: a trained parameter takes part in every step."""
     from torch.nn.parallel import DistributedDataParallel
 
-    assert world.mesh is not None
+    assert world.all_ranks is not None
     return DistributedDataParallel(
         module,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        process_group=world.mesh.get_group("data"),
+        process_group=world.all_ranks.get_group(),
         gradient_as_bucket_view=True,
     )
 
@@ -237,7 +237,8 @@ def shard(
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    assert world.mesh is not None
+    mesh = world.all_ranks
+    assert mesh is not None
     bf16 = compute.precision == "bf16"
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -245,7 +246,6 @@ def shard(
     if bf16 and world.device.type == "cpu":
         norms_by_input(module)
     names = {id(p): name for name, p in module.named_parameters()}
-    mesh = world.mesh["data"]
     shapes_alone = world.gather(on_meta(module))
     weights = {} if shapes_alone[world.rank] else {n: x.detach() for n, x in module.state_dict().items()}
     for block in blocks:

@@ -86,7 +86,7 @@ def make_plan(recipe: TrainRecipe, task: Task, examples: Iterable[Batch], world:
         if costs >= flops:
             flops, tokens, beside = costs, task.tokens(batch), aside
     most = peak(device, torch.bfloat16 if compute.precision == "bf16" else torch.float32)
-    shards = world.data_size if compute.parallel == "fsdp" else 1
+    shards = world.size if compute.parallel == "fsdp" else 1
     every = [(p, phase) for phase in task.phases for p in phase.module.parameters()]
     trained = sum(p.numel() for p, _ in every if p.requires_grad)
     frozen = sum(p.numel() for p, _ in every if not p.requires_grad)

@@ -193,6 +193,11 @@ class Compute(Section):
     attention: Literal["auto", "plain", "sdpa", "math", "efficient", "flash", "cudnn", "flex"] = Field(
         "auto", description="which kernel, see models/attention.py"
     )
+    context: int = Field(
+        1,
+        ge=1,
+        description="processes that share each sequence, a part each (ring attention); world models only",
+    )
 
 
 class Run(Section):
@@ -278,6 +283,8 @@ class Run(Section):
 class TrainRecipe(Section):
     """What every trainer's recipe has."""
 
+    SPLITS_SEQUENCES: ClassVar = False  # whether its trainer can share a sequence between processes
+
     name: str = Field(description="of the recipe; that of its file where none is given")
     trains: str = Field("diffusion", description="what is trained: diffusion, vae, vq, vlm or vivit")
     seed: int = Field(0, description="of weights, data order and noise")
@@ -287,3 +294,11 @@ class TrainRecipe(Section):
     ema: EMA = EMA()
     compute: Compute = Compute()
     run: Run = Run()
+
+    @model_validator(mode="after")
+    def _sequences(self) -> TrainRecipe:
+        if self.compute.context > 1 and not self.SPLITS_SEQUENCES:
+            raise ValueError(
+                f"compute.context: trains {self.trains} does not share sequences between processes: give 1"
+            )
+        return self

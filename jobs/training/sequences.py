@@ -135,15 +135,14 @@ class SequenceLoader:
             int(n): dict(told) for n, told in state["lanes"].items() if int(n) % self.world == mine
         }
 
+    def joined(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Each rank knows its own lanes."""
+        taken = max(states, key=lambda state: int(state["batches"]))
+        return taken | {"lanes": {lane: told for state in states for lane, told in state["lanes"].items()}}
+
     def _made_of(self) -> dict[str, Any]:
         sizes = {"tokens": self.tokens, "pool": self.pool, "of": self.lanes}
         return {"source": self.source.identity()} | sizes
-
-
-def joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One state of those that all ranks have at the same step."""
-    taken = max(states, key=lambda state: int(state["batches"]))
-    return taken | {"lanes": {lane: told for state in states for lane, told in state["lanes"].items()}}
 
 
 class _Lane:

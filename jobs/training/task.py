@@ -9,7 +9,7 @@ loop: clip, optimizer.step(), EMA, metrics, checkpoint
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -58,7 +58,8 @@ class Summed(NamedTuple):
 class Losses:
     """Of one micro-batch.
 
-    sums: kind of part (a name in `Task.counts`) → differentiable sum of what is minimised over its parts.
+    sums: kind of part (a name in `Task.counts`) → differentiable sum of what is minimised over its parts; where
+        several ranks share the micro-batch's sequences, over this rank's share of them.
     report: what else is to be logged.
     each: detached [len(batch['key'])], the loss of each clip, by which one that is not finite is named.
     levels, errors: detached [n], noise level (0…1) and loss of single parts, for the loss by noise level.
@@ -137,7 +138,7 @@ class Loader(Protocol):
     """Micro-batches of one rank, without end (epoch after epoch), resumable between any two of them.
 
     The m-th micro-batch of rank r is number m · world + r of a list that does not depend on ranks, workers
-    or machines; every rank has as many. `state_dict` counts those handed out, and is the same on all ranks.
+    or machines; every rank has as many. `state_dict` says which were handed out, as far as this rank knows.
     """
 
     def __iter__(self) -> Iterator[Batch]: ...
@@ -151,6 +152,10 @@ class Loader(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
+
+    def joined(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """One state, for any number of ranks to go on from, of those that all ranks have after the same step."""
+        ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -210,6 +215,9 @@ class Task:
             total = step.total(batch, losses)
             if total.requires_grad:
                 total.backward()
+
+    def after_step(self) -> None:
+        """On every rank, once all phases are updated: for what is updated without a gradient (a codebook)."""
 
     def blocks(self, module: nn.Module) -> Iterator[nn.Module]:
         """The repeated blocks of a module: what is compiled, checkpointed and sharded one by one."""
@@ -273,7 +281,7 @@ class Step:
 
     def total(self, batch: Batch, losses: Losses) -> Tensor:
         """What is to be differentiated: DDP and FSDP give the mean of the ranks' gradients, the loss is a sum."""
-        every = [x * (self.weights[kind] * self.world.data_size) for kind, x in losses.sums.items()]
+        every = [x * (self.weights[kind] * self.world.size) for kind, x in losses.sums.items()]
         total = torch.stack(every).sum()
         self.tell(batch, losses, total.detach())
         return total

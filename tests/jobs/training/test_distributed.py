@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from jobs.training import checkpoint
 from jobs.training.checkpoint import checkpoints
 from jobs.training.distributed import connect
 from jobs.training.exported import load_model
-from tests.fixtures.toy_training import Numbers, Toy, build, in_ranks, recipe, run, weights
+from jobs.training.task import Losses
+from tests.fixtures.toy_training import Notes, Numbers, Toy, build, in_ranks, recipe, run, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -61,6 +63,59 @@ def test_one_rank_starts_and_two_go_on_with_shards(tmp_path, alone):
     run(recipe(run={"steps": 2}, data={"micro_batches": 4}), tmp_path)
     assert in_ranks(2, train_rank, tmp_path, "fsdp", 4) == [0, 0]
     near(weights(tmp_path, 4), weights(alone, 4))
+
+
+class Parts(Toy):
+    """Ranks along the context compute every other sample's loss of the batch that they share."""
+
+    def loss(self, phase, model, batch, draws):
+        found = super().loss(phase, model, batch, draws)
+        mine = torch.arange(len(found.errors)) % self.world.context_size == self.world.context_rank
+        error = (
+            model(batch["x"] + found.levels[:, None] * draws.normal(batch["x"]), batch["rare"]) - batch["y"]
+        )
+        return Losses({"clips": (error.square() * mine).sum()})
+
+
+def parts(recipe, start):
+    task, loader = build(recipe, start, task=partial(Parts, dropout=0.0))
+    task.world = start.world
+    return task, loader
+
+
+def context_rank(out, parallel, context, steps=4):
+    compute = {"parallel": parallel, "context": context}
+    wanted = recipe(run={"steps": steps, "save_every": 100}, data={"micro_batches": 4}, compute=compute)
+    run(wanted, out, build=parts)
+    if os.environ.get("RANK", "0") == "0":
+        (out / "rows").write_text(json.dumps(Notes.newest.rows))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("ranks", "context"), [(2, 2), (4, 2)])
+def test_ranks_that_share_their_samples_train_as_one(tmp_path, parallel, ranks, context):
+    """Dropout is off: the second pass of the net would draw again."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "many").mkdir()
+    context_rank(tmp_path / "one", parallel, 1)
+    assert in_ranks(ranks, context_rank, tmp_path / "many", parallel, context) == [0] * ranks
+    near(weights(tmp_path / "many", 4), weights(tmp_path / "one", 4))
+    one, many = (json.loads((tmp_path / name / "rows").read_text()) for name in ("one", "many"))
+    for step in one:
+        assert many[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-5)
+        assert many[step]["grad_norm"] == pytest.approx(one[step]["grad_norm"], rel=1e-5)
+
+
+def odd_rank(out):
+    try:
+        run(recipe(compute={"context": 3}), out)
+    except ValueError as e:
+        (out / f"said-{os.environ['RANK']}").write_text(str(e))
+
+
+def test_processes_that_cannot_share_sequences_so_are_told(tmp_path):
+    assert in_ranks(2, odd_rank, tmp_path) == [0, 0]
+    assert "compute.context 3 does not divide the 2 processes" in (tmp_path / "said-1").read_text()
 
 
 # ---------------------------------------------------------------- trouble on one rank

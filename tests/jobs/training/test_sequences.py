@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.training.sequences import SequenceLoader, joined
+from jobs.training.sequences import SequenceLoader
 from pipeline.faults import StoreError
 from pipeline.shards.chat import ChatReader
 from pipeline.shards.mixture import Mixed, Mixture
@@ -103,7 +103,7 @@ def test_resumed_after_any_step_it_goes_on_bit_for_bit(talks, steps):
     before = [loader(talks, rank=r, world=2) for r in range(2)]
     taken = [take(one, steps) for one in before]
     assert same([b for step in zip(*taken, strict=True) for b in step], alone[: 2 * steps])
-    state = json.loads(json.dumps(joined([one.state_dict() for one in before])))
+    state = json.loads(json.dumps(before[0].joined([one.state_dict() for one in before])))
     after = [loader(talks, rank=r, world=3) for r in range(3)]
     for one in after:
         one.load_state_dict(state)
@@ -121,7 +121,7 @@ def test_resumed_again_and_again_on_other_ranks_no_sample_is_lost_or_comes_twice
         steps = [batch for step in zip(*taken, strict=True) for batch in step]
         assert same(steps, alone[done : done + len(steps)])
         done += len(steps)
-        state = joined([one.state_dict() for one in ranks])
+        state = ranks[0].joined([one.state_dict() for one in ranks])
 
 
 def test_resumed_through_workers_it_goes_on_bit_for_bit(talks):
@@ -192,7 +192,7 @@ def test_clips_and_conversations_share_sequences_and_resume(run, talks, sequenti
     before = [made(rank=r, world=2) for r in range(2)]
     taken = [take(one, 15) for one in before]
     after = made(workers=2)
-    after.load_state_dict(json.loads(json.dumps(joined([one.state_dict() for one in before]))))
+    after.load_state_dict(json.loads(json.dumps(before[0].joined([one.state_dict() for one in before]))))
     assert same([b for step in zip(*taken, strict=True) for b in step] + take(after, 30), alone)
 
 
