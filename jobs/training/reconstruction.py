@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jobs.training.data import held_out_of
 from jobs.training.data import Loader as ClipLoader
+from jobs.training.data import held_out_of
 from jobs.training.distributed import World
 from jobs.training.parallelize import make
 from jobs.training.recipe_reconstruction import Reconstruction

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from jobs.training.data import build_loader
 from jobs.training.exported import load_model
 from jobs.training.parallelize import make, on_meta
-from jobs.training.reconstruction import Made, ReconstructionTask
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_vae import VAERecipe
+from jobs.training.reconstruction import Made, ReconstructionTask
 from jobs.training.task import Draws, Loader, Start
 from models.attention import choose_kernel
 from models.autoencoders import vae
@@ -84,6 +84,7 @@ class AutoencoderTask(ReconstructionTask):
     def state(self) -> dict[str, Any]:
         """`vae`: what `models.autoencoders.vae.build` takes."""
         return {"vae": self.made_of}
+
 
 def dct_like(model: vae.VAE) -> BlockDCT:
     """The block DCT of pictures that has as many numbers for a pixel, or a few more."""

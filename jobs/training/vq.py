@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from jobs.training.data import build_loader
 from jobs.training.parallelize import make
-from jobs.training.reconstruction import Made, ReconstructionTask
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_vq import VQRecipe
+from jobs.training.reconstruction import Made, ReconstructionTask
 from jobs.training.task import Draws, Loader, Losses, Start, Step, Summed
 from models.attention import choose_kernel
 from models.autoencoders import vq
@@ -100,7 +100,7 @@ class VQTask(ReconstructionTask):
                 dist.all_reduce(x, group=group)
             each = [torch.empty_like(spare) for _ in range(self.world.data_size)]
             dist.all_gather(each, spare, group=group)
-            spare = torch.stack(each, dim=1)  # [micro-batches of a rank, ranks, …]: in the order of their numbers
+            spare = torch.stack(each, dim=1)  # [a rank's micro-batches, ranks, …]: by their numbers
         self.counts_lately.lerp_(seen.counts.to(self.counts_lately), 1 - MEMORY)
         if isinstance(self.vq.quantiser, Codebook):
             spare = spare.flatten(0, -2)
