@@ -39,12 +39,12 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
         for i, cached in enumerate(recipe.data.mixture):
             if cached.cache:
                 yield _folder(cached.cache, f"data.mixture.{i}.cache", "clipmill encode")
+        if recipe.run.frechet and recipe.run.features == "efficientnet-lite0":
+            yield "frechet: EfficientNet-Lite0", partial(packaged, LITE0)
     for i, mixed in enumerate(recipe.data.mixture):
         yield _folder(mixed.data, f"data.mixture.{i}.data", "clipmill curate")
     if isinstance(recipe, VAERecipe):
         yield from _of_vae(recipe.vae)
-    if recipe.run.frechet and recipe.run.features == "efficientnet-lite0":
-        yield "frechet: EfficientNet-Lite0", partial(packaged, LITE0)
     if recipe.run.wandb:
         yield "run: wandb", partial(package, "wandb")
 

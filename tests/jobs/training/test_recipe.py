@@ -102,6 +102,15 @@ def test_a_wrong_value_is_refused_when_the_recipe_is_read(change, says):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("name", ["vae", "vivit"])
+@pytest.mark.parametrize(
+    "change", ["run.frechet=8", "run.prompts=[a dog]", "run.guidance=2", "compute.context=2"]
+)
+def test_what_a_trainer_does_not_do_is_not_taken_in_silence(name, change):
+    with pytest.raises(RecipeError, match=change.partition("=")[0].partition(".")[2]):
+        load_training(name, [change])
+
+
 @pytest.mark.parametrize("name", bundled(TRAINING))
 def test_the_options_of_a_network_are_what_its_build_takes(name):
     recipe = load_training(name)
