@@ -41,6 +41,8 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
         for i, cached in enumerate(recipe.data.mixture):
             if cached.cache:
                 yield _folder(cached.cache, f"data.mixture.{i}.cache", "clipmill encode")
+        if recipe.run.frechet and recipe.run.features == "efficientnet-lite0":
+            yield "frechet: EfficientNet-Lite0", partial(packaged, LITE0)
     for i, mixed in enumerate(recipe.data.mixture):
         yield _folder(mixed.data, f"data.mixture.{i}.data", "clipmill curate")
     if isinstance(recipe, VAERecipe):
@@ -49,8 +51,6 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
             yield f"vae: {recipe.vae.image}", partial(trained, recipe.vae.image, "vae.image")
     if isinstance(recipe, VQRecipe):
         yield from _perceptual(recipe.vq, "vq")
-    if recipe.run.frechet and recipe.run.features == "efficientnet-lite0":
-        yield "frechet: EfficientNet-Lite0", partial(packaged, LITE0)
     if recipe.run.wandb:
         yield "run: wandb", partial(package, "wandb")
 

@@ -1,4 +1,4 @@
-"""Training a VQ autoencoder: its codebook moves by a whole step's inputs, on all ranks alike, and is seen on the page."""
+"""Training a VQ autoencoder: its codebook moves by a whole step's inputs, on all ranks alike, and the page shows it."""
 
 import pytest
 import torch
