@@ -109,9 +109,7 @@ def test_a_wrong_value_is_refused_when_the_recipe_is_read(change, says):
     "change", ["run.frechet=8", "run.prompts=[a dog]", "run.guidance=2", "compute.context=2"]
 )
 def test_what_a_trainer_does_not_do_is_not_taken_in_silence(name, change):
-    with pytest.raises(
-        RecipeError, match=rf"^--set {re.escape(change)}: \w.*{change.partition('=')[0].partition('.')[2]}"
-    ):
+    with pytest.raises(RecipeError, match=rf"^--set {re.escape(change)}: \w"):
         load_training(name, [change])
 
 
