@@ -56,6 +56,7 @@ SNAPSHOTS = 32  # averages kept on disk at most, about evenly spread over traini
 FREE = (  # what a resumed run may have otherwise: how long, how the same numbers are computed, what it began with
     "name",
     "start",
+    "begins",
     "model.weights",
     "vae.image",
     "run.",
@@ -71,6 +72,9 @@ MOVED = (
     "text.model",
     "model.spatial",
     "data.cache",
+    "vq.path",
+    "text.tokenizer",
+    "documents.chat",
     "data.mixture.data",
     "data.mixture.cache",
 )  # that may lie elsewhere: contents are checked
