@@ -84,7 +84,7 @@ class Model(Section):
 
     model_config = Section.model_config | {"extra": "allow"}
     PATHS: ClassVar = {"spatial": "maybe", "weights": "maybe"}  # of what `build` takes: a file or folder
-    kind: str = Field("dit", description="dit, unet3d, video_ldm or sora; vae; small_vlm; vivit")
+    kind: str = Field("dit", description="dit, unet3d, video_ldm or sora; vae; vq; small_vlm; vivit")
     preset: str | None = Field(None, description="a name in PRESETS of that file")
 
     @model_validator(mode="after")
@@ -216,7 +216,7 @@ class TrainRecipe(Section):
     SPLITS_SEQUENCES: ClassVar = False  # whether its trainer can share a sequence between processes
 
     name: str = Field(description="of the recipe; that of its file where none is given")
-    trains: str = Field("diffusion", description="what is trained: diffusion, vae, vlm or vivit")
+    trains: str = Field("diffusion", description="what is trained: diffusion, vae, vq, vlm or vivit")
     seed: int = Field(0, description="of weights, data order and noise")
     data: Data = Field(Data(), description="which clips, in which shape")
     model: Model = Field(description="the network")
