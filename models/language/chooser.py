@@ -55,7 +55,11 @@ class Saved:
     figures: dict[str, float] = field(default_factory=dict)
 
     def write(self, file: Path) -> None:
-        told = {**vars(self), "spec": vars(self.spec) | {"video": list(self.spec.video)}, "sizes": list(self.sizes)}
+        told = {
+            **vars(self),
+            "spec": vars(self.spec) | {"video": list(self.spec.video)},
+            "sizes": list(self.sizes),
+        }
         partial = file.with_name(file.name + ".partial")
         torch.save({"clipmill": "selector", **told}, partial)
         partial.replace(file)
@@ -70,7 +74,15 @@ class Saved:
             spec = told.pop("spec")
             video, sizes = tuple(spec.pop("video")), tuple(told.pop("sizes"))
             return cls(Spec(video, **spec), sizes, **told)
-        except (OSError, EOFError, AttributeError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as e:
+        except (
+            OSError,
+            EOFError,
+            AttributeError,
+            KeyError,
+            TypeError,
+            RuntimeError,
+            pickle.UnpicklingError,
+        ) as e:
             raise ValueError(
                 f"{file} is no selector: give the selector.pt that 'clipmill train selector' left in its folder"
             ) from e
@@ -131,7 +143,9 @@ class Chooser:
         looked = self.videos(np.stack(evenly(frames, self.frames)))
         video, text = (torch.from_numpy(x).to(self.device) for x in (looked[None], self.texts(texts)[None]))
         v, t, scale = self.model(video, text)
-        found: list[float] = self.model.probability(logits(self.model, v, t, scale, self.saved.head))[0].tolist()
+        found: list[float] = self.model.probability(logits(self.model, v, t, scale, self.saved.head))[
+            0
+        ].tolist()
         return found
 
 

@@ -78,11 +78,11 @@ class LogitScale(nn.Module):
 
     def __init__(self, start: float = 1 / 0.07):
         super().__init__()
-        self.log = nn.Parameter(torch.tensor(math.log(start)))
+        self.log = nn.Parameter(torch.tensor([math.log(start)]))  # FSDP shards no scalars
 
     def forward(self) -> Tensor:
         scale: Tensor = _Bounded.apply(self.log, math.log(GREATEST))
-        return scale.exp()
+        return scale.exp()[0]
 
 
 # ---------------------------------------------------------------- contrastive
@@ -252,7 +252,9 @@ def feature_gradients(
         # by the features alone: what the loss asks of the model's own weights (a matching head) the second pass gives
         every = [x for chunk in leaves for x in chunk]
         found = iter(torch.autograd.grad(total, every, allow_unused=True))
-    gradients = [tuple(torch.zeros_like(x) if (g := next(found)) is None else g for x in chunk) for chunk in leaves]
+    gradients = [
+        tuple(torch.zeros_like(x) if (g := next(found)) is None else g for x in chunk) for chunk in leaves
+    ]
     return total.detach(), gradients
 
 

@@ -44,8 +44,8 @@ VISUAL_FIT, CLASSES, MINILM, VIVIT, TOWER = "visual_fit", "classes", "minilm", "
 
 
 def check_video(name: str) -> None:
-    """Raises ValueError for a name that is none of a clip's features."""
-    if name not in (VISUAL_FIT, CLASSES) and not name.startswith(TOWER):
+    """Raises ValueError for a name that is none of a clip's features. Whether a folder is there is not looked at."""
+    if name not in (VISUAL_FIT, CLASSES) and not name.startswith((TOWER, VIVIT)):
         try:
             check_name(name)
         except ValueError as e:

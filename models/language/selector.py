@@ -21,7 +21,11 @@ from models.language.contrastive import LogitScale
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"dim": 64, "hidden": 128},
     "base": {"dim": 256, "hidden": 1024},
-    "beside": {"dim": 384, "hidden": 256, "residual": True},  # begins as visual_fit, of its features and MiniLM's
+    "beside": {
+        "dim": 384,
+        "hidden": 256,
+        "residual": True,
+    },  # begins as visual_fit, of its features and MiniLM's
 }
 
 
@@ -124,12 +128,12 @@ class Encoder(nn.Module):
     def __init__(self, width: int, hidden: int, dim: int, dropout: float, residual: bool):
         super().__init__()
         self.dim, self.residual = dim, residual
-        self.net = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim)
-        )
+        last = nn.Linear(hidden, dim)
         if residual:
-            nn.init.zeros_(self.net[-1].weight)
-            nn.init.zeros_(self.net[-1].bias)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        first = nn.Linear(width, hidden)
+        self.net = nn.Sequential(nn.LayerNorm(width), first, nn.GELU(), nn.Dropout(dropout), last)
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.net(x)
