@@ -14,6 +14,7 @@ from jobs.training.recipe_selector import SelectorRecipe
 from jobs.training.recipe_vae import VAERecipe
 from jobs.training.recipe_vivit import ViViTRecipe
 from jobs.training.recipe_vlm import VLMRecipe
+from jobs.training.recipe_vq import VQRecipe
 from pipeline.recipe import RECIPES, Recipe, load
 from pipeline.recipe_file import bases, bundled, load_as
 from pipeline.recipe_schema import RecipeError, nearest
@@ -23,6 +24,7 @@ TRAINING = RECIPES / "training"
 KINDS: dict[str, type[TrainRecipe]] = {
     "diffusion": DiffusionRecipe,
     "vae": VAERecipe,
+    "vq": VQRecipe,
     "vlm": VLMRecipe,
     "vivit": ViViTRecipe,
     "selector": SelectorRecipe,
