@@ -434,7 +434,7 @@ def _rest(kind: type[R], data: Any, errors: list[Any]) -> R | None:
         node = data
         for part in place[:-1]:
             node = node.get(part) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or place[-1] not in node:
+        if not place or not isinstance(node, dict) or place[-1] not in node:  # no place: of all of it
             return None
         del node[place[-1]]
     try:
