@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jobs.training.recipe_core import Run
+    from jobs.training.recipe_diffusion import DiffusionRun
     from jobs.training.system import System
     from models.measures.features import VideoFeatures
 
@@ -130,7 +130,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     networks = [load_features(name, device) for name in args.features or ["efficientnet-lite0"]]
     scorer = clip_scorer(args.clip, device)
-    model: tuple[System, Run] | None = None
+    model: tuple[System, DiffusionRun] | None = None
     if (folder / "model.safetensors").exists():
         *model, protocol = load(args)  # type: ignore[assignment]
     else:
@@ -307,7 +307,7 @@ def caption_of(file: Path) -> str:
     return text.read_text(encoding="utf-8").strip() if text.exists() else ""
 
 
-def load(args: argparse.Namespace) -> tuple[System, Run, Protocol]:
+def load(args: argparse.Namespace) -> tuple[System, DiffusionRun, Protocol]:
     """The model, how it is sampled, and the protocol of what it makes."""
     from jobs.training.build import load_trained
     from jobs.training.paths import located
@@ -321,7 +321,7 @@ def load(args: argparse.Namespace) -> tuple[System, Run, Protocol]:
 
 
 def sampled(
-    system: System, run: Run, captions: list[str], protocol: Protocol
+    system: System, run: DiffusionRun, captions: list[str], protocol: Protocol
 ) -> Iterator[tuple[Tensor, str]]:
     """n videos of the captions of the first n real clips (again from the first where those are fewer)."""
     import torch

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.training.recipe_core import Bucket, Run
+from jobs.training.recipe_core import Bucket
+from jobs.training.recipe_diffusion import DiffusionRun
 from jobs.training.system import System, enlarged, knows_frames, to_unit
 from models.diffusion.condition import Condition
 from models.diffusion.generate import (
@@ -62,7 +63,7 @@ class Maker:
 
     def __init__(self, system: System, options: Options):
         self.system, self.options = system, options
-        self.run: Run = system.recipe.run.but(**options.run)
+        self.run: DiffusionRun = system.recipe.run.but(**options.run)
         self.bucket: Bucket = system.bucket
         self.fps = system.recipe.data.fps or FPS
         self.stride = system.recipe.tasks.stride  # latents from one key frame to the next

@@ -401,6 +401,8 @@ def _explain(err: Any, kind: type[Section]) -> str:
             if err["type"] == "value_error" and isinstance(err["input"], dict)
             else f" (got {err['input']!r})"
         )
+        if not key:  # the recipe as a whole
+            return f"{said}{got}"
         return f"{key}: {said[:1].lower()}{said[1:]}{got}"
     section = section_of(parent, {})
     known = list(section.model_fields) if section else []
@@ -434,7 +436,7 @@ def _rest(kind: type[R], data: Any, errors: list[Any]) -> R | None:
         node = data
         for part in place[:-1]:
             node = node.get(part) if isinstance(node, dict) else None
-        if not place or not isinstance(node, dict) or place[-1] not in node:  # no place: of all of it
+        if not place or not isinstance(node, dict) or place[-1] not in node:  # of the recipe as a whole
             return None
         del node[place[-1]]
     try:

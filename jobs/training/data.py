@@ -48,7 +48,7 @@ from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_diffusion import DiffusionData, DiffusionRecipe
 from jobs.training.task import Batch
 from jobs.training.workers import prepared
-from models.autoencoders.latents import Autoencoder, latent_shape
+from models.autoencoders.latents import Strided, latent_shape
 from pipeline.faults import StoreError
 from pipeline.io.store import below
 from pipeline.shards.buckets import Shape
@@ -254,7 +254,7 @@ def shapes_of(recipe: TrainRecipe) -> list[Shape]:
     return [(b.frames, b.height, b.width) for b in recipe.data.buckets]
 
 
-def positions_of(recipe: TrainRecipe, autoencoder: Autoencoder) -> list[int]:
+def positions_of(recipe: TrainRecipe, autoencoder: Strided) -> list[int]:
     """Latent positions of a sample of each bucket, images included. Raises ValueError."""
     images = beside(recipe).images
     for name in ("images", "stills"):
@@ -382,7 +382,7 @@ def held_out_of(recipe: TrainRecipe, data: str, share: float) -> ShardReader | N
 def build_loader(
     recipe: TrainRecipe,
     data: str,
-    autoencoder: Autoencoder,
+    autoencoder: Strided,
     world: World,
     held_out: float = 0.0,
 ) -> Loader:

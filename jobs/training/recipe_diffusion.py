@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from jobs.training.recipe_core import Data, Mixed, TrainRecipe
+from jobs.training.recipe_core import Data, Mixed, Run, TrainRecipe
+from pipeline.caption.structured import told
 from pipeline.recipe_schema import MAYBE_PATH, PATH, Section
 
 CACHE = "folder of `clipmill encode`: latents and text, no decoding"
@@ -172,6 +173,80 @@ class LoRA(Section):
         return targets
 
 
+class DiffusionRun(Run):
+    """And what is sampled whenever it is looked at."""
+
+    prompts: tuple[str, ...] = Field(
+        (),
+        description="what to sample, words or JSON records of structured captions; (): captions of the data",
+    )
+    sampler: str = Field("auto", description="a name in models/diffusion/samplers.py; auto: dpmpp_2m")
+    sampler_options: dict[str, float] = Field(
+        {}, description="of the sampler: gamma, corrections, delta of ancestral; eta of ddim"
+    )
+    sample_steps: int = Field(32, ge=1, description="of the sampler")
+    spacing: Literal["time", "logsnr"] = Field("time", description="in which the sampler's steps are equal")
+    guidance: float = Field(3.0, ge=0, description="classifier-free guidance w of (1 + w) ε_c − w ε_∅")
+    guidance_interval: tuple[float, float] = Field(
+        (0.0, 1.0), description="noise levels, 0 data and 1 noise, that are guided"
+    )
+    guidance_rescale: float = Field(
+        0.0, ge=0, le=1, description="how far guidance's gain in contrast is taken back"
+    )
+    frechet: int = Field(
+        0, ge=0, description="videos sampled each time to measure their distance to real ones"
+    )
+    features: str = Field(
+        "efficientnet-lite0", description="the network of that distance (`models.measures.features`)"
+    )
+
+    @field_validator("prompts")
+    @classmethod
+    def _in_words(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(told, prompts))
+
+    def but(self, **given: Any) -> DiffusionRun:
+        """With what is given, but for None, in place of its own. Raises ValueError: one sentence."""
+        changed = {name: value for name, value in given.items() if value is not None}
+        if changed.get("sampler", self.sampler) != self.sampler:
+            changed.setdefault("sampler_options", {})  # they were of another
+        try:
+            return DiffusionRun.model_validate(self.model_dump() | changed)
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = "".join(f"{name}: " for name in first["loc"][:1])
+            raise ValueError(where + first["msg"].removeprefix("Value error, ")) from e
+
+    @field_validator("frechet")
+    @classmethod
+    def _enough(cls, frechet: int) -> int:
+        if frechet == 1:
+            raise ValueError("one video has no distance to others: give 0 for none, or 2 or more")
+        return frechet
+
+    @field_validator("features")
+    @classmethod
+    def _feature_network(cls, features: str) -> str:
+        from models.measures.features import check_name
+
+        check_name(features)
+        return features
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _levels(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError("give two noise levels within 0…1, the lower one first")
+        return interval
+
+    @model_validator(mode="after")
+    def _sampler(self) -> DiffusionRun:
+        from models.diffusion.samplers import named
+
+        named(self.sampler, self.sampler_options)
+        return self
+
+
 class DiffusionRecipe(TrainRecipe):
     """From a run's shards to a video diffusion model."""
 
@@ -187,3 +262,4 @@ class DiffusionRecipe(TrainRecipe):
     text: Text = Text()
     objective: Objective = Objective()
     tasks: Tasks = Tasks()
+    run: DiffusionRun = DiffusionRun()

@@ -7,10 +7,11 @@ from typing import Literal
 from pydantic import Field
 
 from jobs.training.recipe_core import TrainRecipe
-from pipeline.recipe_schema import PATH, Section
+from jobs.training.recipe_reconstruction import Reconstruction
+from pipeline.recipe_schema import PATH
 
 
-class VAELoss(Section):
+class VAELoss(Reconstruction):
     """What an autoencoder is trained for, and from where."""
 
     channels: int = Field(16, ge=1, description="of the latents")
@@ -21,21 +22,6 @@ class VAELoss(Section):
         json_schema_extra=PATH,
     )
     kl: float = Field(1e-6, ge=0, description="weight of the KL in nats, per pixel value as the L1 loss is")
-    perceptual: Literal["none", "efficientnet_lite0", "vgg16"] = Field(
-        "efficientnet_lite0", description="the network of the perceptual distance"
-    )
-    perceptual_weight: float = Field(
-        0.1, ge=0, description="1 with LPIPS' heads; without them each of five layers adds up to 4"
-    )
-    perceptual_file: str | None = Field(
-        None, description="vgg16: torchvision's weights", json_schema_extra=PATH
-    )
-    perceptual_heads: str | None = Field(
-        None, description="vgg16: LPIPS' linear heads; null: all channels weigh 1", json_schema_extra=PATH
-    )
-    adversarial: float = Field(0.5, ge=0, description="weight of the discriminator; 0: none")
-    adversarial_start: int = Field(10_000, ge=0, description="the step from which it judges and learns")
-    discriminator_width: int = Field(64, ge=8, description="features of its first layer")
 
 
 class VAERecipe(TrainRecipe):

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jobs.training.network import Network
-from jobs.training.recipe_core import Bucket, Run
-from jobs.training.recipe_diffusion import DiffusionRecipe, Tasks
+from jobs.training.recipe_core import Bucket
+from jobs.training.recipe_diffusion import DiffusionRecipe, DiffusionRun, Tasks
 from models.autoencoders.latents import Autoencoder, Normalizer, Posterior, latent_shape
 from models.diffusion.condition import Condition
 from models.diffusion.generate import Draw, drawer
@@ -111,7 +111,7 @@ class System:
         self,
         network: nn.Module | None = None,
         *,
-        run: Run | None = None,
+        run: DiffusionRun | None = None,
         seed: int = 0,
         reconstruct: float = 0.0,
     ) -> Draw:
@@ -140,7 +140,7 @@ class System:
             device=self.device,
         )
 
-    def drawn_with(self, run: Run) -> dict[str, Any]:
+    def drawn_with(self, run: DiffusionRun) -> dict[str, Any]:
         """What decides a sample beside its condition, shape and seed, with its names and numbers in words."""
         low, high = run.guidance_interval
         return {

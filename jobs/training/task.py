@@ -327,6 +327,10 @@ class Draws:
         ]
         return torch.stack(rows)
 
+    def order(self, count: int, stream: int = 2) -> Tensor:
+        """0 … count − 1 in random order, int64 [count]."""
+        return torch.randperm(count, generator=self._generator(0, stream), device=self.device)
+
     def _generator(self, sample: int, stream: int) -> torch.Generator:
         words = np.array([self.seed, self.micro, self.part, sample, stream], dtype=np.int64)
         seed = int.from_bytes(_hash(words.tobytes()), "little") >> 1

@@ -32,24 +32,32 @@ class Posterior:
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
 
 
-class Autoencoder(Protocol):
-    """What trainers and samplers need of an autoencoder; an nn.Module where it has weights.
+class Strided(Protocol):
+    """What latents, or codes, of a video have for a shape.
 
-    channels: C of the latents. stride: pixels a latent covers along (time, height, width).
-    causal: the first frame has a latent of its own, and T = 1 + n · stride[0] frames make 1 + n latents;
+    stride: pixels that one of them covers along (time, height, width).
+    causal: the first frame has one of its own, and T = 1 + n · stride[0] frames make 1 + n;
         where not, T = n · stride[0] frames make n.
     """
 
-    channels: int
     stride: tuple[int, int, int]
     causal: bool
+
+
+class Autoencoder(Strided, Protocol):
+    """What trainers and samplers need of an autoencoder; an nn.Module where it has weights.
+
+    channels: C of the latents.
+    """
+
+    channels: int
 
     def encode(self, video: Tensor) -> Posterior: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
 
 
-def latent_shape(autoencoder: Autoencoder, frames: int, height: int, width: int) -> tuple[int, int, int]:
+def latent_shape(autoencoder: Strided, frames: int, height: int, width: int) -> tuple[int, int, int]:
     """(T', h, w) of a video's latents. Raises ValueError where a side is no multiple of the stride."""
     t, y, x = autoencoder.stride
     lone = 1 if autoencoder.causal else 0

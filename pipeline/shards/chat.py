@@ -149,7 +149,7 @@ def checked(line: bytes, where: str) -> dict[str, Any]:
     """The fields of a line. Raises StoreError: '<where>: what is wrong'."""
     try:
         told = json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise StoreError(f"{where}: it is no JSON ({e}); mend or delete it") from e
     if wrong := _wrong(told):
         raise StoreError(f"{where}: {wrong}; mend or delete it")
@@ -173,9 +173,11 @@ def _wrong(told: Any) -> str:
     if all(message["role"] != "assistant" for message in messages):
         return "no message is the assistant's, so there is nothing to learn"
     images, video = told.get("images"), told.get("video")
-    if images is not None and not (isinstance(images, list) and all(isinstance(x, str) for x in images)):
+    if images is not None and not (
+        isinstance(images, list) and all(x and isinstance(x, str) for x in images)
+    ):
         return '"images" is no list of paths'
-    return "" if video is None or isinstance(video, str) else '"video" is no path'
+    return "" if video is None or (video and isinstance(video, str)) else '"video" is no path'
 
 
 def _address(folder: str, name: str) -> str:

@@ -1,5 +1,7 @@
 """Training recipes: every bundled one is valid, and a network is found wherever in models/ it lies."""
 
+import re
+
 import pytest
 
 from jobs.training.recipe import TRAINING, load_either, load_training
@@ -100,6 +102,15 @@ def test_a_wrong_value_is_refused_when_the_recipe_is_read(change, says):
         load_training("small", [change])
     assert says in str(told.value)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["vae", "vivit"])
+@pytest.mark.parametrize(
+    "change", ["run.frechet=8", "run.sampler=ddim", "run.guidance=2", "compute.context=2"]
+)
+def test_what_a_trainer_does_not_do_is_not_taken_in_silence(name, change):
+    with pytest.raises(RecipeError, match=rf"^--set {re.escape(change)}: \w"):
+        load_training(name, [change])
 
 
 @pytest.mark.parametrize("name", bundled(TRAINING))

@@ -11,7 +11,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from jobs.training.recipe_core import Run
+from jobs.training.recipe_diffusion import DiffusionRun
 from pipeline.caption import structured
 from pipeline.caption.structured import FIELDS, Broken, Record, Subject, measured, parse, sampled, text
 from pipeline.shards.captions import caption_of
@@ -115,7 +115,7 @@ def test_a_prompt_written_as_a_record_is_what_a_caption_of_it_is():
     assert structured.told("a dog {runs}") == "a dog {runs}"
     with pytest.raises(Broken, match="the prompt begins as a JSON object and is no structured caption: "):
         structured.told('{"action": "a dog runs"}')
-    assert Run(prompts=(FULL.model_dump_json(), "a dog")).prompts == (text(FULL), "a dog")
+    assert DiffusionRun(prompts=(FULL.model_dump_json(), "a dog")).prompts == (text(FULL), "a dog")
 
 
 def test_a_reader_draws_fields_of_the_structured_caption_with_the_measured_camera():

@@ -85,6 +85,7 @@ def test_other_words_are_another_identity(talks):
     [
         (b'{"messages": [', r"line 2: it is no JSON \("),
         (b"\xff\xfe", "line 2: it is no JSON"),
+        (b"[" * 5000, "line 2: it is no JSON"),
         ({"conversations": []}, 'line 2: it has no "messages"'),
         ({"messages": []}, 'it has no "messages"'),
         (["x"], 'it has no "messages"'),
@@ -96,6 +97,8 @@ def test_other_words_are_another_identity(talks):
         ({"messages": [{"role": "user", "content": "x"}]}, "nothing to learn"),
         (said("x", "y", images="z.jpg"), '"images" is no list'),
         (said("x", "y", video=["z.mp4"]), '"video" is no path'),
+        (said("x", "y", video=""), '"video" is no path'),
+        (said("x", "y", images=[""]), '"images" is no list'),
         (
             {"messages": [*said("x", "y")["messages"], {"role": "system", "content": "z"}]},
             "message 3 is the system's",
