@@ -10,17 +10,17 @@ A video has one text here, its first. Equal texts are each other's right answers
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from jobs.benchmarks.items import Item
 from jobs.evaluation.answers import Answers
 from jobs.evaluation.looking import Tell, seen
 from jobs.evaluation.numbers import Number, number, share
-from models.measures.retrieval import ranks, recall
+from models.measures.retrieval import places
 
 if TYPE_CHECKING:
     from jobs.training.speaker import Speaker
@@ -75,19 +75,13 @@ def both_ways(texts_of: np.ndarray, videos_of: np.ndarray, texts: Sequence[str])
 
 
 def _one_way(name: str, scores: np.ndarray, texts: Sequence[str], ks: Sequence[int]) -> list[Number]:
-    same = defaultdict(list)
-    for i, text in enumerate(texts):
-        same[text].append(i)
-    relevant = [same[text] for text in texts]
-    places = ranks(scores, relevant)
-    by_chance = float(np.mean([len(right) for right in relevant])) / len(texts)
+    right = [[a == b for b in texts] for a in texts]
+    found_at = places(torch.from_numpy(scores), torch.tensor(right))
+    by_chance = sum(map(sum, right)) / len(texts) ** 2
     found = []
     for k in ks:
-        row = share(f"{name}, R@{k}", (places <= k).tolist())
-        assert row["value"] == recall(places, k)
+        row = share(f"{name}, R@{k}", (found_at <= k).tolist())
         found.append(row | ({"chance": by_chance} if k == 1 else {}))
-    return (
-        [*found, number(f"{name}, median rank", float(np.median(places)), len(places))]
-        if len(ks) > 1
-        else found
-    )
+    if len(ks) > 1:
+        found.append(number(f"{name}, median rank", float(found_at.double().quantile(0.5)), len(texts)))
+    return found

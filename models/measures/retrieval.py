@@ -1,29 +1,34 @@
-"""How often the right one is among the first k that a search finds."""
+"""How well scores of pairs tell which belong together."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import torch
+from torch import Tensor
 
-import numpy as np
+
+def auc(together: Tensor, apart: Tensor) -> float:
+    """How often a pair that belongs together scores above one that does not; equal scores count half.
+
+    The area under the ROC curve by ranks (Mann and Whitney 1947). Args: [n] and [m], one score at least of each.
+    """
+    scores = torch.cat([together, apart]).double()
+    _, place, counts = scores.unique(return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0)
+    ranks = (ends - (counts - 1) / 2)[place]  # from 1, the mean of equals
+    n, m = len(together), len(apart)
+    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
 
 
-def ranks(scores: np.ndarray, relevant: Sequence[Collection[int]]) -> np.ndarray:
-    """Of each query the place, from 1, of the first right one; int64 [N].
-
-    Equal scores count against it: those of others that are as high stand before it.
+def places(scores: Tensor, right: Tensor) -> Tensor:
+    """Of each query the place, from 1, of its best right answer; those that score as it does precede it. int64 [n].
 
     Args:
-        scores: [N, M], of N queries with M things, higher is nearer.
-        relevant: of each query which of the M are right, at least one.
+        scores: [n, m] of queries and what may answer them. right: bool [n, m], one at least a query.
     """
-    found = []
-    for row, right in zip(np.asarray(scores, np.float64), relevant, strict=True):
-        own = sorted(right)
-        best = row[own].max()
-        found.append(1 + int((row >= best).sum()) - int((row[own] >= best).sum()))
-    return np.array(found, np.int64)
+    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    return 1 + ((scores >= best) & ~right).sum(1)
 
 
-def recall(places: np.ndarray, k: int) -> float:
-    """R@k: the share of queries whose first right one is among the first k, see `ranks`."""
-    return float((places <= k).mean())
+def recall(scores: Tensor, right: Tensor, k: int) -> float:
+    """R@k: how often one of a query's right answers is among its k best, see `places`."""
+    return float((places(scores, right) <= k).float().mean())

@@ -18,6 +18,7 @@ from jobs.training.exported import load_model
 from jobs.training.loop import train
 from jobs.training.recipe_diffusion import Autoencoder
 from jobs.videos import write_mp4
+from models.language.chooser import Chooser
 from models.measures.features import load_features
 from tests.fixtures.run_folder import make_sharded_run
 from tests.fixtures.shrunken import NAMES, checkpoints, load
@@ -139,4 +140,9 @@ def test_a_recipe_trains_is_killed_resumes_bit_for_bit_is_sampled_and_evaluated(
         features = load_features(f"vivit:{parts}")(torch.zeros(2, 4, 32, 32, 3, dtype=torch.uint8))
         assert features.isfinite().all()
         done.append("features")
+    if trained.recipe["trains"] == "selector":
+        chooser = Chooser.load(parts / "selector.pt")
+        said = chooser([np.zeros((32, 32, 3), np.uint8)], ["a gradient", "a cat"])
+        assert [0 < p < 1 for p in said] == [True, True]
+        done.append("judges")
     record_property("system", (name, mode, done))
