@@ -64,7 +64,7 @@ def figures(rows: Sequence[dict[str, Any]], notes: list[str]) -> list[Number]:
     try:
         found.append(number("METEOR", meteor(said, references)[0], n, unit="0 to 1"))
     except MissingModel as e:
-        notes.append(f"No METEOR: {e}.")
+        notes.append(f"No METEOR ({e}).")
     same = [tokens(s) in [tokens(x) for x in r] for s, r in zip(said, references, strict=True)]
     found.append(share("word for word", same))
     return found + attributes(rows)

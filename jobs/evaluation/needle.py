@@ -133,7 +133,11 @@ def figures(made: Sequence[Trial], answers: Answers, options: int) -> list[Numbe
     found = []
     for length in dict.fromkeys(len(trial.clips) for trial, _ in rows):
         own = [(trial, row["chosen"] == trial.answer) for trial, row in rows if len(trial.clips) == length]
-        found.append(share(f"{length} clips", [right for _, right in own], chance=1 / options))
+        found.append(
+            share(
+                f"{length} clip{'s' if length > 1 else ''}", [right for _, right in own], chance=1 / options
+            )
+        )
         for at in dict.fromkeys(trial.at for trial, _ in own):
             here = [right for trial, right in own if trial.at == at]
             found.append(share(f"  needle is clip {at + 1}", here))

@@ -274,7 +274,9 @@ def sound(
     there = [item for item in items if "broken" not in answers.told[item.id]]
     if gone := [item for item in items if "broken" in answers.told[item.id]]:
         why = answers.told[gone[0].id]["broken"]
-        notes.append(f"{len(gone):,} videos cannot be read and are left out, the first: {gone[0].id}: {why}.")
+        notes.append(
+            f"Left out, as their video cannot be read: {len(gone):,}, the first {gone[0].id} ({why})."
+        )
     if not there:
         raise ValueError(f"no video can be read, the first: {items[0].id}: {why}")
     return there, answers.of(item.id for item in there)
