@@ -18,7 +18,7 @@ from jobs.training.exported import load_model
 from jobs.training.loop import train
 from jobs.training.recipe_diffusion import Autoencoder
 from jobs.videos import write_mp4
-from models.language.chooser import Chooser
+from models.choosing.chooser import Chooser
 from models.measures.features import load_features
 from tests.fixtures.run_folder import make_sharded_run
 from tests.fixtures.shrunken import NAMES, checkpoints, load
