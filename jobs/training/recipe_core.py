@@ -219,7 +219,9 @@ class TrainRecipe(Section):
     SPLITS_SEQUENCES: ClassVar = False  # whether its trainer can share a sequence between processes
 
     name: str = Field(description="of the recipe; that of its file where none is given")
-    trains: str = Field("diffusion", description="what is trained: diffusion, vae, vq, vlm or vivit")
+    trains: str = Field(
+        "diffusion", description="what is trained: diffusion, vae, vq, vlm, vivit or selector"
+    )
     seed: int = Field(0, description="of weights, data order and noise")
     data: Data = Field(Data(), description="which clips, in which shape")
     model: Model = Field(description="the network")

@@ -19,6 +19,7 @@ from jobs.training.loop import train
 from jobs.training.recipe_diffusion import Autoencoder
 from jobs.training.speaker import load_speaker
 from jobs.videos import write_mp4
+from models.choosing.chooser import Chooser
 from models.measures.features import load_features
 from tests.fixtures.run_folder import make_sharded_run
 from tests.fixtures.shrunken import NAMES, checkpoints, load
@@ -146,4 +147,9 @@ def test_a_recipe_trains_is_killed_resumes_bit_for_bit_is_sampled_and_evaluated(
         features = load_features(f"vivit:{parts}")(torch.zeros(2, 4, 32, 32, 3, dtype=torch.uint8))
         assert features.isfinite().all()
         done.append("features")
+    if trained.recipe["trains"] == "selector":
+        chooser = Chooser.load(parts / "selector.pt")
+        said = chooser([np.zeros((32, 32, 3), np.uint8)], ["a gradient", "a cat"])
+        assert [0 < p < 1 for p in said] == [True, True]
+        done.append("judges")
     record_property("system", (name, mode, done))
