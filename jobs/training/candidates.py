@@ -21,8 +21,8 @@ import torch
 from jobs.training.distributed import World
 from jobs.training.task import Batch
 from jobs.training.workers import prepared
-from models.language.chooser import Spec
-from models.language.frozen import TextFeatures, VideoFeatures
+from models.choosing.chooser import Spec
+from models.choosing.frozen import TextFeatures, VideoFeatures
 from pipeline.faults import StoreError
 from pipeline.inspector.blind import CHOSEN
 from pipeline.inspector.votes import Votes

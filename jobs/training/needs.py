@@ -75,7 +75,7 @@ def _perceptual(wanted: Reconstruction, section: str) -> Iterator[tuple[str, Cal
 
 
 def features(name: str) -> str:
-    """Frozen encoders of a selector, see models/language/frozen.py."""
+    """Frozen encoders of a selector, see models/choosing/frozen.py."""
     from pipeline.run.needs import open_clip, packaged
 
     kind, _, what = name.partition(":")

@@ -13,7 +13,7 @@ UNUSED = ("fps", "buckets", "tokens", "captions", "shuffle", "together", "window
 
 
 class Features(Section):
-    """By what a selector knows clips and captions: encoders that are not trained (models/language/frozen.py)."""
+    """By what a selector knows clips and captions: encoders that are not trained (models/choosing/frozen.py)."""
 
     video: tuple[str, ...] = Field(
         ("visual_fit",),
@@ -27,7 +27,7 @@ class Features(Section):
     @field_validator("video")
     @classmethod
     def _known(cls, video: tuple[str, ...]) -> tuple[str, ...]:
-        from models.language.frozen import check_video
+        from models.choosing.frozen import check_video
 
         for name in video:
             check_video(name)
@@ -36,7 +36,7 @@ class Features(Section):
     @field_validator("text")
     @classmethod
     def _known_text(cls, text: str) -> str:
-        from models.language.frozen import check_text
+        from models.choosing.frozen import check_text
 
         check_text(text)
         return text

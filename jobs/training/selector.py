@@ -33,9 +33,10 @@ from jobs.training.parallelize import local_gradients, make
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_selector import SelectorRecipe
 from jobs.training.task import COUNTS, Batch, Draws, Evaluation, Losses, Phase, Start, Step, Task
+from models.choosing.chooser import Saved, Spec, logits
+from models.choosing.frozen import TextFeatures, VideoFeatures
 from models.hub import MissingModel
 from models.language import selector
-from models.language.chooser import Saved, Spec, logits
 from models.language.contrastive import (
     Group,
     among_rivals,
@@ -47,7 +48,6 @@ from models.language.contrastive import (
     surrogate,
     triples,
 )
-from models.language.frozen import TextFeatures, VideoFeatures
 from models.language.selector import Selector
 from models.measures.retrieval import auc, recall
 from pipeline.io.store import below

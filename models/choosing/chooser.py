@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.language.frozen import TextFeatures, VideoFeatures
+from models.choosing.frozen import TextFeatures, VideoFeatures
 from models.language.selector import Selector, build
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ T = TypeVar("T")
 class Spec:
     """What a selector looks at.
 
-    video, text: names in `models.language.frozen`. frames: of a clip, spread over it.
+    video, text: names in `models.choosing.frozen`. frames: of a clip, spread over it.
     """
 
     video: tuple[str, ...]
