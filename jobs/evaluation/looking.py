@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobs.benchmarks.items import Item
-from pipeline.shards.pixels import BrokenSample, clock, numbered
+from pipeline.shards.pixels import BrokenSample, clock
 
 if TYPE_CHECKING:
     from jobs.training.speaker import Speaker
@@ -24,13 +24,15 @@ def look(speaker: Speaker, item: Item) -> Visual:
     media = str(item.video) if isinstance(item.video, Path) else item.video()
     if item.span is None:
         return speaker.frames(media)
+    from jobs.training.visuals import Planned
+
     when, (start, end) = clock(media), item.span
     # the frame that is shown at the start belongs to it
     before = max((i for i, t in enumerate(when.seconds) if t <= start), default=0)
     inside = [i for i, t in enumerate(when.seconds) if t < end and i >= before] or [before]
     chosen = [inside[n] for n in speaker.sampling.of(len(inside), when.rate)]
-    seconds = [max(0.0, when.seconds[n] - start) for n in chosen]
-    return speaker.frames(numbered(media, chosen), seconds, end - start)
+    seconds = tuple(max(0.0, when.seconds[n] - start) for n in chosen)
+    return speaker.visuals.loaded(Planned(media, tuple(chosen), seconds, end - start))
 
 
 def seen(

@@ -18,8 +18,9 @@ from jobs.evaluation.answers import Answers
 from jobs.evaluation.looking import Tell
 from jobs.evaluation.numbers import Number, share
 from jobs.evaluation.questions import By
+from models.language.budget import Sampling
 from models.measures.multiple_choice import LETTERS, chosen, lettered
-from pipeline.shards.pixels import BrokenSample, clock, numbered
+from pipeline.shards.pixels import BrokenSample, clock
 
 if TYPE_CHECKING:
     from jobs.training.speaker import Speaker
@@ -115,16 +116,22 @@ def _answer(
 
 def _joined(speaker: Speaker, clips: Sequence[Item], frames: int) -> Visual:
     """Clips end to end, of each so many frames, at the times they have there. Raises BrokenSample."""
-    pictures, seconds, before = [], [], 0.0
+    import torch
+
+    from jobs.training.visuals import Planned, Visual
+
+    pictures: list[torch.Tensor] = []
+    seconds: list[float] = []
+    before = 0.0
     for item in clips:
         media = str(item.video) if not callable(item.video) else item.video()
         when = clock(media)
-        n = len(when.seconds)
-        numbers = [min(n - 1, int((i + 0.5) * n / frames)) for i in range(frames)]
-        pictures.append(speaker.visuals.pixels.resized(numbered(media, numbers)).permute(0, 2, 3, 1).numpy())
-        seconds += [before + when.seconds[i] for i in numbers]
+        numbers = Sampling(frames).of(len(when.seconds), when.rate)
+        times = tuple(before + when.seconds[n] for n in numbers)
+        pictures.append(speaker.visuals.loaded(Planned(media, tuple(numbers), times, when.duration)).frames)
+        seconds += times
         before += when.duration
-    return speaker.frames(np.concatenate(pictures), seconds, before)
+    return Visual(torch.cat(pictures), tuple(seconds), before)
 
 
 def figures(made: Sequence[Trial], answers: Answers, options: int) -> list[Number]:

@@ -65,7 +65,7 @@ def _answered(
         conversations = [[{"role": "user", "content": text}] for text in texts]
         said = speaker.answer(conversations, [shown for _, shown in told], most=most)
         for (item, _), text in zip(told, said, strict=True):
-            row = {"id": item.id, "said": text}
+            row: dict[str, Any] = {"id": item.id, "said": text}
             rows.append(row | ({"chosen": chosen(text, item.options)} if item.options else {}))
     for item, shown in asked:
         if item.options and by != "letter":

@@ -14,7 +14,7 @@ from jobs.evaluation import captions, needle, questions, retrieval
 from jobs.evaluation.answers import Answers
 from jobs.evaluation.looking import look
 from jobs.training.speaker import load_speaker
-from pipeline.shards.pixels import numbered
+from pipeline.split import shown
 from tests.fixtures import tiny_speaker
 
 
@@ -217,7 +217,8 @@ def test_a_stretch_of_a_video_gives_its_own_frames_at_its_own_times(model, world
     item = Item("a", file, span=(0.5, 1.25))  # frames 4 … 9
     seen = look(speaker, item)
     chosen = speaker.sampling.of(6, 8.0)
-    expected = speaker.visuals.pixels.resized(numbered(str(file), [4 + i for i in chosen]))
+    whole = shown.read(str(file), None).pictures
+    expected = speaker.visuals.pixels.resized(whole[[4 + i for i in chosen]])
     assert (seen.frames == expected).all()
     assert seen.seconds == pytest.approx([i / 8 for i in chosen])
     assert seen.duration == 0.75
