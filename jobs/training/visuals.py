@@ -21,6 +21,8 @@ from models.language.pixels import Pixels
 from pipeline.faults import StoreError
 from pipeline.io.store import Store
 from pipeline.shards.pixels import BrokenSample, clock, numbered, picture
+from pipeline.split import shown
+from pipeline.split.opening import DecodeError
 
 Media = bytes | str  # an mp4 or a picture, or where it lies
 
@@ -105,7 +107,15 @@ class Visuals:
     def loaded(self, what: Planned) -> Visual:
         """Raises BrokenSample."""
         media = at_hand(what.media)
-        frames = numbered(media, what.numbers) if what.numbers else picture(media)
+        if not what.numbers:
+            frames = picture(media)
+        elif isinstance(media, bytes):
+            frames = numbered(media, what.numbers)
+        else:
+            try:
+                frames = shown.read(media, None, numbers=what.numbers).pictures
+            except DecodeError as e:
+                raise BrokenSample(f"{media}: {e}") from e
         return Visual(self.pixels.resized(frames), what.seconds, what.duration)
 
     def clip(self, media: Media) -> Visual:
@@ -176,7 +186,7 @@ class Visuals:
 
 
 def at_hand(media: Media) -> Media:
-    """Bytes, or a file of this machine. Raises BrokenSample."""
+    """Bytes of a clip, or a file of this machine. Raises BrokenSample."""
     if isinstance(media, bytes):
         return media
     if "://" not in media:

@@ -141,8 +141,11 @@ def clock(video: bytes | str) -> Clock:
         raise BrokenSample(str(e)) from e
 
 
-def numbered(video: bytes | str, numbers: Sequence[int]) -> np.ndarray:
+def numbered(clip: bytes, numbers: Sequence[int]) -> np.ndarray:
     """The frames of these increasing numbers, uint8 [T, H, W, 3] RGB as stored; beyond the last one, the last.
+
+    Args:
+        clip: of shards; what anybody may hand in is read by `pipeline.split.shown`.
 
     Raises BrokenSample.
     """
@@ -150,7 +153,7 @@ def numbered(video: bytes | str, numbers: Sequence[int]) -> np.ndarray:
 
     wanted, found = set(numbers), {}
     try:
-        with av.open(io.BytesIO(video) if isinstance(video, bytes) else video, "r") as container:
+        with av.open(io.BytesIO(clip), "r") as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # the workers are the parallelism
             last = None
@@ -170,11 +173,11 @@ def numbered(video: bytes | str, numbers: Sequence[int]) -> np.ndarray:
 
 
 def picture(image: bytes | str) -> np.ndarray:
-    """A still picture, uint8 [1, H, W, 3] RGB. Raises BrokenSample."""
-    from PIL import Image
+    """A still picture, upright, uint8 [1, H, W, 3] RGB. Raises BrokenSample."""
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return np.asarray(opened.convert("RGB"))[None]
-    except (OSError, ValueError) as e:
+            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))[None]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise BrokenSample(str(e)) from e

@@ -17,6 +17,7 @@ from jobs.training.build import build_autoencoder
 from jobs.training.exported import load_model
 from jobs.training.loop import train
 from jobs.training.recipe_diffusion import Autoencoder
+from jobs.training.speaker import load_speaker
 from jobs.videos import write_mp4
 from models.choosing.chooser import Chooser
 from models.measures.features import load_features
@@ -136,6 +137,12 @@ def test_a_recipe_trains_is_killed_resumes_bit_for_bit_is_sampled_and_evaluated(
         video = torch.rand(1, 3, 5, 32, 32)
         assert kept.decode(kept.encode(video).mean).shape == video.shape
         done.append("reconstructs")
+    if trained.recipe["trains"] == "vlm":
+        speaker = load_speaker(parts)
+        clip = speaker.frames(str(given / "video.mp4"))
+        (said,) = speaker.answer([[{"role": "user", "content": "What is it?"}]], [[clip]], most=4)
+        assert isinstance(said, str)
+        done.append("answers")
     if trained.recipe["trains"] == "vivit":
         features = load_features(f"vivit:{parts}")(torch.zeros(2, 4, 32, 32, 3, dtype=torch.uint8))
         assert features.isfinite().all()
