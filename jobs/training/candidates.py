@@ -21,7 +21,7 @@ import torch
 from jobs.training.distributed import World
 from jobs.training.task import Batch
 from jobs.training.workers import prepared
-from models.choosing.chooser import Spec
+from models.choosing.file import Spec
 from models.choosing.frozen import TextFeatures, VideoFeatures
 from pipeline.faults import StoreError
 from pipeline.inspector.blind import CHOSEN

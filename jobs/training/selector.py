@@ -33,7 +33,8 @@ from jobs.training.parallelize import local_gradients, make
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_selector import SelectorRecipe
 from jobs.training.task import COUNTS, Batch, Draws, Evaluation, Losses, Phase, Start, Step, Task
-from models.choosing.chooser import Saved, Spec, logits
+from models.choosing.chooser import logits
+from models.choosing.file import Saved, Spec
 from models.choosing.frozen import TextFeatures, VideoFeatures
 from models.hub import MissingModel
 from models.language import selector

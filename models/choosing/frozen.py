@@ -18,6 +18,7 @@ comes with packages or from elsewhere is named there, with the hash of its weigh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.curation.embed import EfficientNetLite0
 from models.language import towers
 from models.measures.clip_score import ClipScorer
 from models.measures.features import (
@@ -38,7 +40,7 @@ from models.measures.features import (
     vivit_features,
     weights_hash,
 )
-from models.measures.visual_fit import VisualFit, Words
+from models.measures.visual_fit import Words
 
 VISUAL_FIT, CLASSES, MINILM, VIVIT, TOWER = "visual_fit", "classes", "minilm", "vivit:", "tower:"
 
@@ -58,6 +60,12 @@ def check_text(name: str) -> None:
         raise ValueError(f"text features {name!r} are neither minilm nor clip:MODEL[:WEIGHTS]")
 
 
+@functools.cache
+def words(device: str) -> Words:
+    """It takes seconds to make, and both sides have it."""
+    return Words(device)
+
+
 class VideoFeatures:
     """Clips by several encoders, one after another.
 
@@ -72,11 +80,12 @@ class VideoFeatures:
         self.names, self.given = list(names), dict(given or {})
         self.nets: dict[str, Any] = {}
         self.hashes: dict[str, str] = {}
-        self.classes: VisualFit | None = None
+        self.words = words(device) if VISUAL_FIT in self.names else None
+        self.classes: EfficientNetLite0 | None = None
         for name in self.names:
             if name in (VISUAL_FIT, CLASSES):
-                self.classes = self.classes or VisualFit(device)
-                self.hashes[name] = weights_hash(self.classes.net.net)
+                self.classes = self.classes or EfficientNetLite0(device)
+                self.hashes[name] = weights_hash(self.classes.net)
                 continue
             if name.startswith(VIVIT):
                 if name not in self.given:
@@ -92,9 +101,10 @@ class VideoFeatures:
         """Of a clip's frames, uint8 RGB [F, h, w, 3], float32 [width]."""
         parts: dict[str, np.ndarray] = {}
         if self.classes is not None:
-            p = self.classes.net.probabilities(list(frames)).astype(np.float64).mean(0)
-            parts[VISUAL_FIT] = self.classes.words.of_classes(p)
+            p = self.classes.probabilities(frames).astype(np.float64).mean(0)
             parts[CLASSES] = np.sqrt(p).astype(np.float32)
+            if self.words is not None:
+                parts[VISUAL_FIT] = self.words.of_classes(p)
         for name, net in self.nets.items():
             parts[name] = net(torch.from_numpy(np.ascontiguousarray(frames))[None])[0].numpy()
         return np.concatenate([parts[name] for name in self.names]).astype(np.float32)
@@ -122,7 +132,7 @@ class TextFeatures:
         self.name = name
         self.encoder: Any
         if name == MINILM:
-            self.encoder = Words(device)
+            self.encoder = words(device)
             self.hash = weights_hash(self.encoder.encoder.net)
         else:
             self.encoder = ClipScorer(*clip_parts(name.removeprefix("clip:")), device)
