@@ -19,6 +19,7 @@ JOBS = {
     "report": "one HTML page of a run: funnel, histograms, contact sheets, errors",
     "inspect": "look at a run in the browser, clip by clip: captions compared, votes, edits",
     "train": "a video diffusion model, an autoencoder or a VLM, from a run's shards",
+    "export": "a trained model as transformers reads it",
     "encode": "latents and text of a run, once, so that training decodes nothing",
     "sample": "videos from a trained diffusion model",
     "eval": "how good a model is: videos it makes, what it says of videos",

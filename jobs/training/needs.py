@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_diffusion import DiffusionRecipe
 from jobs.training.recipe_reconstruction import Reconstruction
 from jobs.training.recipe_selector import SelectorRecipe
 from jobs.training.recipe_vae import VAERecipe
+from jobs.training.recipe_vlm import VLMRecipe
 from jobs.training.recipe_vq import VQRecipe
 from pipeline.recipe import RecipeError
 
@@ -53,6 +55,15 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
             yield f"vae: {recipe.vae.image}", partial(trained, recipe.vae.image, "vae.image")
     if isinstance(recipe, VQRecipe):
         yield from _perceptual(recipe.vq, "vq")
+    if isinstance(recipe, VLMRecipe):
+        for part in ("tower", "video_tower", "language"):
+            if what := recipe.model.options().get(part):
+                yield (
+                    f"model: {part} {what if isinstance(what, str) else what.get('model_type')}",
+                    partial(part_of_vlm, what, f"model.{part}"),
+                )
+        if recipe.start:
+            yield f"start: {recipe.start}", partial(trained, recipe.start, "start")
     if isinstance(recipe, SelectorRecipe):
         for name in (*recipe.features.video, recipe.features.text):
             yield f"features: {name}", partial(features, name)
@@ -120,6 +131,17 @@ def transformers(model: str | None, key: str) -> str:
         raise RecipeError(f"{key}: must be given: a folder or hub id")
     try:
         return transformers_weights(model)
+    except MissingModel as e:
+        raise RecipeError(f"{key}: {e}") from e
+
+
+def part_of_vlm(what: str | dict[str, Any], key: str) -> str:
+    """A tower or language model of a vision–language model."""
+    from models.hub import MissingModel
+    from models.language.llava import source
+
+    try:
+        return source(what)
     except MissingModel as e:
         raise RecipeError(f"{key}: {e}") from e
 

@@ -333,17 +333,17 @@ def check(tower: str | dict[str, Any], language: str | dict[str, Any]) -> list[s
 
     Raises MissingModel: one sentence with the fix.
     """
-    lines = []
-    for name, what in (("tower", tower), ("language", language)):
-        if isinstance(what, dict):
-            where = f"a {what.get('model_type')} begun from nothing"
-        elif what.startswith("open_clip:"):
-            model, _, weights = what.removeprefix("open_clip:").partition(":")
-            where = f"{what} {open_clip_weights(model, weights)}" if weights else f"{what} begun from nothing"
-        else:
-            where = f"{what} {transformers_weights(what)}"
-        lines.append(f"{name}: {where}")
-    return lines
+    return [f"{name}: {source(what)}" for name, what in (("tower", tower), ("language", language))]
+
+
+def source(what: str | dict[str, Any]) -> str:
+    """Where a tower or language model comes from. Raises MissingModel: one sentence with the fix."""
+    if isinstance(what, dict):
+        return f"a {what.get('model_type')} begun from nothing"
+    if what.startswith("open_clip:"):
+        model, _, weights = what.removeprefix("open_clip:").partition(":")
+        return f"{what} {open_clip_weights(model, weights)}" if weights else f"{what} begun from nothing"
+    return f"{what} {transformers_weights(what)}"
 
 
 _tower, _projector = tower, projector  # which `build` has as names of its arguments
