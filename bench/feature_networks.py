@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.evaluate import BATCH, Protocol, real_videos
+from jobs.evaluation.diffusion import BATCH, Protocol, real_videos
 from models.measures.features import load_features
 from models.measures.frechet import frechet_distance, kernel_distance, moments
 

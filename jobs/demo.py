@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     if code := curate.main([str(raw), "--recipe", "embedded", "--out", str(run)]):
         return code
-    for number, (model, recipe) in enumerate({"diffusion": "small", "vlm": "vlm"}.items(), start=2):
+    for number, (model, recipe) in enumerate({"diffusion": "small", "vlm": "small-vlm"}.items(), start=2):
         command = [model, str(run), "--recipe", recipe, "--steps", str(args.steps)]
         command += ["--out", str(args.out / model), "--set", f"run.sample_every={args.steps}"]
         print(f"\n{number}. train on the shards: clipmill train {' '.join(command)}")

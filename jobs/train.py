@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", choices=["diffusion", "vae", "vq", "vlm", "vivit", "world"])
+    parser.add_argument("model", choices=["diffusion", "vae", "vq", "vlm", "vivit", "world", "selector"])
     parser.add_argument("dir", metavar="DIR", help="a run with shards, as 'clipmill curate' leaves it")
     parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="what is trained, and how")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder for all it writes")

@@ -8,7 +8,7 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from pipeline.recipe_captions import Looking, ServedModel
 from pipeline.recipe_prompts import Prompt
-from pipeline.recipe_schema import CODE, MAYBE_PATH, WORDS, Section
+from pipeline.recipe_schema import CODE, MAYBE_PATH, PATH, WORDS, Section
 
 
 class VisualFitJudge(Section):
@@ -72,6 +72,14 @@ class Asked(Section):
         return self
 
 
+class SelectorJudge(Section):
+    """`selector`: how likely a text is the clip's own, by what `clipmill train selector` learnt from choices."""
+
+    kind: Literal["selector"] = Field(description="which judge")
+    model: str = Field(description="OUT/selector.pt of that training", json_schema_extra=PATH)
+    name: str = Field("selector", description="of the score")
+
+
 class YesJudge(Looking, Asked):
     """`p_yes`: P(yes | frames, 'Does this show "…"?') by a transformers model, one forward pass a text (VQAScore)."""
 
@@ -104,6 +112,7 @@ Judge = Annotated[
     | ClipScoreJudge
     | PacSJudge
     | EMScoreJudge
+    | SelectorJudge
     | YesJudge
     | ServedYesJudge
     | ConsensusJudge

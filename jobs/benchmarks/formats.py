@@ -2,49 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jobs.benchmarks import activitynet, msrvtt, msvd, nextqa, own, vatex, videomme
-from jobs.benchmarks.items import BenchmarkError, Folder, Found
+if TYPE_CHECKING:
+    from jobs.benchmarks.items import Found
 
-Read = Callable[[Folder, str], Found]
+Read = tuple[str, str, str]  # file beside this one, its function, the split that is read where none is said
 
 
 @dataclass(frozen=True)
 class Format:
-    """of: what is wanted (captions, retrieval, questions) → reader, and the split that is read where none is said."""
+    """of: what is wanted (captions, retrieval, questions) → how it is read."""
 
     about: str
-    of: Mapping[str, tuple[Read, str]] = field(default_factory=dict)
-
-
-def _captions(
-    read: Read, split: str, retrieval: tuple[Read, str] | None = None
-) -> dict[str, tuple[Read, str]]:
-    return {"captions": (read, split), "retrieval": retrieval or (read, split)}
+    of: Mapping[str, Read]
 
 
 FORMATS = {
     "msr-vtt": Format(
         "captions; retrieval on 1k-A; MSRVTT-QA",
-        _captions(msrvtt.captions, "test", (msrvtt.captions, msrvtt.PAIRS))
-        | {"questions": (msrvtt.questions, "test")},
+        {
+            "captions": ("msrvtt", "captions", "test"),
+            "retrieval": ("msrvtt", "captions", "1k-A"),
+            "questions": ("msrvtt", "questions", "test"),
+        },
     ),
     "msvd": Format(
-        "captions; MSVD-QA", _captions(msvd.captions, "test") | {"questions": (msvd.questions, "test")}
+        "captions; retrieval; MSVD-QA",
+        {
+            "captions": ("msvd", "captions", "test"),
+            "retrieval": ("msvd", "captions", "test"),
+            "questions": ("msvd", "questions", "test"),
+        },
     ),
     "activitynet": Format(
         "captions of given stretches; retrieval by paragraphs; ActivityNet-QA",
-        _captions(activitynet.captions, "val_1", (activitynet.paragraphs, "val_1"))
-        | {"questions": (activitynet.questions, "test")},
+        {
+            "captions": ("activitynet", "captions", "val_1"),
+            "retrieval": ("activitynet", "paragraphs", "val_1"),
+            "questions": ("activitynet", "questions", "test"),
+        },
     ),
-    "vatex": Format("captions", _captions(vatex.captions, "val")),
-    "next-qa": Format("questions, multiple choice or open", {"questions": (nextqa.questions, "val")}),
-    "video-mme": Format("multiple choice, without subtitles", {"questions": (videomme.questions, "test")}),
+    "vatex": Format(
+        "captions; retrieval",
+        {"captions": ("vatex", "captions", "val"), "retrieval": ("vatex", "captions", "val")},
+    ),
+    "next-qa": Format("questions, multiple choice or open", {"questions": ("nextqa", "questions", "val")}),
+    "video-mme": Format(
+        "questions, multiple choice, without subtitles", {"questions": ("videomme", "questions", "test")}
+    ),
     "questions": Format(
-        "your own: NAME.json, see 'clipmill toy --questions'", {"questions": (own.questions, "choices")}
+        "your own: SPLIT.json, as 'clipmill toy --questions' writes choices.json",
+        {"questions": ("own", "questions", "choices")},
     ),
 }
 
@@ -57,9 +70,12 @@ def read(name: str, folder: Path, wanted: str, split: str | None = None) -> tupl
 
     Raises BenchmarkError, one sentence with the fix.
     """
+    from jobs.benchmarks.items import BenchmarkError, Folder
+
     of = FORMATS[name].of
     if wanted not in of:
         able = [other for other, known in FORMATS.items() if wanted in known.of]
         raise BenchmarkError(f"--format {name} has no {wanted}: formats that have are {', '.join(able)}")
-    reader, usual = of[wanted]
+    file, function, usual = of[wanted]
+    reader = getattr(importlib.import_module(f"jobs.benchmarks.{file}"), function)
     return reader(Folder(folder), split or usual), split or usual

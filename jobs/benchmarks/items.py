@@ -52,7 +52,7 @@ class Found:
             return ""
         some = ", ".join(self.missing[:3]) + (", …" if len(self.missing) > 3 else "")
         return (
-            f"{len(self.missing):,} videos are not in the folder and left out ({some}): figures do not compare with "
+            f"Left out, as they are not in the folder: {len(self.missing):,} ({some}). Figures do not compare with "
             "those of the whole."
         )
 

@@ -56,7 +56,6 @@ SNAPSHOTS = 32  # averages kept on disk at most, about evenly spread over traini
 FREE = (  # what a resumed run may have otherwise: how long, how the same numbers are computed, what it began with
     "name",
     "start",
-    "begins",
     "model.weights",
     "vae.image",
     "run.",

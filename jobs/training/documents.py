@@ -9,7 +9,7 @@ A document has as many tokens before its codes are known as after, so it is pack
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from jobs.training.data import readers_of
-from jobs.training.recipe_world import KINDS, Documents, WorldRecipe
+from jobs.training.recipe_world import KINDS, Documents, Words, WorldRecipe
 from jobs.training.sequences import Item
 from jobs.training.task import Batch
 from models.language import needle
-from models.language.layout import Laid, Layout, Part
+from models.language import tokenizer as tokenizers
+from models.language.layout import CLOSING, OPENING, Laid, Layout, Part
 from models.language.loss import documents, shifted, token_weights
 from models.ring_attention import Placement, split
 from pipeline.shards.chat import ChatReader
@@ -99,14 +100,14 @@ class LaidOut:
     Where codes will be there is 0. It is handed to processes that read.
 
     Args:
-        tokenizer: see `recipe_world.Words`.
+        tokenizer: its files; None: bytes.
         room: tokens of a document at most, for needles; straw: sentences that they are hidden in.
         stride: frames that a frame of codes stands for, after the first.
         codes, frame: see `Layout`.
     """
 
     wanted: Documents
-    tokenizer: str
+    tokenizer: Mapping[str, str] | None
     codes: int
     frame: int
     stride: int
@@ -161,16 +162,23 @@ class LaidOut:
         return [part._replace(learnt=part.learnt or learnt) for part in made.parts()]
 
 
-def layout_of(tokenizer: str, codes: int, frame: int) -> Layout:
-    """Raises ValueError or models.hub.MissingModel, one sentence."""
-    if tokenizer == "bytes":
+def layout_of(tokenizer: Mapping[str, str] | None, codes: int, frame: int) -> Layout:
+    """Of the files of a tokenizer, None for bytes. Raises ValueError where it has no <s> or </s>."""
+    if tokenizer is None:
         return Layout.of_bytes(codes, frame)
-    from transformers import AutoTokenizer
+    return Layout.of(tokenizers.of_files(tokenizer), codes, frame)
 
-    from models.hub import transformers_weights
 
-    transformers_weights(tokenizer)
-    return Layout.of(AutoTokenizer.from_pretrained(tokenizer), codes, frame)
+def tokenizer_of(words: Words, captions: Callable[[], list[str]]) -> dict[str, str] | None:
+    """Files of the tokenizer that a recipe names; None: bytes. Raises models.hub.MissingModel, ValueError."""
+    if words.tokenizer == "bytes":
+        return None
+    if words.tokenizer != "bpe":
+        return tokenizers.files(tokenizers.published(words.tokenizer))
+    texts = captions()
+    made = tokenizers.trained([*texts, *[OPENING, CLOSING] * len(texts)], words.size)
+    made.bos_token = tokenizers.BEGIN
+    return tokenizers.files(made)
 
 
 def conversation(messages: Sequence[dict[str, str]]) -> list[Part]:

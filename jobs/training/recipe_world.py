@@ -25,9 +25,10 @@ class Words(Section):
 
     tokenizer: str = Field(
         "bytes",
-        description="bytes, or the folder or hub id of a tokenizer of transformers",
+        description="bytes; bpe: one trained on the captions; or the folder or hub id of one of transformers",
         json_schema_extra=MAYBE_PATH,
     )
+    size: int = Field(2048, ge=1, description="of bpe: tokens, at most")
 
 
 class Documents(Section):
@@ -122,7 +123,7 @@ class WorldRecipe(TrainRecipe):
         description="queries, and keys, that attention looks at together, in memory that grows with the context, not "
         "with its square; 0: a kernel's choice (512 where compute.context shares a sequence)",
     )
-    begins: str | None = Field(
+    start: str | None = Field(
         None, description="a world model that it begins with: a folder of training", json_schema_extra=PATH
     )
     stages: tuple[Stage, ...] = Field(
@@ -138,8 +139,8 @@ class WorldRecipe(TrainRecipe):
     def _fits(self) -> WorldRecipe:
         if len({(b.height, b.width) for b in self.data.buckets}) > 1:
             raise ValueError("data.buckets: all frames of a world model have as many codes: give one size")
-        if self.begins and self.model.options().get("weights"):
-            raise ValueError("begins and model.weights: it cannot begin with both: leave one out")
+        if self.start and self.model.options().get("weights"):
+            raise ValueError("start and model.weights: it cannot begin with both: leave one out")
         seen = [kind for kind in self.documents.shares() if kind not in ("text", "needle")]
         if not self.vq.path and seen:
             raise ValueError(
@@ -163,7 +164,7 @@ class WorldRecipe(TrainRecipe):
         plain |= {
             "name": f"{self.name}, stage {number + 1} of {len(self.stages)}",
             "stages": (),
-            "begins": before or self.begins,
+            "start": before or self.start,
             "documents": (stage.documents or self.documents).model_dump(),
         }
         return type(self).model_validate(plain)

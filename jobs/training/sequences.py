@@ -77,6 +77,7 @@ class SequenceLoader:
         self.first = self.step = 0  # number of this rank's first micro-batch less its rank; those taken since
         self.skipped = 0
         self.states: dict[int, dict[str, Any]] = {}  # of the lanes that have given a sequence
+        self.note = ""  # what else the table says
 
     def __iter__(self) -> Iterator[Batch]:
         for lane, state, batch in prepared(self._prepare, self.workers, self.pin):
@@ -107,12 +108,7 @@ class SequenceLoader:
 
     def table(self) -> str:
         """What is in the mixture, for a person."""
-        sources = self.source.sources if isinstance(self.source, Mixed) else [self.source]
-        shares = self.source.mixture.shares if isinstance(self.source, Mixed) else [1.0]
-        each = zip(sources, shares, strict=True)
-        return "\n".join(
-            f"source       {share:.1%} of the samples: {s.samples:,} an epoch" for s, share in each
-        )
+        return "\n".join(filter(None, (table_of(self.source), self.note)))
 
     def state_dict(self) -> dict[str, Any]:
         """How many micro-batches all ranks have taken, and where this rank's lanes are; plain numbers."""
@@ -143,6 +139,14 @@ class SequenceLoader:
     def _made_of(self) -> dict[str, Any]:
         sizes = {"tokens": self.tokens, "pool": self.pool, "of": self.lanes}
         return {"source": self.source.identity()} | sizes
+
+
+def table_of(source: Source) -> str:
+    """What is in a source or mixture, for a person."""
+    sources = source.sources if isinstance(source, Mixed) else [source]
+    shares = source.mixture.shares if isinstance(source, Mixed) else [1.0]
+    each = zip(sources, shares, strict=True)
+    return "\n".join(f"source       {share:.1%} of the samples: {s.samples:,} an epoch" for s, share in each)
 
 
 class _Lane:
@@ -207,8 +211,13 @@ class _Lane:
             raise BrokenSample(sample["key"]) from e
 
     def _batch(self, items: list[Item], skipped: list[str]) -> Batch:
-        told = {"key": [i["key"] for i in items], "lengths": [i["length"] for i in items], "skipped": skipped}
-        return self.loader.collate(items, self.loader.tokens) | told
+        made = self.loader.collate(items, self.loader.tokens)
+        skipped += made.pop("skipped", [])  # what broke when it was put together
+        return made | {
+            "key": [i["key"] for i in items],
+            "lengths": [i["length"] for i in items],
+            "skipped": skipped,
+        }
 
     def state(self) -> dict[str, Any]:
         return {"taken": self.taken, "packer": self.packer.state_dict()}

@@ -1,81 +1,242 @@
-"""The small vision-language model (`models/language/small_vlm.py`) as a task of the training loop: video → caption.
+"""Vision–language models (`models/language/llava.py`) as a task of the loop: clips and conversations → answers.
 
-`model` is `small_vlm`; its frames and size are those of the one bucket, which is square, its words
-`caption_bytes` bytes. The loss is a word's: a batch weighs as many parts as it has caption bytes.
+A batch is a packed sequence, or rows (`jobs.training.conversations.Collate`): 'tokens'; 'frames', uint8 [N, 3, S, S] of
+all pictures, 'counts_of_frames', how they are divided; 'at', 'targets', 'weights', what is to be predicted;
+'documents', how many of them have something to learn. The loss of a document is the mean over its learnt tokens, that
+of a step the mean over its documents, however they are packed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from jobs.training.data import Loader, loader_of
-from jobs.training.parallelize import make
-from jobs.training.recipe_core import TrainRecipe, import_spec
+from jobs.training.conversations import Captions, Collate, Documents, kept_of
+from jobs.training.data import sources_of
+from jobs.training.distributed import World
+from jobs.training.held_out import held_out, trained_on
+from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_vlm import VLMRecipe
-from jobs.training.system import to_unit
-from jobs.training.task import Batch, Draws, Losses, Phase, Start, Task
-from models.language import text
-from models.language.small_vlm import SmallVLM, caption_loss
+from jobs.training.rows import RowLoader
+from jobs.training.sequences import SequenceLoader
+from jobs.training.speaker import Speaker
+from jobs.training.task import Batch, Draws, Evaluation, Loader, Losses, Phase, Start, Summed, Task
+from jobs.training.visuals import Visuals, budget_table
+from jobs.training.vlm_model import begin_with, network, published, set_trained, trained_at
+from models.hub import MissingModel
+from models.language import tokenizer as tokenizers
+from models.language.chat import Chat
+from models.language.llava import Llava
+from models.language.loss import Goal
+from models.measures.captions.cider import cider_d
+from pipeline.faults import StoreError
+from pipeline.io.store import Store, below
+from pipeline.shards.chat import ChatReader
+from pipeline.shards.index import read_index
+from pipeline.shards.mixture import Mixed, Mixture, Source
+from pipeline.shards.reader import BrokenSample, ShardReader
+
+TEXTS = 100_000  # captions that a tokenizer is trained on, at most
+SHOWN = 8  # captions on the page
 
 
-def build(recipe: TrainRecipe, start: Start) -> tuple[Captioning, Loader]:
+def build(recipe: TrainRecipe, start: Start) -> tuple[Talking, Loader]:
     """Raises ValueError or StoreError, in one sentence, where recipe and data do not fit."""
     assert isinstance(recipe, VLMRecipe)
-    if recipe.model.kind != "small_vlm":
-        raise ValueError(f"trains: vlm needs model.kind small_vlm, not {recipe.model.kind}")
-    if len(recipe.data.buckets) > 1 or recipe.data.buckets[0].height != recipe.data.buckets[0].width:
-        raise ValueError("data.buckets: the small VLM takes one bucket, as high as it is wide")
-    task = Captioning(recipe, start.world.device, start.device)
-    return task, loader_of(recipe, start.data, [task.positions], start.world)
+    if recipe.model.kind != "llava":
+        raise ValueError(f"trains: vlm needs model.kind llava, not {recipe.model.kind}")
+    runs = Runs(recipe, start.data)
+    kept = tokenizer_of(recipe, runs, start)
+    try:
+        task = Talking(recipe, start, kept)
+    except MissingModel as e:
+        raise ValueError(str(e)) from e
+    task.shown = runs.held_out
+    loader = loader_of(recipe, runs.source(), task, start.world)
+    loader.note = budget_table(task.model, recipe.frames.sampling(), recipe.data.tokens)
+    return task, loader
 
 
-class Captioning(Task):
-    """positions: visual tokens and words of a sample.
+# ---------------------------------------------------------------- data
 
-    Args:
-        made_on: see `Start`.
+
+class Runs:
+    """What is trained on: runs with shards and conversations, in their shares.
+
+    Raises StoreError, ValueError.
     """
 
-    weights: ClassVar = {"words": 1.0}
+    def __init__(self, recipe: VLMRecipe, data: str):
+        self.recipe = recipe
+        self.folders = [folder for _, folder in sources_of(recipe, data)]
+        self.talks = [i > 0 and is_talk(folder) for i, folder in enumerate(self.folders)]
+        runs = [below(f, "shards") for f, talk in zip(self.folders, self.talks, strict=True) if not talk]
+        without = iter(trained_on(runs, recipe.held_out) if recipe.held_out else [None] * len(runs))
+        self.sources: list[Source] = []
+        self.where: list[tuple[str, Any]] = []  # shards, which of their clips
+        for folder, talk in zip(self.folders, self.talks, strict=True):
+            try:
+                if talk:
+                    self.sources.append(ChatReader(folder, recipe.seed))
+                else:
+                    self.where.append((below(folder, "shards"), next(without)))
+                    self.sources.append(Captions(self._reader(*self.where[-1]), recipe.prompts, recipe.seed))
+            except StoreError as e:
+                raise StoreError(f"data.mixture {folder}: {e}") if self.sources else e from None
+        self.held_out: ShardReader | None = None
+        if recipe.held_out:
+            self.held_out = self._reader(runs[0], held_out(runs[0], recipe.held_out), shuffle=False)
 
-    def __init__(self, recipe: VLMRecipe, device: torch.device, made_on: torch.device):
-        bucket = recipe.data.buckets[0]
-        self.device, self.length = device, recipe.caption_bytes
-        options = recipe.model.options()
-        if bucket.width % (patch := options.get("patch", 16)):
-            raise ValueError(f"data.buckets: {bucket.width} pixels are no multiple of the patches' {patch}")
-        torch.manual_seed(recipe.seed)
-        sizes = (bucket.frames, bucket.width, self.length)
-        build = partial(import_spec(recipe.model.kind).build, sizes, **options)
-        model: SmallVLM = make(build, made_on)
-        self.positions = model.visual + self.length
-        self.phases = [Phase.of("vlm", model, recipe.optimizer)]
+    def _reader(self, shards: str, where: Any, shuffle: bool = True) -> ShardReader:
+        data = self.recipe.data
+        return ShardReader(
+            shards,
+            captions=data.captions if shuffle else "chosen",
+            seed=self.recipe.seed,
+            where=where,
+            decode=False,
+            shuffle=shuffle,
+            sequential=data.sequential() if shuffle else None,
+        )
 
-    def loss(self, phase: str, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
-        words = self._words(batch)
-        video = to_unit(batch["video"].transpose(1, 2))  # B T 3 S S
-        mean = caption_loss(model, video, words.to(self.device, non_blocking=True))
-        return Losses({"words": mean * counted(words)})
+    def source(self) -> Source:
+        if len(self.sources) == 1:
+            return self.sources[0]
+        sequential = self.recipe.data.sequential()
+        together = sequential.streams if sequential else 1
+        return Mixed(self.sources, Mixture(self.recipe.data.shares(), self.folders, together))
+
+    def texts(self) -> list[str]:
+        """Captions and what is said in conversations, some of them where they are many."""
+        found = [*self.recipe.prompts, "user\n", "assistant\n"]
+        for shards, where in self.where:
+            index = read_index(shards, ["caption", "source_sha256", "source", "clip_id"])
+            if "caption" not in index.column_names:
+                raise ValueError(f"{shards} has no index with captions: shard the run with clipmill shard")
+            rows = index if where is None else index.filter(where)
+            step = max(1, -(-len(rows) // TEXTS))
+            found += [caption or "" for caption in rows["caption"].to_pylist()[::step]]
+        for talk in self.sources:
+            if isinstance(talk, ChatReader):
+                step = max(1, -(-talk.samples // TEXTS))
+                rows_of = range(0, talk.samples, step)
+                found += [m["content"] for row in rows_of for m in talk.read(row)["messages"]]
+        return found
+
+
+def is_talk(folder: str) -> bool:
+    """Whether it holds conversations, and no shards."""
+    return folder.partition("?")[0].endswith(".jsonl") or not Store(folder).list("shards")
+
+
+def tokenizer_of(recipe: VLMRecipe, runs: Runs, start: Start) -> dict[str, str]:
+    """Its files: the saved one, that of the earlier stage, of the language model, or one trained on the texts."""
+    if start.saved is not None:
+        kept: dict[str, str] = start.saved["tokenizer"]
+        return kept
+    if recipe.start:
+        return dict(trained_at(recipe.start).state["tokenizer"])
+    language = recipe.model.options().get("language")
+    try:
+        if isinstance(language, str):
+            return tokenizers.files(tokenizers.published(language))
+    except MissingModel as e:
+        raise ValueError(str(e)) from e
+    return tokenizers.files(tokenizers.trained(runs.texts(), recipe.tokenizer))
+
+
+def loader_of(recipe: VLMRecipe, source: Source, task: Talking, world: World) -> SequenceLoader | RowLoader:
+    """Raises ValueError."""
+    data = recipe.data
+    process = Documents(task.chat, task.visuals)
+    collate = Collate(task.visuals, task.chat.tokenizer.pad_token_id, data.packing)
+    common: dict[str, Any] = {
+        "tokens": data.tokens,
+        "collate": collate,
+        "rank": world.data_rank,
+        "world": world.data_size,
+        "workers": data.workers,
+        "pin": world.device.type == "cuda",
+    }
+    if data.packing:
+        return SequenceLoader(source, process, pool=data.pool, lanes=data.lanes, **common)
+    return RowLoader(source, process, size=data.batch or 8, **common)
+
+
+# ---------------------------------------------------------------- the task
+
+
+class Talking(Task):
+    """Args: kept: files of the tokenizer."""
+
+    weights: ClassVar = {"documents": 1.0}
+
+    def __init__(self, recipe: VLMRecipe, start: Start, kept: dict[str, str]):
+        self.recipe, self.world, self.device = recipe, start.world, start.world.device
+        self.kept = kept
+        self.chat = Chat(tokenizers.of_files(kept))
+        self.model: Llava = network(recipe, self.chat.tokenizer, start.device)
+        if recipe.start and start.saved is None:
+            begin_with(self.model, recipe.start, kept)
+        self.visuals = Visuals.of(
+            self.model, recipe.frames.sampling(), recipe.frames.times, recipe.frames.static
+        )
+        set_trained(self.model, recipe)
+        self.shown: ShardReader | None = None
+        phase = Phase.of("vlm", self.model, recipe.optimizer)
+        phase.published = published(recipe, self.model)
+        self.phases = [phase]
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        return {"words": counted(self._words(batch))}
+        return {"documents": batch["documents"]}
 
-    def _words(self, batch: Batch) -> Tensor:
-        return text.encode(batch["caption"], self.length)
+    def loss(self, phase: str, model: nn.Module, batch: Batch, draws: Draws) -> Losses:
+        tokens = batch["tokens"]
+        visuals = self.visuals.tensors(batch["frames"], batch["counts_of_frames"])
+        goal = Goal(batch["at"], batch["targets"], batch["weights"])
+        total = model(tokens, visuals, batch["lengths"], goal=goal, kept=kept_of(batch))
+        used = torch.tensor(float(self.tokens(batch)), device=self.device)
+        return Losses({"documents": total}, {"filled": Summed(used, tokens.numel())})
 
     def blocks(self, module: nn.Module) -> Iterator[nn.Module]:
-        assert isinstance(module, SmallVLM)
-        yield from module.trunk.layers
+        assert isinstance(module, Llava)
+        yield from module.blocks()
 
     def tokens(self, batch: Batch) -> int:
-        return len(batch["key"]) * self.positions
+        return sum(sum(row) if isinstance(row, list) else row for row in batch["lengths"])
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, step: int) -> Evaluation:
+        """Of held-out clips: captions beside the chosen ones, CIDEr-D with those, the share that is the same."""
+        if self.shown is None:
+            return Evaluation()
+        sharded = self.world.size > 1 and self.recipe.compute.parallel == "fsdp"
+        speaker = Speaker(
+            model, self.chat, self.visuals, self.recipe.prompts, self.recipe.answer, sharded, self.device
+        )
+        rows = range(0, len(self.shown.keys), -(-len(self.shown.keys) // self.recipe.measured))
+        mine: dict[int, tuple[str, str]] = {}
+        for number in self.world.share(len(rows)):
+            sample = self.shown.sound(rows[number])
+            try:
+                clip = self.visuals.clip(sample["video"])
+            except BrokenSample:
+                clip = self.visuals.decoded(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
+            mine[number] = sample["caption"] or "", speaker.caption([clip])[0]
+        every = {n: found for share in self.world.gather(mine) for n, found in share.items()}
+        pairs = [every[n] for n in sorted(every)]
+        return Evaluation(scores(pairs), texts=dict(pairs[:: max(1, -(-len(pairs) // SHOWN))]))
+
+    def state(self) -> dict[str, Any]:
+        return {"tokenizer": self.kept}
 
 
-def counted(words: Tensor) -> int:
-    """Bytes [B, L] that are predicted: all but the first and the padding."""
-    return int((words[:, 1:] != text.PAD).sum())
+def scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Of (chosen caption, what the model says): 'cider', and 'exact', the share that is the same but for case."""
+    wanted, said = zip(*pairs, strict=True)
+    each = cider_d(said, [[text] for text in wanted])
+    same = [a.strip().lower() == b.strip().lower() for a, b in pairs]
+    return {"cider": sum(each) / len(each), "exact": sum(same) / len(same)}

@@ -11,6 +11,7 @@ With `compute.context` several processes share each sequence, a part each, and k
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,13 +50,14 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[WorldTask, SequenceLoader]
         raise ValueError(
             f"data.tokens {recipe.data.tokens}: give a multiple of {2 * ranks.context_size}, twice compute.context"
         )
-    system = build_world(recipe, ranks.device, start.device, start.saved)
+    told = partial(captions_of, recipe, start.data, recipe.held_out)
+    system = build_world(recipe, ranks.device, start.device, start.saved, told)
     task = WorldTask(recipe, system, ranks)
     if system.vq is not None and recipe.held_out:
         task.held_out = held_out_of(recipe, start.data, recipe.held_out)
     laid = LaidOut(
         recipe.documents,
-        recipe.text.tokenizer,
+        system.tokenizer,
         system.layout.codes,
         system.layout.frame,
         1 if system.vq is None else system.vq.stride[0],
@@ -63,7 +65,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[WorldTask, SequenceLoader]
         recipe.seed,
     )
     if recipe.documents.needle:
-        laid.straw = task.straw = [c for c in captions_of(recipe, start.data, recipe.held_out, STRAW) if c]
+        laid.straw = task.straw = [c for c in told(STRAW) if c]
         if not laid.straw:
             raise ValueError(f"documents.needle: no clip of {start.data} has a caption: caption them first")
     loader = SequenceLoader(

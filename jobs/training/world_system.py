@@ -6,7 +6,7 @@ text ─ tokenizer ────────────────┴─ layout
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from jobs.training.distributed import device_of
-from jobs.training.documents import layout_of
+from jobs.training.documents import layout_of, tokenizer_of
 from jobs.training.exported import Trained, load_model, longest_average
 from jobs.training.parallelize import make
 from jobs.training.recipe_core import Bucket
@@ -39,7 +39,7 @@ MARKS = 2  # <eof> and <eov>
 class WorldSystem:
     """Made by `build_world` or `load_world`. vq: frozen; None of a model of text alone.
 
-    made_of: what `models.language.world.build` takes.
+    made_of: what `models.language.world.build` takes. tokenizer: its files; None: bytes.
     """
 
     recipe: WorldRecipe
@@ -48,6 +48,7 @@ class WorldSystem:
     model: World
     device: torch.device
     made_of: dict[str, Any]
+    tokenizer: Mapping[str, str] | None = None
     step: int = 0
     ema: float = 0.0
 
@@ -126,7 +127,7 @@ class WorldSystem:
     def state(self) -> dict[str, Any]:
         """What `load_world` needs beside the weights; plain values."""
         hashed = None if self.vq is None else weights_hash(self.vq)
-        return {"trains": "world", "world": self.made_of, "vq_weights": hashed}
+        return {"trains": "world", "world": self.made_of, "tokenizer": self.tokenizer, "vq_weights": hashed}
 
 
 def load_vq(folder: str, key: str, device: torch.device) -> vq.VQ:
@@ -144,8 +145,12 @@ def build_world(
     device: torch.device,
     made_on: torch.device | None = None,
     state: dict[str, Any] | None = None,
+    captions: Callable[[], list[str]] = list,
 ) -> WorldSystem:
     """With new weights, those that the recipe begins with or, of a checkpoint's `state`, none that matter.
+
+    Args:
+        captions: of the data, for a tokenizer that is trained on them.
 
     Raises ValueError, CheckpointError or models.hub.MissingModel: one sentence with the fix.
     """
@@ -164,18 +169,23 @@ def build_world(
                 f"data.buckets: {bucket.width}×{bucket.height} pixels do not divide into codes of {x}×{y} pixels"
             )
         frame = (bucket.height // y) * (bucket.width // x)
-    layout = layout_of(recipe.text.tokenizer, codes, frame)
     before: Trained | None = None
+    if recipe.start and not state:
+        before = load_model(Path(recipe.start), longest_average(Path(recipe.start)) or None)
+        if before.state.get("trains") != "world":
+            raise ValueError(f"start {recipe.start} holds no world model: train one, trains: world")
+    known = state or (before.state if before else None)
+    tokenizer = known["tokenizer"] if known else tokenizer_of(recipe.text, captions)
+    layout = layout_of(tokenizer, codes, frame)
     if state:
         made_of = state["world"]
-    elif recipe.begins:
-        before = load_model(Path(recipe.begins), longest_average(Path(recipe.begins)) or None)
+    elif before:
         made_of = begun(recipe, before, layout, codes)
     else:
         made_of = {"words": layout.words, "codes": codes + MARKS if codes else None} | recipe.model.options()
     fresh = {k: v for k, v in made_of.items() if k != "weights"} if state else made_of
     if made_on.type == "meta" and "weights" in fresh:
-        raise ValueError("model.weights with compute.parallel fsdp: begin with a folder of training (begins)")
+        raise ValueError("model.weights with compute.parallel fsdp: begin with a folder of training (start)")
     with torch.random.fork_rng([] if device.type == "cpu" else [device]):
         torch.manual_seed(recipe.seed)
         model = make(partial(world.build, **fresh), made_on)
@@ -184,19 +194,17 @@ def build_world(
     choose_kernel(model, recipe.compute.attention)
     if "weights" in made_of:
         made_of = sizes(model) | {"words": model.embed.num_embeddings, "codes": made_of["codes"]}
-    return WorldSystem(recipe, autoencoder, layout, model, device, made_of)
+    return WorldSystem(recipe, autoencoder, layout, model, device, made_of, tokenizer)
 
 
 def begun(recipe: WorldRecipe, before: Trained, layout: Layout, codes: int) -> dict[str, Any]:
     """Sizes of the model that a recipe begins with, with its θ. Raises ValueError where they are not its own."""
-    if before.state.get("trains") != "world":
-        raise ValueError(f"begins {recipe.begins} holds no world model: train one, trains: world")
     found = dict(before.state["world"])
     asked = {"words": layout.words, "codes": codes + MARKS if codes else None} | recipe.model.options()
     for name, value in asked.items():
         if name not in ("theta", "weights") and found.get(name, value) != value:
             raise ValueError(
-                f"begins {recipe.begins} has {name} {found.get(name)}, this recipe {value}: give the same"
+                f"start {recipe.start} has {name} {found.get(name)}, this recipe {value}: give the same"
             )
     theta = recipe.model.options().get("theta")
     return found | ({"theta": theta} if theta else {})

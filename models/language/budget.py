@@ -58,15 +58,6 @@ class Sampling:
         return f"{self.frames} frames" if self.fps is None else f"{self.fps:g} fps ≤ {self.frames}"
 
 
-def told_times(seconds: Sequence[float], duration: float) -> str:
-    """What a prompt says of when its frames are, as LLaVA-NeXT-Video's does."""
-    times = ",".join(f"{s:.2f}s" for s in seconds)
-    return (
-        f"The video lasts for {duration:.2f} seconds, and {len(seconds)} frames are uniformly sampled from it. "
-        f"These frames are located at {times}."
-    )
-
-
 def fitted(height: int, width: int, step: int, least: int, most: int) -> tuple[int, int]:
     """Sides nearest to those of a picture that are multiples of `step`, with `least` to `most` pixels (Qwen2-VL).
 

@@ -78,11 +78,11 @@ class LogitScale(nn.Module):
 
     def __init__(self, start: float = 1 / 0.07):
         super().__init__()
-        self.log = nn.Parameter(torch.tensor(math.log(start)))
+        self.log = nn.Parameter(torch.tensor([math.log(start)]))  # FSDP shards no scalars
 
     def forward(self) -> Tensor:
         scale: Tensor = _Bounded.apply(self.log, math.log(GREATEST))
-        return scale.exp()
+        return scale.exp()[0]
 
 
 # ---------------------------------------------------------------- contrastive
@@ -147,20 +147,29 @@ def among_rivals(
 # ---------------------------------------------------------------- matching
 
 
-def hard_negatives(similarity: Tensor, positive: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def hard_negatives(
+    similarity: Tensor,
+    positive: Tensor,
+    generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
+) -> Tensor:
     """For each query one candidate that is not its own, drawn by softmax(similarity) (Li et al. 2021, ALBEF, sec. 3.2).
 
     Args:
         similarity: [B, N], scaled. positive: bool [B, N], never drawn.
+        uniform: [B] in 0 … 1, by which they are drawn; none: by the generator.
 
     Returns int64 [B]. Raises ValueError where a query has no negative.
     """
-    if bool(positive.all(1).any()):
+    if not positive.is_meta and bool(positive.all(1).any()):
         raise ValueError(
             "a pair has no negative in its step: raise the batch, or give fewer pairs the same caption"
         )
     p = similarity.detach().float().masked_fill(positive, float("-inf")).softmax(-1)
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
+    if uniform is None:
+        return torch.multinomial(p, 1, generator=generator)[:, 0]
+    upto = p.double().cumsum(-1)  # never one of p = 0: it is the first whose sum lies above
+    return (upto <= uniform.double()[:, None] * upto[:, -1:]).sum(-1).clamp(max=p.shape[1] - 1)
 
 
 def matching(
@@ -192,9 +201,18 @@ def matching(
             hard_negatives(scale * t[mine] @ v.T, alike, generator),
         )
     wrong_text, wrong_video = draw
-    logits = match(torch.cat([video, video, videos[wrong_video]]), torch.cat([text, texts[wrong_text], text]))
+    return matched(match(*triples(video, text, videos[wrong_video], texts[wrong_text])))
+
+
+def triples(video: Tensor, text: Tensor, wrong_video: Tensor, wrong_text: Tensor) -> tuple[Tensor, Tensor]:
+    """Videos and texts [3 B, D] of the pairs of `matching`: right, with a wrong text, with a wrong video."""
+    return torch.cat([video, video, wrong_video]), torch.cat([text, wrong_text, text])
+
+
+def matched(logits: Tensor) -> Tensor:
+    """Σ of binary cross-entropies of `triples`, logits [3 B]."""
     target = torch.zeros_like(logits)
-    target[: len(video)] = 1.0
+    target[: len(logits) // 3] = 1.0
     return F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="sum")
 
 
@@ -217,7 +235,8 @@ def feature_gradients(
     """The loss of a step and its gradient by each feature; the first pass of a gradient cache (Gao et al. 2021).
 
     The features of all micro-batches are made without gradients, then each micro-batch again, with `surrogate`, whose
-    gradients are those of the whole step at once. Dropout must draw the same both times.
+    gradients are those of the whole step at once. Dropout must draw the same both times. Weights that the loss itself
+    uses (a matching head's) get no gradient here: in the second pass they take part again, on the detached features.
 
     Args:
         chunks: of each micro-batch the same features, [b, …] each, which are joined; a scalar (the logit scale) is
@@ -230,9 +249,13 @@ def feature_gradients(
     joined = [each[0] if each[0].ndim == 0 else torch.cat(each) for each in zip(*leaves, strict=True)]
     with torch.enable_grad():
         total = loss(*joined)
-        total.backward()
-    zeros = (tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in chunk) for chunk in leaves)
-    return total.detach(), list(zeros)
+        # by the features alone: what the loss asks of the model's own weights (a matching head) the second pass gives
+        every = [x for chunk in leaves for x in chunk]
+        found = iter(torch.autograd.grad(total, every, allow_unused=True))
+    gradients = [
+        tuple(torch.zeros_like(x) if (g := next(found)) is None else g for x in chunk) for chunk in leaves
+    ]
+    return total.detach(), gradients
 
 
 def surrogate(features: Features, gradients: Features) -> Tensor:

@@ -125,8 +125,9 @@ class Llava(nn.Module):
         keep: Tensor | None = None,
         goal: Goal | None = None,
         kept: Sequence[Tensor | None] | None = None,
+        answer: dict[str, Any] | None = None,
     ) -> Tensor:
-        """tokens [L] or [B, L] → logits [L, V] or [B, L, V]; with a goal its loss.
+        """tokens [L] or [B, L] → logits [L, V] or [B, L, V]; with a goal its loss; with `answer` its answers.
 
         Args:
             visuals: images [3, H, W] and videos [T, 3, H, W], scaled for the tower, in the order of their placeholders.
@@ -138,11 +139,15 @@ class Llava(nn.Module):
             goal: gives `loss.summed` at its places, a scalar, without ever holding the logits of all.
             kept: of each picture which of its tokens are there, bool [t, h, w] (`grid`), None: all; see
                 `budget.moving`.
+            answer: options of `generate`, which is called in place of all else: a sharded model's weights are there
+                inside of its forward pass alone.
 
         Raises ValueError where there are not as many placeholders as visual tokens, or the language model cannot keep
         documents apart.
         """
         rows = tokens if tokens.ndim > 1 else tokens[None]
+        if answer is not None:
+            return self.generate(rows, visuals, kept=kept, **answer)
         each = with_padding([[rows.shape[1]]] * len(rows) if lengths is None else lengths, rows.shape[1])
         told = restarted(each, rows.device) if positions is None else positions
         told = (
@@ -199,12 +204,18 @@ class Llava(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, tokens: Tensor, visuals: Sequence[Tensor] = (), there: Tensor | None = None, **options: Any
+        self,
+        tokens: Tensor,
+        visuals: Sequence[Tensor] = (),
+        there: Tensor | None = None,
+        kept: Sequence[Tensor | None] | None = None,
+        **options: Any,
     ) -> Tensor:
         """Answers to prompts [B, L], int64 [B, new tokens].
 
         Args:
             there: bool [B, L], False in padding, at the left.
+            kept: see `forward`.
             options: of transformers' `generate`.
 
         Raises ValueError for a language model that turns by three, whose positions `generate` would not know.
@@ -212,7 +223,7 @@ class Llava(nn.Module):
         if isinstance(getattr(self.language.base_model, "rotary_emb", None), MRotary):
             raise ValueError("generate: transformers counts one position a token: set positions: plain")
         mask = torch.ones_like(tokens) if there is None else there.long()
-        embedded = self.embed(tokens, visuals)
+        embedded = self.embed(tokens, visuals, kept)
         return self.language.generate(inputs_embeds=embedded, attention_mask=mask, **options)
 
     def blocks(self) -> Iterator[nn.Module]:
@@ -322,17 +333,17 @@ def check(tower: str | dict[str, Any], language: str | dict[str, Any]) -> list[s
 
     Raises MissingModel: one sentence with the fix.
     """
-    lines = []
-    for name, what in (("tower", tower), ("language", language)):
-        if isinstance(what, dict):
-            where = f"a {what.get('model_type')} begun from nothing"
-        elif what.startswith("open_clip:"):
-            model, _, weights = what.removeprefix("open_clip:").partition(":")
-            where = f"{what} {open_clip_weights(model, weights)}" if weights else f"{what} begun from nothing"
-        else:
-            where = f"{what} {transformers_weights(what)}"
-        lines.append(f"{name}: {where}")
-    return lines
+    return [f"{name}: {source(what)}" for name, what in (("tower", tower), ("language", language))]
+
+
+def source(what: str | dict[str, Any]) -> str:
+    """Where a tower or language model comes from. Raises MissingModel: one sentence with the fix."""
+    if isinstance(what, dict):
+        return f"a {what.get('model_type')} begun from nothing"
+    if what.startswith("open_clip:"):
+        model, _, weights = what.removeprefix("open_clip:").partition(":")
+        return f"{what} {open_clip_weights(model, weights)}" if weights else f"{what} begun from nothing"
+    return f"{what} {transformers_weights(what)}"
 
 
 _tower, _projector = tower, projector  # which `build` has as names of its arguments

@@ -21,6 +21,11 @@ from models.language.contrastive import LogitScale
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"dim": 64, "hidden": 128},
     "base": {"dim": 256, "hidden": 1024},
+    "beside": {
+        "dim": 384,
+        "hidden": 256,
+        "residual": True,
+    },  # begins as visual_fit, of its features and MiniLM's
 }
 
 
@@ -29,17 +34,31 @@ class Selector(nn.Module):
 
     Args:
         video, text: widths of the frozen features.
-        dropout: of the hidden layers.
+        dropout: of the encoders' hidden layers.
+        residual: what is learnt is added to the first `dim` numbers of the features, whose cosines it begins with.
+
+    Raises ValueError where features are narrower than what is added to them.
     """
 
     platt: Tensor
 
-    def __init__(self, video: int, text: int, *, dim: int = 256, hidden: int = 1024, dropout: float = 0.0):
+    def __init__(
+        self,
+        video: int,
+        text: int,
+        *,
+        dim: int = 256,
+        hidden: int = 1024,
+        dropout: float = 0.0,
+        residual: bool = False,
+    ):
         super().__init__()
-        self.video, self.text = _encoder(video, hidden, dim, dropout), _encoder(text, hidden, dim, dropout)
-        self.head = nn.Sequential(
-            nn.Linear(4 * dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 1)
-        )
+        if residual and min(video, text) < dim:
+            raise ValueError(
+                f"residual: features of {video} and {text} numbers cannot be added to {dim}: lower dim"
+            )
+        self.video, self.text = (Encoder(width, hidden, dim, dropout, residual) for width in (video, text))
+        self.head = nn.Sequential(nn.Linear(4 * dim, hidden), nn.GELU(), nn.Linear(hidden, 1))
         self.scale = LogitScale()
         self.register_buffer("platt", torch.tensor([1.0, 0.0]))  # slope and shift of `probability`
 
@@ -103,10 +122,31 @@ class Selector(nn.Module):
         return torch.cat([first, order[:, again:]], dim=1)
 
 
-def _encoder(width: int, hidden: int, dim: int, dropout: float) -> nn.Module:
-    return nn.Sequential(
-        nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim)
-    )
+class Encoder(nn.Module):
+    """[…, width] → […, dim]; residual: begins as the first `dim` of the width."""
+
+    def __init__(self, width: int, hidden: int, dim: int, dropout: float, residual: bool):
+        super().__init__()
+        self.dim, self.residual = dim, residual
+        last = nn.Linear(hidden, dim)
+        if residual:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        first = nn.Linear(width, hidden)
+        self.net = nn.Sequential(nn.LayerNorm(width), first, nn.GELU(), nn.Dropout(dropout), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.net(x)
+        return found + x[..., : self.dim] if self.residual else found
 
 
-build = Selector
+def build(
+    sizes: tuple[int, int],
+    *,
+    dim: int = 256,
+    hidden: int = 1024,
+    dropout: float = 0.0,
+    residual: bool = False,
+) -> Selector:
+    """sizes: widths of the features of clips and of texts."""
+    return Selector(*sizes, dim=dim, hidden=hidden, dropout=dropout, residual=residual)

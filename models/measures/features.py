@@ -19,9 +19,9 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -194,25 +194,42 @@ def vivit(path: str | Path, device: str = "cpu") -> Network:
 
     Raises ValueError where it holds something else.
     """
-    from safetensors import SafetensorError
+    saved = read_vivit(path)
+    return vivit_features(saved, Path(path).stem, device)
 
-    from models.encoders.vivit import ViViT
+
+def read_vivit(path: str | Path) -> dict[str, Any]:
+    """{'options', 'weights'} of what `vivit` names. Raises ValueError where it holds something else."""
+    from safetensors import SafetensorError
 
     path = Path(path)
     try:
         if path.is_dir():
             options = torch.load(path / "model.pt", map_location="cpu", weights_only=True)["vivit"]
-            weights = trained_weights(path, "vivit")
-        else:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            options, weights = saved["options"], saved["weights"]
-        network = ViViT(**options)
-        network.load_state_dict(weights)
+            return {"options": options, "weights": trained_weights(path, "vivit")}
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {"options": saved["options"], "weights": saved["weights"]}
     except (OSError, KeyError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
-        raise ValueError(
-            f"{path} holds no ViViT: train one (clipmill train vivit), or write a file with "
-            "torch.save({'options': …, 'weights': model.state_dict()}, file)"
-        ) from e
+        raise ValueError(no_vivit(path)) from e
+
+
+def no_vivit(path: str | Path) -> str:
+    return (
+        f"{path} holds no ViViT: train one (clipmill train vivit), or write a file with "
+        "torch.save({'options': …, 'weights': model.state_dict()}, file)"
+    )
+
+
+def vivit_features(saved: Mapping[str, Any], name: str, device: str = "cpu") -> Network:
+    """The clip features of a ViViT as `read_vivit` gives it. Raises ValueError where options and weights differ."""
+    from models.encoders.vivit import ViViT
+
+    options = saved["options"]
+    try:
+        network = ViViT(**options)
+        network.load_state_dict(saved["weights"])
+    except (TypeError, RuntimeError) as e:
+        raise ValueError(no_vivit(name)) from e
     network.eval().to(device)
     side = options.get("size", 224)
 
@@ -223,7 +240,7 @@ def vivit(path: str | Path, device: str = "cpu") -> Network:
         return network(frames.unflatten(0, (len(videos), -1)).transpose(1, 2)).features
 
     about = f"frames resized to {side}×{side}, bicubic"
-    return Network(f"vivit-{path.stem}", features, device, weights_hash(network), about)
+    return Network(f"vivit-{name}", features, device, weights_hash(network), about)
 
 
 def trained_weights(folder: Path, phase: str) -> dict[str, Tensor]:

@@ -180,6 +180,7 @@ BUILT_IN = {
     "p_yes": "pipeline.caption.judges_vlm:Yes",
     "pac_s": "pipeline.caption.judges:PacS",
     "emscore": "pipeline.caption.judges:EMScore",
+    "selector": "pipeline.caption.judges:Selector",
     "consensus_by": "pipeline.caption.judges:ConsensusBy",
     "served_yes": "pipeline.caption.served:ServedYes",
 }

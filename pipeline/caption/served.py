@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from models.language.times import plain
 from pipeline.caption import client, prompts, structured
 from pipeline.caption.answers import Answer, Server, total
 from pipeline.caption.captioner import Captioner, Said
@@ -57,16 +58,6 @@ def images(jpegs: Sequence[bytes], detail: str | None = None) -> Content:
     """Frames one by one."""
     more = {"detail": detail} if detail else {}
     return [{"type": "image_url", "image_url": {"url": _url("image/jpeg", j), **more}} for j in jpegs]
-
-
-def told_times(times_s: Sequence[float], duration_s: float) -> str:
-    """What images do not tell, in the words that models in the process are told it; '' of a single frame."""
-    if len(times_s) == 1:
-        return ""
-    when = ", ".join(f"{t:.1f}" for t in times_s)
-    return (
-        f"These {len(times_s)} frames of one video of {duration_s:.1f} seconds are shown at {when} seconds."
-    )
 
 
 def _url(kind: str, *data: bytes) -> str:
@@ -166,7 +157,7 @@ class Served(Asking):
             if not jpegs:  # no sampled frame lies in it
                 return Caption(self.name, "")
             content = images(jpegs, o.detail)
-            times = told_times(when, clip.duration_s)
+            times = plain(when, clip.duration_s)
             if o.input == "jpegs":
                 content, more["media_io_kwargs"] = _as_video(jpegs, when, clip.duration_s)
                 times = ""
@@ -267,7 +258,7 @@ class ServedYes(Judge):
         jpegs, when = frames(told.video, told.clip, self.options.frames)
         if not jpegs:
             return [None] * len(told.texts)
-        times = told_times(when, told.clip.duration_s)
+        times = plain(when, told.clip.duration_s)
 
         def p(text: str) -> float | None:
             words = f"{times}\n{self.options.question.replace('{caption}', text)}".strip()

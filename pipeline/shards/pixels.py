@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -103,3 +104,80 @@ def _picture(scaler: Any, size: tuple[int, int] | None, sar: Fraction, frame: An
     ).to_ndarray()
     top, left = (h - height) // 2, (w - width) // 2
     return image[top : top + height, left : left + width]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When the frames of a clip are shown: seconds from the first one on, and how long all of it lasts."""
+
+    seconds: tuple[float, ...]
+    duration: float
+
+    @property
+    def rate(self) -> float:
+        """Frames a second."""
+        return len(self.seconds) / self.duration if self.duration > 0 else 1.0
+
+
+def clock(video: bytes | str) -> Clock:
+    """Of an mp4, or a file of that name, from its packets; nothing is decoded. Raises BrokenSample."""
+    import av
+
+    try:
+        with av.open(io.BytesIO(video) if isinstance(video, bytes) else video, "r") as container:
+            if not container.streams.video:
+                raise BrokenSample("no video stream")
+            stream = container.streams.video[0]
+            assert stream.time_base is not None
+            start, length = _extent(container, stream)
+            container.seek(0)
+            times = sorted(p.pts for p in container.demux(stream) if p.pts is not None)
+            if not times:
+                raise BrokenSample("no frames")
+            unit = float(stream.time_base)
+            end = max(length, times[-1] - start)
+            return Clock(tuple((t - times[0]) * unit for t in times), float(end * unit))
+    except (av.FFmpegError, OSError) as e:
+        raise BrokenSample(str(e)) from e
+
+
+def numbered(clip: bytes, numbers: Sequence[int]) -> np.ndarray:
+    """The frames of these increasing numbers, uint8 [T, H, W, 3] RGB as stored; beyond the last one, the last.
+
+    Args:
+        clip: of shards; what anybody may hand in is read by `pipeline.split.shown`.
+
+    Raises BrokenSample.
+    """
+    import av
+
+    wanted, found = set(numbers), {}
+    try:
+        with av.open(io.BytesIO(clip), "r") as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # the workers are the parallelism
+            last = None
+            for number, frame in enumerate(container.decode(stream)):
+                last = frame
+                if number in wanted:
+                    found[number] = frame.to_ndarray(format="rgb24")
+                    if len(found) == len(wanted):
+                        break
+            if last is None:
+                raise BrokenSample("no frames")
+            final = None if len(found) == len(wanted) else last.to_ndarray(format="rgb24")
+    except (av.FFmpegError, OSError, IndexError) as e:
+        raise BrokenSample(str(e)) from e
+    pictures = [found.get(n, final) for n in numbers]
+    return np.stack([p for p in pictures if p is not None])
+
+
+def picture(image: bytes | str) -> np.ndarray:
+    """A still picture, upright, uint8 [1, H, W, 3] RGB. Raises BrokenSample."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))[None]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise BrokenSample(str(e)) from e

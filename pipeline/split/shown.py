@@ -6,7 +6,7 @@ container says, upright, in square pixels, HDR brought to BT.709.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -33,15 +33,19 @@ class Shown:
 
 
 def read(
-    path: str, size: Callable[[float], Size], fps: float | None = None, most: int | None = None
+    path: str,
+    size: Callable[[float], Size] | None,
+    fps: float | None = None,
+    most: int | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Shown:
     """The frames of a video from its first one on.
 
     Args:
         size: of the pictures, by the aspect (width ÷ height) in which they are shown; they are scaled to cover it and
-            cropped at the centre.
+            cropped at the centre. None: its own, in square pixels.
         fps: what is seen so often a second while the video lasts; none: every frame, once.
-        most: frames to read.
+        most: frames to read. numbers: of frames, from 0, in order: those alone; beyond the last one, the last.
 
     Raises DecodeError where nothing can be decoded.
     """
@@ -59,17 +63,21 @@ def read(
                 nth = list(container.streams.video).index(stream)
                 crop = container_crop(path, container.format.name, nth, (frame.width, frame.height))
                 between = 1 / (Fraction(fps).limit_denominator(1001) * time_base) if fps else None
-                seen = _Seen(frame, stream, time_base, options, crop, size, between)
+                wanted = None if numbers is None else frozenset(numbers)
+                seen = _Seen(frame, stream, time_base, options, crop, size, between, wanted)
             clock.read(frame.pts, frame.dts)
             duration = frame.duration
             seen.add(n, frame, clock.elapsed)
             if most is not None and len(seen.shown) >= most:
                 break
+            if seen.wanted is not None and len(seen.chosen) == len(seen.wanted):
+                break
         if seen is None:
             raise DecodeError(f"no frame can be decoded{reader.reason()}; the file is damaged or incomplete")
         seen.end()
         seen.until(clock.elapsed + (duration or step))
-    pictures = np.stack(seen.shown[:most])
+    shown = seen.shown[:most] if numbers is None else [seen.at(n) for n in numbers]
+    pictures = np.stack(shown)
     if fps is None:
         n = len(clock.stamps)
         fps = float((n - 1) / (clock.elapsed * time_base) if clock.elapsed else rate)
@@ -77,7 +85,7 @@ def read(
 
 
 class _Seen(Pictures):
-    """What is seen at evenly spaced times, `between` ticks apart, or every frame where that is none."""
+    """What is seen at evenly spaced times, `between` ticks apart; where that is none every frame, or those `wanted`."""
 
     def __init__(
         self,
@@ -86,12 +94,18 @@ class _Seen(Pictures):
         time_base: Fraction,
         options: Decode,
         crop: Crop,
-        size: Callable[[float], Size],
+        size: Callable[[float], Size] | None,
         between: Fraction | None,
+        wanted: frozenset[int] | None,
     ):
         super().__init__(first, stream, time_base, options, crop)
-        self.size, self.between = size(self.found.aspect), between
+        width, height = self.found.size
+        own = height, max(1, round(width * self.found.sar))
+        self.size = size(self.found.aspect) if size else own
+        self.between, self.wanted = between, wanted
         self.shown: list[np.ndarray] = []
+        self.chosen: dict[int, np.ndarray] = {}
+        self.last: tuple[Any, Geometry] | None = None  # that is not wanted
         self.latest: np.ndarray | None = None
         self.fitted: dict[float, Scaler] = {}
 
@@ -104,8 +118,20 @@ class _Seen(Pictures):
         ):
             self.shown.append(self.latest)
 
+    def at(self, n: int) -> np.ndarray:
+        """The frame of that number, or the last."""
+        if n not in self.chosen:
+            assert self.last is not None
+            self.chosen[n] = self._cropped(*self.last)
+        return self.chosen[n]
+
     def _keep(self, n: int, frame: Any, elapsed: int, geometry: Geometry) -> None:
         self._recolour(frame)
+        if self.wanted is not None:
+            self.last = frame, geometry
+            if n in self.wanted:
+                self.chosen[n] = self._cropped(frame, geometry)
+            return
         self.until(elapsed)
         self.latest = self._cropped(frame, geometry)
         if self.between is None:

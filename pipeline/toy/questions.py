@@ -5,11 +5,11 @@ No question names an attribute that another asks for, so a conversation gives no
 
 from __future__ import annotations
 
-import string
 from typing import Any
 
 import numpy as np
 
+from models.measures.multiple_choice import LETTERS, lettered
 from pipeline.toy.world import BACKGROUNDS, COLOURS, COUNTS, DIRECTIONS, SHAPES, Attributes
 
 QUESTIONS = {
@@ -26,14 +26,6 @@ VALUES = {
     "direction": list(DIRECTIONS),
     "background": list(BACKGROUNDS),
 }
-LETTERS = string.ascii_uppercase
-LETTER_ONLY = "Answer with the letter of the right option."
-
-
-def lettered(question: str, options: list[str]) -> str:
-    """The question with its options, a line each: 'Which …?\\nA. red\\nB. blue\\nAnswer with the letter …'."""
-    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    return "\n".join([question, *lines, LETTER_ONLY])
 
 
 def choices(rng: np.random.Generator, attributes: Attributes) -> list[dict[str, Any]]:

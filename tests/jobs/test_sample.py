@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from jobs import sample as job
-from jobs.evaluate import caption_of
+from jobs.evaluation.diffusion import caption_of
 from jobs.training.loop import train
 from jobs.training.recipe_diffusion import DiffusionRecipe
 from jobs.videos import write_mp4

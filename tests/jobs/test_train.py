@@ -17,20 +17,20 @@ from jobs.training.distributed import connect
 from jobs.training.exported import load_model
 from jobs.training.loop import train as run_training
 from jobs.training.recipe import load_training
-from jobs.training.task import Draws
-from jobs.training.vlm import build
-from models.language import text
-from models.language.small_vlm import caption_loss
 from tests.fixtures.run_folder import make_run_folder
-from tests.fixtures.toy_training import Notes, in_ranks, start, weights
+from tests.fixtures.shrunken import TINY_VLM
+from tests.fixtures.toy_training import Notes, in_ranks, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ROOT = Path(__file__).parents[2]
 TINY = [
-    "model={kind: small_vlm, preset: tiny}",
-    "data.buckets=[{frames: 2, height: 32, width: 32}]",
-    "data.batch=2",
-    "caption_bytes=32",
+    f"model={TINY_VLM}",
+    "frames.frames=2",
+    "data.tokens=256",
+    "data.lanes=2",
+    "data.pool=2",
+    "tokenizer=280",
+    "held_out=0",
     "optimizer.warmup=2",
 ]
 
@@ -48,7 +48,7 @@ def data(tmp_path_factory):
 
 def command(data, out, *more):
     sets = [x for item in (*TINY, "run.sample_every=0", "data.workers=0") for x in ("--set", item)]
-    return ["vlm", data, "--recipe", "vlm", "--out", str(out), "--device", "cpu", *sets, *more]
+    return ["vlm", data, "--recipe", "small-vlm", "--out", str(out), "--device", "cpu", *sets, *more]
 
 
 def same(a, b):
@@ -92,10 +92,15 @@ def test_other_settings_do_not_overwrite_a_checkpoint(data, tmp_path, capsys):
     ("arguments", "says"),
     [
         ([], "shards"),
-        (["--set", "data.buckets=[{frames: 2, height: 40, width: 40}]"], "multiple of the patches' 16"),
-        (["--set", "data.buckets=[{frames: 2, height: 32, width: 64}]"], "data.buckets"),
+        (
+            ["--set", "data.buckets=[{frames: 2, height: 32, width: 64}]"],
+            "buckets: a vision–language model's",
+        ),
+        (["--set", "data.batch=2"], "set packing: false, or tokens"),
+        (["--set", "train.language=lora"], "add lora: {rank: 16}"),
+        (["--set", "tokenizer=200"], "261"),
         (["--set", "optimizer.learning_rate=1"], "optimizer.learning_rate"),
-        (["--set", "model={kind: small_vlm, widht: 3}"], "widht"),
+        (["--set", "model={kind: llava, towr: x}"], "towr"),
         (["--recipe", "nothing"], "'nothing' not found"),
         (["--device", "gpu"], "device 'gpu'"),
     ],
@@ -112,7 +117,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, says):
 def test_a_recipe_of_another_kind_is_refused(tmp_path, capsys):
     arguments = command(str(tmp_path), tmp_path / "out")
     assert train.main(["vae", *arguments[1:]]) == 2
-    assert "recipe vlm trains vlm" in capsys.readouterr().err
+    assert "recipe small-vlm trains vlm" in capsys.readouterr().err
 
 
 def test_training_imports_no_ray(data, tmp_path):
@@ -142,51 +147,19 @@ def test_help_is_quick():
     assert "--set" in done.stdout
 
 
-# ---------------------------------------------------------------- the small VLM as a task
-
-
-def recipe(**sections):
-    return load_training("vlm", [*TINY, "data.workers=0", *(f"{k}={v}" for k, v in sections.items())])
-
-
-def test_the_bundled_recipe_is_whole():
-    found = load_training("vlm")
-    assert found.trains == "vlm"
-    assert found.model.options() == {"width": 192, "depth": 4, "heads": 6}
-
-
-def test_the_loss_is_a_sum_over_caption_bytes(data):
-    task, loader = build(recipe(), start(data))
-    batch, model = next(iter(loader)), task.phases[0].module
-    found = task.loss("vlm", model, batch, Draws(0, 0, torch.device("cpu")))
-    written = [min(len(c.encode()), 30) + 1 for c in batch["caption"]]  # and the end
-    assert task.counts(batch)["words"] == sum(written)
-    video = batch["video"].transpose(1, 2).float() / 127.5 - 1
-    alone = [
-        caption_loss(model, video[i : i + 1], text.encode([c], 32)) * n
-        for i, (c, n) in enumerate(zip(batch["caption"], written, strict=True))
-    ]
-    torch.testing.assert_close(found.sums["words"], sum(alone), rtol=1e-5, atol=0)
-
-
-def test_it_learns_the_captions(data, tmp_path):
-    wanted = recipe(**{"run.steps": 40, "run.log_every": 1, "optimizer.lr": 0.003, "run.save_every": 100})
-    run_training(wanted, data, tmp_path, device="cpu", monitor=Notes)
-    rows = Notes.newest.rows
-    assert rows[1]["loss"] > 5
-    assert rows[40]["loss"] < 0.7 * rows[1]["loss"]
+# ---------------------------------------------------------------- several ranks, files
 
 
 def few_clips_rank(data, out, wanted):
-    run_training(load_training("vlm", wanted), data, out, device="cpu", monitor=Notes)
+    run_training(load_training("small-vlm", wanted), data, out, device="cpu", monitor=Notes)
 
 
 def test_more_ranks_than_batches_do_not_wait_for_each_other(data, tmp_path):
-    """Sixteen clips in micro-batches of 16: one batch, two ranks."""
+    """Few clips in sequences that hold all of them: less than one sequence a lane, two ranks."""
     wanted = [
         *TINY,
         "data.workers=0",
-        "data.batch=16",
+        "data.tokens=512",
         "data.micro_batches=2",
         "run.steps=2",
         "ema.lengths=[]",
@@ -197,7 +170,9 @@ def test_more_ranks_than_batches_do_not_wait_for_each_other(data, tmp_path):
 
 def test_a_recipe_file_and_overrides_are_taken(data, tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump({**load_training("vlm", TINY).model_dump(mode="json"), "name": "mine"}))
+    file.write_text(
+        yaml.safe_dump({**load_training("small-vlm", TINY).model_dump(mode="json"), "name": "mine"})
+    )
     arguments = command(data, tmp_path / "out", "--steps", "1")
     arguments[3] = str(file)
     assert train.main(arguments) == 0

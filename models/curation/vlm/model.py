@@ -25,6 +25,7 @@ from models.curation.vlm.families import Input, least_frames
 from models.curation.vlm.loading import Wanted
 from models.curation.vlm.sampling import OwnChance
 from models.hub import MissingModel
+from models.language.times import plain
 
 CLOCK_HZ = 1000  # processors tell time as index ÷ fps; ticks of 1 ms carry any frame's PTS
 AFFIRMATION, DENIAL = (("Yes", "yes", " Yes", " yes"), ("No", "no", " No", " no"))
@@ -228,11 +229,7 @@ class VLM:
         several = self.input != "image" and len(look.frames) > 1
         if self.times == "none" or not several or (self.times == "auto" and self.input == "video"):
             return look.prompt
-        times = ", ".join(f"{t:.1f}" for t in look.times_s)
-        return (
-            f"These {len(look.frames)} frames of one video of {look.duration_s:.1f} seconds are shown at {times} "
-            f"seconds.\n{look.prompt}"
-        )
+        return f"{plain(look.times_s, look.duration_s)}\n{look.prompt}"
 
     def _text(self, look: Look) -> str:
         """The prompt as the processor wants it, with a place for the pictures."""

@@ -98,7 +98,7 @@ def test_msrvtt_splits_pairs_and_questions(tmp_path):
     assert split == "1k-A"
     assert [(i.id, i.captions) for i in found.items] == [("video7010", ("a man is singing",))]
     assert found.missing == ["video9771"]
-    assert "1 videos are not in the folder and left out (video9771)" in found.note()
+    assert "Left out, as they are not in the folder: 1 (video9771)" in found.note()
     (asked,) = items("msr-vtt", tmp_path, "questions").values()
     assert (asked.question, asked.answers, asked.group) == ("what does a man do?", ("sing",), ("what",))
     assert asked.video.name == "video7010.mp4"

@@ -38,13 +38,13 @@ def test_every_training_option_says_what_it_means():
 
 def test_training_recipes_inherit_and_a_network_of_another_kind_starts_anew(tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text("base: vlm\ndata: {fps: 4}\nmodel: {width: null}\n")
+    file.write_text("base: vivit\ndata: {fps: 4}\nmodel: {preset: null}\n")
     recipe = load_training(str(file))
-    assert (recipe.name, recipe.trains, recipe.data.fps, recipe.data.batch) == ("mine", "vlm", 4, 4)
-    assert recipe.model.options() == {"depth": 4, "heads": 6}
+    assert (recipe.name, recipe.trains, recipe.data.fps, recipe.data.batch) == ("mine", "vivit", 4, 16)
+    assert recipe.model.options() == {"model": 3}
     file.write_text("base: toy\nmodel: {kind: dit, preset: XS/2}\n")
     assert load_training(str(file)).model.kind == "dit"
-    assert load_training("vlm").data.fps is None
+    assert load_training("vivit").data.fps == 8
 
 
 def test_what_a_network_reads_lies_beside_its_recipe(tmp_path, monkeypatch):
@@ -106,7 +106,7 @@ def test_a_wrong_value_is_refused_when_the_recipe_is_read(change, says):
 
 @pytest.mark.parametrize("name", ["vae", "vivit"])
 @pytest.mark.parametrize(
-    "change", ["run.frechet=8", "run.prompts=[a dog]", "run.guidance=2", "compute.context=2"]
+    "change", ["run.frechet=8", "run.sampler=ddim", "run.guidance=2", "compute.context=2"]
 )
 def test_what_a_trainer_does_not_do_is_not_taken_in_silence(name, change):
     with pytest.raises(RecipeError, match=rf"^--set {re.escape(change)}: \w"):

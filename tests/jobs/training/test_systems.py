@@ -17,7 +17,9 @@ from jobs.training.build import build_autoencoder
 from jobs.training.exported import load_model
 from jobs.training.loop import train
 from jobs.training.recipe_diffusion import Autoencoder
+from jobs.training.speaker import load_speaker
 from jobs.videos import write_mp4
+from models.choosing.chooser import Chooser
 from models.measures.features import load_features
 from tests.fixtures.run_folder import make_sharded_run
 from tests.fixtures.shrunken import NAMES, checkpoints, load
@@ -36,11 +38,13 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def at(tmp_path_factory, run):
-    """Tiny checkpoints, and a model that toy-frames starts from."""
+    """Tiny checkpoints, a model that toy-frames starts from, and one that makes a world model's codes."""
     found = checkpoints(tmp_path_factory.mktemp("checkpoints"))
-    toy = tmp_path_factory.mktemp("toy")
-    assert in_ranks(1, rank, "toy", found, run, toy, "one") == [0]
-    return found | {"toy": str(toy)}
+    for name, of in (("toy", "toy"), ("vq", "toy-vq")):
+        folder = tmp_path_factory.mktemp(name)
+        assert in_ranks(1, rank, of, found, run, folder, "one") == [0]
+        found[name] = str(folder)
+    return found
 
 
 class Killed(Notes):
@@ -91,6 +95,24 @@ def sampled(model, given, out) -> list[str]:
     return list(tasks)
 
 
+def worlds(model, given, out) -> list[str]:
+    """Every task of a world model that has codes."""
+    if load_model(model).recipe["vq"]["path"] is None:
+        return []
+    video = ["--video", str(given / "video.mp4")]
+    tasks = {
+        "text": ["--frames", "1"],
+        "image": video,
+        "predict": video,
+        "extend": [*video, "--frames", "12"],
+    }
+    for task, own in (tasks | {"caption": video}).items():
+        options = ["--task", task, *own, "--top-k", "4", "--device", "cpu", "--out", str(out / task)]
+        assert sample.main([str(model), *options, *(["--prompt", "waves"] if task != "caption" else [])]) == 0
+        assert len(list((out / task).glob("*.mp4"))) == (task != "caption")
+    return [*tasks, "caption"]
+
+
 def evaluated(model, run, given, out) -> float:
     """The distance to real videos that the command writes."""
     options = ["--n", "2", "--steps", "2", "--features", str(given / "colours.pt"), "--device", "cpu"]
@@ -135,8 +157,21 @@ def test_a_recipe_trains_is_killed_resumes_bit_for_bit_is_sampled_and_evaluated(
         video = torch.rand(1, 3, 5, 32, 32)
         assert kept.decode(kept.encode(video).mean).shape == video.shape
         done.append("reconstructs")
+    if trained.recipe["trains"] == "vlm":
+        speaker = load_speaker(parts)
+        clip = speaker.frames(str(given / "video.mp4"))
+        (said,) = speaker.answer([[{"role": "user", "content": "What is it?"}]], [[clip]], most=4)
+        assert isinstance(said, str)
+        done.append("answers")
+    if trained.recipe["trains"] == "world":
+        done += worlds(parts, given, tmp_path / "samples")
     if trained.recipe["trains"] == "vivit":
         features = load_features(f"vivit:{parts}")(torch.zeros(2, 4, 32, 32, 3, dtype=torch.uint8))
         assert features.isfinite().all()
         done.append("features")
+    if trained.recipe["trains"] == "selector":
+        chooser = Chooser.load(parts / "selector.pt")
+        said = chooser([np.zeros((32, 32, 3), np.uint8)], ["a gradient", "a cat"])
+        assert [0 < p < 1 for p in said] == [True, True]
+        done.append("judges")
     record_property("system", (name, mode, done))

@@ -175,7 +175,7 @@ def test_stages_follow_one_another_and_go_on_where_they_were_stopped(run, tmp_pa
     assert (first.model.theta, second.model.theta) == (1e4, 1e6)
     assert (first.recipe.data.tokens, second.recipe.data.tokens) == (128, 256)
     assert second.recipe.optimizer.lr == 1e-4
-    assert second.recipe.begins == str(tmp_path / "stage-1")
+    assert second.recipe.start == str(tmp_path / "stage-1")
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("model.safetensors")}
     assert (
         train_all(made, run, tmp_path, device="cpu", monitor=Notes)[0].step == 3
@@ -187,7 +187,7 @@ def test_a_stage_begins_with_the_average_that_the_one_before_left(run, tmp_path)
     text = {"needle": 0, "text": 1, "text_to_video": 0, "video_to_text": 0}
     train(recipe(None, documents=text), run, tmp_path / "a", device="cpu", monitor=Notes)
     left = load_world(str(tmp_path / "a"))
-    begun, _ = training.build(recipe(None, documents=text, begins=str(tmp_path / "a")), start(run))
+    begun, _ = training.build(recipe(None, documents=text, start=str(tmp_path / "a")), start(run))
     for a, b in zip(left.model.parameters(), begun.system.model.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -10,9 +10,10 @@ import torch
 from transformers import VideoLlama3VideoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from models.language.budget import Sampling, fitted, moving, table, told_times
+from models.language.budget import Sampling, fitted, moving, table
 from models.language.llava import ONEVISION, PRESETS, Placeholders, build
 from models.language.projectors import Projector
+from models.language.times import llava_next
 from pipeline.samples import spread
 
 
@@ -162,7 +163,7 @@ def test_the_table_says_what_a_clip_costs_under_each_setting():
 
 
 def test_times_are_told_as_llava_next_video_has_it():
-    assert told_times([0.0, 1.5], 3.0) == (
+    assert llava_next([0.0, 1.5], 3.0) == (
         "The video lasts for 3.00 seconds, and 2 frames are uniformly sampled from it. "
         "These frames are located at 0.00s,1.50s."
     )

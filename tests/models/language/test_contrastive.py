@@ -226,6 +226,10 @@ def test_two_passes_over_micro_batches_have_the_gradients_of_one_pass_dropout_to
     loss, gradients = feature_gradients(first, lambda *each: total(model, *each))
     for i in range(3):
         surrogate(encoded(i), gradients[i]).backward()
+    v, t = (torch.cat([part[j] for part in first]) for j in range(2))
+    (
+        matching(model.match, v, t, 1.0, draw=DRAW) / N
+    ).backward()  # what the loss asks of the head's own weights
     got = {n: p.grad for n, p in model.named_parameters()}
 
     model.zero_grad(set_to_none=True)

@@ -2,8 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from models.choosing.chooser import Chooser
+from models.choosing.file import Saved, Spec
+from models.choosing.frozen import TextFeatures, VideoFeatures
 from models.encoders.sentence import MiniLM
+from models.language.selector import build as build_selector
 from models.measures.captions.cider import consensus
 from models.measures.visual_fit import fits
 from pipeline import recipe
@@ -12,7 +17,7 @@ from pipeline.caption.judge import JudgeStage, build
 from pipeline.caption.text import STOP_WORDS
 from pipeline.io.store import Store
 from pipeline.layers import Layer, Layered, create
-from pipeline.recipe_choose import ConsensusJudge, PacSJudge, PythonJudge, VisualFitJudge
+from pipeline.recipe_choose import ConsensusJudge, PacSJudge, PythonJudge, SelectorJudge, VisualFitJudge
 from pipeline.record import Caption, Sample
 from pipeline.run import layering
 from pipeline.run.reopen import ReopenStage
@@ -194,3 +199,39 @@ def test_as_a_layer_it_brings_scores_and_the_words_that_a_search_finds_clips_by(
                 found = fits(v, stage.judge.measure.words.embed([caption["text"]]))[i, 0]
                 assert dict(caption["scores"])["visual_fit"] == pytest.approx(found, abs=1e-5)
                 assert "consensus" in dict(caption["scores"])  # what was there stays
+
+
+# ---------------------------------------------------------------- a selector that was trained
+
+
+@pytest.fixture(scope="module")
+def selector(tmp_path_factory):
+    """The file of one with random weights."""
+    torch.manual_seed(0)
+    spec, options = Spec(("visual_fit",), "minilm", 2), {"dim": 8, "hidden": 8}
+    hashes = VideoFeatures(spec.video).hashes | {"minilm": TextFeatures("minilm").hash}
+    file = tmp_path_factory.mktemp("selector") / "selector.pt"
+    weights = build_selector((384, 384), **options).state_dict()
+    Saved(spec, (384, 384), options, weights, True, hashes=hashes).write(file)
+    return file
+
+
+def test_a_selector_scores_as_its_file_does_by_the_frames_that_models_are_shown(selector):
+    stage = JudgeStage(SelectorJudge(kind="selector", model=str(selector), name="mine"))
+    stage.setup()
+    v = told()
+    stage([v])
+    expected = Chooser.load(selector)([noise_as_seen(v, 0), noise_as_seen(v, 1)], [t for t in TEXTS if t])
+    got = [c.scores.get("mine") for c in v.clips[0].captions]
+    assert [x for x in got if x is not None] == pytest.approx(expected, abs=1e-5)
+    assert [x is None for x in got] == [not t for t in TEXTS]
+    assert not v.clips[1].captions[0].scores
+
+
+def test_a_selector_that_is_not_there_is_refused_with_a_sentence(tmp_path):
+    judge = build(SelectorJudge(kind="selector", model=str(tmp_path / "none.pt")))
+    with pytest.raises(recipe.RecipeError, match="clipmill train selector leaves it in its --out"):
+        judge.check()
+    (tmp_path / "bad.pt").write_bytes(b"no")
+    with pytest.raises(recipe.RecipeError, match=r"selector: .*bad.pt is no selector"):
+        build(SelectorJudge(kind="selector", model=str(tmp_path / "bad.pt"))).check()

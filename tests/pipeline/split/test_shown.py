@@ -79,6 +79,15 @@ def test_a_picture_of_another_shape_is_cropped_at_the_centre():
     assert np.array_equal(tall, whole[:, left : left + height])
 
 
+@pytest.mark.parametrize("degrees", [0, 90])
+def test_frames_are_found_by_their_numbers_in_the_videos_own_size(degrees):
+    path = made(rotated, degrees=degrees)
+    width, height = videos.SIZE[::-1] if degrees else videos.SIZE
+    every = read(str(path), lambda _: (height, width)).pictures
+    found = read(str(path), None, numbers=[0, 3, 4, len(every) + 9]).pictures
+    assert np.array_equal(found, every[[0, 3, 4, -1]])
+
+
 def test_what_is_no_video_is_one_sentence(tmp_path):
     with pytest.raises(DecodeError):
         read(str(made(videos.text)), lambda _: (16, 16))

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from jobs import evaluate
+from jobs import evaluate as job
+from jobs.evaluation import diffusion as evaluate
 from pipeline.io.store import Store
 from pipeline.shards.pack import shard
 from tests.fixtures import run_folder
@@ -65,7 +66,7 @@ def made(tmp_path) -> Path:
 
 
 def evaluated(made: Path, run: Path, *more: str) -> dict:
-    code = evaluate.main(["diffusion", str(made), "--against", f"{run}/shards", "--frames", "6", *more])
+    code = job.main(["diffusion", str(made), "--against", f"{run}/shards", "--frames", "6", *more])
     assert code == 0
     return json.loads((made / "eval.json").read_text())
 
@@ -249,7 +250,7 @@ def test_a_model_is_sampled_with_the_captions_of_the_real_clips_and_says_how(run
     options = ["--n", "2", "--steps", "2", "--guidance", "1.5", "--seed", "7", "--device", "cpu"]
     features = ["--features", str(networks / "colours.pt")]
     model = str(tmp_path / "m")
-    assert evaluate.main(["diffusion", model, "--against", str(run), *features, *options]) == 0
+    assert job.main(["diffusion", model, "--against", str(run), *features, *options]) == 0
     out = capsys.readouterr().out
     assert "seed 7" in out
     assert "step 20, ema 0.1, sampler dpmpp_2m, steps 2, spacing time, guidance 1.5" in out
@@ -287,22 +288,22 @@ def test_sizes_are_width_by_height(size, found):
 )
 def test_bad_input_is_one_line(made, run, networks, capsys, arguments, says):
     features = [] if "--features" in arguments else ["--features", str(networks / "colours.pt")]
-    assert evaluate.main(["diffusion", str(made), "--against", str(run), *features, *arguments]) == 2
+    assert job.main(["diffusion", str(made), "--against", str(run), *features, *arguments]) == 2
     err = capsys.readouterr().err
     assert says in err
     assert err.count("\n") == 1
 
 
 def test_a_folder_without_videos_or_shards_is_one_line(made, run, networks, tmp_path, capsys):
-    assert evaluate.main(["diffusion", str(tmp_path / "none"), "--against", str(run)]) == 2
+    assert job.main(["diffusion", str(tmp_path / "none"), "--against", str(run)]) == 2
     assert "is no folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     network = ["--features", str(networks / "colours.pt")]
-    assert evaluate.main(["diffusion", str(made), "--against", str(tmp_path / "empty"), *network]) == 2
+    assert job.main(["diffusion", str(made), "--against", str(tmp_path / "empty"), *network]) == 2
     assert "give a folder of shards" in capsys.readouterr().err
     shutil.rmtree(made)
     made.mkdir()
-    assert evaluate.main(["diffusion", str(made), "--against", str(run)]) == 2
+    assert job.main(["diffusion", str(made), "--against", str(run)]) == 2
     assert "holds neither a model" in capsys.readouterr().err
 
 

@@ -1,0 +1,151 @@
+"""A needle in a long video: one clip among many others, and which of several captions is one of the video's.
+
+A video of L clips of a run end to end; one of them, at a depth from the first to the last, is the needle. Of K captions
+one is the needle's, K − 1 are of clips that are not in the video, and no two are the same. Each clip gives as many
+frames however long the video is, so L is how much else there is to look at. Chance is 1 ÷ K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jobs.benchmarks.items import Item
+from jobs.evaluation.answers import Answers
+from jobs.evaluation.looking import Tell
+from jobs.evaluation.numbers import Number, share
+from jobs.evaluation.questions import By
+from models.language.budget import Sampling
+from models.measures.multiple_choice import LETTERS, chosen, lettered
+from pipeline.shards.pixels import BrokenSample, clock
+
+if TYPE_CHECKING:
+    from jobs.training.speaker import Speaker
+    from jobs.training.visuals import Visual
+
+QUESTION = "Which of these does the video show?"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """clips: numbers of items, in order. at: which of them is the needle. options: captions. answer: the needle's."""
+
+    id: str
+    clips: tuple[int, ...]
+    at: int
+    options: tuple[str, ...]
+    answer: int
+
+
+def trials(
+    items: Sequence[Item], lengths: Sequence[int], depths: int, each: int, options: int, seed: int
+) -> list[Trial]:
+    """`each` trials of every length at every one of `depths` depths, from the first clip to the last.
+
+    Raises ValueError where there are too few clips of unlike captions.
+    """
+    captions = [item.captions[0] for item in items]
+    found = []
+    for length in lengths:
+        for place in range(min(depths, length)):
+            at = round(place * (length - 1) / max(1, min(depths, length) - 1))
+            for number in range(each):
+                rng = np.random.default_rng([seed, length, at, number])
+                order = rng.permutation(len(items)).tolist()
+                needle, rest = order[0], order[1:]
+                others = [i for i in rest if captions[i] != captions[needle]][: length - 1]
+                shown = {captions[i] for i in [needle, *others]}
+                wrong = [c for c in dict.fromkeys(captions[i] for i in rest) if c not in shown]
+                if len(others) < length - 1 or len(wrong) < options - 1:
+                    raise ValueError(
+                        f"{len(items)} clips of {len(set(captions))} unlike captions are too few for videos of "
+                        f"{length} clips and {options} options: give shorter --lengths, fewer --options, or more clips"
+                    )
+                clips = (*others[:at], needle, *others[at:])
+                told = [captions[needle], *wrong[: options - 1]]
+                mixed = rng.permutation(options).tolist()
+                chosen_options = tuple(told[i] for i in mixed)
+                name = f"{length} clips, needle {at + 1}, {number + 1}"
+                found.append(Trial(name, clips, at, chosen_options, mixed.index(0)))
+    return found
+
+
+def ask(
+    speaker: Speaker,
+    items: Sequence[Item],
+    made: Sequence[Trial],
+    answers: Answers,
+    *,
+    by: By,
+    frames: int,
+    prompt: str,
+    most: int,
+    tell: Tell,
+) -> None:
+    """Args: frames: of each clip. prompt: by words, what is asked instead of a question with options."""
+    left = set(answers.missing(trial.id for trial in made))
+    for trial in made:
+        if trial.id not in left:
+            continue
+        try:
+            shown = [_joined(speaker, [items[i] for i in trial.clips], frames)]
+        except (BrokenSample, OSError) as e:
+            answers.add([{"id": trial.id, "broken": " ".join(str(e).split())}])
+            continue
+        answers.add([{"id": trial.id, **_answer(speaker, trial, shown, by, prompt, most)}])
+        tell(len(answers.told), len(made))
+
+
+def _answer(
+    speaker: Speaker, trial: Trial, shown: list[Visual], by: By, prompt: str, most: int
+) -> dict[str, Any]:
+    if by == "words":
+        known = speaker.log_likelihood([{"role": "user", "content": prompt}], shown, list(trial.options))
+        weighed = [p / n for p, n in known]
+        return {"log_p": weighed, "chosen": int(np.argmax(weighed))}
+    asked = [{"role": "user", "content": lettered(QUESTION, trial.options)}]
+    if by == "likelihood":
+        known = speaker.log_likelihood(asked, shown, list(LETTERS[: len(trial.options)]))
+        return {"log_p": [p for p, _ in known], "chosen": int(np.argmax([p for p, _ in known]))}
+    (said,) = speaker.answer([asked], [shown], most=most)
+    return {"said": said, "chosen": chosen(said, trial.options)}
+
+
+def _joined(speaker: Speaker, clips: Sequence[Item], frames: int) -> Visual:
+    """Clips end to end, of each so many frames, at the times they have there. Raises BrokenSample."""
+    import torch
+
+    from jobs.training.visuals import Planned, Visual
+
+    pictures: list[torch.Tensor] = []
+    seconds: list[float] = []
+    before = 0.0
+    for item in clips:
+        media = str(item.video) if not callable(item.video) else item.video()
+        when = clock(media)
+        numbers = Sampling(frames).of(len(when.seconds), when.rate)
+        times = tuple(before + when.seconds[n] for n in numbers)
+        pictures.append(speaker.visuals.loaded(Planned(media, tuple(numbers), times, when.duration)).frames)
+        seconds += times
+        before += when.duration
+    return Visual(torch.cat(pictures), tuple(seconds), before)
+
+
+def figures(made: Sequence[Trial], answers: Answers, options: int) -> list[Number]:
+    """Share that is right, by length, and by length and place of the needle."""
+    rows = [(trial, answers.told[trial.id]) for trial in made if "chosen" in answers.told[trial.id]]
+    found = []
+    for length in dict.fromkeys(len(trial.clips) for trial, _ in rows):
+        own = [(trial, row["chosen"] == trial.answer) for trial, row in rows if len(trial.clips) == length]
+        found.append(
+            share(
+                f"{length} clip{'s' if length > 1 else ''}", [right for _, right in own], chance=1 / options
+            )
+        )
+        for at in dict.fromkeys(trial.at for trial, _ in own):
+            here = [right for trial, right in own if trial.at == at]
+            found.append(share(f"  needle is clip {at + 1}", here))
+    return found

@@ -1,0 +1,291 @@
+"""clipmill eval vlm: what a vision–language model says of videos, against what people or the run say."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.benchmarks.formats import FORMATS
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.items import Found, Item
+    from jobs.evaluation.answers import Answers
+    from jobs.evaluation.numbers import Number
+    from jobs.training.speaker import Speaker
+
+_EPILOG = """
+examples
+  clipmill eval vlm captioner/ captions --against run/ --n 500
+  clipmill eval vlm captioner/ captions --against MSR-VTT/ --format msr-vtt
+  clipmill eval vlm captioner/ probability --against run/
+  clipmill eval vlm captioner/ retrieval --against MSR-VTT/ --format msr-vtt
+  clipmill eval vlm captioner/ questions --against NExT-QA/ --format next-qa --by likelihood
+  clipmill eval vlm captioner/ questions --against toy/questions --format questions --blind
+  clipmill eval vlm captioner/ needle --against run/ --lengths 4,16,64
+
+MODEL is a folder that 'clipmill train vlm' or 'clipmill export' wrote. --against is a run of 'clipmill curate', or a
+folder with a benchmark's own files and videos, as it is published:
+
+{formats}
+
+what is measured
+  captions      CIDEr-D, BLEU, ROUGE-L, METEOR (where METEOR_JAR says its program is), the share that is word for word
+  probability   of the captions that are there: nats each, bits a token; how often a video's own beats another's
+  retrieval     R@1, R@5, R@10 both ways, by likelihood; N videos cost N × N likelihoods: see --n
+  questions     multiple choice by what it says (letter), by the likeliest letter (likelihood), or by the likeliest
+                words of an option after the bare question (words); open ones by equal words. --blind shows no video:
+                what can be guessed
+  needle        one clip among many in a long video, and which of --options captions is one of its
+
+OUT has answers.jsonl, a line an item, written as it is said: the same command goes on where it was stopped. What
+decides the numbers (frames, prompt, decoding, weights) is in eval.json; compare numbers of one protocol only.
+"""
+
+EPILOG = _EPILOG.format(
+    formats="\n".join(f"  --format {name:12} {known.about}" for name, known in FORMATS.items())
+)
+WHAT = ("captions", "probability", "retrieval", "questions", "needle")
+PLENTY = 1000  # videos from which retrieval by likelihood needs --n
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The options of `clipmill eval vlm`."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder of a trained or exported vision–language model"
+    )
+    parser.add_argument("what", choices=WHAT, metavar="WHAT", help=f"{', '.join(WHAT)}: see below")
+    parser.add_argument(
+        "--against", required=True, metavar="DIR", help="a run, its shards, or a benchmark's folder"
+    )
+    parser.add_argument(
+        "--format", choices=FORMATS, metavar="NAME", help="of a benchmark's folder: see below"
+    )
+    parser.add_argument(
+        "--split", metavar="NAME", help="of the benchmark (default: the one that papers report)"
+    )
+    parser.add_argument("--n", type=int, metavar="N", help="so many items, drawn by --seed (default: all)")
+    parser.add_argument(
+        "--frames", type=int, metavar="N", help="of a video, at most (default: as it was trained)"
+    )
+    parser.add_argument("--fps", type=float, metavar="X", help="frames a second (default: as it was trained)")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="for captions (default: the first it was trained with)"
+    )
+    parser.add_argument(
+        "--by", choices=["letter", "likelihood", "words"], help="how options are chosen (letter)"
+    )
+    parser.add_argument("--blind", action="store_true", help="show no video: what can be guessed")
+    parser.add_argument(
+        "--lengths", default="4,16", metavar="N,N", help="needle: clips of a video (default: 4,16)"
+    )
+    parser.add_argument(
+        "--depths", type=int, default=5, metavar="N", help="needle: places of it (default: 5)"
+    )
+    parser.add_argument(
+        "--trials", type=int, default=20, metavar="N", help="needle: of each place (default: 20)"
+    )
+    parser.add_argument(
+        "--options", type=int, default=4, metavar="N", help="needle: captions to choose from (4)"
+    )
+    parser.add_argument(
+        "--most", type=int, metavar="N", help="tokens of an answer (default: as it was trained)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token (default)"
+    )
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="items at a time (default: 8)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU, where there is one)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="(MODEL/eval-WHAT-NAME)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from models.hub import MissingModel
+    from pipeline.faults import StoreError
+
+    try:
+        check(args)
+        result, out = evaluate(args)
+        (out / "eval.json").write_text(
+            json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+    except (ValueError, StoreError, MissingModel, OSError) as e:
+        print(f"clipmill eval: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    print(shown(result))
+    print(f"written to {out}")
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for arguments that mean nothing, before anything is loaded."""
+    if not Path(args.model).is_dir():
+        raise ValueError(
+            f"{args.model} is no folder: give what 'clipmill train vlm' or 'clipmill export' wrote"
+        )
+    least = {"n": 1, "frames": 1, "depths": 1, "trials": 1, "options": 2, "most": 1, "batch": 1, "seed": 0}
+    for name, value in least.items():
+        if (given := getattr(args, name)) is not None and given < value:
+            raise ValueError(f"--{name} {given}: give {value} or more")
+    if args.fps is not None and args.fps <= 0:
+        raise ValueError(f"--fps {args.fps:g}: give a rate above 0")
+    if args.temperature < 0:
+        raise ValueError(f"--temperature {args.temperature:g}: give 0 or more")
+    lengths(args.lengths)
+    if args.what == "questions" and args.format is None:
+        raise ValueError("questions: a run has none; give --format and its folder")
+    if args.blind and args.what != "questions":
+        raise ValueError("--blind is for questions")
+
+
+def lengths(text: str) -> list[int]:
+    """Raises ValueError."""
+    parts = text.split(",")
+    if not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
+        raise ValueError(f"--lengths {text}: give numbers of clips, such as 4,16,64")
+    return [int(p) for p in parts]
+
+
+def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
+    """Everything that is printed and written, and where to. Raises what `main` catches, one sentence each."""
+    import torch
+
+    from jobs.evaluation.looking import drawn, named, weights_of, with_frames
+    from jobs.training.speaker import load_speaker
+
+    found, split = items_of(args)
+    items = drawn(found.items, args.n, args.seed)
+    notes = list(filter(None, [found.note()]))
+    if args.what == "retrieval" and len(items) > PLENTY and args.n is None:
+        raise ValueError(
+            f"retrieval by likelihood of {len(items):,} videos takes {len(items) ** 2:,} likelihoods: give --n"
+        )
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    speaker = with_frames(load_speaker(args.model, device), args.frames, args.fps)
+    prompt = args.prompt or speaker.prompts[0]
+    most = args.most or speaker.most
+    by = args.by or "letter"
+    protocol: dict[str, Any] = {"what": args.what, "format": args.format or "run", "split": split}
+    protocol |= {
+        "items": named(items),
+        "weights": weights_of(Path(args.model)),
+        "frames": str(speaker.sampling),
+    }
+    if args.what == "questions":
+        protocol |= {"by": by, "blind": args.blind}
+    else:
+        protocol |= {"prompt": prompt}
+    if args.what == "needle":
+        protocol |= {"by": by, "lengths": lengths(args.lengths), "depths": args.depths}
+        protocol |= {"trials": args.trials, "options": args.options}
+    if args.what in ("captions", "questions", "needle"):
+        protocol |= {"temperature": args.temperature, "most": most}
+    if args.n is not None or args.temperature or args.what == "needle":
+        protocol |= {"seed": args.seed}
+    numbers, out = measured(args, speaker, items, protocol, prompt, most, by, notes)
+    told = {"model": args.model, "against": args.against, "protocol": protocol}
+    return told | {"numbers": numbers, "notes": notes}, out
+
+
+def items_of(args: argparse.Namespace) -> tuple[Found, str]:
+    """Raises BenchmarkError or StoreError."""
+    from jobs.benchmarks.formats import read
+    from jobs.benchmarks.own import clips
+
+    if args.format is None:
+        found = clips(args.against)
+        found.items = [item for item in found.items if item.captions[0].strip()]
+        if not found.items:
+            raise ValueError(f"{args.against}: no clip has a caption")
+        return found, "kept clips with a caption"
+    wanted = {"questions": "questions", "retrieval": "retrieval"}.get(args.what, "captions")
+    return read(args.format, Path(args.against), wanted, args.split)
+
+
+def measured(
+    args: argparse.Namespace,
+    speaker: Speaker,
+    items: Sequence[Item],
+    protocol: dict[str, Any],
+    prompt: str,
+    most: int,
+    by: Any,
+    notes: list[str],
+) -> tuple[list[Number], Path]:
+    """Ask what is not answered yet, and count."""
+    from jobs.evaluation import captions, needle, questions, retrieval
+    from jobs.evaluation.answers import Answers
+    from jobs.evaluation.looking import teller
+
+    out = args.out or Path(args.model) / f"eval-{args.what}-{args.format or 'run'}"
+    made = []
+    if args.what == "needle":
+        of = lengths(args.lengths)
+        made = needle.trials(items, of, args.depths, args.trials, args.options, args.seed)
+        frames = max(1, (args.frames or speaker.sampling.frames))
+        widened(speaker, frames * max(of))
+    answers = Answers(out, protocol)
+    tell = teller(args.what)
+    if args.what == "captions":
+        captions.say(
+            speaker,
+            items,
+            answers,
+            prompt=prompt,
+            most=most,
+            temperature=args.temperature,
+            seed=args.seed,
+            batch=args.batch,
+            tell=tell,
+        )
+        return captions.figures(sound(items, answers, notes)[1], notes), out
+    if args.what == "probability":
+        captions.weigh(speaker, items, answers, prompt=prompt, batch=args.batch, tell=tell)
+        return captions.probability(sound(items, answers, notes)[1]), out
+    if args.what == "retrieval":
+        retrieval.weigh(speaker, items, answers, prompt=prompt, batch=args.batch, tell=tell)
+        sound(items, answers, notes)
+        return retrieval.figures(items, answers), out
+    if args.what == "questions":
+        questions.ask(
+            speaker, items, answers, by=by, blind=args.blind, most=most, batch=args.batch, tell=tell
+        )
+        return questions.figures(*sound(items, answers, notes)), out
+    needle.ask(speaker, items, made, answers, by=by, frames=frames, prompt=prompt, most=most, tell=tell)
+    return needle.figures(made, answers, args.options), out
+
+
+def widened(speaker: Speaker, frames: int) -> None:
+    """Let it look at so many frames at once."""
+    from jobs.evaluation.looking import with_frames
+
+    if frames > speaker.sampling.frames:
+        with_frames(speaker, frames, None)
+
+
+def sound(
+    items: Sequence[Item], answers: Answers, notes: list[str]
+) -> tuple[list[Item], list[dict[str, Any]]]:
+    """Items whose video could be read, and their answers; of the others there is a note. Raises ValueError: none."""
+    there = [item for item in items if "broken" not in answers.told[item.id]]
+    if gone := [item for item in items if "broken" in answers.told[item.id]]:
+        why = answers.told[gone[0].id]["broken"]
+        notes.append(
+            f"Left out, as their video cannot be read: {len(gone):,}, the first {gone[0].id} ({why})."
+        )
+    if not there:
+        raise ValueError(f"no video can be read, the first: {items[0].id}: {why}")
+    return there, answers.of(item.id for item in there)
+
+
+def shown(result: dict[str, Any]) -> str:
+    """What a reader of the terminal sees."""
+    from jobs.evaluation.numbers import table
+
+    protocol = ", ".join(f"{name} {value}" for name, value in result["protocol"].items())
+    lines = [f"{result['model']} against {result['against']}", protocol, "", table(result["numbers"])]
+    return "\n".join([*lines, "", *result["notes"]]).rstrip()

@@ -1,0 +1,56 @@
+"""A trained vision–language model as a checkpoint of transformers' LLaVA or LLaVA-OneVision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from jobs.training.speaker import SETTINGS, Speaker, load_speaker
+from models.language import exported
+from models.language.llava import Llava
+
+
+def export(model: Path, to: Path, dtype: str = "float32") -> str:
+    """Weights, configuration and processor, and `clipmill.json`: which frames it is shown, how it is asked.
+
+    Returns how the mill's captioner is told to use it. Raises ValueError where no class of transformers computes the
+    same.
+    """
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    speaker = load_speaker(model)
+    if speaker.visuals.static is not None:
+        raise ValueError(
+            "export: it was trained without the tokens of what stands still (frames.static), which transformers' "
+            "classes always have: train with frames: {static: null}"
+        )
+    assert isinstance(speaker.model, Llava)
+    kind = exported.kind_of(speaker.model)
+    stored = speaker.model.to(getattr(torch, dtype))
+    exported.save(stored, to, speaker.chat.tokenizer, speaker.chat.template)
+    (to / SETTINGS).write_text(json.dumps(settings(speaker), indent=2) + "\n")
+    return f"a {kind} of transformers\ncaptions: [{captioner(speaker, kind)}]"
+
+
+def settings(speaker: Speaker) -> dict[str, object]:
+    """What `speaker.load_speaker` reads again."""
+    return {
+        "frames": vars(speaker.sampling),
+        "times": speaker.visuals.told,
+        "prompts": speaker.prompts,
+        "most": speaker.most,
+    }
+
+
+def captioner(speaker: Speaker, kind: str) -> str:
+    """A line of a curation recipe, as the model was trained to be asked."""
+    told = "prompt" if speaker.visuals.told == "prompt" else "none"
+    given = "images" if kind == "llava" else "video"
+    prompt = json.dumps(speaker.prompts[0])
+    return (
+        f"{{kind: transformers, name: student, model: FOLDER, input: {given}, frames: {speaker.sampling.frames}, "
+        f"times: {told}, prompt: {prompt}, max_new_tokens: {speaker.most}}}"
+    )
