@@ -1,4 +1,4 @@
-"""A small network of videos that tells the small world's attributes, as a TorchScript file: what its selector sees with.
+"""A small network of videos that tells the small world's attributes, as TorchScript: what its selector sees with.
 
     python bench/selector_eyes.py TOY/run --out eyes.pt [--against TOY/held_out/run]
 
@@ -47,7 +47,11 @@ class Eyes(nn.Module):
             (6 * width, (3, 3, 3), (1, 1, 1)),
         ):
             padding = tuple(k // 2 for k in kernel)
-            layers += [nn.Conv3d(before, channels, kernel, stride, padding), nn.GroupNorm(4, channels), nn.GELU()]
+            layers += [
+                nn.Conv3d(before, channels, kernel, stride, padding),
+                nn.GroupNorm(4, channels),
+                nn.GELU(),
+            ]
             before = channels
         self.net = nn.Sequential(*layers)
 
@@ -84,7 +88,9 @@ def right(eyes: nn.Module, head: nn.Module, video: Tensor, labels: Tensor) -> st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--against", help="another run, to measure on")
@@ -107,7 +113,9 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         if step % 100 == 99:
-            print(step + 1, f"{loss:.3f}", f"{(time.process_time() - start) / 60:.1f} CPU-minutes", flush=True)
+            print(
+                step + 1, f"{loss:.3f}", f"{(time.process_time() - start) / 60:.1f} CPU-minutes", flush=True
+            )
             eyes.eval()
             print("left out:", right(eyes, head, video[left_out], labels[left_out]), flush=True)
             torch.jit.script(eyes).save(str(args.out))
