@@ -56,7 +56,8 @@ class Chat:
         self.end: str = tokenizer.eos_token
         started = tokenizer("a").input_ids[:1]
         self.start = started if started and started[0] == tokenizer.bos_token_id else []
-        self.control = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        marks = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        self.control = sorted(marks | set(tokenizer.all_special_tokens), key=len, reverse=True)
 
     def asked(self, messages: Sequence[Message], seen: Sequence[Seen] = ()) -> list[int]:
         """Tokens up to where the assistant answers."""

@@ -31,7 +31,8 @@ class Pixels:
 
     def resized(self, frames: np.ndarray | Tensor) -> Tensor:
         """uint8 [T, H, W, 3] → uint8 [T, 3, S, S]. What a picture's sides are to each other is not kept."""
-        x = torch.as_tensor(frames).permute(0, 3, 1, 2)
+        x = frames if isinstance(frames, Tensor) else torch.from_numpy(np.array(frames))
+        x = x.permute(0, 3, 1, 2)
         return resize(x, [self.size, self.size], InterpolationMode.BICUBIC, antialias=True).contiguous()
 
     def scaled(self, frames: Tensor) -> Tensor:

@@ -39,7 +39,12 @@ def trained(texts: Iterable[str], size: int) -> Any:
         show_progress=False,
     )
     bpe.train_from_iterator(sorted(texts), trainer)
-    return ready(PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=END))
+    marks = [BEGIN, IMAGE, VIDEO]
+    return ready(
+        PreTrainedTokenizerFast(
+            tokenizer_object=bpe, pad_token=PAD, eos_token=END, additional_special_tokens=marks
+        )
+    )
 
 
 def published(model: str) -> Any:

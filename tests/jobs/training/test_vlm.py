@@ -1,0 +1,260 @@
+"""Vision–language models as a task: the loss of a document is its own, however it lies; parts, and what is shown."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from jobs import doctor
+from jobs.training.conversations import Captions, Collate, Documents
+from jobs.training.loop import train as run_training
+from jobs.training.recipe import load_training
+from jobs.training.task import Draws
+from jobs.training.visuals import budget_table
+from jobs.training.vlm import Runs, build, scores
+from models.curation.vlm.model import VLM, Look
+from pipeline.faults import StoreError
+from pipeline.recipe import RecipeError
+from pipeline.shards.reader import ShardReader
+from tests.fixtures.run_folder import make_sharded_run
+from tests.fixtures.shrunken import TINY_VLM
+from tests.fixtures.toy_training import Notes, start
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+TINY = [
+    f"model={TINY_VLM}",
+    "frames.frames=2",
+    "data={tokens: 512, workers: 0, lanes: 1, pool: 2, micro_batches: 1}",
+    "tokenizer=280",
+    "held_out=0",
+    "measured=2",
+    "answer=4",
+    "run.sample_every=0",
+]
+DRAWS = Draws(0, 0, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_sharded_run(tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory, run):
+    """Conversations about a picture, a clip, two pictures, and nothing."""
+    folder = tmp_path_factory.mktemp("talks")
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    reader = ShardReader(f"{run}/shards", decode=False, shuffle=False)
+    (folder / "clip.mp4").write_bytes(reader.read(0)["video"])
+
+    def turn(asked, said):
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+
+    lines = [
+        {"messages": turn("what?", "a picture") + turn("sure?", "yes"), "images": ["a.png"]},
+        {"messages": turn("which differs?", "neither"), "images": ["a.png", "b.png"]},
+        {"messages": turn("what happens?", "a gradient moves"), "video": "clip.mp4"},
+        {"messages": turn("how are you?", "well, and never seen")},
+    ]
+    (folder / "talks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def made(run, *more):
+    recipe = load_training("small-vlm", [*TINY, *more])
+    return build(recipe, start(run))
+
+
+def documents(task, source, n):
+    process = Documents(task.chat, task.visuals)
+    return [process(source.nth(i)) | {"key": str(i)} for i in range(n)]
+
+
+def packed(task, items, length=None):
+    collate = Collate(task.visuals, task.chat.tokenizer.pad_token_id, packed=True)
+    lengths = [item["length"] for item in items]
+    return collate(items, length or sum(lengths)) | {"key": [i["key"] for i in items], "lengths": lengths}
+
+
+def loss(task, batch):
+    task.model.train()
+    task.model.zero_grad()
+    total = task.loss("vlm", task.model, batch, DRAWS).sums["documents"]
+    total.backward()
+    return total.item(), {n: p.grad.clone() for n, p in task.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["frames.static=3", "model.projector={map: linear}"]], ids=["all", "static"]
+)
+def test_packed_documents_weigh_and_teach_as_each_does_alone(run, talks, more):
+    """Loss and gradients of one sequence with padding are the sums of those of its documents."""
+    task, _ = made(run, f"data.mixture=[{{data: {talks}/talks.jsonl, share: 0.5}}]", *more)
+    recipe = task.recipe
+    items = documents(task, Runs(recipe, run).source(), 8)
+    assert {len(item["visuals"]) for item in items} == {0, 1, 2}
+    batch = packed(task, items, sum(i["length"] for i in items) + 9)
+    assert task.counts(batch) == {"documents": 8}
+    whole, gradients = loss(task, batch)
+    alone = [loss(task, packed(task, [item])) for item in items]
+    assert whole == pytest.approx(sum(x for x, _ in alone), rel=1e-5)
+    for name, g in gradients.items():
+        torch.testing.assert_close(g, sum(own[name] for _, own in alone), rtol=1e-3, atol=1e-6)
+    alone_means = [x for x, _ in alone]
+    n = [int(item["learnt"].sum()) for item in items]
+    by_token = sum(x * k for x, k in zip(alone_means, n, strict=True)) / sum(n)
+    assert abs(by_token - whole / 8) > 1e-4  # a mean over tokens is another number
+
+
+def test_rows_give_the_loss_of_a_sequence(run, talks):
+    mixed = f"data.mixture=[{{data: {talks}/talks.jsonl, share: 0.5}}]"
+    task, loader = made(run, mixed, "data.packing=false", "data.batch=6")
+    batch = next(iter(loader))
+    assert batch["tokens"].shape[0] == 6
+    assert batch["tokens"].shape[1] == max(n for (n,) in batch["lengths"])
+    items = documents(task, loader.source, 6)
+    assert loss(task, batch)[0] == pytest.approx(loss(task, packed(task, items))[0], rel=1e-5)
+
+
+def test_rows_go_on_where_they_stood(run):
+    _, loader = made(run, "data.packing=false", "data.batch=3")
+    batches = iter(loader)
+    seen = [next(batches)["key"] for _ in range(5)]
+    _, other = made(run, "data.packing=false", "data.batch=3")
+    again = iter(other)
+    for _ in range(2):
+        next(again)
+    state = other.state_dict()
+    _, third = made(run, "data.packing=false", "data.batch=3")
+    third.load_state_dict(state)
+    assert [key["key"] for key, _ in zip(third, range(3), strict=False)] == seen[2:]
+    with pytest.raises(ValueError, match="size"):
+        made(run, "data.packing=false", "data.batch=2")[1].load_state_dict(state)
+
+
+def test_only_the_tokens_of_what_moves_are_there(run):
+    task, _ = made(run, "frames={frames: 4, static: 255}", "model.projector={map: linear}")
+    process = Documents(task.chat, task.visuals)
+    source = Runs(task.recipe, run).source()
+    item = process(source.nth(0))
+    (kept,) = item["kept"]
+    assert kept[0].all()
+    assert kept[1:].flatten(1).sum(1).tolist() == [1] * (len(kept) - 1)
+    mark = task.chat.marks[1]
+    assert (item["tokens"] == mark).sum() == kept.sum()
+
+
+def test_prompts_are_drawn_for_each_sample_the_same_each_time(run):
+    reader = ShardReader(f"{run}/shards", decode=False)
+    a, b = (Captions(reader, ["one?", "two?", "three?"], seed=4) for _ in range(2))
+    asked = [a.nth(i)["messages"][0]["content"] for i in range(30)]
+    assert asked == [b.nth(i)["messages"][0]["content"] for i in range(30)]
+    assert set(asked) == {"one?", "two?", "three?"}
+    assert a.identity() != Captions(reader, ["one?"], seed=4).identity()
+
+
+def test_what_is_said_of_times_is_what_the_captioner_says(run):
+    task, _ = made(run, "frames={frames: 2, times: prompt}")
+    clip = task.visuals.clip(ShardReader(f"{run}/shards", decode=False, shuffle=False).read(0)["video"])
+    (message,) = task.visuals.timed([{"role": "user", "content": "What is it?"}], [clip])
+    mill = VLM.__new__(VLM)
+    mill.times, mill.input = "prompt", "video"
+    frames = [np.zeros((2, 2, 3), np.uint8)] * 2
+    assert message["content"] == mill.asked(Look(frames, list(clip.seconds), clip.duration, "What is it?"))
+
+
+def test_a_clip_that_breaks_late_teaches_nothing(run, monkeypatch):
+    task, loader = made(run)
+    items = documents(task, loader.source, 2)
+    video = items[0]["visuals"][0]
+    items[0]["visuals"] = [type(video)(b"no mp4", video.numbers, video.seconds, video.duration)]
+    batch = packed(task, items)
+    assert batch["documents"] == 1
+    assert batch["skipped"] == ["0"]
+    whole, _ = loss(task, batch)
+    assert whole == pytest.approx(loss(task, packed(task, items[1:]))[0], rel=1e-5)
+
+
+def test_parts_are_frozen_adapted_and_given_their_rates(run):
+    task, _ = made(
+        run, "train={tower: frozen, language: lora}", "lora={rank: 2}", "optimizer.rates={projector: 0.5}"
+    )
+    trained = {n for n, p in task.model.named_parameters() if p.requires_grad}
+    assert all(n.startswith("projector.") or ".lora_" in n for n in trained)
+    assert any(".lora_A." in n for n in trained)
+    rates = {g["lr"]: sum(p.numel() for p in g["params"]) for g in task.phases[0].optimizer.param_groups}
+    assert rates[0.5] == sum(
+        p.numel() for n, p in task.model.named_parameters() if n.startswith("projector.")
+    )
+
+
+def test_it_learns_the_captions_and_shows_those_of_held_out_clips(run, tmp_path):
+    more = ["held_out=0.3", "run={steps: 60, save_every: 100, sample_every: 60, log_every: 1}", "answer=12",
+            "optimizer={lr: 0.01, warmup: 5}", "ema.lengths=[]", "train.tower=full"]  # fmt: skip
+    run_training(load_training("small-vlm", [*TINY, *more]), run, tmp_path, device="cpu", monitor=Notes)
+    rows = Notes.newest.rows
+    assert rows[1]["loss"] > 5
+    assert rows[60]["loss"] < 0.5 * rows[1]["loss"]
+    assert 0 < rows[60]["filled"] <= 1
+
+
+def test_captions_are_compared_with_the_chosen_ones():
+    assert scores([("A red ball.", "a red ball."), ("A cat", "a dog")])["exact"] == 0.5
+    same = [
+        ("a red ball rolls over grass", "a red ball rolls over grass"),
+        ("two cats sleep on a sofa", "two cats sleep on a sofa"),
+    ]
+    assert scores(same)["cider"] == pytest.approx(10)
+
+
+def test_the_table_says_what_clips_cost(run):
+    task, loader = made(run)
+    assert budget_table(task.model, task.visuals.sampling, 512) in loader.table()
+    assert "8 (2 fr.)" in loader.table()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["train={tower: frozen, projector: frozen, language: frozen}"], "nothing to train"),
+        (["lora={rank: 2}"], "no part of `train`"),
+        (["data.batch=2"], "packing: false"),
+        (["frames.least=9"], "1 ≤ least ≤ frames"),
+        (["prompts=[' ']"], "asks for nothing"),
+    ],
+)
+def test_a_recipe_that_cannot_be_meant_is_refused(more, says):
+    with pytest.raises(RecipeError) as told:
+        load_training("small-vlm", more)
+    assert says in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["model={kind: llava, tower: {model_type: siglip_vision_model}}"], "model.language: must be given"),
+        (["model.layer=7"], "layer 7: the tower has hidden states 0 to 2"),
+        (["model.language={model_type: nothing}"], "name a causal one"),
+        (["frames.static=3", "model.projector={map: mlp, newline: frame}"], "newline"),
+        (["data.mixture=[{data: nowhere, share: 0.5}]"], "nowhere"),
+        (["data.tokens=20"], "raise data.tokens"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_in_a_sentence(more, says, run):
+    with pytest.raises((ValueError, StoreError)) as told:
+        _, loader = made(run, *more)
+        next(iter(loader))
+    assert says in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_doctor_names_the_parts_that_are_missing(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert doctor.main(["--recipe", "vlm"]) != 0
+    told = capsys.readouterr()
+    for part in ("google/siglip-so400m-patch14-384", "Qwen/Qwen2.5-0.5B-Instruct"):
+        assert part in told.out + told.err
