@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-    from jobs.training.system import System
+    from jobs.judged import Judged
     from pipeline.toy.world import Attributes
 
 Verdict = dict[str, str | bool | None]
@@ -22,12 +22,15 @@ EPILOG = """
 examples
   clipmill judge toy/model --held-out toy/held_out.txt
   clipmill judge toy/model --n 450 --out toy/judged
+  clipmill judge toy/world-model --held-out toy/held_out.txt --clips toy/held-out/run/shards
 
 Captions are drawn from all 450 combinations of count, colour, shape, direction and background, none twice until
 all were; with --held-out from those that training saw and from those that it never did, each judged by itself.
 Each video is read by rules (pipeline/toy/reader.py); what cannot be read is wrong. What the rules make of true
 scenes of the same captions, drawn anew and put through the model's autoencoder, is said first. Intervals are
-Wilson's, of 95 %, a video being one trial. --out keeps the videos, a contact sheet and judged.json, a line a video.
+Wilson's, of 95 %, a video being one trial. A world model is judged by what it writes of videos too: of those true
+scenes, or of the clips of another run, --clips, by the captions that they have there. --out keeps the videos, a
+contact sheet and judged.json, a line a video.
 """
 
 ATTRIBUTES = ("count", "colour", "shape", "direction", "background")
@@ -47,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="folder that 'clipmill train diffusion' wrote")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder that 'clipmill train diffusion' or 'world' wrote"
+    )
     parser.add_argument(
         "--n", type=int, default=100, metavar="N", help="videos; with --held-out, of each kind (default: 100)"
     )
@@ -60,6 +65,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="keep the videos here, in a new or empty folder"
     )
+    parser.add_argument(
+        "--clips",
+        metavar="SHARDS",
+        help="world model: clips whose captions it is to write, in place of true scenes",
+    )
     parser.add_argument("--steps", type=int, metavar="N", help="of the sampler (default: the recipe's)")
     parser.add_argument("--guidance", type=float, metavar="W", help="by the caption (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0)
@@ -70,28 +80,46 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU, where there is one)")
     args = parser.parse_args(argv)
 
-    from jobs.training.build import load_trained
+    import numpy as np
+
+    from jobs.judged import load
     from jobs.training.exported import CheckpointError
     from jobs.videos import taken
     from models.hub import MissingModel
+    from pipeline.faults import StoreError
 
     try:
         captions = asked(args.n, args.seed, args.held_out)
         if args.out and taken(args.out):
             raise ValueError(f"--out {args.out}: it is there already; give a new or empty folder")
-        system = load_trained(args.model, args.ema, args.device, located(args.locate))
-        print(trust(system, [c for some in captions.values() for c in some], args.seed), flush=True)
+        judged = load(args, located(args.locate))
+        print(trust(judged, [c for some in captions.values() for c in some], args.seed), flush=True)
         verdicts: list[Verdict] = []
         videos: list[np.ndarray] = []
         for kind, some in captions.items():
-            videos += (drawn := draw_videos(system, some, args.seed, args.steps, args.guidance))
+            videos += (drawn := draw_videos(judged, some, args.seed))
             found = [verdict(v, c) | {"kind": kind} for v, c in zip(drawn, some, strict=True)]
             verdicts += found
             print(f"\n{len(found)} videos of {kind}\n{table(found)}", flush=True)
+            if judged.tell is not None and not args.clips:
+                scenes = [
+                    true_video(np.random.default_rng([args.seed, i, 2]), c, judged)
+                    for i, c in enumerate(some)
+                ]
+                print(
+                    f"\nwhat it writes of {len(some)} true scenes of {kind}\n{told(judged, scenes, some)}",
+                    flush=True,
+                )
+        if args.clips and judged.tell is not None:
+            scenes, some = judged.clips(args.clips, args.n)
+            print(
+                f"\nwhat it writes of {len(some)} clips of {args.clips}\n{told(judged, scenes, some)}",
+                flush=True,
+            )
         if args.out:
-            keep(args.out, videos, verdicts, system.recipe.data.fps or WORLD_FPS)
+            keep(args.out, videos, verdicts, judged.fps)
             print(f"{len(videos)} videos, sheet.png and judged.json in {args.out}")
-    except (ValueError, CheckpointError, MissingModel, OSError) as e:
+    except (ValueError, CheckpointError, MissingModel, StoreError, OSError) as e:
         print(f"clipmill judge: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     return 0
@@ -127,22 +155,17 @@ def draw_captions(combinations: Iterable[Attributes], n: int, seed: int) -> list
     return [whole[i] for i in itertools.islice(itertools.cycle(order), n)]
 
 
-def trust(system: System, captions: list[str], seed: int) -> str:
+def trust(judged: Judged, captions: list[str], seed: int) -> str:
     """One sentence: which reader, and how much it gets right of true videos as this model could draw them at best."""
     import numpy as np
-    import torch
 
-    from jobs.training.system import to_unit
     from models.measures.wilson import wilson
     from pipeline.toy.reader import identity
 
-    bucket, step = system.bucket, WORLD_FPS / (system.recipe.data.fps or WORLD_FPS)
     verdicts = []
     for i, caption in enumerate(captions):
-        rng = np.random.default_rng([seed, i, 1])
-        true = true_video(rng, caption, bucket.frames, (bucket.height, bucket.width), step)
-        x = to_unit(torch.from_numpy(true)[None].permute(0, 4, 1, 2, 3).to(system.device))
-        verdicts.append(verdict(system.decode(system.mean(x))[0].cpu().numpy(), caption))
+        true = true_video(np.random.default_rng([seed, i, 1]), caption, judged)
+        verdicts.append(verdict(judged.through(true), caption))
     right = float(np.mean([bool(v[a]) for v in verdicts for a in ATTRIBUTES]))
     low, high = wilson(right, len(verdicts))
     return (
@@ -151,7 +174,12 @@ def trust(system: System, captions: list[str], seed: int) -> str:
     )
 
 
-def true_video(
+def true_video(rng: np.random.Generator, caption: str, judged: Judged) -> np.ndarray:
+    """A scene of the caption in the model's shape and at its rate."""
+    return scene_of(rng, caption, judged.frames, judged.size, WORLD_FPS / judged.fps)
+
+
+def scene_of(
     rng: np.random.Generator, caption: str, frames: int, size: tuple[int, int], step: float
 ) -> np.ndarray:
     """uint8 [T, height, width, 3] of a scene of the caption, drawn twice as large, as the raw videos are.
@@ -175,20 +203,36 @@ def true_video(
     return np.stack([cv2.resize(f, size[::-1], interpolation=cv2.INTER_AREA) for f in large])
 
 
-def draw_videos(
-    system: System, captions: list[str], seed: int, steps: int | None = None, guidance: float | None = None
-) -> list[np.ndarray]:
+def draw_videos(judged: Judged, captions: list[str], seed: int) -> list[np.ndarray]:
     """A video a caption, uint8 [T, H, W, 3]. Says on stderr how far it is."""
     from rich.console import Console
     from rich.progress import track
 
     videos: list[np.ndarray] = []
-    starts, run = range(0, len(captions), BATCH), system.recipe.run.but(sample_steps=steps, guidance=guidance)
+    starts = range(0, len(captions), BATCH)
     for start in track(starts, "drawing", console=Console(stderr=True)):
-        some = captions[start : start + BATCH]
-        draw = system.draw(run=run, seed=seed + start)
-        videos += list(system.decode(draw(system.shape(len(some)), system.condition(some))).cpu().numpy())
+        videos += judged.draw(captions[start : start + BATCH], seed + start)
     return videos
+
+
+def told(judged: Judged, scenes: list[np.ndarray], captions: list[str]) -> str:
+    """A table of what the model writes of videos with these captions; a sentence of no world is wrong in all."""
+    from pipeline.toy.world import Attributes, parse
+
+    assert judged.tell is not None
+    found: list[Verdict] = []
+    for start in range(0, len(scenes), BATCH):
+        for said, caption in zip(
+            judged.tell(scenes[start : start + BATCH]), captions[start : start + BATCH], strict=True
+        ):
+            try:
+                seen = vars(parse(said))
+            except ValueError:
+                seen = vars(Attributes(pan=None))
+            wanted = vars(parse(caption))
+            right = {a: wanted[a] == seen[a] for a in ATTRIBUTES}
+            found.append({"caption": caption} | right | {f"{a}_seen": seen[a] for a in ATTRIBUTES})
+    return table(found)
 
 
 def verdict(video: np.ndarray, caption: str) -> Verdict:

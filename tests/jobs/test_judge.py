@@ -77,7 +77,7 @@ def test_the_table_counts_right_misread_and_unreadable():
 )
 def test_true_videos_of_a_caption_are_read_as_it_says(size, step):
     for caption in judge.asked(60, 1, None)[judge.EVERY]:
-        video = judge.true_video(np.random.default_rng(0), caption, 8, size, step)
+        video = judge.scene_of(np.random.default_rng(0), caption, 8, size, step)
         assert video.shape == (8, *size, 3)
         assert all(judge.verdict(video, caption)[a] for a in judge.ATTRIBUTES)
 
