@@ -12,6 +12,7 @@ examples
   clipmill train vlm run/ --recipe vlm --out model/ --steps 100
   clipmill train diffusion run/ --recipe my.yaml --out model/ --set optimizer.lr=3e-4 --set data.tokens=16384
   clipmill train diffusion run/ --recipe my.yaml --out tuned/ --set start=model/ --set 'lora={rank: 16}'
+  clipmill train selector run/ --recipe selector --out selector/
   torchrun --nproc-per-node 8 -m jobs.train diffusion run/ --recipe my.yaml --out model/
   clipmill train vlm run/ --recipe vlm --out model/ --ray 4
 

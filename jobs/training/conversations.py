@@ -10,8 +10,8 @@ that turns out broken only then is there as a black one, from which nothing is l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jobs.training.recipe_vlm import Written
 from jobs.training.sequences import Item
 from jobs.training.task import Batch
 from jobs.training.visuals import Planned, Visual, Visuals
 from models.language.chat import Chat
 from models.language.loss import Goal, documents, shifted, token_weights
+from pipeline.shards.captions import json_of
 from pipeline.shards.mixture import Sample
 from pipeline.shards.reader import BrokenSample, ShardReader
 
@@ -33,24 +35,28 @@ class Captions:
 
     Args:
         reader: with decode=False. prompts: of which one is drawn.
+        written: what of that which is written about a clip is told beside it.
     """
 
-    def __init__(self, reader: ShardReader, prompts: Sequence[str], seed: int = 0):
-        self.reader, self.prompts, self.seed = reader, list(prompts), seed
+    def __init__(
+        self, reader: ShardReader, prompts: Sequence[str], seed: int = 0, written: Written | None = None
+    ):
+        self.reader, self.prompts, self.seed, self.written = reader, list(prompts), seed, written
 
     @property
     def samples(self) -> int:
         return self.reader.samples
 
     def identity(self) -> str:
-        words = "\n".join([str(self.seed), *self.prompts])
+        words = "\n".join([str(self.seed), *self.prompts, *([repr(self.written)] if self.written else [])])
         return f"{self.reader.identity()} {blake2b(words.encode(), digest_size=8).hexdigest()}"
 
     def nth(self, number: int) -> Sample:
         return self.asked(self.reader.nth(number), number)
 
     def asked(self, sample: Sample, number: int) -> Sample:
-        drawn = np.random.default_rng([self.seed, number]).integers(len(self.prompts))
+        rng = np.random.default_rng([self.seed, number])
+        drawn = rng.integers(len(self.prompts))
         caption = sample["caption"] or ""
         return {
             "key": sample["key"],
@@ -60,8 +66,17 @@ class Captions:
             ],
             "video": sample["video"],
             "images": [],
+            "text": written_of(sample["meta"], self.written, rng) if self.written else "",
             "skipped": sample["skipped"],
         }
+
+
+def written_of(meta: Mapping[str, Any], written: Written, rng: np.random.Generator | None = None) -> str:
+    """What is written about a clip, of its key.json, a line a column; a generator leaves parts of it out."""
+    columns = {name: str(value) for name, value in json_of(meta.get("meta") or {}).items() if value}
+    kept = [rng is None or rng.random() >= written.dropout for _ in range(2)]  # subtitles, all else
+    found = [name for name in written.columns if name in columns and kept[name != "subtitles"]]
+    return "\n".join(f"{name.capitalize()}: {' '.join(columns[name].split())}" for name in found)
 
 
 class Documents:
@@ -76,12 +91,13 @@ class Documents:
             raise BrokenSample(f"{sample['key']}: it has no caption")
         looked: list[Planned | Visual] = [Planned(image) for image in sample["images"]]
         if sample["video"]:
-            looked.append(self.visuals.planned(sample["video"]))
+            looked.append(replace(self.visuals.planned(sample["video"]), text=sample.get("text", "")))
         kept: list[Tensor | None] = [None] * len(looked)
         if self.visuals.static is not None:  # how many tokens there are depends on the pixels
             looked = [self.visuals.loaded(x) if isinstance(x, Planned) else x for x in looked]
             kept = [self.visuals.kept(x) for x in looked if isinstance(x, Visual)]
         seen = [self.visuals.seen(x, there) for x, there in zip(looked, kept, strict=True)]
+        texts = [np.array(self.chat.plain(x.text, self.visuals.written), np.int64) for x in looked]
         document = self.chat.document(self.visuals.timed(sample["messages"], looked), seen)
         return {
             "length": len(document.tokens),
@@ -89,6 +105,7 @@ class Documents:
             "learnt": document.learnt,
             "visuals": looked,
             "kept": kept,
+            "texts": texts if self.visuals.written else [],
         }
 
 
@@ -138,6 +155,8 @@ class Collate:
                 "kept": torch.cat([x.flatten() for x in kept if x is not None]),
                 "kept_of": [None if x is None else tuple(x.shape) for x in kept],
             }
+        if texts := [text for item in items for text in item["texts"]]:
+            more |= {"texts": torch.from_numpy(np.concatenate(texts)), "texts_of": [len(x) for x in texts]}
         none = torch.zeros(0, *self.visuals.shape, dtype=torch.uint8)
         return more | {
             "tokens": ids,
@@ -156,6 +175,11 @@ def kept_of(batch: Batch) -> list[Tensor | None] | None:
     shapes = batch["kept_of"]
     parts = iter(batch["kept"].split([int(np.prod(s)) for s in shapes if s is not None]))
     return [None if s is None else next(parts).view(s) for s in shapes]
+
+
+def texts_of(batch: Batch) -> list[Tensor] | None:
+    """What is written about each picture, as `Llava.forward` takes it."""
+    return list(batch["texts"].split(batch["texts_of"])) if "texts" in batch else None
 
 
 def _filled(x: np.ndarray, length: int, value: Any) -> np.ndarray:

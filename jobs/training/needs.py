@@ -102,7 +102,7 @@ def features(name: str) -> str:
         return transformers(what, "features.video")
     if kind == "vivit" and not Path(what).is_file():
         return trained(what, "features.video")
-    return there(what or name, "features.video", "torch.jit.save or torch.save")
+    return there(what or name, "features.video", "torch.jit.save, as bench/selector_eyes.py does")
 
 
 def _folder(path: str, key: str, maker: str) -> tuple[str, Callable[[], str]]:

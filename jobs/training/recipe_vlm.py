@@ -53,8 +53,22 @@ class Parts(Section):
     """What is trained of the network; `optimizer.rates` has their rates: {projector: 1.0e-3, language: 2.0e-5}."""
 
     tower: Literal["frozen", "full", "lora"] = Field("frozen", description="what sees")
-    projector: Literal["frozen", "full"] = Field("full", description="from the tower to the language model")
+    projector: Literal["frozen", "full"] = Field(
+        "full", description="from the tower to the language model; with it the reader"
+    )
     language: Literal["frozen", "full", "lora"] = Field("full", description="the language model")
+
+
+class Written(Section):
+    """What is written about a clip, for a model with a `reader` (Panda-70M's student)."""
+
+    columns: tuple[str, ...] = Field(
+        ("title", "description", "subtitles"), min_length=1, description="of the list the clips came from"
+    )
+    dropout: float = Field(
+        0.5, ge=0, lt=1, description="of subtitles, and of all else together, how often each is left out"
+    )
+    length: int = Field(128, ge=1, description="tokens, at most")
 
 
 class VLMMixed(Mixed):
@@ -116,6 +130,7 @@ class VLMRecipe(TrainRecipe):
         ge=261,
         description="tokens of the tokenizer that is trained on the captions for a language model begun from nothing",
     )
+    written: Written | None = Field(None, description="for a model with a reader; null: nothing is read")
     prompts: tuple[str, ...] = Field(
         PROMPTS, min_length=1, description="how captions are asked for, one drawn for each sample"
     )
@@ -141,6 +156,10 @@ class VLMRecipe(TrainRecipe):
             raise ValueError(f"train.{asked[0]}: lora, but there is no section lora: add lora: {{rank: 16}}")
         if self.lora is not None and not asked:
             raise ValueError("lora: no part of `train` is trained with it: set train.language: lora")
+        if (self.written is None) != (self.model.options().get("reader") is None):
+            raise ValueError(
+                "written and model.reader go together: give both, {} where all is as it is, or none"
+            )
         if all(how == "frozen" for how in self.train.model_dump().values()):
             raise ValueError("train: every part is frozen, so there is nothing to train")
         return self

@@ -16,7 +16,7 @@ Clips of some sources are held out. On them it is measured, calibrated, and then
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -60,7 +60,14 @@ SHOWN = 4  # held-out clips, beside what it would choose of them
 AT_ONCE = 256  # clips that are looked at together when it is measured
 
 
-def build(recipe: TrainRecipe, start: Start) -> tuple[Selection, CandidateLoader]:
+def _held(shards: str, share: float) -> np.ndarray:
+    """Rows of the shards' index whose clips are held out."""
+    return rows_where(shards, held_out(shards, share))
+
+
+def build(
+    recipe: TrainRecipe, start: Start, held: Callable[[str, float], np.ndarray] = _held
+) -> tuple[Selection, CandidateLoader]:
     """Raises ValueError or StoreError, in one sentence, where recipe and data do not fit."""
     assert isinstance(recipe, SelectorRecipe)
     if recipe.model.kind != "selector":
@@ -81,13 +88,13 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Selection, CandidateLoader
     sets = []
     for _, data in sources_of(recipe, start.data):
         shards = below(data, "shards")
-        held = start.world.agree(partial(_held, shards, recipe.held_out))
+        rows = start.world.agree(partial(held, shards, recipe.held_out))
         sets.append(
             candidates_of(
                 data,
                 spec,
                 encoders,
-                held,
+                rows,
                 start.out / "features",
                 start.world,
                 votes=recipe.votes,
@@ -109,10 +116,6 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Selection, CandidateLoader
         world=start.world.data_size,
     )
     return Selection(recipe, start, spec, encoders, sets), loader
-
-
-def _held(shards: str, share: float) -> np.ndarray:
-    return rows_where(shards, held_out(shards, share))
 
 
 class Asked(nn.Module):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +61,20 @@ class Speaker:
         video: Media | np.ndarray | Tensor,
         seconds: Sequence[float] = (),
         duration: float | None = None,
+        text: str = "",
     ) -> Visual:
         """What is looked at of an mp4 (its name, or bytes), or of decoded frames, uint8 [T, H, W, 3], all of which
         are.
 
         Args:
             seconds: of decoded frames, from the clip's beginning; duration: of the clip.
+            text: what is written about it, for a model that reads.
 
         Raises `pipeline.shards.pixels.BrokenSample`.
         """
         if isinstance(video, str | bytes):
-            return self.visuals.clip(video)
-        return self.visuals.decoded(video, seconds, duration)
+            return replace(self.visuals.clip(video), text=text)
+        return replace(self.visuals.decoded(video, seconds, duration), text=text)
 
     def image(self, picture: Media) -> Visual:
         """Of a picture's name or bytes. Raises BrokenSample."""
@@ -133,6 +136,7 @@ class Speaker:
                 tokens.to(self.device),
                 self._tensors(every),
                 kept=self._kept(every),
+                texts=self._texts(every),
                 answer={"there": there.to(self.device), **options},
             )
         return [self.chat.said(row) for row in answers.tolist()]
@@ -146,7 +150,8 @@ class Speaker:
         if not isinstance(model, Llava):
             raise TypeError("log_likelihood needs a whole model, not a wrapped one")
         tokens = torch.tensor([self._asked(conversation, visuals)], device=self.device)
-        before = model.embed(tokens, self._tensors(visuals), self._kept(visuals))  # 1 P D
+        given = self._tensors(visuals), self._kept(visuals), self._texts(visuals)
+        before = model.embed(tokens, *given)  # 1 P D
         table = model.language.get_input_embeddings()
         found: list[tuple[float, int]] = []
         for at in range(0, len(answers), TOGETHER):
@@ -179,6 +184,12 @@ class Speaker:
         found = [self.visuals.kept(v) for v in visuals]
         return [None if x is None else x.to(self.device) for x in found]
 
+    def _texts(self, visuals: Sequence[Visual]) -> list[Tensor] | None:
+        if not self.visuals.written:
+            return None
+        ids = (self.chat.plain(v.text, self.visuals.written) for v in visuals)
+        return [torch.tensor(x, dtype=torch.long, device=self.device) for x in ids]
+
 
 def load_speaker(folder: str | Path, device: str | torch.device = "cpu") -> Speaker:
     """From a folder that `clipmill train vlm` or `clipmill export` wrote, or of a published LLaVA model.
@@ -195,10 +206,10 @@ def load_speaker(folder: str | Path, device: str | torch.device = "cpu") -> Spea
 
 
 def _of_training(folder: Path, device: torch.device) -> Speaker:
-    from jobs.training.vlm_model import model_of, trained_at
+    from jobs.training.vlm_model import model_of, trained_at, visuals_of
 
     model, tokenizer, recipe = model_of(trained_at(str(folder)))
-    visuals = Visuals.of(model, recipe.frames.sampling(), recipe.frames.times, recipe.frames.static)
+    visuals = visuals_of(model, recipe)
     return Speaker(model.to(device), Chat(tokenizer), visuals, recipe.prompts, recipe.answer)
 
 

@@ -35,6 +35,7 @@ class Planned:
     numbers: tuple[int, ...] = ()
     seconds: tuple[float, ...] = ()
     duration: float = 0.0
+    text: str = ""  # what is written about it
 
     @property
     def frames(self) -> int:
@@ -48,6 +49,7 @@ class Visual:
     frames: Tensor
     seconds: tuple[float, ...] = ()
     duration: float = 0.0
+    text: str = ""  # what is written about it
 
 
 @dataclass
@@ -67,6 +69,7 @@ class Visuals:
     told: str = "none"
     static: float | None = None
     grids: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
+    written: int = 0  # tokens of what is written about a clip, at most; 0: none is read
 
     @classmethod
     def of(
@@ -76,6 +79,7 @@ class Visuals:
         told: str = "none",
         static: float | None = None,
         pixels: Pixels | None = None,
+        written: int = 0,
     ) -> Visuals:
         """Raises ValueError where static tokens cannot be left out."""
         side = model.tower.size
@@ -93,6 +97,7 @@ class Visuals:
             told,
             static,
             {} if static is None else {n: model.grid(n, side, side) for n in counts},
+            written,
         )
 
     # ------------------------------------------------------------ what is looked at
@@ -116,7 +121,7 @@ class Visuals:
                 frames = shown.read(media, None, numbers=what.numbers).pictures
             except DecodeError as e:
                 raise BrokenSample(f"{media}: {e}") from e
-        return Visual(self.pixels.resized(frames), what.seconds, what.duration)
+        return Visual(self.pixels.resized(frames), what.seconds, what.duration, what.text)
 
     def clip(self, media: Media) -> Visual:
         """Of an mp4 or its name. Raises BrokenSample."""

@@ -9,12 +9,13 @@ of a step the mean over its documents, however they are packed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from jobs.training.conversations import Captions, Collate, Documents, kept_of
+from jobs.training.conversations import Captions, Collate, Documents, kept_of, texts_of, written_of
 from jobs.training.data import sources_of
 from jobs.training.distributed import World
 from jobs.training.held_out import held_out, trained_on
@@ -24,8 +25,15 @@ from jobs.training.rows import RowLoader
 from jobs.training.sequences import SequenceLoader
 from jobs.training.speaker import Speaker
 from jobs.training.task import Batch, Draws, Evaluation, Loader, Losses, Phase, Start, Summed, Task
-from jobs.training.visuals import Visuals, budget_table
-from jobs.training.vlm_model import begin_with, network, published, set_trained, trained_at
+from jobs.training.visuals import budget_table
+from jobs.training.vlm_model import (
+    begin_with,
+    network,
+    published,
+    set_trained,
+    trained_at,
+    visuals_of,
+)
 from models.hub import MissingModel
 from models.language import tokenizer as tokenizers
 from models.language.chat import Chat
@@ -83,7 +91,7 @@ class Runs:
                     self.sources.append(ChatReader(folder, recipe.seed))
                 else:
                     self.where.append((below(folder, "shards"), next(without)))
-                    self.sources.append(Captions(self._reader(*self.where[-1]), recipe.prompts, recipe.seed))
+                    self.sources.append(self._captions(self._reader(*self.where[-1])))
             except StoreError as e:
                 raise StoreError(f"data.mixture {folder}: {e}") if self.sources else e from None
         self.held_out: ShardReader | None = None
@@ -101,6 +109,9 @@ class Runs:
             shuffle=shuffle,
             sequential=data.sequential() if shuffle else None,
         )
+
+    def _captions(self, reader: ShardReader) -> Captions:
+        return Captions(reader, self.recipe.prompts, self.recipe.seed, self.recipe.written)
 
     def source(self) -> Source:
         if len(self.sources) == 1:
@@ -181,9 +192,7 @@ class Talking(Task):
         self.model: Llava = network(recipe, self.chat.tokenizer, start.device)
         if recipe.start and start.saved is None:
             begin_with(self.model, recipe.start, kept)
-        self.visuals = Visuals.of(
-            self.model, recipe.frames.sampling(), recipe.frames.times, recipe.frames.static
-        )
+        self.visuals = visuals_of(self.model, recipe)
         set_trained(self.model, recipe)
         self.shown: ShardReader | None = None
         phase = Phase.of("vlm", self.model, recipe.optimizer)
@@ -197,7 +206,9 @@ class Talking(Task):
         tokens = batch["tokens"]
         visuals = self.visuals.tensors(batch["frames"], batch["counts_of_frames"])
         goal = Goal(batch["at"], batch["targets"], batch["weights"])
-        total = model(tokens, visuals, batch["lengths"], goal=goal, kept=kept_of(batch))
+        total = model(
+            tokens, visuals, batch["lengths"], goal=goal, kept=kept_of(batch), texts=texts_of(batch)
+        )
         used = torch.tensor(float(self.tokens(batch)), device=self.device)
         return Losses({"documents": total}, {"filled": Summed(used, tokens.numel())})
 
@@ -223,6 +234,8 @@ class Talking(Task):
             sample = self.shown.sound(rows[number])
             try:
                 clip = self.visuals.clip(sample["video"])
+                if self.recipe.written:
+                    clip = replace(clip, text=written_of(sample["meta"], self.recipe.written))
             except BrokenSample:
                 clip = self.visuals.decoded(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
             mine[number] = sample["caption"] or "", speaker.caption([clip])[0]

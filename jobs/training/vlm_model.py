@@ -14,6 +14,7 @@ from jobs.training import lora
 from jobs.training.exported import CheckpointError, Trained, load_model, longest_average
 from jobs.training.parallelize import make, on_meta
 from jobs.training.recipe_vlm import VLMRecipe
+from jobs.training.visuals import Visuals
 from models.language import llava
 from models.language.by_document import DOCUMENTS
 from models.language.exported import IMAGE, VIDEO
@@ -48,6 +49,18 @@ def ends(model: Llava, tokenizer: Any) -> None:
             settings.bos_token_id = None
 
 
+def visuals_of(model: Llava, recipe: VLMRecipe) -> Visuals:
+    """How it looks at clips. Raises ValueError."""
+    frames, written = recipe.frames, recipe.written
+    return Visuals.of(
+        model,
+        frames.sampling(),
+        frames.times,
+        frames.static,
+        written=0 if written is None else written.length,
+    )
+
+
 def blocks_of(part: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a tower or language model."""
     lists = [list(m) for m in part.modules() if isinstance(m, nn.ModuleList)]
@@ -61,6 +74,8 @@ def set_trained(model: Llava, recipe: VLMRecipe) -> None:
     }
     how.setdefault(recipe.train.language, []).append(model.language)
     how.setdefault(recipe.train.projector, []).append(model.projector)
+    if model.reader is not None:
+        how[recipe.train.projector].append(model.reader)
     for module in how.get("frozen", []):
         module.requires_grad_(False)
     for module in how.get("lora", []):

@@ -92,6 +92,10 @@ class Chat:
             raise ValueError("no message is the assistant's, so there is nothing to learn")
         return self._document(tokens, learnt, seen)
 
+    def plain(self, text: str, most: int) -> list[int]:
+        """Tokens of a text that is no message, the first `most` of them."""
+        return self._ids(self.clean(text))[:most] if text else []
+
     def clean(self, text: str) -> str:
         """A text in which nothing can act as a mark."""
         for token in self.control:

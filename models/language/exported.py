@@ -39,6 +39,10 @@ def kind_of(model: Llava) -> str:
     p, tower, config = model.projector, model.tower, model.language.config
     if not isinstance(tower, TransformersTower) or model.video_tower is not None:
         raise ValueError("export: transformers' LLaVA classes take one vision model of transformers as tower")
+    if model.reader is not None:
+        raise ValueError(
+            "export: transformers' LLaVA classes read nothing beside what is seen: leave reader out"
+        )
     if not isinstance(p, Projector):
         raise ValueError("export: transformers' LLaVA classes have no Q-Former: use map: mlp")
     if scales_logits(config):

@@ -22,6 +22,7 @@ from models.language.by_document import DOCUMENTS, register, stand_in
 from models.language.loss import Goal, Lengths, restarted, rows_of, summed, summed_in_chunks, with_padding
 from models.language.positions import MRotary
 from models.language.projectors import Projector, QFormer, projector
+from models.language.reading import TextBranch
 from models.language.towers import Tower, on_meta, tower
 
 ONEVISION = {"map": "mlp", "pool": 2, "newline": "clip", "whole_images": True}
@@ -87,6 +88,7 @@ class Llava(nn.Module):
         tower, projector, language: see `models.language.towers`, `projectors`; a causal language model.
         placeholders: of its vocabulary.
         video_tower: for clips of more than one frame (Video-LLaVA); as wide as `tower`, before the same projector.
+        reader: of what is written about a picture or clip; then each takes twice as many tokens.
 
     Raises ValueError for parts that do not fit each other.
     """
@@ -98,6 +100,7 @@ class Llava(nn.Module):
         language: Any,
         placeholders: Placeholders,
         video_tower: Tower | None = None,
+        reader: TextBranch | None = None,
     ):
         super().__init__()
         dim = language.get_input_embeddings().embedding_dim
@@ -111,7 +114,7 @@ class Llava(nn.Module):
                 f"video_tower is {video_tower.width} wide, tower {tower.width}: one projector serves both"
             )
         self.tower, self.projector, self.language, self.video_tower = tower, projector, language, video_tower
-        self.placeholders = placeholders
+        self.placeholders, self.reader = placeholders, reader
         for module in (
             self.modules()
         ):  # a model that is made on the meta device has of a checkpoint what no one computes
@@ -126,6 +129,7 @@ class Llava(nn.Module):
         keep: Tensor | None = None,
         goal: Goal | None = None,
         kept: Sequence[Tensor | None] | None = None,
+        texts: Sequence[Tensor] | None = None,
         answer: dict[str, Any] | None = None,
     ) -> Tensor:
         """tokens [L] or [B, L] → logits [L, V] or [B, L, V]; with a goal its loss; with `answer` its answers.
@@ -140,6 +144,7 @@ class Llava(nn.Module):
             goal: gives `loss.summed` at its places, a scalar, without ever holding the logits of all.
             kept: of each picture which of its tokens are there, bool [t, h, w] (`grid`), None: all; see
                 `budget.moving`.
+            texts: int64 [m] of each picture, what is written about it, for the `reader`; None: nothing.
             answer: options of `generate`, which is called in place of all else: a sharded model's weights are there
                 inside of its forward pass alone.
 
@@ -148,14 +153,14 @@ class Llava(nn.Module):
         """
         rows = tokens if tokens.ndim > 1 else tokens[None]
         if answer is not None:
-            return self.generate(rows, visuals, kept=kept, **answer)
+            return self.generate(rows, visuals, kept=kept, texts=texts, **answer)
         each = with_padding([[rows.shape[1]]] * len(rows) if lengths is None else lengths, rows.shape[1])
         told = restarted(each, rows.device) if positions is None else positions
         told = (
             told if positions is None or tokens.ndim > 1 else told.unsqueeze(-2)
         )  # [L] → [1, L], [3, L] → [3, 1, L]
         given = {
-            "inputs_embeds": self.embed(rows, visuals, kept),
+            "inputs_embeds": self.embed(rows, visuals, kept, texts),
             "attention_mask": self._mask(each, rows.device, positions is not None),
             "position_ids": told,
             "use_cache": False,
@@ -173,18 +178,27 @@ class Llava(nn.Module):
         return logits if tokens.ndim > 1 else logits[0]
 
     def embed(
-        self, tokens: Tensor, visuals: Sequence[Tensor] = (), kept: Sequence[Tensor | None] | None = None
+        self,
+        tokens: Tensor,
+        visuals: Sequence[Tensor] = (),
+        kept: Sequence[Tensor | None] | None = None,
+        texts: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """tokens [B, L] → what goes into the language model, [B, L, dim]."""
         x = self.language.get_input_embeddings()(tokens)
         there = (tokens == self.placeholders.image) | (tokens == self.placeholders.video)
-        parts = [*self.see(visuals, kept), *self._glances(visuals)]
+        parts = [*self.see(visuals, kept, texts), *self._glances(visuals)]
         seen = torch.cat(parts).to(x.dtype) if parts else x[0, :0]
         _as_many(there, seen)
         return x.masked_scatter(there[..., None], seen)
 
-    def see(self, visuals: Sequence[Tensor], kept: Sequence[Tensor | None] | None = None) -> list[Tensor]:
-        """Images [3, H, W] and videos [T, 3, H, W] → tokens [n, dim] each. Args: kept: see `forward`."""
+    def see(
+        self,
+        visuals: Sequence[Tensor],
+        kept: Sequence[Tensor | None] | None = None,
+        texts: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Images [3, H, W] and videos [T, 3, H, W] → tokens [n, dim] each. Args: kept, texts: see `forward`."""
         clips = [v if v.ndim == 4 else v[None] for v in visuals]
         moving = [i for i, clip in enumerate(clips) if self.video_tower is not None and len(clip) > 1]
         still = sorted(set(range(len(clips))) - set(moving))
@@ -194,14 +208,23 @@ class Llava(nn.Module):
                 features |= zip(chosen, eye.each([clips[i] for i in chosen]), strict=True)
         tokens = (self.projector(features[i][None])[0] for i in range(len(clips)))
         chosen_tokens = zip(tokens, [None] * len(clips) if kept is None else kept, strict=True)
-        return [x if there is None else x[there.flatten()] for x, there in chosen_tokens]
+        seen = [x if there is None else x[there.flatten()] for x, there in chosen_tokens]
+        if self.reader is None or not seen:
+            return seen
+        table = self.language.get_input_embeddings()
+        none = torch.zeros(0, dtype=torch.long, device=seen[0].device)
+        written = [table(x) for x in (texts or [none] * len(seen))]
+        return [torch.cat(both) for both in zip(seen, self.reader(seen, written), strict=True)]
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Visual tokens of a clip, or of an image (1 frame)."""
-        return self.projector.tokens(*self._eye(frames).grid(frames, height, width))
+        """Visual tokens of a clip, or of an image (1 frame), and as many of what is written about it."""
+        seen = self.projector.tokens(*self._eye(frames).grid(frames, height, width))
+        return seen if self.reader is None else 2 * seen
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(t, h, w) of those tokens. Raises ValueError where newlines stand between them, or they have no places."""
+        if self.reader is not None:
+            raise ValueError("tokens of what is written about a clip have no places: leave `reader` out")
         return self.projector.grid(*self._eye(frames).grid(frames, height, width))
 
     def _eye(self, frames: int) -> Tower:
@@ -214,13 +237,14 @@ class Llava(nn.Module):
         visuals: Sequence[Tensor] = (),
         there: Tensor | None = None,
         kept: Sequence[Tensor | None] | None = None,
+        texts: Sequence[Tensor] | None = None,
         **options: Any,
     ) -> Tensor:
         """Answers to prompts [B, L], int64 [B, new tokens].
 
         Args:
             there: bool [B, L], False in padding, at the left.
-            kept: see `forward`.
+            kept, texts: see `forward`.
             options: of transformers' `generate`.
 
         Raises ValueError for a language model that turns by three, whose positions `generate` would not know.
@@ -228,7 +252,7 @@ class Llava(nn.Module):
         if isinstance(getattr(self.language.base_model, "rotary_emb", None), MRotary):
             raise ValueError("generate: transformers counts one position a token: set positions: plain")
         mask = torch.ones_like(tokens) if there is None else there.long()
-        embedded = self.embed(tokens, visuals, kept)
+        embedded = self.embed(tokens, visuals, kept, texts)
         return self.language.generate(inputs_embeds=embedded, attention_mask=mask, **options)
 
     def blocks(self) -> Iterator[nn.Module]:
@@ -308,6 +332,7 @@ def build(
     projector: dict[str, Any] | None = None,
     layer: int = -2,
     video_tower: str | dict[str, Any] | None = None,
+    reader: dict[str, Any] | None = None,
     vocabulary: int | None = None,
     attention: str = "sdpa",
 ) -> Llava:
@@ -318,6 +343,7 @@ def build(
         language: hub id or folder, or a configuration to begin from nothing: {'model_type': 'qwen2', …}.
         projector: options of `Projector` or `QFormer`.
         video_tower: for clips of more than one frame.
+        reader: options of `TextBranch`, which reads what is written about a clip; none: there is none.
         vocabulary: tokens that the tokenizer knows, placeholders and all; the table grows to it, and never shrinks.
         attention: how the language model attends, by transformers' names: sdpa, eager, flex_attention, …; or
             `by_document.DOCUMENTS`.
@@ -333,7 +359,8 @@ def build(
         raise ValueError(f"placeholders {placeholders}: the language model knows {rows} tokens only")
     dim = speaking.get_input_embeddings().embedding_dim
     moving = None if video_tower is None else _tower(video_tower, layer)
-    return Llava(seeing, _projector(seeing.width, dim, projector), speaking, placeholders, moving)
+    reading = None if reader is None else TextBranch(dim, **reader)
+    return Llava(seeing, _projector(seeing.width, dim, projector), speaking, placeholders, moving, reading)
 
 
 def check(tower: str | dict[str, Any], language: str | dict[str, Any]) -> list[str]:

@@ -165,7 +165,7 @@ class QFormer(nn.Module):
         self.queries = nn.Parameter(0.02 * torch.randn(queries, hidden))
         self.frames, self.time = frames, None if per_frame else nn.Parameter(torch.zeros(frames, hidden))
         self.linear_1, self.norm = nn.Linear(width, hidden), nn.LayerNorm(hidden)
-        self.blocks = nn.ModuleList(_QBlock(hidden, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(QBlock(hidden, heads) for _ in range(depth))
         self.out = nn.Linear(hidden, dim)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class QFormer(nn.Module):
         raise ValueError("tokens of a Q-Former have no places: use map: linear or mlp")
 
 
-class _QBlock(nn.Module):
+class QBlock(nn.Module):
     """Self-attention, cross-attention, MLP; each after a norm and beside a shortcut."""
 
     def __init__(self, dim: int, heads: int):

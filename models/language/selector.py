@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from models.language.contrastive import LogitScale
 
+FLATTEST = 0.01  # slope of the probability by logits
+
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"dim": 64, "hidden": 128},
     "base": {"dim": 256, "hidden": 1024},
@@ -81,6 +83,8 @@ class Selector(nn.Module):
     def calibrate(self, logits: Tensor, together: Tensor) -> None:
         """Fit `probability` to held-out pairs (Platt 1999), by Newton's method.
 
+        The order of logits stays: where they tell nothing, or the contrary, the slope is nearly flat (`FLATTEST`).
+
         Args:
             logits: [n]. together: bool [n], whether the pair does.
 
@@ -96,6 +100,11 @@ class Selector(nn.Module):
             p = torch.sigmoid(x @ w)
             step = torch.linalg.solve(x.T * (p * (1 - p)) @ x + ridge, x.T @ (p - y) + ridge @ w)
             w = w - step / max(1.0, float(step.norm()))
+        if w[0] < FLATTEST:
+            w = w.new_tensor([FLATTEST, 0.0])
+            for _ in range(50):
+                p = torch.sigmoid(x @ w)
+                w[1] -= ((p - y).sum() / (p * (1 - p)).sum().clamp(min=1e-6)).clamp(-1, 1)
         self.platt.copy_(w)
 
     @torch.no_grad()

@@ -92,6 +92,23 @@ def every(pans: tuple[str, ...] = ("none",)) -> Iterator[Attributes]:
         yield Attributes(*values)
 
 
+def one_off(attributes: Attributes) -> list[Attributes]:
+    """All combinations that differ in the value of one attribute, the camera left as it is."""
+    values = {
+        "count": list(COUNTS),
+        "colour": list(COLOURS),
+        "shape": list(SHAPES),
+        "direction": list(DIRECTIONS),
+        "background": list(BACKGROUNDS),
+    }
+    return [
+        replace(attributes, **{name: value})
+        for name, every in values.items()
+        for value in every
+        if value != getattr(attributes, name)
+    ]
+
+
 MOST_HELD_OUT = 0.5
 
 

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from jobs import doctor
-from jobs.training.conversations import Captions, Collate, Documents
+from jobs.training.conversations import Captions, Collate, Documents, texts_of, written_of
 from jobs.training.loop import train as run_training
 from jobs.training.recipe import load_training
+from jobs.training.recipe_vlm import Written
 from jobs.training.task import Draws
 from jobs.training.visuals import budget_table
 from jobs.training.vlm import Runs, build, scores
@@ -148,6 +149,55 @@ def test_only_the_tokens_of_what_moves_are_there(run):
     assert (item["tokens"] == mark).sum() == kept.sum()
 
 
+READS = ["written={}", "model.reader={depth: 1, heads: 2}"]
+
+
+def test_what_is_written_about_a_clip_is_read_beside_it(run):
+    """Packed as alone; the clip's tokens are twice as many, and the second half changes with the text alone."""
+    task, _ = made(run, *READS)
+    source, process = Runs(task.recipe, run).source(), Documents(task.chat, task.visuals)
+    told = ["", "Title: a river", "Subtitles: hello"]
+    items = [process(source.nth(i) | {"text": t}) | {"key": t} for i, t in enumerate(told)]
+    assert [len(item["texts"][0]) > 0 for item in items] == [False, True, True]
+    whole, gradients = loss(task, packed(task, items, sum(i["length"] for i in items) + 5))
+    alone = [loss(task, packed(task, [item])) for item in items]
+    assert whole == pytest.approx(sum(x for x, _ in alone), rel=1e-5)
+    for name, g in gradients.items():
+        torch.testing.assert_close(g, sum(own[name] for _, own in alone), rtol=1e-3, atol=1e-6)
+    batch = packed(task, items)
+    visuals = task.visuals.tensors(batch["frames"], batch["counts_of_frames"])
+    seen, other = task.model.see(visuals, texts=texts_of(batch)), task.model.see(visuals)
+    n = task.model.projector.tokens(*task.model.tower.grid(2, 32, 32))
+    for a, b, text in zip(seen, other, told, strict=True):
+        assert len(a) == 2 * n
+        assert torch.equal(a[:n], b[:n])
+        assert torch.equal(a[n:], b[n:]) == (not text)
+
+
+def test_reading_teaches_the_pictures_nothing(run):
+    """Panda-70M: the video's tokens are detached where they ask for the text."""
+    task, _ = made(run, *READS)
+    task.model.see([torch.randn(2, 3, 32, 32)])[0][-8:].sum().backward()
+    taught = {
+        n.partition(".")[0] for n, p in task.model.named_parameters() if p.grad is not None and p.grad.any()
+    }
+    assert taught == {"reader"}
+
+
+def test_subtitles_and_the_rest_are_left_out_independently():
+    meta = {
+        "meta": json.dumps({"title": "a  river", "description": "flows", "subtitles": "hello", "views": 3})
+    }
+    rng, written = np.random.default_rng(0), Written(dropout=0.5)
+    told = [written_of(meta, written, rng) for _ in range(400)]
+    whole = "Title: a river\nDescription: flows\nSubtitles: hello"
+    counts = {x: told.count(x) for x in (whole, "Title: a river\nDescription: flows", "Subtitles: hello", "")}
+    assert sum(counts.values()) == 400
+    assert all(70 < n < 130 for n in counts.values())
+    assert written_of(meta, written) == whole
+    assert written_of({}, written) == ""
+
+
 def test_prompts_are_drawn_for_each_sample_the_same_each_time(run):
     reader = ShardReader(f"{run}/shards", decode=False)
     a, b = (Captions(reader, ["one?", "two?", "three?"], seed=4) for _ in range(2))
@@ -223,6 +273,7 @@ def test_the_table_says_what_clips_cost(run):
         (["train={tower: frozen, projector: frozen, language: frozen}"], "nothing to train"),
         (["lora={rank: 2}"], "no part of `train`"),
         (["data.batch=2"], "packing: false"),
+        (["written={}"], "go together"),
         (["frames.least=9"], "1 ≤ least ≤ frames"),
         (["prompts=[' ']"], "asks for nothing"),
     ],

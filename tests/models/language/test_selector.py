@@ -87,5 +87,9 @@ def test_calibrated_probabilities_are_the_shares_of_pairs_that_belong_together()
         torch.tensor([-1.0, 1.0]), torch.tensor([False, True])
     )  # they separate: finite all the same
     assert model.platt.isfinite().all()
+    model.calibrate(logits, ~together)  # worse than chance: the order of captions is not turned around
+    p = model.probability(logits)
+    assert 0 < model.platt[0] < 0.02
+    assert p.mean().item() == pytest.approx((~together).float().mean().item(), abs=0.01)
     with pytest.raises(ValueError, match="give both"):
         model.calibrate(logits, torch.ones(20_000, dtype=torch.bool))

@@ -183,3 +183,10 @@ def test_rendering_is_decided_by_the_seed():
 def test_scenes_too_long_for_the_picture_are_refused():
     with pytest.raises(ValueError, match="2 to 24 frames"):
         world.scene(np.random.default_rng(0), world.EXAMPLE, (16, 40))
+
+
+def test_one_off_are_all_that_differ_in_one_attribute():
+    near = world.one_off(world.EXAMPLE)
+    assert len({a.caption() for a in near}) == len(near) == 2 + 4 + 2 + 4 + 1
+    for other in near:
+        assert sum(getattr(other, n) != x for n, x in vars(world.EXAMPLE).items()) == 1
