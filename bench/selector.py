@@ -118,6 +118,7 @@ def panda(run: str) -> str:
     place = {clip: i for i, clip in enumerate(table["clip_id"].to_pylist())}
     rows, n = [], len(names)
     base: np.ndarray | None = None
+    kept: dict[str, Path] = {}  # features of each kind, made once
     with tempfile.TemporaryDirectory() as temporary:
         for name, settings in SETTINGS.items():
             recipe = load_training("selector", [*FIXED, *settings])
@@ -125,12 +126,14 @@ def panda(run: str) -> str:
             plain = scores.copy()
             for number in range(FOLDS):
                 out = Path(temporary) / f"{len(rows)}-{number}"
-                if number:
-                    shutil.copytree(out.with_name(f"{len(rows)}-0") / "features", out / "features")
+                what = str(recipe.features)
+                if what in kept:
+                    shutil.copytree(kept[what], out / "features")
                 rows_of = partial(np.flatnonzero, fold == number)
                 train(
                     recipe, run, out, device="cpu", build=partial(build, held=lambda *_, rows=rows_of: rows())
                 )
+                kept[what] = out / "features"
                 keys, found, fit = asked(out)
                 at = np.array([place[key] for key in keys])
                 mine = fold[at] == number

@@ -2,7 +2,7 @@
 
 Everything is in the shards (each key.json keeps all candidates, their scores and the chosen one) and in the votes
 beside them. Clips are decoded and seen by the frozen encoders once, shared by the ranks; what they gave is kept in
-OUT/features, and used again as long as clips, captions, votes and encoders are the same.
+OUT/features, and used again of clips whose bytes are the same, whatever was captioned or voted since.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from pipeline.io.store import Store, below
 from pipeline.shards.captions import json_of
 from pipeline.shards.mixture import Mixture
 from pipeline.shards.order import Order, whole
-from pipeline.shards.reader import BrokenSample, ShardReader
+from pipeline.shards.pixels import BrokenSample, decode
+from pipeline.shards.reader import ShardReader
 
 NONE = -1  # no caption
 
@@ -150,7 +151,8 @@ class Candidates:
         }
 
 
-Row = tuple[int, str, np.ndarray, list[str], list[dict[str, float]]]  # row, key, features, texts, scores
+Row = tuple[int, str, str, np.ndarray, list[str], list[dict[str, float]]]
+"""Row of the index, key, hash of the mp4, features, texts, scores."""
 
 
 def gathered(
@@ -171,19 +173,23 @@ def gathered(
 
     Raises ValueError, StoreError: on all ranks where one fails.
     """
-    kept = out / f"{hashlib.sha256(data.encode()).hexdigest()[:8]}.pt"
+    kept = out / f"{_hash(data)[:8]}.pt"
+    look = _hash([encoders[0].hashes, spec.video, spec.frames])
 
     def part() -> str:
         said = votes_of(data) if votes else {}
-        reader = ShardReader(below(data, "shards"), frames=spec.frames, captions="sample", shuffle=False)
+        reader = ShardReader(below(data, "shards"), captions="sample", shuffle=False, decode=False)
         told = [reader.identity(), sorted((k, vars(v)) for k, v in said.items()), vars(spec)]
         told += [encoders[0].hashes, encoders[1].hash]
-        identity = hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
-        if kept.is_file() and torch.load(kept, weights_only=True, mmap=True)["identity"] == identity:
+        identity = _hash(told)
+        before: dict[str, Any] = torch.load(kept, weights_only=True, mmap=True) if kept.is_file() else {}
+        if before.get("identity") == identity:
             return ""
-        rows = list(
-            _looked_at(reader, range(world.rank, len(reader.keys), world.size), said, encoders[0], workers)
-        )
+        known: dict[str, np.ndarray] = {}
+        if before.get("look") == look:
+            known = dict(zip(before["media"], before["video"].numpy(), strict=True))
+        mine = range(world.rank, len(reader.keys), world.size)
+        rows = list(_looked_at(reader, mine, said, encoders[0], spec.frames, known, workers))
         out.mkdir(parents=True, exist_ok=True)
         torch.save(_joined(rows), kept.with_suffix(f".{world.rank}"))
         return identity
@@ -203,6 +209,7 @@ def gathered(
         words = list(dict.fromkeys(text for *_, texts, _ in rows for text in texts))
         whole = _joined(rows) | {
             "identity": identity,
+            "look": look,
             "words": words,
             "embedded": torch.from_numpy(encoders[1](words)),
         }
@@ -215,23 +222,37 @@ def gathered(
     return world.agree(lambda: _read(torch.load(kept, weights_only=True, mmap=True), held))
 
 
-def _looked_at(
-    reader: ShardReader, rows: Sequence[int], said: dict[str, Vote], look: VideoFeatures, workers: int
-) -> Iterator[Row]:
-    """Clips of which something was chosen and that can be decoded."""
+def _hash(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
 
-    def decoded(worker: int, of: int) -> Iterator[tuple[int, str, Any, Any]]:
+
+def _looked_at(
+    reader: ShardReader,
+    rows: Sequence[int],
+    said: dict[str, Vote],
+    look: VideoFeatures,
+    frames: int,
+    known: dict[str, np.ndarray],
+    workers: int,
+) -> Iterator[Row]:
+    """Clips of which something was chosen and that can be decoded; known: features by the hash of the mp4."""
+
+    def read(worker: int, of: int) -> Iterator[tuple[int, str, str, Any, Any]]:
         for row in rows[worker::of]:
             try:
                 sample = reader.read(row)
+                found = told_apart(sample["meta"], said.get(sample["meta"].get("clip_id", sample["key"])))
+                if found is None:
+                    continue
+                media = hashlib.sha256(sample["video"]).hexdigest()
+                video = None if media in known else decode(sample["video"], frames, None, None, 0.5)
             except BrokenSample:
                 continue
-            found = told_apart(sample["meta"], said.get(sample["meta"].get("clip_id", sample["key"])))
-            if found is not None:
-                yield row, sample["key"], sample["video"], found
+            yield row, sample["key"], media, video, found
 
-    for row, key, video, (texts, scores) in prepared(decoded, workers):
-        yield row, key, look(np.asarray(video)), texts, scores
+    for row, key, media, video, (texts, scores) in prepared(read, workers):
+        features = known[media] if video is None else look(np.asarray(video))
+        yield row, key, media, features, texts, scores
 
 
 def _joined(rows: Sequence[Row]) -> dict[str, Any]:
@@ -240,16 +261,16 @@ def _joined(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "rows": [r for r, *_ in rows],
         "keys": [k for _, k, *_ in rows],
+        "media": [m for _, _, m, *_ in rows],
         "video": torch.from_numpy(video),
         "said": json.dumps([[texts, scores] for *_, texts, scores in rows]),
     }
 
 
 def _apart(told: dict[str, Any]) -> Iterator[Row]:
-    for row, key, video, (texts, scores) in zip(
-        told["rows"], told["keys"], told["video"].numpy(), json.loads(told["said"]), strict=True
-    ):
-        yield row, key, video, texts, scores
+    each = (told["rows"], told["keys"], told["media"], told["video"].numpy(), json.loads(told["said"]))
+    for row, key, media, video, (texts, scores) in zip(*each, strict=True):
+        yield row, key, media, video, texts, scores
 
 
 def _read(told: dict[str, Any], held: np.ndarray) -> Candidates:

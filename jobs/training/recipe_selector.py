@@ -79,7 +79,7 @@ class SelectorRecipe(TrainRecipe):
     held_out: float = Field(
         0.1, gt=0, lt=1, description="share of the sources whose clips are not trained on, but measured"
     )
-    measured: int = Field(1024, ge=2, description="clips of those, at most, each time")
+    measured: int = Field(256, ge=2, description="clips of those, at most, each time")
 
     @model_validator(mode="after")
     def _used(self) -> Self:

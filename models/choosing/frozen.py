@@ -46,8 +46,9 @@ VISUAL_FIT, CLASSES, MINILM, VIVIT, TOWER = "visual_fit", "classes", "minilm", "
 
 
 def check_video(name: str) -> None:
-    """Raises ValueError for a name that is none of a clip's features. Whether a folder is there is not looked at."""
-    if name not in (VISUAL_FIT, CLASSES) and not name.startswith((TOWER, VIVIT)):
+    """Raises ValueError for a name that is none of a clip's features. Whether a file is there is not looked at."""
+    known = name in (VISUAL_FIT, CLASSES) or name.startswith((TOWER, VIVIT)) or name.endswith(".pt")
+    if not known:
         try:
             check_name(name)
         except ValueError as e:
