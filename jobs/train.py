@@ -9,12 +9,12 @@ from pathlib import Path
 
 EPILOG = """
 examples
-  clipmill train vlm run/ --recipe vlm --out model/ --steps 100
+  clipmill train vlm run/ --recipe small-vlm --out model/ --steps 100
   clipmill train diffusion run/ --recipe my.yaml --out model/ --set optimizer.lr=3e-4 --set data.tokens=16384
   clipmill train diffusion run/ --recipe my.yaml --out tuned/ --set start=model/ --set 'lora={rank: 16}'
   clipmill train selector run/ --recipe selector --out selector/
   torchrun --nproc-per-node 8 -m jobs.train diffusion run/ --recipe my.yaml --out model/
-  clipmill train vlm run/ --recipe vlm --out model/ --ray 4
+  clipmill train vlm run/ --recipe vlm --out model/ --set start=aligned/ --ray 4
 
 OUT gets checkpoints/, metrics and a page to look at, and model.safetensors with averages in ema/ to sample
 from. The same command goes on from the last checkpoint, on any number of GPUs that divides data.micro_batches,
