@@ -11,7 +11,7 @@ from pathlib import Path
 EPILOG = """
 MODEL is a folder that 'clipmill train' wrote; of its weights the longest average is taken. FOLDER is what
 transformers loads, without clipmill: a vision-language model (trains: vlm) as LLaVA or LLaVA-OneVision with its
-processor and chat template. Adapters are folded in.
+processor and chat template, adapters folded in; a world model as LLaMA, its visual embedding and head beside it.
 
 examples
   clipmill export model/ --to student/
@@ -20,9 +20,10 @@ examples
 """
 
 FOLDER = "FOLDER"  # in what is said: where it lies in the end
-EXPORTS = {
-    "vlm": "jobs.training.vlm_export"
-}  # trains → the module whose `export(model, to, dtype)` writes it
+EXPORTS = {  # trains → the module whose `export(model, to, dtype)` writes it
+    "vlm": "jobs.training.vlm_export",
+    "world": "jobs.training.world_export",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -51,7 +51,8 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[WorldTask, SequenceLoader]
             f"data.tokens {recipe.data.tokens}: give a multiple of {2 * ranks.context_size}, twice compute.context"
         )
     told = partial(captions_of, recipe, start.data, recipe.held_out)
-    system = build_world(recipe, ranks.device, start.device, start.saved, told)
+    words = partial(needle.with_examples, told) if recipe.documents.needle else told
+    system = build_world(recipe, ranks.device, start.device, start.saved, words)
     task = WorldTask(recipe, system, ranks)
     if system.vq is not None and recipe.held_out:
         task.held_out = held_out_of(recipe, start.data, recipe.held_out)

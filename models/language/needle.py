@@ -94,6 +94,16 @@ def hidden(
     return Needle("".join(straw), tuple(asked))
 
 
+def with_examples(texts: Callable[[], list[str]]) -> list[str]:
+    """Texts and a number of each city now and then, for a tokenizer that is trained on what it will read."""
+    told = texts()
+    numbers = range(10 ** (DIGITS - 1), 10**DIGITS, 23)
+    return told + [
+        EXAMPLE.replace("Lagos", CITIES[i % len(CITIES)]).replace("4821", str(n))
+        for i, n in enumerate(numbers)
+    ]
+
+
 @torch.no_grad()
 def found(model: World, layout: Layout, needles: Sequence[Needle]) -> list[list[bool]]:
     """Of each document whether each number is written by the likeliest tokens, in one pass through all of it.
