@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from jobs.evaluation import diffusion, vlm
+from jobs.evaluation import diffusion, vlm, vq
 
 EPILOG = """
 examples
   clipmill eval diffusion model/ --against run/shards --n 256
   clipmill eval vlm captioner/ captions --against run/ --n 500
+  clipmill eval vq codes/ --against run/
 
-clipmill eval diffusion --help and clipmill eval vlm --help have the options of each.
+clipmill eval KIND --help has the options of each.
 """
 
 
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, module, about in (
         ("diffusion", diffusion, "how far a model's videos are from real ones"),
         ("vlm", vlm, "captions, retrieval, questions and needles of a vision–language model"),
+        ("vq", vq, "how well a VQ autoencoder gives clips back"),
     ):
         module.add(
             kinds.add_parser(
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         )
     args = parser.parse_args(argv)
-    run = {"diffusion": diffusion.run, "vlm": vlm.run}[args.kind]
+    run = {"diffusion": diffusion.run, "vlm": vlm.run, "vq": vq.run}[args.kind]
     return run(args)
 
 

@@ -1,14 +1,9 @@
-"""clipmill sample: videos from a trained diffusion model, as mp4 files and a contact sheet."""
+"""clipmill sample: videos from a trained diffusion or world model, as mp4 files and a contact sheet."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import re
-import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +19,8 @@ examples
   clipmill sample model/ --task extend --video start.mp4 --frames 128
   clipmill sample model/ --task interpolate --video slow.mp4
   clipmill sample model/ --task upsample --video small.mp4
+  clipmill sample world/ --prompt "waves on a beach" --guidance 3 --top-k 1000
+  clipmill sample world/ --task caption --video start.mp4
   clipmill sample --task cascade --keyframes keys/ --interpolator between/ --upsampler sharp/ --prompt "waves"
 
 tasks
@@ -34,6 +31,10 @@ tasks
   interpolate  every frame of the file is a key frame, whatever its rate (the first --frames of them)
   upsample     a small video → the size the model was trained at
   cascade      Video LDM whole: key frames, frames between them twice, and larger pictures
+  caption      world model: what it says of --video (of its beginning, as long as it was trained on)
+
+A world model knows text (--frames 1 draws a picture), image, predict, extend and caption; --guidance, --temperature
+and --top-k take the place of its recipe's. Frame follows frame, so --frames may be more than it was trained on.
 
 A video is read as the mill reads its sources: upright, cropped as its container says, at the model's rate. A model
 that was not trained with known frames is led to them by reconstruction guidance.
@@ -59,24 +60,31 @@ TASKS = {
     "cascade": _task("keyframes interpolator upsampler times noise_level", "keyframes interpolator"),
 }
 OWN = frozenset[str]().union(*(task.takes for task in TASKS.values()))  # options that not every task takes
-LEAST = {"n": 1, "context": 1, "steps": 1, "frames": 1, "times": 0}
+LEAST = {"n": 1, "context": 1, "steps": 1, "frames": 1, "times": 0, "temperature": 0, "top_k": 1}
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
+    from jobs.sample_files import new_folder
+    from jobs.sample_world import is_world
+    from jobs.sample_world import sample as sample_world
     from jobs.training.exported import CheckpointError
     from models.hub import MissingModel
     from pipeline.io.ffmpeg import FFmpegError
 
     try:
-        check(args)
+        world = args.model is not None and is_world(args.model)
+        check_numbers(args)
+        if not world:
+            check(args)
         with new_folder(args.out, args.replace) as folder:
-            sample(args, folder)
+            (sample_world if world else sample)(args, folder)
     except (ValueError, CheckpointError, MissingModel, FFmpegError, OSError) as e:
         print(f"clipmill sample: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
-    print(f"videos, sheet.png and samples.json: {args.out}")
+    found = "captions.json" if args.task == "caption" else "videos, sheet.png and samples.json"
+    print(f"{found}: {args.out}")
     return 0
 
 
@@ -90,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = found.add_argument
-    add("model", nargs="?", metavar="MODEL", help="folder that 'clipmill train diffusion' wrote")
+    add("model", nargs="?", metavar="MODEL", help="folder that 'clipmill train diffusion' or 'world' wrote")
     add(
         "--prompt",
         action="append",
@@ -100,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     add("--n", type=int, default=1, help="videos a prompt (default: 1)")
     add("--out", type=Path, default=Path("samples"), metavar="DIR", help="a new or empty folder (samples/)")
     add("--replace", action="store_true", help="in place of what an earlier sampling wrote there")
-    add("--task", choices=[*TASKS], default="text", help="default: text")
+    add("--task", choices=[*TASKS, "caption"], default="text", help="default: text")
     add("--video", type=Path, metavar="FILE", help="what is given: a video or a picture")
     add("--frames", type=int, metavar="N", help="of the result, or to read of --video; see the tasks")
     add("--context", type=int, metavar="K", help="latent frames that are given at a time (2)")
@@ -124,6 +132,8 @@ def parser() -> argparse.ArgumentParser:
         help="noise levels that are guided",
     )
     add("--guidance-rescale", type=float, metavar="F", help="how far its gain in contrast is taken back, 0…1")
+    add("--temperature", type=float, metavar="T", help="world model: of its draws; 0: the likeliest")
+    add("--top-k", type=int, metavar="K", help="world model: it draws among the K likeliest")
     add("--seed", type=int, default=0, help="video i is drawn with seed + i")
     add("--ema", type=float, metavar="L", help="σ_rel of the averaged weights (the longest); 0: the last")
     add_locate(found)
@@ -137,6 +147,11 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for arguments that do not go together."""
+    for name in ("temperature", "top_k"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"{_flag(name)} is for world models: leave it out")
+    if args.task not in TASKS:
+        raise ValueError(f"--task {args.task} is for world models: of a diffusion model {', '.join(TASKS)}")
     task, given = TASKS[args.task], {name for name in OWN if getattr(args, name) is not None}
     for name in sorted(given - task.takes):
         others = ", ".join(t for t, other in TASKS.items() if name in other.takes)
@@ -155,16 +170,20 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError("--noise-level is what --upsampler is given: name it too, or leave this out")
     elif not args.model:
         raise ValueError("name the MODEL: a folder that 'clipmill train diffusion' wrote")
-    if args.video is not None and not args.video.is_file():
-        raise ValueError(f"--video {args.video}: no such file")
-    for name, least in LEAST.items():
-        if (value := getattr(args, name)) is not None and value < least:
-            raise ValueError(f"{_flag(name)} {value}: give {least} or more")
 
     from jobs.training.system import LOW_NOISE
 
     if args.noise_level is not None and not 0 <= args.noise_level <= LOW_NOISE:
         raise ValueError(f"--noise-level {args.noise_level:g}: upsamplers are trained with 0 to {LOW_NOISE}")
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises ValueError for a file that is not there, or numbers that are too small."""
+    if args.video is not None and not args.video.is_file():
+        raise ValueError(f"--video {args.video}: no such file")
+    for name, least in LEAST.items():
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ValueError(f"{_flag(name)} {value}: give {least} or more")
 
 
 def _flag(name: str) -> str:
@@ -178,7 +197,7 @@ def sample(args: argparse.Namespace, folder: Path) -> None:
     """Draws every video and writes it into the folder."""
     import torch
 
-    from jobs.videos import contact_sheet, write_mp4
+    from jobs.sample_files import file_name, said, write_videos
     from pipeline.caption.structured import told
 
     maker, drawing, used = prepared(args)
@@ -191,23 +210,19 @@ def sample(args: argparse.Namespace, folder: Path) -> None:
             number = len(rows)
             with torch.no_grad():
                 video = drawing(prompt, args.seed + number)[0].cpu().numpy()
-            slug = re.sub(r"[^a-z0-9]+", "-", f"{number:03d} {prompt}".lower()).strip("-")[:60]
-            write_mp4(folder / f"{slug}.mp4", video, maker.fps)
-            videos[f"{number:03d} {prompt}".strip()] = video
+            name = file_name(number, prompt)
+            videos[name] = video
             rows.append(
                 {
                     "name": prompt,
-                    "file": f"{slug}.mp4",
+                    "file": name,
                     "frames": len(video),
                     "fps": maker.fps,
                     "seed": args.seed + number,
                 }
             )
             print(f"{number + 1} of {args.n * len(prompts)}", flush=True)
-    contact_sheet(videos).save(folder / "sheet.png")
-    for name, content in (("samples", rows), ("sampling", used)):
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    write_videos(folder, videos, rows, used, maker.fps)
 
 
 def prepared(args: argparse.Namespace) -> tuple[Maker | Cascade, Drawing, dict[str, Any]]:
@@ -269,48 +284,6 @@ def sampler_options(given: list[str]) -> dict[str, float] | None:
         except ValueError as e:
             raise ValueError(f"--sampler-option {text}: give NAME=NUMBER, such as eta=1") from e
     return found or None
-
-
-def said(used: dict[str, Any]) -> str:
-    """A line a model."""
-    lines = []
-    for folder, how in used["models"].items():
-        words = ", ".join(f"{name} {value}" for name, value in how.items())
-        lines.append(f"{folder}: {words}, seed {used['seed']}")
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------- files
-
-WRITTEN = re.compile(r"\d{3}[-a-z0-9]*\.mp4|sheet\.png|samples\.json|sampling\.json|eval\.json")
-
-
-@contextlib.contextmanager
-def new_folder(out: Path, replace: bool) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` when all is there, and then holds nothing else.
-
-    Raises ValueError where `out` is in use, or holds other things than a sampling writes.
-    """
-    held = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: name a folder")
-    if held and not replace:
-        raise ValueError(
-            f"--out {out} is not empty, and one folder holds one sampling: name another, or give --replace to put this "
-            "one in place of an earlier one"
-        )
-    if foreign := next((name for name in held if not WRITTEN.fullmatch(name)), None):
-        raise ValueError(f"--out {out} holds {foreign}, which no sampling wrote: name another folder")
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        if out.exists():
-            shutil.rmtree(out)
-        aside.replace(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 if __name__ == "__main__":

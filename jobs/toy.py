@@ -24,8 +24,9 @@ of which any two are shown together. The rest is the mill's own work:
   clipmill judge toy/model --held-out toy/held_out.txt
 
 What a model has put together itself is seen on the combinations that are held out: --only-held-out shows these alone.
-With --questions, DIR/questions has every scene as a video of its own (scenes/), a conversation about each to learn
-from (chat.jsonl) and five multiple-choice questions about each to be asked (choices.json):
+With --questions, DIR/questions has every scene as a video of its own (scenes/), conversations about each to learn from,
+answered in a word (chat.jsonl) or by the letter of an option (letters.jsonl), and five multiple-choice questions about
+each to be asked (choices.json):
 
   clipmill toy --out toy/ --questions
   clipmill toy --out held_out/ --only-held-out --videos 20 --questions
@@ -150,7 +151,8 @@ def make(args: argparse.Namespace) -> tuple[int, int]:
         )
     if args.questions:
         (out / QUESTIONS / "scenes").mkdir(parents=True)
-    lines, talks, asked = [], [], []
+    lines, asked = [], []
+    talks: dict[str, list[dict[str, Any]]] = {"chat": [], "letters": []}
     for number in range(args.videos):
         rng = np.random.default_rng([args.seed, number])
         if args.only_held_out:
@@ -167,11 +169,15 @@ def make(args: argparse.Namespace) -> tuple[int, int]:
                 shown = f"scenes/{number:05}-{i:03}.mp4"
                 write_mp4(out / QUESTIONS / shown, pictures[i], args.fps, crf=12)
                 drawn = np.random.default_rng([args.seed, number, i, 1])
-                talks.append({"messages": conversation(drawn, scene.attributes), "video": shown})
+                for form, by_letter in (("chat", False), ("letters", True)):
+                    talk = conversation(drawn, scene.attributes, by_letter)
+                    talks[form].append({"messages": talk, "video": shown})
                 for question in choices(drawn, scene.attributes):
                     asked.append({"id": f"{number:05}-{i:03}-{question['kind']}", "video": shown} | question)
     if args.questions:
-        (out / QUESTIONS / "chat.jsonl").write_text("".join(json.dumps(t) + "\n" for t in talks))
+        for form, told_of in talks.items():
+            lines_of = "".join(json.dumps(talk) + "\n" for talk in told_of)
+            (out / QUESTIONS / f"{form}.jsonl").write_text(lines_of)
         (out / QUESTIONS / "choices.json").write_text(json.dumps(asked, indent=0) + "\n")
     (out / "truth.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return len(lines), len(without)

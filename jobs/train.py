@@ -1,4 +1,4 @@
-"""clipmill train: a video diffusion model, an autoencoder, a VLM or a classifier, from a run's shards."""
+"""clipmill train: a diffusion model, an autoencoder, a VLM, a world model or a classifier, from a run's shards."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 EPILOG = """
 examples
-  clipmill train vlm run/ --recipe vlm --out model/ --steps 100
+  clipmill train vlm run/ --recipe small-vlm --out model/ --steps 100
   clipmill train diffusion run/ --recipe my.yaml --out model/ --set optimizer.lr=3e-4 --set data.tokens=16384
   clipmill train diffusion run/ --recipe my.yaml --out tuned/ --set start=model/ --set 'lora={rank: 16}'
   clipmill train selector run/ --recipe selector --out selector/
   torchrun --nproc-per-node 8 -m jobs.train diffusion run/ --recipe my.yaml --out model/
-  clipmill train vlm run/ --recipe vlm --out model/ --ray 4
+  clipmill train vlm run/ --recipe vlm --out model/ --set start=aligned/ --ray 4
 
 OUT gets checkpoints/, metrics and a page to look at, and model.safetensors with averages in ema/ to sample
 from. The same command goes on from the last checkpoint, on any number of GPUs that divides data.micro_batches,
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", choices=["diffusion", "vae", "vq", "vlm", "vivit", "selector"])
+    parser.add_argument("model", choices=["diffusion", "vae", "vq", "vlm", "vivit", "world", "selector"])
     parser.add_argument("dir", metavar="DIR", help="a run with shards, as 'clipmill curate' leaves it")
     parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="what is trained, and how")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder for all it writes")
@@ -70,16 +70,16 @@ def run(args: argparse.Namespace) -> int:
     if args.ray is not None:
         from jobs.train_ray import train_on_ray
 
-        outcome = train_on_ray(recipe, args.dir, args.out, args.ray, args.device)
+        outcome, where = train_on_ray(recipe, args.dir, args.out, args.ray, args.device)
     else:
-        from jobs.training.loop import train
+        from jobs.training.stages import train_all
 
-        outcome = train(recipe, args.dir, args.out, device=args.device)
+        outcome, where = train_all(recipe, args.dir, args.out, device=args.device)
     if outcome.signal:
         print(f"stopped and saved at step {outcome.step}; the same command goes on", file=sys.stderr)
         return 128 + outcome.signal
     if os.environ.get("RANK", "0") == "0":
-        print(f"step {outcome.step}: {args.out / 'model.safetensors'}")
+        print(f"step {outcome.step}: {where / 'model.safetensors'}")
     return 0
 
 

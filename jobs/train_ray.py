@@ -9,16 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jobs.training.loop import Outcome, train
+from jobs.training.loop import Outcome
 from jobs.training.recipe import recipe_of
 from jobs.training.recipe_core import TrainRecipe
+from jobs.training.stages import stages_of, train_all
 from pipeline.faults import StoreError, one_line
 
 RESTARTS = 3  # of the workers, after a death that is no fault of recipe or data
 
 
-def train_on_ray(recipe: TrainRecipe, data: str, out: Path, workers: int, device: str | None) -> Outcome:
-    """`jobs.training.loop.train` on so many workers, a GPU each unless device is 'cpu'.
+def train_on_ray(
+    recipe: TrainRecipe, data: str, out: Path, workers: int, device: str | None
+) -> tuple[Outcome, Path]:
+    """`jobs.training.stages.train_all` on so many workers, a GPU each unless device is 'cpu'.
 
     Raises ValueError with one sentence, as that does.
     """
@@ -58,14 +61,15 @@ def train_on_ray(recipe: TrainRecipe, data: str, out: Path, workers: int, device
     trainer.fit()
     if said.is_file():
         raise ValueError(said.read_text())
-    return Outcome(recipe.run.steps)
+    last, folder = list(stages_of(recipe, out))[-1]
+    return Outcome(last.run.steps), folder
 
 
 def _work(work: dict[str, Any]) -> None:
     """What each worker runs. A refusal is no death: it is left for the driver to say, not tried again."""
     try:
         device = None if work["device"] == "cuda" else "cpu"
-        train(recipe_of(work["recipe"]), work["data"], Path(work["out"]), device=device)
+        train_all(recipe_of(work["recipe"]), work["data"], Path(work["out"]), device=device)
     except (StoreError, ValueError) as e:
         said = Path(work["out"]) / "ray" / "refused.txt"
         said.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ examples
   clipmill eval vlm captioner/ captions --against MSR-VTT/ --format msr-vtt
   clipmill eval vlm captioner/ probability --against run/
   clipmill eval vlm captioner/ retrieval --against MSR-VTT/ --format msr-vtt
+  clipmill eval vlm selector.pt retrieval --against MSR-VTT/ --format msr-vtt
   clipmill eval vlm captioner/ questions --against NExT-QA/ --format next-qa --by likelihood
   clipmill eval vlm captioner/ questions --against toy/questions --format questions --blind
   clipmill eval vlm captioner/ needle --against run/ --lengths 4,16,64
@@ -35,7 +36,8 @@ folder with a benchmark's own files and videos, as it is published:
 what is measured
   captions      CIDEr-D, BLEU, ROUGE-L, METEOR (where METEOR_JAR says its program is), the share that is word for word
   probability   of the captions that are there: nats each, bits a token; how often a video's own beats another's
-  retrieval     R@1, R@5, R@10 both ways, by likelihood; N videos cost N × N likelihoods: see --n
+  retrieval     R@1, R@5, R@10 both ways, by likelihood (N videos cost N × N likelihoods: see --n), or by a selector
+                of 'clipmill train selector' that is named as MODEL
   questions     multiple choice by what it says (letter), by the likeliest letter (likelihood), or by the likeliest
                 words of an option after the bare question (words); open ones by equal words. --blind shows no video:
                 what can be guessed
@@ -123,7 +125,11 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for arguments that mean nothing, before anything is loaded."""
-    if not Path(args.model).is_dir():
+    from jobs.evaluation.by_selector import file_of
+
+    if file_of(args.model) is not None and args.what != "retrieval":
+        raise ValueError(f"{args.model} is a selector, which is measured by retrieval alone")
+    if not Path(args.model).is_dir() and file_of(args.model) is None:
         raise ValueError(
             f"{args.model} is no folder: give what 'clipmill train vlm' or 'clipmill export' wrote"
         )
@@ -154,12 +160,15 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """Everything that is printed and written, and where to. Raises what `main` catches, one sentence each."""
     import torch
 
+    from jobs.evaluation.by_selector import file_of
     from jobs.evaluation.looking import drawn, named, weights_of, with_frames
     from jobs.training.speaker import load_speaker
 
     found, split = items_of(args)
     items = drawn(found.items, args.n, args.seed)
     notes = list(filter(None, [found.note()]))
+    if file := file_of(args.model):
+        return selected(args, file, items, split, notes)
     if args.what == "retrieval" and len(items) > PLENTY and args.n is None:
         raise ValueError(
             f"retrieval by likelihood of {len(items):,} videos takes {len(items) ** 2:,} likelihoods: give --n"
@@ -187,6 +196,36 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     if args.n is not None or args.temperature or args.what == "needle":
         protocol |= {"seed": args.seed}
     numbers, out = measured(args, speaker, items, protocol, prompt, most, by, notes)
+    told = {"model": args.model, "against": args.against, "protocol": protocol}
+    return told | {"numbers": numbers, "notes": notes}, out
+
+
+def selected(
+    args: argparse.Namespace, file: Path, items: Sequence[Item], split: str, notes: list[str]
+) -> tuple[dict[str, Any], Path]:
+    """Retrieval by a selector."""
+    from hashlib import blake2b
+
+    import torch
+
+    from jobs.evaluation import by_selector
+    from jobs.evaluation.answers import Answers
+    from jobs.evaluation.looking import named, teller
+    from models.choosing.chooser import Chooser
+
+    chooser = Chooser.load(file, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    protocol: dict[str, Any] = {
+        "what": "retrieval by selector",
+        "format": args.format or "run",
+        "split": split,
+    }
+    protocol |= {"items": named(items), "weights": blake2b(file.read_bytes(), digest_size=6).hexdigest()}
+    protocol |= {"frames": chooser.frames} | ({"seed": args.seed} if args.n is not None else {})
+    out = args.out or file.parent / f"eval-retrieval-{args.format or 'run'}"
+    answers = Answers(out, protocol)
+    by_selector.look(chooser, items, answers, teller("videos"))
+    sound(items, answers, notes)
+    numbers = by_selector.figures(chooser, items, answers)
     told = {"model": args.model, "against": args.against, "protocol": protocol}
     return told | {"numbers": numbers, "notes": notes}, out
 

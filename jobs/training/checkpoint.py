@@ -71,6 +71,9 @@ MOVED = (
     "text.model",
     "model.spatial",
     "data.cache",
+    "vq.path",
+    "text.tokenizer",
+    "documents.chat",
     "data.mixture.data",
     "data.mixture.cache",
 )  # that may lie elsewhere: contents are checked

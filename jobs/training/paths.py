@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.recipe_schema import Place, Section
 
-KEYS = ("autoencoder.path", "text.model", "model.spatial")  # what a trained model is used with
+KEYS = (
+    "autoencoder.path",
+    "text.model",
+    "model.spatial",
+    "vq.path",
+    "text.tokenizer",
+)  # what a trained model is used with
 
 
 def found_again(

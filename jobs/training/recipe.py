@@ -15,6 +15,7 @@ from jobs.training.recipe_vae import VAERecipe
 from jobs.training.recipe_vivit import ViViTRecipe
 from jobs.training.recipe_vlm import VLMRecipe
 from jobs.training.recipe_vq import VQRecipe
+from jobs.training.recipe_world import WorldRecipe
 from pipeline.recipe import RECIPES, Recipe, load
 from pipeline.recipe_file import bases, bundled, load_as
 from pipeline.recipe_schema import RecipeError, nearest
@@ -27,6 +28,7 @@ KINDS: dict[str, type[TrainRecipe]] = {
     "vq": VQRecipe,
     "vlm": VLMRecipe,
     "vivit": ViViTRecipe,
+    "world": WorldRecipe,
     "selector": SelectorRecipe,
 }
 

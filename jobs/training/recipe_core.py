@@ -86,7 +86,7 @@ class Model(Section):
     PATHS: ClassVar = dict.fromkeys(
         ("spatial", "weights", "tower", "video_tower", "language"), "maybe"
     )  # of what `build` takes: a file or folder
-    kind: str = Field("dit", description="dit, unet3d, video_ldm or sora; vae; vq; llava; vivit")
+    kind: str = Field("dit", description="dit, unet3d, video_ldm or sora; vae; vq; llava; world; vivit")
     preset: str | None = Field(None, description="a name in PRESETS of that file")
 
     @model_validator(mode="after")
@@ -220,7 +220,7 @@ class TrainRecipe(Section):
 
     name: str = Field(description="of the recipe; that of its file where none is given")
     trains: str = Field(
-        "diffusion", description="what is trained: diffusion, vae, vq, vlm, vivit or selector"
+        "diffusion", description="what is trained: diffusion, vae, vq, vlm, world, vivit or selector"
     )
     seed: int = Field(0, description="of weights, data order and noise")
     data: Data = Field(Data(), description="which clips, in which shape")

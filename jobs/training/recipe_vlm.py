@@ -29,6 +29,9 @@ class Frames(Section):
         False,
         description="spread frames include the first and the last; otherwise each is the middle of a part",
     )
+    anywhere: bool = Field(
+        False, description="in training each of the spread frames lies anywhere in its part, by chance"
+    )
     times: Literal["none", "prompt", "llava_next"] = Field(
         "none",
         description="prompt: when the frames are, in the words of the mill's captioner; llava_next: in LLaVA's",
@@ -43,6 +46,8 @@ class Frames(Section):
     @model_validator(mode="after")
     def _fits(self) -> Frames:
         self.sampling()
+        if self.anywhere and (self.fps or self.ends):
+            raise ValueError("anywhere: is of frames spread over a clip: leave fps and ends out")
         return self
 
     def sampling(self) -> Sampling:

@@ -102,11 +102,11 @@ class Visuals:
 
     # ------------------------------------------------------------ what is looked at
 
-    def planned(self, media: Media) -> Planned:
-        """Of a clip. Raises BrokenSample."""
+    def planned(self, media: Media, rng: np.random.Generator | None = None) -> Planned:
+        """Of a clip; a generator draws where its frames lie, see `Sampling.of`. Raises BrokenSample."""
         media = at_hand(media)
         when = clock(media)
-        numbers = self.sampling.of(len(when.seconds), when.rate)
+        numbers = self.sampling.of(len(when.seconds), when.rate, None if rng is None else rng.random)
         return Planned(media, tuple(numbers), tuple(when.seconds[n] for n in numbers), when.duration)
 
     def loaded(self, what: Planned) -> Visual:

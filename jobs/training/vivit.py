@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.training.data import Loader, held_out_of, loader_of, sources_of
-from jobs.training.held_out import SOURCES, trained_on
+from jobs.training.captions import captions_of
+from jobs.training.data import Loader, held_out_of, loader_of
 from jobs.training.parallelize import make
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_vivit import ViViTRecipe
@@ -28,12 +28,9 @@ from jobs.training.task import Batch, Draws, Evaluation, Losses, Phase, Start, S
 from models.attention import choose_kernel
 from models.encoders import vivit
 from pipeline.caption.text import words
-from pipeline.io.store import below
-from pipeline.shards.index import read_index
 from pipeline.shards.reader import ShardReader
 
 WORDS = "words"  # the group of common words
-CAPTIONS = 100_000  # that are looked through for them, at most
 TOO_COMMON = 0.5  # share of the captions in which a word tells little
 TOGETHER = 8  # held-out clips at a time
 
@@ -46,7 +43,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Classification, Loader]:
     if len(recipe.data.buckets) > 1 or recipe.data.buckets[0].height != recipe.data.buckets[0].width:
         raise ValueError("data.buckets: ViViT takes one bucket, as high as it is wide")
     if start.saved is None:
-        captions = captions_of(recipe, start.data)
+        captions = captions_of(recipe, start.data, recipe.held_out)
         labels = labels_of(recipe, captions)
         check_named(labels, captions)
     else:
@@ -57,21 +54,6 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[Classification, Loader]:
 
 
 # ---------------------------------------------------------------- labels
-
-
-def captions_of(recipe: ViViTRecipe, data: str) -> list[str]:
-    """Captions of the clips that are trained on. Raises StoreError, and ValueError where an index has none."""
-    found: list[str] = []
-    folders = [below(folder, "shards") for _, folder in sources_of(recipe, data)]
-    trained = trained_on(folders, recipe.held_out) if recipe.held_out else [None] * len(folders)
-    for shards, where in zip(folders, trained, strict=True):
-        index = read_index(shards, ["caption", *SOURCES])
-        if "caption" not in index.column_names:
-            raise ValueError(f"{shards} has no index with captions: shard the run with clipmill shard")
-        kept = index if where is None else index.filter(where)
-        step = max(1, -(-len(kept) // CAPTIONS))
-        found += [caption or "" for caption in kept["caption"].to_pylist()[::step]]
-    return found
 
 
 def labels_of(recipe: ViViTRecipe, captions: list[str]) -> dict[str, list[str]]:

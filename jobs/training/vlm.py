@@ -162,7 +162,7 @@ def tokenizer_of(recipe: VLMRecipe, runs: Runs, start: Start) -> dict[str, str]:
 def loader_of(recipe: VLMRecipe, source: Source, task: Talking, world: World) -> SequenceLoader | RowLoader:
     """Raises ValueError."""
     data = recipe.data
-    process = Documents(task.chat, task.visuals)
+    process = Documents(task.chat, task.visuals, recipe.frames.anywhere)
     collate = Collate(task.visuals, task.chat.tokenizer.pad_token_id, data.packing)
     common: dict[str, Any] = {
         "tokens": data.tokens,

@@ -16,11 +16,12 @@ from jobs.training.parallelize import make, on_meta
 from jobs.training.recipe_vlm import VLMRecipe
 from jobs.training.visuals import Visuals
 from models.language import llava
+from models.language.by_document import DOCUMENTS
 from models.language.exported import IMAGE, VIDEO
 from models.language.llava import Llava, Placeholders
 from models.language.tokenizer import of_files
 
-KERNELS = {"auto": "sdpa", "plain": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
+KERNELS = {"auto": DOCUMENTS, "plain": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
 
 
 def network(recipe: VLMRecipe, tokenizer: Any, device: torch.device) -> Llava:
@@ -29,7 +30,10 @@ def network(recipe: VLMRecipe, tokenizer: Any, device: torch.device) -> Llava:
     for part in ("tower", "language"):
         if part not in options:
             raise ValueError(f"model.{part}: must be given: a hub id, a folder or a configuration")
-    options.setdefault("attention", KERNELS.get(recipe.compute.attention, "sdpa"))
+    kernel = KERNELS.get(recipe.compute.attention, "sdpa")
+    if kernel == DOCUMENTS and recipe.compute.compile:  # it would be compiled anew for each packing
+        kernel = "sdpa"
+    options.setdefault("attention", kernel)
     marks = Placeholders(*(tokenizer.convert_tokens_to_ids(name) for name in (IMAGE, VIDEO)))
     torch.manual_seed(recipe.seed)
     model = make(partial(llava.build, marks, **options | {"vocabulary": len(tokenizer)}), device)

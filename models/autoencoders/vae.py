@@ -74,8 +74,53 @@ class Halves(nn.Module):
 
     causal = True
     stride: tuple[int, int, int]
+    channels: int
     encoder: Chain
     decoder: Chain
+    blocks: BlockDCT3D | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = None
+
+    def cut_in_blocks(self, channels: int) -> list[Factor]:
+        """Work on the DCT of blocks of the stride: what is left to be halved, nothing. Raises ValueError where those
+        have fewer coefficients than there are to be channels."""
+        self.blocks = BlockDCT3D(self.stride)
+        if channels > self.values:
+            raise ValueError(
+                f"{channels} channels: blocks of {self.stride} have {self.values} coefficients: give as many channels "
+                "or fewer"
+            )
+        return []
+
+    @property
+    def values(self) -> int:
+        """What the encoder is given of a place, and the decoder gives."""
+        return len(self.blocks.basis) if self.blocks else 3
+
+    def begin_as_blocks(self) -> None:
+        """Both halves add nothing at first."""
+        for head in (self.encoder.layers[-1], self.decoder.layers[-1]):
+            assert isinstance(head, NormConv)
+            nn.init.zeros_(head.conv.weight)
+
+    def into_latents(self, video: Tensor, memory: Memory | None) -> Tensor:
+        """What the encoder says; with blocks in addition to their first coefficients."""
+        if self.blocks is None:
+            return self.encoder(video, memory)
+        x = self.blocks.cut(video, memory)
+        y: Tensor = self.encoder(x, memory)
+        return y + F.pad(x[:, : self.channels], (0, 0) * 3 + (0, y.shape[1] - self.channels))
+
+    def from_latents(self, latents: Tensor, memory: Memory | None) -> Tensor:
+        """What the decoder makes of [B, C, T', h, w]; with blocks in addition to their first coefficients."""
+        first = not memory
+        y: Tensor = self.decoder(latents, memory)
+        if self.blocks is None:
+            return y
+        known = F.pad(latents, (0, 0) * 3 + (0, y.shape[1] - latents.shape[1]))
+        return self.blocks.join(y + known, first)
 
     def pieces(self, video: Tensor, chunk: int) -> list[Tensor]:
         """A video [B, 3, 1 + n·s, H, W] in parts of `chunk` latent frames each."""
@@ -115,29 +160,21 @@ class VAE(Halves):
         dct: bool = False,
     ):
         super().__init__()
-        factors = stage_factors(stride)
-        self.blocks = BlockDCT3D(stride) if dct else None
-        if self.blocks is not None:
-            factors = []
-            if channels > len(self.blocks.basis):
-                raise ValueError(
-                    f"{channels} channels: blocks of {tuple(stride)} have {len(self.blocks.basis)} coefficients: give "
-                    "as many channels or fewer"
-                )
+        self.channels, self.stride = channels, (stride[0], stride[1], stride[2])
+        factors = self.cut_in_blocks(channels) if dct else stage_factors(stride)
         if temporal_decoder and stride[0] > 1:
             raise ValueError(
                 f"temporal_decoder is for a time stride of 1: with {stride[0]} every layer looks back already"
             )
-        self.channels, self.stride = channels, (stride[0], stride[1], stride[2])
         widths = stage_widths(width, multipliers, stride, factors, "with dct, " * dct)
         taps = 3 if stride[0] > 1 else 1
-        values = len(self.blocks.basis) if self.blocks else 3
-        self.encoder = encoder_half(values, 2 * channels, widths, factors, depth, taps)  # mean and logvar
-        self.decoder = decoder_half(values, channels, widths, factors, depth, taps, temporal_decoder)
+        self.encoder = encoder_half(
+            self.values, 2 * channels, widths, factors, depth, taps
+        )  # mean and logvar
+        self.decoder = decoder_half(self.values, channels, widths, factors, depth, taps, temporal_decoder)
         self.zero_biases()
-        if self.blocks is not None:
-            for head in (self.encoder.layers[-1], self.decoder.layers[-1]):
-                nn.init.zeros_(head.conv.weight)  # type: ignore[union-attr,arg-type]
+        if dct:
+            self.begin_as_blocks()
             nn.init.constant_(self.encoder.layers[-1].conv.bias[channels:], QUIET)  # type: ignore[union-attr,index]
 
     def forward(self, video: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,19 +189,10 @@ class VAE(Halves):
         return self._decoded(latents), posterior.mean, posterior.logvar
 
     def _encoded(self, video: Tensor, memory: Memory | None = None) -> Posterior:
-        if self.blocks is None:
-            return _posterior(self.encoder(video, memory))
-        x = self.blocks.cut(video, memory)
-        mean, logvar = self.encoder(x, memory).chunk(2, dim=1)
-        return _posterior(torch.cat([x[:, : self.channels] + mean, logvar], dim=1))
+        return _posterior(self.into_latents(video, memory))
 
     def _decoded(self, latents: Tensor, memory: Memory | None = None) -> Tensor:
-        first = not memory
-        y = self.decoder(latents, memory)
-        if self.blocks is None:
-            return y
-        known = F.pad(latents, (0, 0) * 3 + (0, y.shape[1] - self.channels))
-        return self.blocks.join(y + known, first)
+        return self.from_latents(latents, memory)
 
     def encode(self, video: Tensor, chunk: int | None = None) -> Posterior:
         """[B, 3, 1 + n·s, H, W] → posterior of [B, C, 1 + n, h, w].

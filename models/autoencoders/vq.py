@@ -6,6 +6,10 @@ Oord et al. 2017; with a discriminator VQGAN, Esser et al. 2021), or with each o
 
     video [B, 3, 1 + n·s, H, W] in −1…1  ⇄  codes int64 [B, 1 + n, H/y, W/x]        stride (s, y, x)
 
+With `dct` it works on blocks of its stride, as `models.autoencoders.vae` does: vectors are at first the block's first C
+coefficients, so that a codebook begins as that of a classical vector quantiser, and both halves work at the codes' own
+resolution, which is quick.
+
 With a time stride of 1 frames are coded one by one: those of 256×256 pixels at stride (1, 16, 16) are the 256 codes a
 frame of Large World Model. C: channels; K: codes; N: positions.
 """
@@ -30,6 +34,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "multipliers": (1, 1, 2, 2, 4),
         "depth": 2,
     },  # VQGAN's f = 16
+    "blocks": {
+        "stride": (1, 8, 8),
+        "width": 128,
+        "multipliers": (1,),
+        "depth": 2,
+        "dct": True,
+        "codes": 1024,
+    },
     "video": {"stride": (4, 8, 8), "width": 96, "multipliers": (1, 2, 4, 4), "depth": 2},
 }
 Update = Literal["ema", "gradient"]
@@ -217,15 +229,21 @@ class VQ(Halves):
         width: int,
         multipliers: Sequence[int],
         depth: int,
+        dct: bool = False,
     ):
         super().__init__()
-        factors = stage_factors(stride)
         self.stride, self.channels = (stride[0], stride[1], stride[2]), quantiser.channels
-        widths, taps = stage_widths(width, multipliers, stride, factors), 3 if stride[0] > 1 else 1
-        self.encoder = encoder_half(3, self.channels, widths, factors, depth, taps)
+        factors = self.cut_in_blocks(self.channels) if dct else stage_factors(stride)
+        if dct and isinstance(quantiser, FSQ):
+            raise ValueError("dct with levels: coefficients are not within −1…1: leave one of them out")
+        widths = stage_widths(width, multipliers, stride, factors, "with dct, " * dct)
+        taps = 3 if stride[0] > 1 else 1
+        self.encoder = encoder_half(self.values, self.channels, widths, factors, depth, taps)
         self.quantiser = quantiser
-        self.decoder = decoder_half(3, self.channels, widths, factors, depth, taps)
+        self.decoder = decoder_half(self.values, self.channels, widths, factors, depth, taps)
         self.zero_biases()
+        if dct:
+            self.begin_as_blocks()
 
     @property
     def codes(self) -> int:
@@ -238,12 +256,12 @@ class VQ(Halves):
         return self._decoded(quantised.vectors), quantised
 
     def _quantised(self, video: Tensor, memory: Memory | None = None) -> Quantised:
-        found: Quantised = self.quantiser(self.encoder(video, memory).movedim(1, -1))
+        found: Quantised = self.quantiser(self.into_latents(video, memory).movedim(1, -1))
         return found
 
     def _decoded(self, vectors: Tensor, memory: Memory | None = None) -> Tensor:
         like = next(self.decoder.parameters())
-        return self.decoder(vectors.movedim(-1, 1).to(like.dtype), memory)
+        return self.from_latents(vectors.movedim(-1, 1).to(like.dtype), memory)
 
     def encode(self, video: Tensor, chunk: int | None = None) -> Tensor:
         """[B, 3, 1 + n·s, H, W] → codes int64 [B, 1 + n, h, w].
@@ -290,6 +308,7 @@ def build(
     width: int = 128,
     multipliers: Sequence[int] = (1, 1, 2, 2, 4),
     depth: int = 2,
+    dct: bool = False,
 ) -> VQ:
     """A VQ autoencoder whose codes are vectors of `channels`. Raises ValueError where options do not fit together.
 
@@ -297,11 +316,11 @@ def build(
         text_width: an autoencoder reads no text; must be None.
         codes, update, beta, decay, dead: of the `Codebook`.
         levels: of the channels, for FSQ in place of a codebook; (8, 8, 8, 16) are 8192 codes.
-        stride, width, multipliers, depth: see `models.autoencoders.vae`.
+        stride, width, multipliers, depth, dct: see `models.autoencoders.vae`.
     """
     if text_width is not None:
         raise ValueError("a VQ autoencoder takes no text: leave text_width unset")
     if levels is not None and len(levels) != channels:
         raise ValueError(f"{len(levels)} levels for {channels} channels: give one for each")
     quantiser = Codebook(codes, channels, update, beta, decay, dead) if levels is None else FSQ(levels)
-    return VQ(quantiser, stride, width, multipliers, depth)
+    return VQ(quantiser, stride, width, multipliers, depth, dct)

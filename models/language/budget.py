@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +40,16 @@ class Sampling:
         if self.fps is not None and self.fps <= 0:
             raise ValueError(f"fps={self.fps}: give a rate above 0")
 
-    def of(self, available: int, rate: float) -> list[int]:
-        """Numbers of the frames taken, of a clip of so many at `rate` frames a second; each at most once."""
+    def of(self, available: int, rate: float, anywhere: Callable[[int], Any] | None = None) -> list[int]:
+        """Numbers of the frames taken, of a clip of so many at `rate` frames a second; each at most once.
+
+        Args:
+            anywhere: n → so many numbers of 0 to 1, where in its part each of n spread frames lies, in training (Wang
+                et al. 2016, temporal segment networks); none: in the middle.
+        """
+        if anywhere is not None and self.fps is None and available > self.frames and not self.ends:
+            at = zip(range(self.frames), anywhere(self.frames), strict=True)
+            return sorted({min(int((i + u) * available / self.frames), available - 1) for i, u in at})
         if self.fps is None or self.fps >= rate:
             return self._spread(available, self.frames)
         each = math.ceil(available / rate * self.fps - 1e-9)

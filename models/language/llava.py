@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from models.attention import Mask
 from models.hub import MissingModel, open_clip_weights, transformers_weights
-from models.language.loss import Goal, Lengths, restarted, summed, summed_in_chunks, with_padding
+from models.language.by_document import DOCUMENTS, register, stand_in
+from models.language.loss import Goal, Lengths, restarted, rows_of, summed, summed_in_chunks, with_padding
 from models.language.positions import MRotary
 from models.language.projectors import Projector, QFormer, projector
 from models.language.reading import TextBranch
@@ -164,6 +165,10 @@ class Llava(nn.Module):
             "position_ids": told,
             "use_cache": False,
         }
+        if self.language.config._attn_implementation == DOCUMENTS:
+            single = lengths is None or all(len(row) <= 1 for row in rows_of(lengths))
+            # padding behind a row's only document is seen by padding alone
+            given["documents"] = [[rows.shape[1]]] * len(rows) if single else each
         if goal is not None and not scales_logits(self.language.config):
             hidden = self.language.base_model(**given).last_hidden_state
             return summed_in_chunks(self.language.get_output_embeddings(), hidden, goal)
@@ -293,6 +298,8 @@ class Llava(nn.Module):
                     f"attention {kernel} takes no positions of packed documents: use sdpa or flex_attention"
                 )
             return None
+        if kernel == DOCUMENTS:
+            return stand_in(device)
         masks = [Mask.documents(row, device=device).in_order(sum(row), device=device) for row in lengths]
         if kernel == "flex_attention" and len(masks) == 1:
             return masks[0].blocks(sum(lengths[0]), sum(lengths[0]), device)
@@ -338,7 +345,8 @@ def build(
         video_tower: for clips of more than one frame.
         reader: options of `TextBranch`, which reads what is written about a clip; none: there is none.
         vocabulary: tokens that the tokenizer knows, placeholders and all; the table grows to it, and never shrinks.
-        attention: how the language model attends, by transformers' names: sdpa, eager, flex_attention, ….
+        attention: how the language model attends, by transformers' names: sdpa, eager, flex_attention, …; or
+            `by_document.DOCUMENTS`.
 
     Raises MissingModel or ValueError, one sentence with the fix.
     """
@@ -379,6 +387,7 @@ _tower, _projector = tower, projector  # which `build` has as names of its argum
 def _language(what: str | dict[str, Any], attention: str, vocabulary: int | None) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    register()
     try:
         if isinstance(what, dict):
             options = {"vocab_size": vocabulary, **what} if vocabulary else dict(what)

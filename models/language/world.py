@@ -281,7 +281,21 @@ class Cache:
             held.keys, held.values = held.keys[rows], held.values[rows]
 
 
-def build(words: int, codes: int | None = 8448, *, weights: str | None = None, **options: Any) -> World:
+def build(
+    words: int,
+    codes: int | None = 8448,
+    *,
+    weights: str | None = None,
+    dim: int | None = None,
+    ffn: int | None = None,
+    heads: int | None = None,
+    groups: int | None = None,
+    head: int | None = None,
+    depth: int | None = None,
+    theta: float | None = None,
+    eps: float | None = None,
+    tied: bool | None = None,
+) -> World:
     """A `World` of a preset or sizes, or, with `weights`, a published one.
 
     Args:
@@ -289,9 +303,13 @@ def build(words: int, codes: int | None = 8448, *, weights: str | None = None, *
         weights: a folder in the layout of `transformers`' LLaMA, or a file of Large World Model's own. It has the
             sizes; only `theta` may be given beside it. What it has no weights of (the visual embedding and head, of a
             model of text) begins at random.
+        dim … tied: of `World`; None: as it has them, or as the weights do.
 
     Raises ValueError for weights that cannot be taken.
     """
+    sizes = {"dim": dim, "ffn": ffn, "heads": heads, "groups": groups, "head": head, "depth": depth}
+    given: dict[str, Any] = sizes | {"theta": theta, "eps": eps, "tied": tied}
+    options = {name: value for name, value in given.items() if value is not None}
     if weights is None:
         return World(words, codes, **options)
     stream = lwm.read(weights) if Path(weights).is_file() else None

@@ -150,7 +150,9 @@ def numbered(clip: bytes, numbers: Sequence[int]) -> np.ndarray:
     Raises BrokenSample.
     """
     import av
+    from av.video.reformatter import VideoReformatter
 
+    scaler = VideoReformatter()  # one for all frames: to set it up takes longer than a small picture
     wanted, found = set(numbers), {}
     try:
         with av.open(io.BytesIO(clip), "r") as container:
@@ -160,12 +162,12 @@ def numbered(clip: bytes, numbers: Sequence[int]) -> np.ndarray:
             for number, frame in enumerate(container.decode(stream)):
                 last = frame
                 if number in wanted:
-                    found[number] = frame.to_ndarray(format="rgb24")
+                    found[number] = scaler.reformat(frame, format="rgb24").to_ndarray()
                     if len(found) == len(wanted):
                         break
             if last is None:
                 raise BrokenSample("no frames")
-            final = None if len(found) == len(wanted) else last.to_ndarray(format="rgb24")
+            final = None if len(found) == len(wanted) else scaler.reformat(last, format="rgb24").to_ndarray()
     except (av.FFmpegError, OSError, IndexError) as e:
         raise BrokenSample(str(e)) from e
     pictures = [found.get(n, final) for n in numbers]

@@ -38,13 +38,14 @@ def choices(rng: np.random.Generator, attributes: Attributes) -> list[dict[str, 
     return asked
 
 
-def conversation(rng: np.random.Generator, attributes: Attributes) -> list[dict[str, str]]:
-    """Messages of all questions in an order drawn; of each, one time in two, the options with letters are given."""
+def conversation(
+    rng: np.random.Generator, attributes: Attributes, by_letter: bool = False
+) -> list[dict[str, str]]:
+    """Messages of all questions in an order drawn, answered by a word; by_letter: of options that are given."""
     messages = []
     asked = choices(rng, attributes)
     for i in rng.permutation(len(asked)):
         options, right = asked[i]["options"], asked[i]["answer"]
-        by_letter = rng.random() < 0.5
         question = lettered(asked[i]["question"], options) if by_letter else asked[i]["question"]
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": LETTERS[right] if by_letter else options[right]})

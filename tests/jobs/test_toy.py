@@ -98,23 +98,23 @@ def test_questions_are_answered_by_the_truth_and_open_as_conversations(tmp_path)
         with av.open(str(out / "questions" / five[0]["video"])) as container:
             frames = sum(1 for _ in container.decode(video=0))
         assert frames == truth["end_frame"] - truth["start_frame"]
-    talks = ChatReader(str(out / "questions"), shuffle=False)  # the folder holds no other .jsonl
-    assert talks.samples == 12
-    by_letter = 0
-    for row, truth in enumerate(truths):
-        sample = talks.read(row)
-        assert Path(sample["video"]).is_file()
-        turns = list(zip(sample["messages"][::2], sample["messages"][1::2], strict=True))
-        kinds = {text: kind for kind, text in questions.QUESTIONS.items()}
-        assert {kinds[q["content"].partition("\n")[0]] for q, _ in turns} == set(questions.QUESTIONS)
-        for question, answer in turns:
-            first, _, options = question["content"].partition("\n")
-            said = answer["content"]
-            if options:
-                by_letter += 1
-                said = dict(line.split(". ") for line in options.splitlines()[:-1])[said]
-            assert said == truth[kinds[first]]
-    assert 15 < by_letter < 45  # of 60, one in two
+    kinds = {text: kind for kind, text in questions.QUESTIONS.items()}
+    for name in ("chat", "letters"):
+        talks = ChatReader(str(out / f"questions/{name}.jsonl"), shuffle=False)
+        assert talks.samples == 12
+        for row, truth in enumerate(truths):
+            sample = talks.read(row)
+            assert Path(sample["video"]).is_file()
+            turns = list(zip(sample["messages"][::2], sample["messages"][1::2], strict=True))
+            assert {kinds[q["content"].partition("\n")[0]] for q, _ in turns} == set(questions.QUESTIONS)
+            for question, answer in turns:
+                first, _, options = question["content"].partition("\n")
+                said = answer["content"]
+                assert bool(options) == (name == "letters")
+                if options:
+                    said = dict(line.split(". ") for line in options.splitlines()[:-1])[said]
+                assert said == truth[kinds[first]]
+    assert ChatReader(str(out / "questions")).samples == 24  # the folder holds no other .jsonl
 
 
 def digests(out: Path) -> dict[str, str]:

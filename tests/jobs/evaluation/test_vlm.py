@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from jobs import evaluate, toy
 from jobs.benchmarks.items import Item
@@ -337,3 +338,33 @@ def test_a_video_that_cannot_be_read_is_left_out_with_a_note(model, captioned, t
     assert result["numbers"][0]["n"] == 3
     (note,) = (x for x in result["notes"] if "METEOR" not in x)
     assert note.startswith("Left out, as their video cannot be read: 1, the first 00000-001 (")
+
+
+def test_a_selector_is_measured_by_retrieval_as_it_judges(captioned, tmp_path, capsys):
+    from jobs.evaluation import by_selector
+    from models.choosing.chooser import Chooser
+    from models.choosing.file import Saved, Spec
+    from models.choosing.frozen import TextFeatures, VideoFeatures
+    from models.language.selector import build
+
+    torch.manual_seed(0)
+    options = {"dim": 16, "hidden": 32}
+    videos, texts = VideoFeatures(("visual_fit",)), TextFeatures("minilm")
+    made = build((384, 384), **options)
+    hashes = {**videos.hashes, "minilm": texts.hash}
+    file = tmp_path / "selector.pt"
+    Saved(
+        Spec(("visual_fit",), "minilm", 4), (384, 384), options, made.state_dict(), True, hashes=hashes
+    ).write(file)
+    result = run(file, "retrieval", captioned, tmp_path / "out", "--format", "vatex")
+    chooser = Chooser.load(file)
+    given = json.loads((captioned / "vatex_validation_v1.0.json").read_text())
+    wanted = [row["enCap"][0] for row in given]
+    clips = [Item(row["videoID"], captioned / f"{row['videoID']}.mp4") for row in given]
+    sure = np.array([chooser(list(by_selector._frames(clip, 4)), wanted) for clip in clips])
+    right = (sure.argmax(1) == np.arange(len(wanted))).mean()
+    assert value(result, "text of a video, R@1") == right
+    assert value(result, "video of a text, R@1") == (sure.argmax(0) == np.arange(len(wanted))).mean()
+    args = ["vlm", str(file), "captions", "--against", str(captioned), "--format", "vatex"]
+    assert evaluate.main(args) == 2
+    assert "is a selector, which is measured by retrieval alone" in capsys.readouterr().err

@@ -38,11 +38,13 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def at(tmp_path_factory, run):
-    """Tiny checkpoints, and a model that toy-frames starts from."""
+    """Tiny checkpoints, a model that toy-frames starts from, and one that makes a world model's codes."""
     found = checkpoints(tmp_path_factory.mktemp("checkpoints"))
-    toy = tmp_path_factory.mktemp("toy")
-    assert in_ranks(1, rank, "toy", found, run, toy, "one") == [0]
-    return found | {"toy": str(toy)}
+    for name, of in (("toy", "toy"), ("vq", "toy-vq")):
+        folder = tmp_path_factory.mktemp(name)
+        assert in_ranks(1, rank, of, found, run, folder, "one") == [0]
+        found[name] = str(folder)
+    return found
 
 
 class Killed(Notes):
@@ -91,6 +93,24 @@ def sampled(model, given, out) -> list[str]:
         assert sample.main([str(model), "--task", task, *own, *options, "--out", str(out / task)]) == 0
         assert len(list((out / task).glob("*.mp4"))) == 1
     return list(tasks)
+
+
+def worlds(model, given, out) -> list[str]:
+    """Every task of a world model that has codes."""
+    if load_model(model).recipe["vq"]["path"] is None:
+        return []
+    video = ["--video", str(given / "video.mp4")]
+    tasks = {
+        "text": ["--frames", "1"],
+        "image": video,
+        "predict": video,
+        "extend": [*video, "--frames", "12"],
+    }
+    for task, own in (tasks | {"caption": video}).items():
+        options = ["--task", task, *own, "--top-k", "4", "--device", "cpu", "--out", str(out / task)]
+        assert sample.main([str(model), *options, *(["--prompt", "waves"] if task != "caption" else [])]) == 0
+        assert len(list((out / task).glob("*.mp4"))) == (task != "caption")
+    return [*tasks, "caption"]
 
 
 def evaluated(model, run, given, out) -> float:
@@ -143,6 +163,8 @@ def test_a_recipe_trains_is_killed_resumes_bit_for_bit_is_sampled_and_evaluated(
         (said,) = speaker.answer([[{"role": "user", "content": "What is it?"}]], [[clip]], most=4)
         assert isinstance(said, str)
         done.append("answers")
+    if trained.recipe["trains"] == "world":
+        done += worlds(parts, given, tmp_path / "samples")
     if trained.recipe["trains"] == "vivit":
         features = load_features(f"vivit:{parts}")(torch.zeros(2, 4, 32, 32, 3, dtype=torch.uint8))
         assert features.isfinite().all()

@@ -207,6 +207,15 @@ def test_prompts_are_drawn_for_each_sample_the_same_each_time(run):
     assert a.identity() != Captions(reader, ["one?"], seed=4).identity()
 
 
+def test_frames_are_drawn_for_each_sample_the_same_each_time(run):
+    _task, loader = made(run, "frames.anywhere=true")
+    again = made(run, "frames.anywhere=true")[1]
+    a, b = ([x.process(x.source.nth(i))["visuals"][0].numbers for i in range(20)] for x in (loader, again))
+    assert a == b
+    epoch = loader.source.samples
+    assert [loader.process(loader.source.nth(i + epoch))["visuals"][0].numbers for i in range(20)] != a
+
+
 def test_what_is_said_of_times_is_what_the_captioner_says(run):
     task, _ = made(run, "frames={frames: 2, times: prompt}")
     clip = task.visuals.clip(ShardReader(f"{run}/shards", decode=False, shuffle=False).read(0)["video"])
@@ -274,6 +283,7 @@ def test_the_table_says_what_clips_cost(run):
         (["lora={rank: 2}"], "no part of `train`"),
         (["data.batch=2"], "packing: false"),
         (["written={}"], "go together"),
+        (["frames={anywhere: true, fps: 2}"], "spread over a clip"),
         (["frames.least=9"], "1 ≤ least ≤ frames"),
         (["prompts=[' ']"], "asks for nothing"),
     ],

@@ -167,3 +167,12 @@ def test_times_are_told_as_llava_next_video_has_it():
         "The video lasts for 3.00 seconds, and 2 frames are uniformly sampled from it. "
         "These frames are located at 0.00s,1.50s."
     )
+
+
+def test_in_training_each_frame_lies_anywhere_in_its_part():
+    rng = np.random.default_rng(0)
+    drawn = np.array([Sampling(4).of(20, 8.0, rng.random) for _ in range(200)])
+    assert (drawn // 5 == np.arange(4)).all()
+    assert all(set(column % 5) == set(range(5)) for column in drawn.T)
+    assert Sampling(4).of(3, 8.0, rng.random) == [0, 1, 2]
+    assert Sampling(4, fps=2.0).of(20, 8.0, rng.random) == Sampling(4, fps=2.0).of(20, 8.0)

@@ -12,6 +12,7 @@ from models.curation.vlm.loading import Wanted
 from models.curation.vlm.model import VLM, Look
 from models.hub import MissingModel
 from models.language import exported, loss
+from models.language.by_document import DOCUMENTS, attend, stand_in
 from models.language.llava import ONEVISION, PRESETS, Llava, Placeholders, build, check
 from models.language.positions import turn_by_three
 from models.language.towers import OpenClipTower, tower
@@ -112,7 +113,15 @@ def test_as_many_placeholders_as_visual_tokens_are_asked_for(made):
 
 
 @pytest.mark.parametrize(
-    ("language", "attention"), [(QWEN2, "sdpa"), (QWEN2, "eager"), (QWEN2, "flex_attention"), (LLAMA, "sdpa")]
+    ("language", "attention"),
+    [
+        (QWEN2, "sdpa"),
+        (QWEN2, "eager"),
+        (QWEN2, "flex_attention"),
+        (LLAMA, "sdpa"),
+        (QWEN2, DOCUMENTS),
+        (LLAMA, DOCUMENTS),
+    ],
 )
 @torch.no_grad()
 def test_packed_documents_give_what_each_gives_alone(made, language, attention):
@@ -125,6 +134,45 @@ def test_packed_documents_give_what_each_gives_alone(made, language, attention):
     torch.testing.assert_close(packed[: len(a)], alone[0], atol=2e-6, rtol=2e-6)
     torch.testing.assert_close(packed[len(a) : -6], alone[1], atol=2e-6, rtol=2e-6)
     assert packed.isfinite().all()
+
+
+@pytest.mark.parametrize("lengths", [[[20, 9, 3], [5, 25]], [[32], [20]], [[7], []]])
+def test_document_by_document_is_what_a_mask_gives_gradients_too(made, lengths):
+    """Packed rows, whole ones, and such with padding behind a single document."""
+    tokens = torch.randint(3, 200, (2, 32))
+    there = torch.zeros(2, 32, dtype=torch.bool)
+    for row, own in zip(there, lengths, strict=True):
+        row[: sum(own)] = True
+    found = []
+    for attention in ("sdpa", DOCUMENTS):
+        torch.manual_seed(1)
+        model = made(attention=attention)
+        logits = model(tokens, lengths=lengths)[there]
+        logits.square().mean().backward()
+        found.append([logits, *(p.grad for p in model.language.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+
+
+def test_a_language_model_that_keeps_no_documents_apart_is_named():
+    module = torch.nn.Linear(1, 1)
+    x = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(ValueError, match="Linear does not know of packed documents"):
+        attend(module, x, x, x, stand_in(x.device))
+
+
+@torch.no_grad()
+def test_document_by_document_generates_as_ever(made):
+    tokens = torch.randint(3, 200, (2, 6))
+    there = torch.ones(2, 6, dtype=torch.bool)
+    there[0, :3] = False
+    said = []
+    for attention in ("sdpa", DOCUMENTS):
+        torch.manual_seed(1)
+        said.append(
+            made(attention=attention).generate(tokens, there=there, max_new_tokens=5, do_sample=False)
+        )
+    assert torch.equal(*said)
 
 
 @torch.no_grad()
