@@ -48,6 +48,11 @@ SETTINGS = {  # beside the recipe's own
     "the same, 200 steps": [PLAIN, "loss.matching=0", "run.steps=200"],
     "with EfficientNet-Lite0's features too, 50 steps": ["loss.matching=0", "run.steps=50"],
     "the same, 200 steps, the matching head": ["run.steps=200"],
+    "of both, captions as they are, dropout .5, 100 steps": [
+        "model={kind: selector, preset: beside, texts: false, dropout: 0.5}",
+        "loss.matching=0",
+        "run.steps=100",
+    ],
 }
 
 

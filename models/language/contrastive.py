@@ -169,7 +169,7 @@ def hard_negatives(
     if uniform is None:
         return torch.multinomial(p, 1, generator=generator)[:, 0]
     upto = p.double().cumsum(-1)  # never one of p = 0: it is the first whose sum lies above
-    return (upto <= uniform.double()[:, None] * upto[:, -1:]).sum(-1).clamp(max=p.shape[1] - 1)
+    return (upto <= uniform.double().clamp(max=1 - 1e-12)[:, None] * upto[:, -1:]).sum(-1)
 
 
 def matching(

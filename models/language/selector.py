@@ -38,6 +38,8 @@ class Selector(nn.Module):
         video, text: widths of the frozen features.
         dropout: of the encoders' hidden layers.
         residual: what is learnt is added to the first `dim` numbers of the features, whose cosines it begins with.
+        texts: whether anything is learnt of texts; else, with `residual`, they stay what they are: of few clips less is
+            learnt by heart.
 
     Raises ValueError where features are narrower than what is added to them.
     """
@@ -53,13 +55,20 @@ class Selector(nn.Module):
         hidden: int = 1024,
         dropout: float = 0.0,
         residual: bool = False,
+        texts: bool = True,
     ):
         super().__init__()
+        if not (texts or residual):
+            raise ValueError(
+                "texts: false: features of clips are only comparable with texts as they are if residual: true"
+            )
         if residual and min(video, text) < dim:
             raise ValueError(
                 f"residual: features of {video} and {text} numbers cannot be added to {dim}: lower dim"
             )
         self.video, self.text = (Encoder(width, hidden, dim, dropout, residual) for width in (video, text))
+        if not texts:
+            self.text.net.requires_grad_(False)
         self.head = nn.Sequential(nn.Linear(4 * dim, hidden), nn.GELU(), nn.Linear(hidden, 1))
         self.scale = LogitScale()
         self.register_buffer("platt", torch.tensor([1.0, 0.0]))  # slope and shift of `probability`
@@ -156,6 +165,7 @@ def build(
     hidden: int = 1024,
     dropout: float = 0.0,
     residual: bool = False,
+    texts: bool = True,
 ) -> Selector:
     """sizes: widths of the features of clips and of texts."""
-    return Selector(*sizes, dim=dim, hidden=hidden, dropout=dropout, residual=residual)
+    return Selector(*sizes, dim=dim, hidden=hidden, dropout=dropout, residual=residual, texts=texts)

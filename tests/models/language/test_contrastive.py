@@ -96,6 +96,19 @@ def test_negatives_are_drawn_by_similarity_and_never_a_positive():
         hard_negatives(similarity, torch.ones(1, 4, dtype=torch.bool))
 
 
+def test_negatives_by_given_uniforms_are_the_inverse_of_the_distribution_function():
+    similarity = torch.tensor([[9.0, 1.0, 0.0, 2.0, 9.0]])
+    positive = torch.tensor([[True, False, False, False, True]])
+    uniform = torch.linspace(0, 1, 10_001)
+    drawn = hard_negatives(similarity.expand(10_001, -1), positive.expand(10_001, -1), uniform=uniform)
+    assert set(drawn.tolist()) == {1, 2, 3}
+    share = torch.bincount(drawn, minlength=5) / 10_001
+    expected = torch.tensor([-math.inf, 1.0, 0.0, 2.0, -math.inf]).softmax(0)
+    torch.testing.assert_close(share, expected, atol=1e-3, rtol=0)
+    ends = hard_negatives(similarity.expand(2, -1), positive.expand(2, -1), uniform=torch.tensor([0.0, 1.0]))
+    assert ends.tolist() == [1, 3]
+
+
 class Match(nn.Module):
     """Logits of pairs."""
 

@@ -93,3 +93,25 @@ def test_calibrated_probabilities_are_the_shares_of_pairs_that_belong_together()
     assert p.mean().item() == pytest.approx((~together).float().mean().item(), abs=0.01)
     with pytest.raises(ValueError, match="give both"):
         model.calibrate(logits, torch.ones(20_000, dtype=torch.bool))
+
+
+def test_it_begins_as_the_features_are_and_may_leave_texts_so():
+    torch.manual_seed(0)
+    video, text = torch.randn(5, 12), torch.randn(5, 3, 8)
+    model = Selector(12, 8, dim=8, hidden=16, residual=True, texts=False)
+    v, t, scale = model(video, text)
+    assert torch.equal(v, video[:, :8])
+    assert torch.equal(t, text)
+    chosen = torch.tensor([0, 1, 2, 0, 1])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(3):
+        v, t, scale = model(video, text)
+        optimizer.zero_grad()
+        among_rivals(v, t, chosen, scale).backward()
+        optimizer.step()
+    assert torch.equal(model(video, text)[1], text)
+    assert not torch.equal(model(video, text)[0], video[:, :8])
+    with pytest.raises(ValueError, match="lower dim"):
+        Selector(12, 8, dim=10, residual=True)
+    with pytest.raises(ValueError, match="residual: true"):
+        Selector(12, 8, dim=8, texts=False)
