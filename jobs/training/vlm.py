@@ -116,8 +116,9 @@ class Runs:
     def source(self) -> Source:
         if len(self.sources) == 1:
             return self.sources[0]
-        sequential = self.recipe.data.sequential()
-        together = sequential.streams if sequential else 1
+        data, sequential = self.recipe.data, self.recipe.data.sequential()
+        # a lane takes every lanes-th sample: where these came in turn, some lanes would never see a source
+        together = sequential.streams if sequential else data.lanes if data.packing else 1
         return Mixed(self.sources, Mixture(self.recipe.data.shares(), self.folders, together))
 
     def texts(self) -> list[str]:
