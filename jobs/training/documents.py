@@ -31,7 +31,6 @@ from pipeline.shards.mixture import Mixed, Mixture, Sample, Source
 
 PLACEMENT: Placement = "zigzag"
 LANES = 16  # that pack for themselves, see `jobs.training.sequences`
-NEEDLES = 4  # in a document that is learnt from, at most
 
 
 # ---------------------------------------------------------------- which documents
@@ -101,7 +100,7 @@ class LaidOut:
 
     Args:
         tokenizer: its files; None: bytes.
-        room: tokens of a document at most, for needles; straw: sentences that they are hidden in.
+        room: tokens of a document at most; straw: sentences that needles are hidden in.
         stride: frames that a frame of codes stands for, after the first.
         codes, frame: see `Layout`.
     """
@@ -139,6 +138,11 @@ class LaidOut:
                 pixels = pixels[(at := int(rng.integers(len(pixels)))) : at + 1]
             parts = self._seen(sample["caption"], pixels, kind, rng)
         laid = self.layout.lay_out(parts)
+        if laid.length > self.room:
+            raise ValueError(
+                f"{sample['key']} makes a document of {laid.length} tokens, more than the {self.room} of the context: "
+                "raise data.tokens (and context), or give it fewer frames"
+            )
         return {"length": laid.length, "pixels": pixels, **{k: x.numpy() for k, x in laid._asdict().items()}}
 
     def _seen(self, caption: str, pixels: np.ndarray, kind: str, rng: np.random.Generator) -> list[Part]:
@@ -156,7 +160,7 @@ class LaidOut:
             return self.straw[int(rng.integers(len(self.straw)))]
 
         room = self.room // (4 * len(self.layout.encode(needle.EXAMPLE)))  # half of a document is straw
-        count = int(rng.integers(1, max(1, min(NEEDLES, room)) + 1))
+        count = int(rng.integers(1, max(1, min(self.wanted.numbers, room)) + 1))
         made = needle.hidden(sentence, self.layout.encode, self.room - 2, rng, count=count)
         learnt = "text" in self.wanted.prompts
         return [part._replace(learnt=part.learnt or learnt) for part in made.parts()]

@@ -47,6 +47,7 @@ class Documents(Section):
         ge=0,
         description="captions as long as the context, a number among them that is asked for at last",
     )
+    numbers: int = Field(1, ge=1, le=12, description="hidden in a document of needles, at most")
     chat: str | None = Field(
         None,
         description="of text alone: a .jsonl file with conversations, or a folder of them",
@@ -81,7 +82,9 @@ class Stage(Section):
     What is null is as in the recipe.
     """
 
-    context: int = Field(ge=8, description="tokens of a sequence, in place of data.tokens")
+    context: int = Field(
+        ge=8, description="tokens of a document at most; data.tokens are as many, where they are fewer"
+    )
     steps: int = Field(ge=1, description="of the optimizer, in place of run.steps")
     theta: float | None = Field(
         None, gt=0, description="base of the rotary rates: the larger, the longer a context they tell apart"
@@ -116,6 +119,9 @@ class WorldRecipe(TrainRecipe):
     vq: Pictures = Pictures()
     text: Words = Words()
     documents: Documents = Documents()
+    context: int | None = Field(
+        None, ge=8, description="tokens of a document at most; null: data.tokens, which several may share"
+    )
     pool: int = Field(32, ge=2, description="sequences that stay open while documents are packed")
     block: int = Field(
         0,
@@ -135,8 +141,15 @@ class WorldRecipe(TrainRecipe):
     measured: int = Field(32, ge=1, description="clips of those, at most, each time")
     run: WorldRun = WorldRun()
 
+    @property
+    def longest(self) -> int:
+        """Tokens of a document at most."""
+        return self.context or self.data.tokens
+
     @model_validator(mode="after")
     def _fits(self) -> WorldRecipe:
+        if self.longest > self.data.tokens:
+            raise ValueError(f"context {self.context}: data.tokens hold {self.data.tokens}: raise them")
         if len({(b.height, b.width) for b in self.data.buckets}) > 1:
             raise ValueError("data.buckets: all frames of a world model have as many codes: give one size")
         if self.start and self.model.options().get("weights"):
@@ -152,7 +165,7 @@ class WorldRecipe(TrainRecipe):
         """The recipe of a stage, counted from 0; before: the folder of the one before it."""
         stage, plain = self.stages[number], self.model_dump()
         changed: dict[str, dict[str, Any]] = {
-            "data": {"tokens": stage.context, "buckets": stage.buckets},
+            "data": {"tokens": max(self.data.tokens, stage.context), "buckets": stage.buckets},
             "model": {"theta": stage.theta},
             "optimizer": {"lr": stage.lr},
             "run": {"steps": stage.steps},
@@ -164,6 +177,7 @@ class WorldRecipe(TrainRecipe):
         plain |= {
             "name": f"{self.name}, stage {number + 1} of {len(self.stages)}",
             "stages": (),
+            "context": stage.context,
             "start": before or self.start,
             "documents": (stage.documents or self.documents).model_dump(),
         }

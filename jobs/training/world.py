@@ -62,7 +62,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[WorldTask, SequenceLoader]
         system.layout.codes,
         system.layout.frame,
         1 if system.vq is None else system.vq.stride[0],
-        recipe.data.tokens,
+        recipe.longest,
         recipe.seed,
     )
     if recipe.documents.needle:
@@ -210,7 +210,7 @@ class WorldTask(Task):
             def sentence(rng: np.random.Generator = rng) -> str:
                 return self.straw[int(rng.integers(len(self.straw)))]
 
-            asked.append(needle.hidden(sentence, layout.encode, self.recipe.data.tokens - 2, rng))
+            asked.append(needle.hidden(sentence, layout.encode, self.recipe.longest - 2, rng))
         right = needle.found(model, layout, asked)
         return sum(map(sum, right)) / sum(map(len, right))
 

@@ -269,6 +269,15 @@ def test_subtitles_and_the_rest_are_left_out_independently():
     assert written_of({}, written) == ""
 
 
+@pytest.mark.parametrize("shuffle", [[], ["data.shuffle=shards", "data.streams=2"]], ids=["full", "shards"])
+def test_every_lane_takes_from_every_source(run, talks, shuffle):
+    mixture = f"data.mixture=[{{data: {talks}/talks.jsonl, share: 0.5}}]"
+    recipe = load_training("small-vlm", [*TINY, mixture, "data.lanes=4", *shuffle])
+    source = Runs(recipe, run).source()
+    for lane in range(4):
+        assert {source.nth(n)["source"] for n in range(lane, 64, 4)} == {0, 1}
+
+
 def test_prompts_are_drawn_for_each_sample_the_same_each_time(run):
     reader = ShardReader(f"{run}/shards", decode=False)
     a, b = (Captions(reader, ["one?", "two?", "three?"], seed=4) for _ in range(2))

@@ -164,7 +164,7 @@ def test_the_parts_of_a_shared_sequence_hold_its_goals_between_them(run, vq):
 def test_stages_follow_one_another_and_go_on_where_they_were_stopped(run, tmp_path):
     stages = [
         {"context": 128, "steps": 2, "theta": 1e4},
-        {"context": 256, "steps": 3, "theta": 1e6, "lr": 1e-4},
+        {"context": 512, "steps": 3, "theta": 1e6, "lr": 1e-4},
     ]
     made = recipe(
         None, documents={"needle": 1, "text": 1, "text_to_video": 0, "video_to_text": 0}, stages=stages
@@ -173,7 +173,8 @@ def test_stages_follow_one_another_and_go_on_where_they_were_stopped(run, tmp_pa
     assert (outcome.step, last) == (3, tmp_path / "stage-2")
     first, second = load_world(str(tmp_path / "stage-1"), 0), load_world(str(tmp_path), 0)
     assert (first.model.theta, second.model.theta) == (1e4, 1e6)
-    assert (first.recipe.data.tokens, second.recipe.data.tokens) == (128, 256)
+    assert (first.recipe.context, second.recipe.context) == (128, 512)
+    assert (first.recipe.data.tokens, second.recipe.data.tokens) == (256, 512)
     assert second.recipe.optimizer.lr == 1e-4
     assert second.recipe.start == str(tmp_path / "stage-1")
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("model.safetensors")}

@@ -1,5 +1,7 @@
 """A world model goes to transformers' LLaMA by one command, computes the same there, and comes back."""
 
+# ruff: noqa: F811 (fixtures are imported by their names)
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 def test_an_exported_world_model_is_llama_with_the_same_logits_and_can_be_trained_on(
     run, vq, tmp_path, capsys
-):  # noqa: F811
+):
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     made = recipe(vq, text={"tokenizer": "bpe", "size": 300})
