@@ -23,7 +23,7 @@ from models.language.loss import Goal, Lengths, restarted, rows_of, summed, summ
 from models.language.positions import MRotary
 from models.language.projectors import Projector, QFormer, projector
 from models.language.reading import TextBranch
-from models.language.towers import Tower, on_meta, tower
+from models.language.towers import Tower, configuration, on_meta, tower
 
 ONEVISION = {"map": "mlp", "pool": 2, "newline": "clip", "whole_images": True}
 
@@ -391,7 +391,10 @@ def _language(what: str | dict[str, Any], attention: str, vocabulary: int | None
     try:
         if isinstance(what, dict):
             options = {"vocab_size": vocabulary, **what} if vocabulary else dict(what)
-            config = AutoConfig.for_model(options.pop("model_type"), **options)
+            config = configuration(options)
+            heads, shared = (getattr(config, f"num_{x}_heads", None) for x in ("attention", "key_value"))
+            if heads and shared and heads % shared:
+                raise ValueError(f"{heads} heads are no multiple of num_key_value_heads {shared}")
             return AutoModelForCausalLM.from_config(
                 config, attn_implementation=attention, dtype=torch.float32
             )

@@ -21,7 +21,8 @@ language model (Video-LLaVA).
 from __future__ import annotations
 
 import math
-from typing import Literal
+from inspect import signature
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from models.attention import CrossAttention, SelfAttention
 
 Map = Literal["linear", "mlp", "qformer"]
 Newline = Literal["none", "row", "frame", "clip"]
+Mode = Literal["bilinear", "average"]
 
 
 class Projector(nn.Module):
@@ -51,7 +53,7 @@ class Projector(nn.Module):
         map: Map = "mlp",
         shuffle: int = 1,
         pool: int = 1,
-        mode: Literal["bilinear", "average"] = "bilinear",
+        mode: Mode = "bilinear",
         temporal: int = 1,
         newline: Newline = "none",
         whole_images: bool = False,
@@ -115,7 +117,7 @@ def mean_of_frames(x: Tensor, n: int) -> Tensor:
     return x if n == 1 else torch.stack([part.mean(1) for part in x.split(n, dim=1)], dim=1)
 
 
-def shrunken(x: Tensor, n: int, mode: Literal["bilinear", "average"]) -> Tensor:
+def shrunken(x: Tensor, n: int, mode: Mode) -> Tensor:
     """[B, t, h, w, D] → [B, t, ⌈h/n⌉, ⌈w/n⌉, D]; a mean at the edge is of what is there."""
     if n == 1:
         return x
@@ -209,9 +211,18 @@ class QBlock(nn.Module):
 
 
 def projector(width: int, dim: int, options: dict[str, object] | None = None) -> Projector | QFormer:
-    """As a recipe asks for it: options of `Projector`, or of `QFormer` with {'map': 'qformer'}."""
+    """As a recipe asks for it: options of `Projector`, or of `QFormer` with {'map': 'qformer'}. Raises ValueError."""
     options = dict(options or {})
-    if options.get("map") == "qformer":
+    for name, known in (("map", get_args(Map)), ("newline", get_args(Newline)), ("mode", get_args(Mode))):
+        if options.get(name, known[0]) not in known:
+            raise ValueError(f"projector.{name} {options[name]!r}: give {', '.join(known)}")
+    kind = QFormer if options.get("map") == "qformer" else Projector
+    takes = [*signature(kind).parameters][2:]
+    if unknown := [name for name in options if name not in (*takes, "map")]:
+        raise ValueError(
+            f"projector takes no {unknown[0]!r}; it takes {', '.join(dict.fromkeys(['map', *takes]))}"
+        )
+    if kind is QFormer:
         options.pop("map")
         return QFormer(width, dim, **options)  # type: ignore[arg-type]
     return Projector(width, dim, **options)  # type: ignore[arg-type]

@@ -10,7 +10,8 @@ Class tokens and registers are left out. Pixels are scaled as the tower's own pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
@@ -23,6 +24,8 @@ from models.hub import MissingModel, transformers_weights
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+EVERYWHERE = ("head_dim", "rope_theta", "rope_scaling", "dtype")  # options that models know and do not list
 
 
 class Tower(nn.Module):
@@ -263,12 +266,31 @@ def on_meta() -> bool:
     return torch.get_default_device().type == "meta"
 
 
-def _from_config(options: dict[str, Any]) -> Any:
-    from transformers import AutoConfig, AutoModel
+def configuration(options: Mapping[str, Any]) -> Any:
+    """A configuration of transformers by its model_type and options.
 
-    kind = options.pop("model_type", None)
+    Raises ValueError for an option that the model does not have, which transformers itself would keep and not use; and
+    what `AutoConfig.for_model` does.
+    """
+    from transformers import AutoConfig
+
+    given = dict(options)
+    kind = given.pop("model_type", None)
+    own = AutoConfig.for_model(kind)
+    known = {*EVERYWHERE, *signature(type(own)).parameters}
+    if unknown := [name for name in given if name not in known and not hasattr(own, name)]:
+        close = get_close_matches(unknown[0], [*known, *vars(own)], 1)
+        meant = f"; {close[0]} is one" if close else ""
+        raise ValueError(f"{kind} has no option {unknown[0]!r}{meant}")
+    return AutoConfig.for_model(kind, **given)
+
+
+def _from_config(options: dict[str, Any]) -> Any:
+    from transformers import AutoModel
+
+    kind = options.get("model_type")
     try:
-        return AutoModel.from_config(AutoConfig.for_model(kind, **options))
+        return AutoModel.from_config(configuration(options))
     except (KeyError, ValueError, TypeError) as e:
         raise ValueError(f"tower: transformers makes no vision model of type {kind!r}: {e}") from e
 

@@ -379,6 +379,11 @@ def test_a_recipe_that_cannot_be_meant_is_refused(more, says):
     [
         (["model={kind: llava, tower: {model_type: siglip_vision_model}}"], "model.language: must be given"),
         (["model.layer=7"], "layer 7: the tower has hidden states 0 to 2"),
+        (["model.tower.num_hidden_layer=3"], "no option 'num_hidden_layer'; num_hidden_layers is one"),
+        (["model.language.bogus=3"], "qwen2 has no option 'bogus'"),
+        (["model.language.num_key_value_heads=4"], "no multiple of num_key_value_heads"),
+        (["model.projector={map: nothing}"], "projector.map 'nothing': give linear, mlp, qformer"),
+        (["model.projector={map: qformer, pools: 2}"], "projector takes no 'pools'; it takes map, "),
         (["model.language={model_type: nothing}"], "name a causal one"),
         (["frames.static=3", "model.projector={map: mlp, newline: frame}"], "newline"),
         (["data.mixture=[{data: nowhere, share: 0.5}]"], "nowhere"),
