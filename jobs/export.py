@@ -62,7 +62,12 @@ def export(model: Path, to: Path, dtype: str = "float32") -> str:
 
     if not (model / "model.json").is_file():
         raise ValueError(f"{model} holds no model.json: give a folder that clipmill train wrote")
-    trains = json.loads((model / "model.json").read_text())["recipe"]["trains"]
+    try:
+        trains = json.loads((model / "model.json").read_text())["recipe"]["trains"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(
+            f"{model}/model.json is broken: copy the folder again from where it was trained"
+        ) from e
     if trains not in EXPORTS:
         raise ValueError(
             f"{model} is a {trains} model, which has no layout of transformers; {', '.join(EXPORTS)} have one"

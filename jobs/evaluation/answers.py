@@ -50,8 +50,8 @@ class Answers:
                 )
 
     def missing(self, ids: Iterable[str]) -> list[str]:
-        """Those that are not answered yet, in order."""
-        return [id for id in ids if id not in self.told]
+        """Those that are not answered yet, in order, and those whose video could not be read when they were asked."""
+        return [id for id in ids if "broken" in self.told.get(id, {"broken": ""})]
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Keep rows with an 'id'; written at once."""

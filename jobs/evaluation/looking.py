@@ -72,7 +72,7 @@ def with_frames(speaker: Speaker, frames: int | None, fps: float | None) -> Spea
         old.sampling, frames=frames or old.sampling.frames, fps=fps or old.sampling.fps, least=1
     )
     model: Any = speaker.model
-    speaker.visuals = Visuals.of(model, sampling, old.told, old.static, old.pixels)
+    speaker.visuals = Visuals.of(model, sampling, old.told, old.static, old.pixels, old.written)
     return speaker
 
 

@@ -144,6 +144,8 @@ def check(args: argparse.Namespace) -> None:
     lengths(args.lengths)
     if args.what == "questions" and args.format is None:
         raise ValueError("questions: a run has none; give --format and its folder")
+    if args.temperature and args.what != "captions":
+        raise ValueError("--temperature is for captions: all else is answered by the likeliest tokens")
     if args.blind and args.what != "questions":
         raise ValueError("--blind is for questions")
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from jobs.training.recipe_vlm import Written
 from jobs.training.sequences import Item
 from jobs.training.task import Batch
-from jobs.training.visuals import Planned, Visual, Visuals
-from models.language.chat import Chat
+from jobs.training.visuals import Planned, Visual, Visuals, here
+from models.language.chat import MARKS, Chat
+from models.language.exported import VIDEO
 from models.language.loss import Goal, documents, shifted, token_weights
 from pipeline.shards.captions import json_of
 from pipeline.shards.mixture import Sample
@@ -90,18 +91,17 @@ class Documents:
         """{'length', 'tokens': int64 [length], 'learnt': bool [length], 'visuals', 'kept'}. Raises BrokenSample."""
         if not any(m["content"].strip() for m in sample["messages"] if m["role"] == "assistant"):
             raise BrokenSample(f"{sample['key']}: it has no caption")
-        looked: list[Planned | Visual] = [Planned(image) for image in sample["images"]]
-        if sample["video"]:
-            drawn = self.anywhere and "chance" in sample
-            rng = np.random.default_rng([*sample["chance"], 1]) if drawn else None
-            looked.append(replace(self.visuals.planned(sample["video"], rng), text=sample.get("text", "")))
+        looked = self._shown(sample)
         kept: list[Tensor | None] = [None] * len(looked)
         if self.visuals.static is not None:  # how many tokens there are depends on the pixels
             looked = [self.visuals.loaded(x) if isinstance(x, Planned) else x for x in looked]
             kept = [self.visuals.kept(x) for x in looked if isinstance(x, Visual)]
         seen = [self.visuals.seen(x, there) for x, there in zip(looked, kept, strict=True)]
         texts = [np.array(self.chat.plain(x.text, self.visuals.written), np.int64) for x in looked]
-        document = self.chat.document(self.visuals.timed(sample["messages"], looked), seen)
+        try:
+            document = self.chat.document(self.visuals.timed(sample["messages"], looked), seen)
+        except ValueError as e:
+            raise ValueError(f"{sample['key']}: {e}") from e
         return {
             "length": len(document.tokens),
             "tokens": document.tokens,
@@ -110,6 +110,19 @@ class Documents:
             "kept": kept,
             "texts": texts if self.visuals.written else [],
         }
+
+    def _shown(self, sample: Sample) -> list[Planned | Visual]:
+        """Its pictures and its clip, in the order of their marks: those of the images, and one of the video."""
+        looked: list[Planned | Visual] = [Planned(here(image)) for image in sample["images"]]
+        if not sample["video"]:
+            return looked
+        rng = np.random.default_rng([*sample["chance"], 1]) if self.anywhere and "chance" in sample else None
+        clip = replace(self.visuals.planned(sample["video"], rng), text=sample.get("text", ""))
+        asked = (m["content"] for m in sample["messages"] if m["role"] == "user")
+        marks = [mark for text in asked for mark in MARKS.findall(text)]
+        last = len(looked)
+        at = marks.index(VIDEO) if marks.count(VIDEO) == 1 and len(marks) == last + 1 else last
+        return [*looked[:at], clip, *looked[at:]]
 
 
 @dataclass

@@ -25,6 +25,7 @@ from models.language.budget import Sampling
 from models.language.chat import Chat, Message
 from models.language.llava import Llava
 from models.language.pixels import Pixels
+from pipeline.faults import one_line
 
 SETTINGS = "clipmill.json"  # beside an exported model: which frames it is shown, what it is asked
 TOGETHER = 8  # answers at a time
@@ -219,12 +220,18 @@ def _of_export(folder: str, device: torch.device) -> Speaker:
     from models.language import exported
 
     model = exported.load(folder).eval()
-    processor = AutoProcessor.from_pretrained(folder)
     file = Path(folder) / SETTINGS
-    told: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    pictures = processor.image_processor
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+        pictures, template = processor.image_processor, processor.chat_template
+        chat = Chat(processor.tokenizer, template) if template else Chat(processor.tokenizer)
+        told: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        sampling = Sampling(**told.get("frames", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(
+            f"{folder}: its processor or {SETTINGS} cannot be read ({one_line(e)}): copy it again"
+        ) from e
     pixels = Pixels(model.tower.size, tuple(pictures.image_mean), tuple(pictures.image_std))
-    visuals = Visuals.of(model, Sampling(**told.get("frames", {})), told.get("times", "none"), pixels=pixels)
-    chat = Chat(processor.tokenizer, processor.chat_template)
+    visuals = Visuals.of(model, sampling, told.get("times", "none"), pixels=pixels)
     more = {name: told[name] for name in ("prompts", "most") if name in told}
     return Speaker(model.to(device), chat, visuals, **more)

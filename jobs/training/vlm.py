@@ -8,8 +8,10 @@ of a step the mean over its documents, however they are packed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +51,7 @@ from pipeline.shards.reader import BrokenSample, ShardReader
 
 TEXTS = 100_000  # captions that a tokenizer is trained on, at most
 SHOWN = 8  # captions on the page
+LOOKED_AT = 100  # conversations whose pictures are made sure of before training
 
 
 def build(recipe: TrainRecipe, start: Start) -> tuple[Talking, Loader]:
@@ -88,7 +91,7 @@ class Runs:
         for folder, talk in zip(self.folders, self.talks, strict=True):
             try:
                 if talk:
-                    self.sources.append(ChatReader(folder, recipe.seed))
+                    self.sources.append(talks_of(folder, recipe.seed))
                 else:
                     self.where.append((below(folder, "shards"), next(without)))
                     self.sources.append(self._captions(self._reader(*self.where[-1])))
@@ -116,10 +119,12 @@ class Runs:
     def source(self) -> Source:
         if len(self.sources) == 1:
             return self.sources[0]
-        data, sequential = self.recipe.data, self.recipe.data.sequential()
-        # a lane takes every lanes-th sample: where these came in turn, some lanes would never see a source
-        together = sequential.streams if sequential else data.lanes if data.packing else 1
-        return Mixed(self.sources, Mixture(self.recipe.data.shares(), self.folders, together))
+        data = self.recipe.data
+        sequential = data.sequential()
+        streams = sequential.streams if sequential else 1
+        # each lane has all sources in turn: one of long documents alone would close more sequences for as many samples
+        together = math.lcm(streams, data.lanes) if data.packing else streams
+        return Mixed(self.sources, Mixture(data.shares(), self.folders, together))
 
     def texts(self) -> list[str]:
         """Captions and what is said in conversations, some of them where they are many."""
@@ -137,6 +142,21 @@ class Runs:
                 rows_of = range(0, talk.samples, step)
                 found += [m["content"] for row in rows_of for m in talk.read(row)["messages"]]
         return found
+
+
+def talks_of(path: str, seed: int) -> ChatReader:
+    """Raises StoreError, too, where of the first conversations with pictures none has one that is there."""
+    reader = ChatReader(path, seed)
+    named: list[str] = []
+    for row in range(min(reader.samples, LOOKED_AT)):
+        sample = reader.read(row)
+        named += [*sample["images"], *filter(None, [sample["video"]])]
+    if named and not any("://" in name or Path(name).is_file() for name in named):
+        raise StoreError(
+            f"none of the first {len(named):,} pictures and videos is there ({named[0]}): names are relative to the "
+            "folder of the .jsonl file"
+        )
+    return reader
 
 
 def is_talk(folder: str) -> bool:
@@ -238,7 +258,7 @@ class Talking(Task):
                 if self.recipe.written:
                     clip = replace(clip, text=written_of(sample["meta"], self.recipe.written))
             except BrokenSample:
-                clip = self.visuals.decoded(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
+                clip = self.visuals.decoded(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), (0.0,))
             mine[number] = sample["caption"] or "", speaker.caption([clip])[0]
         every = {n: found for share in self.world.gather(mine) for n, found in share.items()}
         pairs = [every[n] for n in sorted(every)]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from jobs.training import lora
-from jobs.training.exported import CheckpointError, Trained, load_model, longest_average
+from jobs.training.exported import Trained, load_model, longest_average
 from jobs.training.parallelize import make, on_meta
 from jobs.training.recipe_vlm import VLMRecipe
 from jobs.training.visuals import Visuals
@@ -92,7 +92,10 @@ def begin_with(model: Llava, folder: str, kept: Mapping[str, str]) -> None:
 
     Raises ValueError where it is another model.
     """
-    trained = trained_at(folder)
+    try:
+        trained = trained_at(folder)
+    except ValueError as e:
+        raise ValueError(f"start: {e}") from e
     if trained.state["tokenizer"] != dict(kept):
         raise ValueError(
             f"start {folder} was trained with another tokenizer: use the same, or leave start out"
@@ -112,8 +115,8 @@ def trained_at(folder: str) -> Trained:
     """With its longest average, where one was kept. Raises ValueError."""
     try:
         trained = load_model(Path(folder), longest_average(Path(folder)) or None)
-    except (CheckpointError, OSError) as e:
-        raise ValueError(f"start: {e}") from e
+    except OSError as e:
+        raise ValueError(f"{folder}: {e}") from e
     if trained.recipe.get("trains") != "vlm":
         raise ValueError(
             f"{folder} is a {trained.recipe.get('trains')} model: name one of clipmill train vlm"

@@ -39,7 +39,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Document:
-    """tokens: int64 [L]. learnt: bool [L], those of the assistant's answers and their ends."""
+    """tokens: int64 [L]. learnt: bool [L], those of the assistant's answers and their ends, but for empty ones."""
 
     tokens: np.ndarray
     learnt: np.ndarray
@@ -87,7 +87,7 @@ class Chat:
             end = whole.find(self.end, len(asked))
             done = whole[: end + len(self.end)] if end >= 0 else whole
             tokens += before + answer
-            learnt += [False] * len(before) + [True] * len(answer)
+            learnt += [False] * len(before) + [bool(message["content"].strip())] * len(answer)
         if not tokens:
             raise ValueError("no message is the assistant's, so there is nothing to learn")
         return self._document(tokens, learnt, seen)

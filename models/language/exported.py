@@ -94,15 +94,18 @@ def save(model: Llava, folder: Path, tokenizer: Any, chat: str = CHAT) -> None:
 
 def load(folder: str) -> Llava:
     """A model of these classes, from a folder or by hub id. Raises MissingModel: one sentence with the fix."""
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import logging as told
 
     transformers_weights(folder)
+    told.disable_progress_bar()
     try:
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind not in ("llava", "llava_onevision"):
             raise MissingModel(f"model {folder!r} is a {kind}: name a llava or llava_onevision")
         return of(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise MissingModel(f"model {folder!r} cannot be loaded: {str(e).strip().splitlines()[0]}") from e
 
 

@@ -20,11 +20,13 @@ def auc(together: Tensor, apart: Tensor) -> float:
 
 
 def places(scores: Tensor, right: Tensor) -> Tensor:
-    """Of each query the place, from 1, of its best right answer; those that score as it does precede it. int64 [n].
+    """Of each query the place, from 1, of its best right answer; those that score as it does precede it, and a score
+    that is not a number is the worst. int64 [n].
 
     Args:
         scores: [n, m] of queries and what may answer them. right: bool [n, m], one at least a query.
     """
+    scores = scores.masked_fill(scores.isnan(), -torch.inf)
     best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
     return 1 + ((scores >= best) & ~right).sum(1)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from array import array
 from collections.abc import Iterator
 from typing import Any
@@ -31,6 +32,7 @@ from pipeline.shards.order import Permutation
 
 ROLES = ("system", "user", "assistant")
 BLOCK = 8 << 20  # bytes read at once
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ChatReader:
@@ -168,11 +170,15 @@ def _wrong(told: Any) -> str:
             return f"message {i + 1} has the role {role!r}, which is none of {', '.join(ROLES)}"
         if role == "system" and i:
             return f"message {i + 1} is the system's, which comes first or not at all"
-        if not isinstance(message.get("content"), str):
+        if not isinstance(content := message.get("content"), str):
             return f"message {i + 1} has no content, a text"
+        if SURROGATE.search(content):
+            return f"message {i + 1} has half of a character, a lone surrogate"
     if all(message["role"] != "assistant" for message in messages):
         return "no message is the assistant's, so there is nothing to learn"
     images, video = told.get("images"), told.get("video")
+    if (images or video) and all(message["role"] != "user" for message in messages):
+        return "no message is the user's, so there is none to show its pictures in"
     if images is not None and not (
         isinstance(images, list) and all(x and isinstance(x, str) for x in images)
     ):

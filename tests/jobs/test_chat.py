@@ -1,6 +1,7 @@
 """clipmill chat: several turns about videos and pictures, in a terminal and in scripts."""
 
 import io
+import shutil
 import sys
 from pathlib import Path
 
@@ -138,3 +139,16 @@ def test_a_folder_without_a_model_is_one_sentence(tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.startswith("clipmill chat: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "broken", ["model.safetensors", "config.json", "clipmill.json", "tokenizer.json", "processor_config.json"]
+)
+def test_half_a_copy_of_a_model_is_one_sentence(model, tmp_path, capsys, broken):
+    half = tmp_path / "half"
+    shutil.copytree(model, half)
+    (half / broken).write_bytes((half / broken).read_bytes()[:20])
+    assert chat.main([str(half), "--ask", "x"]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1
+    assert str(half) in err[0]

@@ -169,6 +169,13 @@ def test_only_what_training_left_is_exported(tmp_path, capsys):
     assert "give a folder that clipmill train wrote" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("told", ["{", "{}", "[]"])
+def test_a_broken_description_is_one_sentence(tmp_path, capsys, told):
+    (tmp_path / "model.json").write_text(told)
+    assert export.main([str(tmp_path), "--to", str(tmp_path / "to")]) == 2
+    assert "model.json is broken" in capsys.readouterr().err
+
+
 def test_frames_are_resized_as_bicubic_squares(parts):
     """Against Pillow's, whose arithmetic differs in rounding alone."""
     from PIL import Image

@@ -294,6 +294,15 @@ def test_trials_hide_the_needle_at_every_depth_among_clips_that_are_unlike_it():
         needle.trials(items, [30], 3, 1, 4, seed=1)
 
 
+def test_a_video_that_could_not_be_read_is_asked_again(tmp_path):
+    first = Answers(tmp_path, {"frames": "3"})
+    first.add([{"id": "a", "said": "x"}, {"id": "b", "broken": "no file"}])
+    again = Answers(tmp_path, {"frames": "3"})
+    assert again.missing(["a", "b"]) == ["b"]
+    again.add([{"id": "b", "said": "y"}])
+    assert Answers(tmp_path, {"frames": "3"}).told["b"] == {"id": "b", "said": "y"}
+
+
 def test_answers_of_another_protocol_are_refused_and_cut_lines_forgotten(tmp_path):
     first = Answers(tmp_path, {"frames": "3", "prompt": "?"})
     first.add([{"id": "a", "said": "x"}, {"id": "b", "said": "ü"}])
@@ -318,6 +327,7 @@ def test_answers_of_another_protocol_are_refused_and_cut_lines_forgotten(tmp_pat
         (["captions", "--fps", "0"], "--fps 0: give a rate above 0"),
         (["questions"], "questions: a run has none; give --format and its folder"),
         (["captions", "--blind"], "--blind is for questions"),
+        (["probability", "--temperature", "1"], "--temperature is for captions"),
         (["needle", "--lengths", "4,x"], "--lengths 4,x: give numbers of clips"),
         (["captions", "--format", "video-mme"], "--format video-mme has no captions"),
         (["captions"], "give a folder of shards"),

@@ -18,7 +18,7 @@ from jobs.training.vlm import Runs, build, scores
 from models.curation.vlm.model import VLM, Look
 from pipeline.faults import StoreError
 from pipeline.recipe import RecipeError
-from pipeline.shards.reader import ShardReader
+from pipeline.shards.reader import BrokenSample, ShardReader
 from tests.fixtures.run_folder import make_sharded_run
 from tests.fixtures.shrunken import TINY_VLM
 from tests.fixtures.toy_training import Notes, start
@@ -121,6 +121,77 @@ def test_rows_give_the_loss_of_a_sequence(run, talks):
     assert loss(task, batch)[0] == pytest.approx(loss(task, packed(task, items))[0], rel=1e-5)
 
 
+def test_each_lane_has_all_sources_in_their_shares(run, tmp_path):
+    """Long documents close more sequences: a lane of these alone would give fewer of them than their share."""
+    long = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "y " * 120}]}
+    (tmp_path / "long.jsonl").write_text(json.dumps(long) + "\n")
+    lanes = "data={tokens: 512, workers: 0, lanes: 2, pool: 2, micro_batches: 1}"
+    _, loader = made(run, lanes, f"data.mixture=[{{data: {tmp_path}/long.jsonl, share: 0.5}}]")
+    keys = [key for _, batch in zip(range(40), loader, strict=False) for key in batch["key"]]
+    assert np.mean(["jsonl" in key for key in keys]) == pytest.approx(0.5, abs=0.05)
+
+
+def asked(run, folder, line):
+    """What a conversation becomes: its text with marks counted, and the first colours of its frames."""
+    (folder / "line.jsonl").write_text(json.dumps(line) + "\n")
+    task, loader = made(run, f"data.mixture=[{{data: {folder}/line.jsonl, share: 0.5}}]")
+    item = loader.process(loader.source.sources[1].nth(0)) | {"key": "k"}
+    return task, item, packed(task, [item])
+
+
+def test_pictures_are_shown_where_their_own_mark_is(run, talks):
+    """A video that is named before an image is not taken for it."""
+    answer = {"role": "assistant", "content": "x"}
+
+    def shown(text):
+        line = {
+            "messages": [{"role": "user", "content": text}, answer],
+            "images": ["a.png"],
+            "video": "clip.mp4",
+        }
+        _, item, batch = asked(run, talks, line)
+        return [len(x.numbers) for x in item["visuals"]], batch["frames"]
+
+    (before, frames), (after, other) = shown("<video> or <image>?"), shown("<image> or <video>?")
+    assert (before, after) == ([2, 0], [0, 2])
+    assert torch.equal(frames[2], other[0])
+    assert shown("which?")[0] == [0, 2]
+
+
+def test_an_empty_answer_is_not_learnt(run, tmp_path):
+    said = [("q", ""), ("r", "yes")]
+    turns = [
+        {"role": role, "content": text}
+        for pair in said
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    task, item, _ = asked(run, tmp_path, {"messages": turns})
+    learnt = [t for t, there in zip(item["tokens"].tolist(), item["learnt"], strict=True) if there]
+    assert learnt == task.chat.answered("yes")
+
+
+def test_conversations_that_cannot_be_shown_are_named(run, talks):
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "<image>"},
+    ]
+    with pytest.raises(ValueError, match=r"line\.jsonl:1: 0 marks of pictures"):
+        asked(run, talks, {"messages": turns, "images": ["a.png"]})
+    with pytest.raises(StoreError, match="none of the first 1 pictures"):
+        asked(run, talks, {"messages": turns[:2], "images": ["elsewhere/a.png"]})
+
+
+def test_a_broken_clip_is_captioned_as_a_black_one_whatever_frames_are_seen(run):
+    task, _ = made(run, "held_out=0.3", "frames.frames=1")
+
+    def broken(media):
+        raise BrokenSample("broken")
+
+    task.visuals.clip = broken
+    assert task.evaluate(task.model, 1).texts
+
+
 def test_rows_go_on_where_they_stood(run):
     _, loader = made(run, "data.packing=false", "data.batch=3")
     batches = iter(loader)
@@ -198,9 +269,10 @@ def test_subtitles_and_the_rest_are_left_out_independently():
     assert written_of({}, written) == ""
 
 
-def test_every_lane_takes_from_every_source(run, talks):
+@pytest.mark.parametrize("shuffle", [[], ["data.shuffle=shards", "data.streams=2"]], ids=["full", "shards"])
+def test_every_lane_takes_from_every_source(run, talks, shuffle):
     mixture = f"data.mixture=[{{data: {talks}/talks.jsonl, share: 0.5}}]"
-    recipe = load_training("small-vlm", [*TINY, mixture, "data.lanes=4"])
+    recipe = load_training("small-vlm", [*TINY, mixture, "data.lanes=4", *shuffle])
     source = Runs(recipe, run).source()
     for lane in range(4):
         assert {source.nth(n)["source"] for n in range(lane, 64, 4)} == {0, 1}

@@ -24,6 +24,13 @@ def test_equal_scores_count_against_the_query():
     assert places(torch.zeros(1, 4), own).tolist() == [4]  # a model that says nothing finds nothing
 
 
+def test_what_is_no_number_is_never_found():
+    own = torch.tensor([[True, False, False]])
+    assert places(torch.full((1, 3), torch.nan), own).tolist() == [3]
+    assert places(torch.tensor([[torch.nan, 1.0, 2.0]]), own).tolist() == [3]
+    assert places(torch.tensor([[1.0, torch.nan, 0.0]]), own).tolist() == [1]
+
+
 def test_recall_is_the_share_within_k():
     scores = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
     right = torch.tensor(

@@ -95,6 +95,14 @@ def test_other_words_are_another_identity(talks):
         ),
         ({"messages": [{"role": "user", "content": 3}]}, "message 1 has no content"),
         ({"messages": [{"role": "user", "content": "x"}]}, "nothing to learn"),
+        (
+            b'{"messages": [{"role": "assistant", "content": "a \\ud83d"}]}',
+            "message 1 has half of a character",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}], "images": ["z.jpg"]},
+            "no message is the user's",
+        ),
         (said("x", "y", images="z.jpg"), '"images" is no list'),
         (said("x", "y", video=["z.mp4"]), '"video" is no path'),
         (said("x", "y", video=""), '"video" is no path'),
