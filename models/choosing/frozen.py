@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.curation.embed import EfficientNetLite0
+from models.encoders import vivit_file
 from models.language import towers
 from models.measures.clip_score import ClipScorer
 from models.measures.features import (
@@ -36,7 +37,6 @@ from models.measures.features import (
     check_name,
     clip_parts,
     load_features,
-    read_vivit,
     vivit_features,
     weights_hash,
 )
@@ -90,7 +90,7 @@ class VideoFeatures:
                 continue
             if name.startswith(VIVIT):
                 if name not in self.given:
-                    self.given[name] = read_vivit(name.removeprefix(VIVIT))
+                    self.given[name] = vivit_file.read(name.removeprefix(VIVIT))
                 found: Any = vivit_features(self.given[name], Path(name).stem, device)
             elif name.startswith(TOWER):
                 found = tower_frames(name.removeprefix(TOWER), device)

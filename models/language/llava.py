@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import Mask
+from models.encoders import vivit_file
 from models.hub import MissingModel, open_clip_weights, transformers_weights
 from models.language.by_document import DOCUMENTS, register, stand_in
 from models.language.loss import Goal, Lengths, restarted, rows_of, summed, summed_in_chunks, with_padding
 from models.language.positions import MRotary
 from models.language.projectors import Projector, QFormer, projector
 from models.language.reading import TextBranch
-from models.language.towers import Tower, configuration, on_meta, tower
+from models.language.towers import VIVIT, Tower, configuration, on_meta, tower
 
 ONEVISION = {"map": "mlp", "pool": 2, "newline": "clip", "whole_images": True}
 
@@ -375,6 +376,12 @@ def source(what: str | dict[str, Any]) -> str:
     """Where a tower or language model comes from. Raises MissingModel: one sentence with the fix."""
     if isinstance(what, dict):
         return f"a {what.get('model_type')} begun from nothing"
+    if what.startswith(VIVIT):
+        try:
+            vivit_file.options(what.removeprefix(VIVIT))
+        except ValueError as e:
+            raise MissingModel(f"tower {what!r}: {e}") from e
+        return f"{what} in that folder"
     if what.startswith("open_clip:"):
         model, _, weights = what.removeprefix("open_clip:").partition(":")
         return f"{what} {open_clip_weights(model, weights)}" if weights else f"{what} begun from nothing"

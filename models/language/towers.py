@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.encoders import vivit_file
 from models.encoders.vivit import ViViT
 from models.hub import MissingModel, transformers_weights
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+VIVIT = "vivit:"
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 EVERYWHERE = ("head_dim", "rope_theta", "rope_scaling", "dtype")  # options that models know and do not list
@@ -222,8 +224,9 @@ def tower(what: str | dict[str, Any], layer: int = -2) -> Tower:
 
     Args:
         what: hub id or folder of a `transformers` model (of CLIP or SigLIP the vision part); 'open_clip:NAME' or
-            'open_clip:NAME:PRETRAINED'; or a configuration to begin from nothing: {'model_type': 'siglip_vision_model',
-            …} as `transformers` has it, {'model_type': 'vivit', 'frames': …, 'size': …, …} as `ViViT` does.
+            'open_clip:NAME:PRETRAINED'; 'vivit:FOLDER', that clipmill train vivit wrote; or a configuration to begin
+            from nothing: {'model_type': 'siglip_vision_model', …} as `transformers` has it, {'model_type': 'vivit',
+            'frames': …, 'size': …, …} as `ViViT` does.
 
     Raises MissingModel or ValueError, one sentence with the fix.
     """
@@ -233,6 +236,14 @@ def tower(what: str | dict[str, Any], layer: int = -2) -> Tower:
             options.pop("model_type")
             return ViViTTower(ViViT(**options), options.get("size", 224))
         return TransformersTower(_from_config(options), layer)
+    if what.startswith(VIVIT):
+        path = what.removeprefix(VIVIT)
+        try:
+            made_of = vivit_file.options(path)
+            network = ViViT(**made_of) if on_meta() else vivit_file.made(vivit_file.read(path), path)
+        except ValueError as e:
+            raise MissingModel(f"tower {what!r}: {e}") from e
+        return ViViTTower(network, made_of.get("size", 224))
     if what.startswith("open_clip:"):
         import open_clip
 

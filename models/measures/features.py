@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +25,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.encoders import vivit_file
 
 FRAMES_AT_ONCE = 16
 FRECHET = "Fréchet distance"
@@ -194,44 +195,13 @@ def vivit(path: str | Path, device: str = "cpu") -> Network:
 
     Raises ValueError where it holds something else.
     """
-    saved = read_vivit(path)
-    return vivit_features(saved, Path(path).stem, device)
-
-
-def read_vivit(path: str | Path) -> dict[str, Any]:
-    """{'options', 'weights'} of what `vivit` names. Raises ValueError where it holds something else."""
-    from safetensors import SafetensorError
-
-    path = Path(path)
-    try:
-        if path.is_dir():
-            options = torch.load(path / "model.pt", map_location="cpu", weights_only=True)["vivit"]
-            return {"options": options, "weights": trained_weights(path, "vivit")}
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {"options": saved["options"], "weights": saved["weights"]}
-    except (OSError, KeyError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
-        raise ValueError(no_vivit(path)) from e
-
-
-def no_vivit(path: str | Path) -> str:
-    return (
-        f"{path} holds no ViViT: train one (clipmill train vivit), or write a file with "
-        "torch.save({'options': …, 'weights': model.state_dict()}, file)"
-    )
+    return vivit_features(vivit_file.read(path), Path(path).stem, device)
 
 
 def vivit_features(saved: Mapping[str, Any], name: str, device: str = "cpu") -> Network:
-    """The clip features of a ViViT as `read_vivit` gives it. Raises ValueError where options and weights differ."""
-    from models.encoders.vivit import ViViT
-
-    options = saved["options"]
-    try:
-        network = ViViT(**options)
-        network.load_state_dict(saved["weights"])
-    except (TypeError, RuntimeError) as e:
-        raise ValueError(no_vivit(name)) from e
-    network.eval().to(device)
-    side = options.get("size", 224)
+    """The clip features of a ViViT that was `vivit_file.read`. Raises ValueError where options and weights differ."""
+    network = vivit_file.made(saved, name).eval().to(device)
+    side = saved["options"].get("size", 224)
 
     def features(videos: Tensor) -> Tensor:
         frames = videos.transpose(1, 2).flatten(0, 1)  # (B T) 3 H W
@@ -241,22 +211,6 @@ def vivit_features(saved: Mapping[str, Any], name: str, device: str = "cpu") -> 
 
     about = f"frames resized to {side}×{side}, bicubic"
     return Network(f"vivit-{name}", features, device, weights_hash(network), about)
-
-
-def trained_weights(folder: Path, phase: str) -> dict[str, Tensor]:
-    """Weights that training left in a folder: averaged as long as any is, where the last step has averages."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    found = load_file(folder / "model.safetensors")
-    with safe_open(folder / "model.safetensors", "pt") as f:
-        averages = folder / f"ema/{int(f.metadata()['step']):08d}.safetensors"
-    if averages.is_file():
-        averaged = load_file(averages)  # phase/σ_rel/name
-        lengths = {key.split("/")[1] for key in averaged}
-        start = f"{phase}/{max(lengths, key=float)}/"
-        found |= {f"{phase}/{k.removeprefix(start)}": x for k, x in averaged.items() if k.startswith(start)}
-    return {k.removeprefix(f"{phase}/"): x for k, x in found.items() if k.startswith(f"{phase}/")}
 
 
 def load_features(name: str, device: str = "cpu") -> VideoFeatures:

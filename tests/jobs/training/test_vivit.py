@@ -21,6 +21,9 @@ from jobs.training.recipe_vivit import ViViTRecipe
 from jobs.training.task import Draws
 from jobs.training.vivit import Names, label_loss, labels_of
 from models.encoders.vivit import ViViT
+from models.hub import MissingModel
+from models.language.llava import source
+from models.language.towers import tower
 from models.measures.features import load_features
 from pipeline.recipe_file import parse_as
 from pipeline.recipe_schema import RecipeError
@@ -191,6 +194,23 @@ def test_its_features_are_those_of_the_averaged_network_and_tell_time_forwards_f
     assert (found(videos.flip(1)) - expected).abs().max() > 1e-3
     assert found.name == "vivit-out"
     assert len(found.hash) == 12
+
+
+def test_a_language_model_may_see_with_it(trained):
+    network = ViViT(**load_model(trained).state["vivit"]).eval()
+    load_model(trained, 0.1).load_into(network, "vivit")
+    seeing = tower(f"vivit:{trained}").eval()
+    clip = torch.rand(2, 4, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        expected = network(clip.transpose(1, 2)).tokens
+        assert torch.equal(seeing(clip).flatten(2, 3), expected)
+    assert source(f"vivit:{trained}") == f"vivit:{trained} in that folder"
+
+
+def test_a_folder_without_a_vivit_is_no_tower(tmp_path):
+    for found in (tower, source):
+        with pytest.raises(MissingModel, match=r"holds no ViViT: train one"):
+            found(f"vivit:{tmp_path}")
 
 
 def test_common_words_belong_to_the_run_and_are_not_chosen_anew_on_going_on(tmp_path):
