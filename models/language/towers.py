@@ -152,6 +152,12 @@ class TransformersTower(FrameTower):
                 f"layer {layer}: the tower has hidden states 0 to {depth}, or −1 to {-depth - 1}"
             )
         self.model, self.layer = model, layer
+        if not isinstance(
+            getattr(config, "image_size", None), int
+        ):  # SigLIP 2's NaFlex: of any number of patches
+            raise ValueError(
+                f"tower {config.model_type} takes no plain pictures: name a CLIP, SigLIP, DINO or ViT model"
+            )
         self.width, self.size = config.hidden_size, config.image_size
         self.step = (1, config.patch_size, config.patch_size)
         self.interpolates = "interpolate_pos_encoding" in signature(type(model).forward).parameters
