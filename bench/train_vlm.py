@@ -94,7 +94,7 @@ class Ours:
         ]  # fmt: skip
         if not packing:
             sets += ["data.packing=false", f"data.batch={args.batch}"]
-        recipe = load_training("toy-vlm", sets)
+        recipe = load_training("small-vlm", sets)
         self.trainer = Trainer(recipe, run, out, world, build)
         self.signals, self.places, self.documents = Signals(), 0, 0
 
