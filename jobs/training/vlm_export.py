@@ -9,6 +9,7 @@ import torch
 
 from jobs.training.speaker import SETTINGS, Speaker, load_speaker
 from models.language import exported
+from models.language.budget import Sampling
 from models.language.llava import Llava
 
 
@@ -32,7 +33,12 @@ def export(model: Path, to: Path, dtype: str = "float32") -> str:
     stored = speaker.model.to(getattr(torch, dtype))
     exported.save(stored, to, speaker.chat.tokenizer, speaker.chat.template)
     (to / SETTINGS).write_text(json.dumps(settings(speaker), indent=2) + "\n")
-    return f"a {kind} of transformers\ncaptions: [{captioner(speaker, kind)}]"
+    lines = [f"a {kind} of transformers", f"captions: [{captioner(speaker, kind)}]"]
+    if lost := unsaid(speaker.sampling, speaker.visuals.told):
+        lines.append(
+            f"no captioner can be told {' and '.join(lost)}, as it was trained: the mill asks it otherwise"
+        )
+    return "\n".join(lines)
 
 
 def settings(speaker: Speaker) -> dict[str, object]:
@@ -54,3 +60,10 @@ def captioner(speaker: Speaker, kind: str) -> str:
         f"{{kind: transformers, name: student, model: FOLDER, input: {given}, frames: {speaker.sampling.frames}, "
         f"times: {told}, prompt: {prompt}, max_new_tokens: {speaker.most}}}"
     )
+
+
+def unsaid(sampling: Sampling, told: str) -> list[str]:
+    """What of a model's settings a captioner of the mill has no option for."""
+    found = [] if sampling.fps is None else [f"frames.fps {sampling.fps:g}"]
+    found += ["frames.ends"] if sampling.ends else []
+    return found + (["frames.times llava_next"] if told == "llava_next" else [])

@@ -9,8 +9,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from jobs import caption, curate, export, toy, train
 from jobs.training.speaker import load_speaker
+from jobs.training.vlm_export import unsaid
 from models.curation.vlm.loading import Wanted
 from models.curation.vlm.model import VLM, Look
+from models.language.budget import Sampling
 from pipeline.io.store import Store
 from pipeline.layers import Layered
 from pipeline.shards.pixels import numbered
@@ -186,3 +188,15 @@ def test_frames_are_resized_as_bicubic_squares(parts):
     got = Pixels(32, (0.5,) * 3, (0.5,) * 3).resized(picture)[0].permute(1, 2, 0).numpy()
     wanted = np.asarray(Image.fromarray(picture[0]).resize((32, 32), Image.Resampling.BICUBIC))
     assert np.abs(got.astype(int) - wanted).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("sampling", "told", "lost"),
+    [
+        (Sampling(8), "prompt", []),
+        (Sampling(8, 4.0), "none", ["frames.fps 4"]),
+        (Sampling(8, ends=True), "llava_next", ["frames.ends", "frames.times llava_next"]),
+    ],
+)
+def test_what_no_captioner_can_be_told_is_said(sampling, told, lost):
+    assert unsaid(sampling, told) == lost
