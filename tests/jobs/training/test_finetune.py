@@ -336,7 +336,7 @@ def test_what_is_lost_is_named_with_what_gives_it_anew(moved, at, tmp_path, monk
     assert drawn("new/models/dit", "--locate", f"autoencoder.path={at['image']}") == 0
     assert drawn("new/models/dit", "--replace", "--locate", "vae=x") == 2
     assert (
-        "--locate vae=x: give autoencoder.path=PATH, text.model=PATH or model.spatial=PATH"
+        "--locate vae=x: give autoencoder.path=PATH, text.model=PATH, model.spatial=PATH"
         in capsys.readouterr().err
     )
     assert drawn("new/models/dit", "--replace", "--locate", "text.model=lost") == 2

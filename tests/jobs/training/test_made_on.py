@@ -27,14 +27,20 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def at(tmp_path_factory, run):
-    """Tiny checkpoints, and a model that toy-frames starts from."""
-    found, toy = checkpoints(tmp_path_factory.mktemp("checkpoints")), tmp_path_factory.mktemp("toy")
-    assert in_ranks(1, trained, "toy", found, run, toy, 2) == [0]
-    return found | {"toy": str(toy)}
+    """Tiny checkpoints, a model that toy-frames starts from, and the codes of world models."""
+    found = checkpoints(tmp_path_factory.mktemp("checkpoints"))
+    for name in ("toy", "vq"):
+        out = tmp_path_factory.mktemp(name)
+        assert in_ranks(1, trained, name, found, run, out, 2) == [0]
+        found[name] = str(out)
+    return found
 
 
 def recipe_of(name, at, *more):
-    return load(name, at, "compute.parallel=fsdp", "run.sample_every=0", *more)
+    looked = (
+        [] if name.endswith("selector") else ["run.sample_every=0"]
+    )  # a selector is written when it is looked at
+    return load(name, at, "compute.parallel=fsdp", *looked, *more)
 
 
 def trained(name, at, run, out, steps, build=None):
