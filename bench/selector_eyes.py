@@ -21,16 +21,10 @@ from torch import Tensor, nn
 from jobs.training.held_out import held_out
 from pipeline.shards.index import rows_where
 from pipeline.shards.reader import ShardReader
-from pipeline.toy.world import BACKGROUNDS, COLOURS, COUNTS, DIRECTIONS, SHAPES, parse
+from pipeline.toy.questions import VALUES
+from pipeline.toy.world import parse
 
 FRAMES, SIDE, BATCH = 8, 48, 64
-VALUES = {
-    "count": list(COUNTS),
-    "colour": list(COLOURS),
-    "shape": list(SHAPES),
-    "direction": list(DIRECTIONS),
-    "background": list(BACKGROUNDS),
-}
 
 
 class Eyes(nn.Module):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from jobs.training.distributed import World
+from jobs.training.numbered import Numbered
 from jobs.training.task import Batch
 from jobs.training.workers import prepared
 from models.choosing.file import Spec
@@ -295,7 +296,7 @@ def _read(told: dict[str, Any], held: np.ndarray) -> Candidates:
 # ---------------------------------------------------------------- micro-batches
 
 
-class CandidateLoader:
+class CandidateLoader(Numbered):
     """A `jobs.training.task.Loader` of clips that are in memory.
 
     An epoch deals the clips of a run to micro-batches, by (seed, epoch); of several runs each gives its share of them.
@@ -314,8 +315,8 @@ class CandidateLoader:
         rank: int = 0,
         world: int = 1,
     ):
+        super().__init__(rank, world)
         self.sets, self.size, self.seed = list(sets), batch, seed
-        self.rank, self.world, self.first, self.step = rank, world, 0, 0
         self.mixture, self.identity = Mixture(shares), " ".join(s.identity for s in self.sets)
         self.trained = [np.flatnonzero(~s.held.numpy()) for s in self.sets]
         self.orders = [
@@ -332,12 +333,6 @@ class CandidateLoader:
         found["same"] = torch.where(found["there"], found["same"] + int(self.before[source]), NONE)
         return found | {"place": number * self.size + torch.arange(self.size)}
 
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            batch = self.batch(self.first + self.step * self.world + self.rank)
-            self.step += 1
-            yield batch
-
     def examples(self) -> Iterable[Batch]:
         yield self.batch(0)
 
@@ -351,21 +346,11 @@ class CandidateLoader:
             )
         return "\n".join(lines)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"batches": self.first + self.step * self.world} | self._made_of()
+    def changed(self, name: str, there: Any, mine: Any) -> str:
+        return (
+            f"the saved state has {name} {there}, this loader {mine}: clips, captions, votes or features have changed "
+            "since training began; use the same, or another --out"
+        )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where the state is of other data or settings."""
-        for name, mine in self._made_of().items():
-            if state.get(name) != mine:
-                raise ValueError(
-                    f"the saved state has {name} {state.get(name)}, this loader {mine}: clips, captions, votes or "
-                    "features have changed since training began; use the same, or another --out"
-                )
-        self.first, self.step = state["batches"], 0
-
-    def joined(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return dict(states[0])
-
-    def _made_of(self) -> dict[str, Any]:
+    def made_of(self) -> dict[str, Any]:
         return {"seed": self.seed, "batch": self.size, "clips": self.identity, "shares": self.mixture.parts}

@@ -32,7 +32,6 @@ caption of its own clip.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
@@ -44,10 +43,10 @@ from pyarrow.compute import Expression
 from jobs.training.clips import Clips, Sizes
 from jobs.training.distributed import World
 from jobs.training.held_out import held_out, trained_on
+from jobs.training.numbered import Numbered
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_diffusion import DiffusionData, DiffusionRecipe
 from jobs.training.task import Batch
-from jobs.training.workers import prepared
 from models.autoencoders.latents import Strided, latent_shape
 from pipeline.faults import StoreError
 from pipeline.io.store import below
@@ -57,7 +56,7 @@ from pipeline.shards.mixture import Mixture
 from pipeline.shards.reader import ShardReader
 
 
-class Loader:
+class Loader(Numbered):
     """See the top of this file; a `jobs.training.task.Loader`.
 
     Args:
@@ -100,6 +99,7 @@ class Loader:
         workers: int = 0,
         pin: bool = False,
     ):
+        super().__init__(rank, world, workers, pin)
         self.readers = [readers] if isinstance(readers, ShardReader) else list(readers)
         shapes = self.readers[0].shapes
         assert shapes is not None
@@ -119,11 +119,6 @@ class Loader:
         together = self.sequential.streams if self.sequential else 1
         self.mixture = Mixture(shares, [reader.folder for reader in self.readers], together)
         self.made, self.stills = made, stills
-        self.rank, self.world, self.workers, self.pin = rank, world, workers, pin
-        self.first = self.step = (
-            0  # the list's number before this rank's first; micro-batches handed out since
-        )
-        self.skipped = 0  # broken samples met by this rank
         self.buckets = {shape: sum(c.buckets[shape] for c in self.clips) for shape in shapes}  # clips in each
 
     @property
@@ -173,46 +168,17 @@ class Loader:
                 found.append((self.readers[source], left[source].pop()))
         return found
 
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in prepared(self._prepare, self.workers, self.pin):
-            self.step += 1
-            self.skipped += len(batch["skipped"])
-            yield batch
+    def changed(self, name: str, there: Any, mine: Any) -> str:
+        if name != "clips":
+            return super().changed(name, there, mine)
+        each = zip(self.readers, str(there).split(), str(mine).split(), strict=False)
+        other = next((r for r, a, b in each if a != b), self.readers[0])
+        return (
+            f"{other.folder} has other clips than training began with (others chosen, other bytes or "
+            "captions): give those, or another --out, with start: where it is to begin with the model so far"
+        )
 
-    def _prepare(self, worker: int, workers: int) -> Iterator[Batch]:
-        """What a worker runs: every W-th of its rank's micro-batches, from the w-th on."""
-        for step in itertools.count(self.step + worker, workers):
-            yield self.batch(self.first + step * self.world + self.rank)
-
-    def state_dict(self) -> dict[str, Any]:
-        """How many micro-batches all ranks have taken, and what the list is made of; plain numbers."""
-        return {"batches": self.first + self.step * self.world} | self._made_of()
-
-    def joined(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The same on all ranks."""
-        return states[0]
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after a state of any rank, with any number of ranks and workers.
-
-        Raises ValueError where the state is of other data or settings.
-        """
-        for name, mine in self._made_of().items():
-            if name == "clips" and state.get(name) != mine:
-                there = str(state.get(name)).split()
-                each = zip(self.readers, there, str(mine).split(), strict=False)
-                changed = next((r for r, a, b in each if a != b), self.readers[0])
-                raise ValueError(
-                    f"{changed.folder} has other clips than training began with (others chosen, other bytes or "
-                    "captions): give those, or another --out, with start: where it is to begin with the model so far"
-                )
-            if state.get(name) != mine:
-                raise ValueError(
-                    f"the saved state has {name} {state.get(name)}, this loader {mine}; use the same"
-                )
-        self.first, self.step = state["batches"], 0
-
-    def _made_of(self) -> dict[str, Any]:
+    def made_of(self) -> dict[str, Any]:
         sizes = self.made
         return (
             {

@@ -6,19 +6,18 @@ one number. Each broken sample is left out of its micro-batch, unless all are.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jobs.training.sequences import Item, Processor, table_of
+from jobs.training.numbered import Numbered
+from jobs.training.sequences import Item, Processor, check_fits, processed, table_of
 from jobs.training.task import Batch
-from jobs.training.workers import prepared
 from pipeline.faults import StoreError
 from pipeline.shards.mixture import Source
 from pipeline.shards.reader import PATIENCE, BrokenSample
 
 
-class RowLoader:
+class RowLoader(Numbered):
     """A `jobs.training.task.Loader`.
 
     Args:
@@ -43,21 +42,10 @@ class RowLoader:
         workers: int = 0,
         pin: bool = False,
     ):
+        super().__init__(rank, world, workers, pin)
         self.source, self.process, self.collate = source, process, collate
         self.size, self.tokens = size, tokens
-        self.rank, self.world, self.workers, self.pin = rank, world, workers, pin
-        self.first = self.step = self.skipped = 0
         self.note = ""  # what else the table says
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in prepared(self._prepare, self.workers, self.pin):
-            self.step += 1
-            self.skipped += len(batch["skipped"])
-            yield batch
-
-    def _prepare(self, worker: int, workers: int) -> Iterator[Batch]:
-        for step in itertools.count(self.step + worker, workers):
-            yield self.batch(self.first + step * self.world + self.rank)
 
     def batch(self, number: int) -> Batch:
         """Raises StoreError where none of its samples is sound, ValueError for a too long one."""
@@ -87,17 +75,9 @@ class RowLoader:
         return made | told
 
     def _item(self, number: int, skipped: list[str]) -> Item:
-        sample = self.source.nth(number)
-        try:
-            item = {"key": sample["key"], **self.process(sample)}
-        except BrokenSample as e:
-            raise BrokenSample(sample["key"]) from e
-        if item["length"] > self.tokens:
-            raise ValueError(
-                f"{item['key']} has {item['length']} tokens, more than the {self.tokens} of a sequence: raise "
-                "data.tokens, or cut it off"
-            )
-        skipped += sample["skipped"]
+        item, before = processed(self.source, self.process, number)
+        check_fits(item, self.tokens)
+        skipped += before
         return item
 
     def examples(self) -> Iterator[Batch]:
@@ -106,22 +86,5 @@ class RowLoader:
     def table(self) -> str:
         return "\n".join(filter(None, (table_of(self.source), self.note)))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"batches": self.first + self.step * self.world} | self._made_of()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after a state of any rank. Raises ValueError where it is of other data or settings."""
-        for name, mine in self._made_of().items():
-            if state.get(name) != mine:
-                raise ValueError(
-                    f"the saved state has {name} {state.get(name)}, this loader {mine}; use the same"
-                )
-        self.first, self.step = state["batches"], 0
-
-    def _made_of(self) -> dict[str, Any]:
+    def made_of(self) -> dict[str, Any]:
         return {"source": self.source.identity(), "tokens": self.tokens, "size": self.size}
-
-    @staticmethod
-    def joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """That of any rank: all are the same."""
-        return states[0]

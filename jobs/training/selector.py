@@ -226,9 +226,7 @@ class Selection(Task):
                 found = step.model(both, batch["video"], batch["texts"], *own)
             total = surrogate(found[:3], gradients[i])
             if own:
-                total = total + matched(found[3]) * (
-                    self.recipe.loss.matching * step.weights["matching"] * self.world.data_size
-                )
+                total = total + matched(found[3]) * (self.recipe.loss.matching * step.factor("matching"))
             total.backward()
 
     def _sums(

@@ -19,13 +19,13 @@ A processor raises `BrokenSample` for a sample that is to be left out.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from jobs.training.numbered import Numbered
 from jobs.training.packing import Packer
 from jobs.training.task import Batch
 from jobs.training.workers import prepared
@@ -37,7 +37,7 @@ Item = dict[str, Any]
 Processor = Callable[[Sample], Item]
 
 
-class SequenceLoader:
+class SequenceLoader(Numbered):
     """A `jobs.training.task.Loader`.
 
     Args:
@@ -70,12 +70,10 @@ class SequenceLoader:
             raise ValueError(
                 f"{world} processes do not divide the {lanes} lanes of the data: make them a multiple"
             )
+        used = max((w for w in range(1, workers + 1) if lanes // world % w == 0), default=0)
+        super().__init__(rank, world, used, pin)
         self.source, self.process, self.collate = source, process, collate or joined_arrays
         self.tokens, self.pool, self.lanes = tokens, pool, lanes
-        self.rank, self.world, self.pin = rank, world, pin
-        self.workers = max((w for w in range(1, workers + 1) if lanes // world % w == 0), default=0)
-        self.first = self.step = 0  # number of this rank's first micro-batch less its rank; those taken since
-        self.skipped = 0
         self.states: dict[int, dict[str, Any]] = {}  # of the lanes that have given a sequence
         self.note = ""  # what else the table says
 
@@ -88,12 +86,12 @@ class SequenceLoader:
 
     def _prepare(self, worker: int, workers: int) -> Iterator[tuple[int, dict[str, Any], Batch]]:
         lanes: dict[int, _Lane] = {}
-        for step in itertools.count(self.step + worker, workers):
-            number = (self.first + step * self.world + self.rank) % self.lanes
-            if number not in lanes:
-                lanes[number] = _Lane(self, number, self.states.get(number))
-            batch = lanes[number].next()
-            yield number, lanes[number].state(), batch
+        for number in self._numbers(worker, workers):
+            lane = number % self.lanes
+            if lane not in lanes:
+                lanes[lane] = _Lane(self, lane, self.states.get(lane))
+            batch = lanes[lane].next()
+            yield lane, lanes[lane].state(), batch
 
     def examples(self) -> Iterator[Batch]:
         """The first sequence; all have one shape, where `collate` fills them up."""
@@ -113,19 +111,10 @@ class SequenceLoader:
     def state_dict(self) -> dict[str, Any]:
         """How many micro-batches all ranks have taken, and where this rank's lanes are; plain numbers."""
         lanes = {str(lane): state for lane, state in sorted(self.states.items())}
-        return {"batches": self.first + self.step * self.world, "lanes": lanes} | self._made_of()
+        return super().state_dict() | {"lanes": lanes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the `joined` states of all ranks, with any number of ranks and workers.
-
-        Raises ValueError where the state is of other data or settings.
-        """
-        for name, mine in self._made_of().items():
-            if state.get(name) != mine:
-                raise ValueError(
-                    f"the saved state has {name} {state.get(name)}, this loader {mine}; use the same"
-                )
-        self.first, self.step = state["batches"], 0
+        super().load_state_dict(state)
         mine = (self.first + self.rank) % self.world  # of others it would tell what is no longer so
         self.states = {
             int(n): dict(told) for n, told in state["lanes"].items() if int(n) % self.world == mine
@@ -136,7 +125,7 @@ class SequenceLoader:
         taken = max(states, key=lambda state: int(state["batches"]))
         return taken | {"lanes": {lane: told for state in states for lane, told in state["lanes"].items()}}
 
-    def _made_of(self) -> dict[str, Any]:
+    def made_of(self) -> dict[str, Any]:
         sizes = {"tokens": self.tokens, "pool": self.pool, "of": self.lanes}
         return {"source": self.source.identity()} | sizes
 
@@ -147,6 +136,24 @@ def table_of(source: Source) -> str:
     shares = source.mixture.shares if isinstance(source, Mixed) else [1.0]
     each = zip(sources, shares, strict=True)
     return "\n".join(f"source       {share:.1%} of the samples: {s.samples:,} an epoch" for s, share in each)
+
+
+def processed(source: Source, process: Processor, number: int) -> tuple[Item, list[str]]:
+    """A sample as the processor makes it, and the keys of broken ones that it stands for. Raises BrokenSample."""
+    sample = source.nth(number)
+    try:
+        return {"key": sample["key"], **process(sample)}, sample["skipped"]
+    except BrokenSample as e:
+        raise BrokenSample(sample["key"]) from e
+
+
+def check_fits(item: Item, tokens: int) -> None:
+    """Raises ValueError where it has more tokens than that."""
+    if item["length"] > tokens:
+        raise ValueError(
+            f"{item['key']} has {item['length']} tokens, more than the {tokens} of a sequence: raise data.tokens, or "
+            "cut it off"
+        )
 
 
 class _Lane:
@@ -176,18 +183,14 @@ class _Lane:
         while broken < PATIENCE:
             sample, self.taken = self.number + self.taken * self.loader.lanes, self.taken + 1
             try:
-                item, before = self._processed(sample)
+                item, before = processed(self.loader.source, self.loader.process, sample)
             except BrokenSample as e:
                 skipped.append(str(e))
                 broken += 1
                 continue
             broken = 0
             skipped += before
-            if item["length"] > self.loader.tokens:
-                raise ValueError(
-                    f"{item['key']} has {item['length']} tokens, more than the {self.loader.tokens} of a sequence: "
-                    "raise data.tokens, or cut it off"
-                )
+            check_fits(item, self.loader.tokens)
             self.items[sample] = item
             if closed := self.packer.add(sample, item["length"]):
                 return self._batch([self.items.pop(n) for n in closed], skipped)
@@ -196,19 +199,11 @@ class _Lane:
     def _again(self, number: int) -> Item:
         """A sample that a saved state has in an open sequence."""
         try:
-            return self._processed(number)[0]
+            return processed(self.loader.source, self.loader.process, number)[0]
         except BrokenSample as e:
             raise StoreError(
                 f"{e} can no longer be read, and could when the state was saved: bring it back"
             ) from e
-
-    def _processed(self, number: int) -> tuple[Item, list[str]]:
-        """A sample as the processor makes it, and the keys of broken ones that it stands for."""
-        sample = self.loader.source.nth(number)
-        try:
-            return {"key": sample["key"], **self.loader.process(sample)}, sample["skipped"]
-        except BrokenSample as e:
-            raise BrokenSample(sample["key"]) from e
 
     def _batch(self, items: list[Item], skipped: list[str]) -> Batch:
         made = self.loader.collate(items, self.loader.tokens)

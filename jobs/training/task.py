@@ -279,9 +279,13 @@ class Step:
             with local_gradients(self.model, i + 1 < len(self.batches)):
                 yield batch, Draws(self.seed, number, self.world.device)
 
+    def factor(self, kind: str) -> float:
+        """Of a sum of losses of that kind: DDP and FSDP give the mean of the ranks' gradients, the loss is a sum."""
+        return self.weights[kind] * self.world.size
+
     def total(self, batch: Batch, losses: Losses) -> Tensor:
-        """What is to be differentiated: DDP and FSDP give the mean of the ranks' gradients, the loss is a sum."""
-        every = [x * (self.weights[kind] * self.world.size) for kind, x in losses.sums.items()]
+        """What is to be differentiated."""
+        every = [x * self.factor(kind) for kind, x in losses.sums.items()]
         total = torch.stack(every).sum()
         self.tell(batch, losses, total.detach())
         return total
