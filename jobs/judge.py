@@ -37,7 +37,6 @@ ATTRIBUTES = ("count", "colour", "shape", "direction", "background")
 SIDE = 128  # pixels of a video to look at, at least
 SHOWN = 24  # videos on the contact sheet
 BATCH = 25  # videos drawn at a time
-WORLD_FPS = 8.0  # of the videos of 'clipmill toy'
 SEEN, HELD_OUT, EVERY = "combinations seen in training", "combinations held out", "all combinations"
 
 
@@ -176,7 +175,9 @@ def trust(judged: Judged, captions: list[str], seed: int) -> str:
 
 def true_video(rng: np.random.Generator, caption: str, judged: Judged) -> np.ndarray:
     """A scene of the caption in the model's shape and at its rate."""
-    return scene_of(rng, caption, judged.frames, judged.size, WORLD_FPS / judged.fps)
+    from jobs.judged import RATE
+
+    return scene_of(rng, caption, judged.frames, judged.size, RATE / judged.fps)
 
 
 def scene_of(
@@ -217,7 +218,7 @@ def draw_videos(judged: Judged, captions: list[str], seed: int) -> list[np.ndarr
 
 def told(judged: Judged, scenes: list[np.ndarray], captions: list[str]) -> str:
     """A table of what the model writes of videos with these captions; a sentence of no world is wrong in all."""
-    from pipeline.toy.world import Attributes, parse
+    from pipeline.toy.world import parse, stated
 
     assert judged.tell is not None
     found: list[Verdict] = []
@@ -225,11 +226,7 @@ def told(judged: Judged, scenes: list[np.ndarray], captions: list[str]) -> str:
         for said, caption in zip(
             judged.tell(scenes[start : start + BATCH]), captions[start : start + BATCH], strict=True
         ):
-            try:
-                seen = vars(parse(said))
-            except ValueError:
-                seen = vars(Attributes(pan=None))
-            wanted = vars(parse(caption))
+            seen, wanted = vars(stated(said)), vars(parse(caption))
             right = {a: wanted[a] == seen[a] for a in ATTRIBUTES}
             found.append({"caption": caption} | right | {f"{a}_seen": seen[a] for a in ATTRIBUTES})
     return table(found)

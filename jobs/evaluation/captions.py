@@ -74,18 +74,12 @@ def attributes(rows: Sequence[dict[str, Any]]) -> list[Number]:
     """Of captions of the small world of `clipmill toy`: each attribute, their mean, and all at once; [] of others."""
     from dataclasses import fields
 
-    from pipeline.toy.world import Attributes, parse
+    from pipeline.toy.world import Attributes, stated
 
-    def read(text: str) -> Attributes | None:
-        try:
-            return parse(" ".join(text.split()))
-        except ValueError:
-            return None
-
-    wanted = [read(row["captions"][0]) for row in rows]
-    if None in wanted:
+    wanted = [stated(" ".join(row["captions"][0].split())) for row in rows]
+    if not all(a.known() for a in wanted):
         return []
-    said = [read(row["said"]) or Attributes(pan=None) for row in rows]
+    said = [stated(" ".join(row["said"].split())) for row in rows]
     names = [f.name for f in fields(Attributes) if f.name != "pan"]
     right = {
         name: [getattr(a, name) == getattr(b, name) for a, b in zip(wanted, said, strict=True)]

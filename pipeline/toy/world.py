@@ -83,6 +83,14 @@ def parse(caption: str) -> Attributes:
     return attributes
 
 
+def stated(text: str) -> Attributes:
+    """The attributes that a text states; none of them where it is no sentence of this world."""
+    try:
+        return parse(text)
+    except ValueError:
+        return Attributes(pan=None)
+
+
 EXAMPLE = Attributes("two", "red", "circle", "left", "black")
 
 
