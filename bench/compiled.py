@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.training.diffusion import blocks_of
+from jobs.training.diffusion.task import blocks_of
 from jobs.training.parallelize import checkpoint_activations, compile_blocks
 from jobs.training.recipe_core import import_spec
 from models.diffusion.condition import Condition

@@ -14,10 +14,10 @@ import argparse
 import numpy as np
 import torch
 
-from jobs.training.build import build_autoencoder, load_trained
-from jobs.training.data import reader_of
+from jobs.training.data.loader import reader_of
+from jobs.training.data.pixels import to_unit
+from jobs.training.diffusion.build import build_autoencoder, load_trained
 from jobs.training.recipe import load_training
-from jobs.training.system import to_unit
 from models.measures.quality import psnr, ssim
 
 

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.training.build import build_autoencoder
+from jobs.training.diffusion.build import build_autoencoder
+from jobs.training.diffusion.recipe import Autoencoder
 from jobs.training.exported import load_model
-from jobs.training.recipe_diffusion import Autoencoder
 from models.autoencoders import published
 
 SIDE, FRAMES = 64, 5

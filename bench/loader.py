@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.training.data import Loader
+from jobs.training.data.loader import Loader
 from pipeline.shards.reader import ShardReader
 
 SHAPES = [(17, 256, 256), (33, 192, 336), (33, 336, 192), (65, 192, 336)]

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.training.packing import Run, pack
+from jobs.training.data.packing import Run, pack
 from models.attention import choose_kernel
 from models.denoisers.sora import PRESETS, build
 from models.diffusion.condition import Condition

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from jobs.training.loop import train
 from jobs.training.recipe import load_training
-from jobs.training.selector import FILE, build
+from jobs.training.selector.task import FILE, build
 from models.choosing.chooser import Chooser, evenly, logits
 from models.choosing.file import Saved
 from models.measures.visual_fit import fits

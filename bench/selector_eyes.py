@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.training.held_out import held_out
+from jobs.training.data.held_out import held_out
 from pipeline.shards.index import rows_where
 from pipeline.shards.reader import ShardReader
 from pipeline.toy.questions import VALUES

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from jobs.training.diffusion import blocks_of
+from jobs.training.diffusion.task import blocks_of
 from jobs.training.distributed import connect
 from jobs.training.parallelize import made_on, make, parallelize
 from jobs.training.recipe_core import Compute

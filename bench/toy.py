@@ -19,8 +19,9 @@ from itertools import permutations
 import numpy as np
 import torch
 
-from jobs.training.build import load_trained
-from jobs.training.system import System, to_unit
+from jobs.training.data.pixels import to_unit
+from jobs.training.diffusion.build import load_trained
+from jobs.training.diffusion.system import System
 from models.diffusion.generate import extend, interpolate, with_known
 from pipeline.toy.reader import judge, trajectory, velocity
 from pipeline.toy.world import EDGE, SPEEDS, Scene, render, scene, story

@@ -34,12 +34,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from jobs.training.conversations import Documents
 from jobs.training.distributed import connect, keep_freed_memory
 from jobs.training.loop import Trainer
 from jobs.training.recipe import load_training
 from jobs.training.signals import Signals
-from jobs.training.vlm import build
+from jobs.training.vlm.conversations import Documents
+from jobs.training.vlm.task import build
 from models.language.llava import Llava
 
 WARM = 3

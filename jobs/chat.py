@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jobs.training.speaker import Speaker
+    from jobs.training.vlm.speaker import Speaker
 
 EPILOG = """
 examples
@@ -82,7 +82,7 @@ def begin(args: argparse.Namespace) -> Talk:
     import torch
 
     from jobs.evaluation.looking import with_frames
-    from jobs.training.speaker import load_speaker
+    from jobs.training.vlm.speaker import load_speaker
 
     for name, least in (("frames", 1), ("most", 1), ("seed", 0), ("temperature", 0)):
         if (given := getattr(args, name)) is not None and given < least:

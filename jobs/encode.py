@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jobs.training.recipe_diffusion import DiffusionRecipe
-    from jobs.training.system import System
+    from jobs.training.diffusion.recipe import DiffusionRecipe
+    from jobs.training.diffusion.system import System
     from pipeline.io.store import Store
     from pipeline.shards.latents import Encoded, Part
     from pipeline.shards.reader import Sample, ShardReader
@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.faults import StoreError
 
     try:
+        from jobs.training.diffusion.recipe import DiffusionRecipe
         from jobs.training.recipe import load_training
-        from jobs.training.recipe_diffusion import DiffusionRecipe
 
         if min(args.copies, args.batch, args.clips) < 1 or args.workers < 0:
             raise ValueError("--copies, --batch and --clips must be at least 1, --workers at least 0")
@@ -99,8 +99,8 @@ def encode(
     import numpy as np
     from torch.utils.data import DataLoader
 
-    from jobs.training.build import build_system
-    from jobs.training.data import clips_of, made_with
+    from jobs.training.data.loader import clips_of, made_with
+    from jobs.training.diffusion.build import build_system
     from jobs.training.distributed import device_of
     from models.autoencoders.latents import latent_shape
     from pipeline.faults import counted
@@ -190,7 +190,7 @@ def _encoded(
     import numpy as np
     import torch
 
-    from jobs.training.system import to_unit
+    from jobs.training.data.pixels import to_unit
     from pipeline.shards.latents import Encoded
 
     for samples, unread in batches:

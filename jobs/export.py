@@ -21,8 +21,8 @@ examples
 
 FOLDER = "FOLDER"  # in what is said: where it lies in the end
 EXPORTS = {  # trains → the module whose `export(model, to, dtype)` writes it
-    "vlm": "jobs.training.vlm_export",
-    "world": "jobs.training.world_export",
+    "vlm": "jobs.training.vlm.export",
+    "world": "jobs.training.world.export",
 }
 
 

@@ -52,8 +52,8 @@ def load(args: argparse.Namespace, located: Mapping[str, str]) -> Judged:
 def _diffusion(args: argparse.Namespace, located: Mapping[str, str]) -> Judged:
     import torch
 
-    from jobs.training.build import load_trained
-    from jobs.training.system import to_unit
+    from jobs.training.data.pixels import to_unit
+    from jobs.training.diffusion.build import load_trained
 
     system = load_trained(args.model, args.ema, args.device, located)
     run = system.recipe.run.but(sample_steps=args.steps, guidance=args.guidance)
@@ -76,7 +76,7 @@ def _diffusion(args: argparse.Namespace, located: Mapping[str, str]) -> Judged:
 def _world(args: argparse.Namespace, located: Mapping[str, str]) -> Judged:
     import torch
 
-    from jobs.training.world_system import load_world
+    from jobs.training.world.system import load_world
 
     if args.steps is not None:
         raise ValueError("--steps is for diffusion models: leave it out")

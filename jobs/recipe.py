@@ -105,9 +105,9 @@ def shown(recipe: str, overrides: list[str], training: bool) -> str:
 
 def checked(recipe: str, overrides: list[str], training: bool) -> Iterator[str]:
     """What a recipe that holds is made of. Raises RecipeError for one that does not."""
+    from jobs.training.diffusion.recipe import DiffusionRecipe
     from jobs.training.recipe import load_either
     from jobs.training.recipe_core import TrainRecipe
-    from jobs.training.recipe_diffusion import DiffusionRecipe
     from pipeline.graph import check
     from pipeline.recipe import Recipe, RecipeError
 

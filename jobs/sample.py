@@ -171,7 +171,7 @@ def check(args: argparse.Namespace) -> None:
     elif not args.model:
         raise ValueError("name the MODEL: a folder that 'clipmill train diffusion' wrote")
 
-    from jobs.training.system import LOW_NOISE
+    from jobs.training.diffusion.system import LOW_NOISE
 
     if args.noise_level is not None and not 0 <= args.noise_level <= LOW_NOISE:
         raise ValueError(f"--noise-level {args.noise_level:g}: upsamplers are trained with 0 to {LOW_NOISE}")
@@ -267,7 +267,7 @@ def prepared(args: argparse.Namespace) -> tuple[Maker | Cascade, Drawing, dict[s
 
 def load(folder: str, args: argparse.Namespace, options: Options) -> Maker:
     from jobs.sampling import Maker
-    from jobs.training.build import load_trained
+    from jobs.training.diffusion.build import load_trained
     from jobs.training.paths import located
 
     system = load_trained(folder, args.ema, args.device, located(args.locate))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jobs.training.recipe_world import Drawing
-    from jobs.training.world_system import WorldSystem
+    from jobs.training.world.recipe import Drawing
+    from jobs.training.world.system import WorldSystem
 
 TASKS = {  # options beside those that every task takes
     "text": {"frames"},
@@ -39,7 +39,7 @@ WRITTEN = "captions.json"
 
 def is_world(folder: str) -> bool:
     """Whether it is a folder that `clipmill train world` wrote."""
-    from jobs.training.world_system import last_stage
+    from jobs.training.world.system import last_stage
 
     told = last_stage(Path(folder)) / "model.json"
     return told.is_file() and json.loads(told.read_text())["recipe"]["trains"] == "world"
@@ -65,7 +65,7 @@ def check(args: argparse.Namespace) -> None:
 def sample(args: argparse.Namespace, folder: Path) -> None:
     """Draws, or writes, everything into the folder. Raises ValueError, one sentence."""
     from jobs.training.paths import located
-    from jobs.training.world_system import load_world
+    from jobs.training.world.system import load_world
 
     check(args)
     system = load_world(args.model, args.ema, args.device, located(args.locate))

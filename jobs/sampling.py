@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jobs.training.data.pixels import to_unit
+from jobs.training.diffusion.recipe import DiffusionRun
+from jobs.training.diffusion.system import System, enlarged, knows_frames
 from jobs.training.recipe_core import Bucket
-from jobs.training.recipe_diffusion import DiffusionRun
-from jobs.training.system import System, enlarged, knows_frames, to_unit
 from models.diffusion.condition import Condition
 from models.diffusion.generate import (
     Draw,

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
         outcome, where = train_on_ray(recipe, args.dir, args.out, args.ray, args.device)
     else:
-        from jobs.training.stages import train_all
+        from jobs.training.world.stages import train_all
 
         outcome, where = train_all(recipe, args.dir, args.out, device=args.device)
     if outcome.signal:

@@ -12,7 +12,7 @@ from typing import Any
 from jobs.training.loop import Outcome
 from jobs.training.recipe import recipe_of
 from jobs.training.recipe_core import TrainRecipe
-from jobs.training.stages import stages_of, train_all
+from jobs.training.world.stages import stages_of, train_all
 from pipeline.faults import StoreError, one_line
 
 RESTARTS = 3  # of the workers, after a death that is no fault of recipe or data
@@ -21,7 +21,7 @@ RESTARTS = 3  # of the workers, after a death that is no fault of recipe or data
 def train_on_ray(
     recipe: TrainRecipe, data: str, out: Path, workers: int, device: str | None
 ) -> tuple[Outcome, Path]:
-    """`jobs.training.stages.train_all` on so many workers, a GPU each unless device is 'cpu'.
+    """`jobs.training.world.stages.train_all` on so many workers, a GPU each unless device is 'cpu'.
 
     Raises ValueError with one sentence, as that does.
     """

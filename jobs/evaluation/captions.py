@@ -13,7 +13,7 @@ from jobs.evaluation.numbers import Number, number, share
 from models.hub import MissingModel
 
 if TYPE_CHECKING:
-    from jobs.training.speaker import Speaker
+    from jobs.training.vlm.speaker import Speaker
 
 
 def say(

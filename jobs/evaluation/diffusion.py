@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jobs.training.recipe_diffusion import DiffusionRun
-    from jobs.training.system import System
+    from jobs.training.diffusion.recipe import DiffusionRun
+    from jobs.training.diffusion.system import System
     from models.measures.features import VideoFeatures
 
 EPILOG = """
@@ -304,7 +304,7 @@ def caption_of(file: Path) -> str:
 
 def load(args: argparse.Namespace) -> tuple[System, DiffusionRun, Protocol]:
     """The model, how it is sampled, and the protocol of what it makes."""
-    from jobs.training.build import load_trained
+    from jobs.training.diffusion.build import load_trained
     from jobs.training.paths import located
 
     system = load_trained(args.generated, args.ema, args.device, located(args.locate))

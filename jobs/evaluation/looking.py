@@ -11,8 +11,8 @@ from jobs.benchmarks.items import Item
 from pipeline.shards.pixels import BrokenSample, clock
 
 if TYPE_CHECKING:
-    from jobs.training.speaker import Speaker
-    from jobs.training.visuals import Visual
+    from jobs.training.vlm.speaker import Speaker
+    from jobs.training.vlm.visuals import Visual
 
 ENDS = 1 << 20  # bytes of a file's begin and end by which its weights are known
 
@@ -24,7 +24,7 @@ def look(speaker: Speaker, item: Item) -> Visual:
     media = str(item.video) if isinstance(item.video, Path) else item.video()
     if item.span is None:
         return speaker.frames(media)
-    from jobs.training.visuals import Planned
+    from jobs.training.vlm.visuals import Planned
 
     when, (start, end) = clock(media), item.span
     # the frame that is shown at the start belongs to it
@@ -63,7 +63,7 @@ def with_frames(speaker: Speaker, frames: int | None, fps: float | None) -> Spea
     """The same, which looks at other frames of a video than in its training."""
     from dataclasses import replace
 
-    from jobs.training.visuals import Visuals
+    from jobs.training.vlm.visuals import Visuals
 
     if frames is None and fps is None:
         return speaker

@@ -23,8 +23,8 @@ from models.measures.multiple_choice import LETTERS, chosen, lettered
 from pipeline.shards.pixels import BrokenSample, clock
 
 if TYPE_CHECKING:
-    from jobs.training.speaker import Speaker
-    from jobs.training.visuals import Visual
+    from jobs.training.vlm.speaker import Speaker
+    from jobs.training.vlm.visuals import Visual
 
 QUESTION = "Which of these does the video show?"
 
@@ -118,7 +118,7 @@ def _joined(speaker: Speaker, clips: Sequence[Item], frames: int) -> Visual:
     """Clips end to end, of each so many frames, at the times they have there. Raises BrokenSample."""
     import torch
 
-    from jobs.training.visuals import Planned, Visual
+    from jobs.training.vlm.visuals import Planned, Visual
 
     pictures: list[torch.Tensor] = []
     seconds: list[float] = []

@@ -24,8 +24,8 @@ from models.measures.captions.rouge_l import rouge_l
 from models.measures.multiple_choice import LETTERS, chosen, lettered, plain
 
 if TYPE_CHECKING:
-    from jobs.training.speaker import Speaker
-    from jobs.training.visuals import Visual
+    from jobs.training.vlm.speaker import Speaker
+    from jobs.training.vlm.visuals import Visual
 
 By = Literal["letter", "likelihood", "words"]
 

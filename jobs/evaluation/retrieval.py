@@ -23,7 +23,7 @@ from jobs.evaluation.numbers import Number, number, share
 from models.measures.retrieval import places
 
 if TYPE_CHECKING:
-    from jobs.training.speaker import Speaker
+    from jobs.training.vlm.speaker import Speaker
 
 PRIOR = ""  # id of the row that has log p of each text without a video
 KS = (1, 5, 10)

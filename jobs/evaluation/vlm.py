@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jobs.benchmarks.items import Found, Item
     from jobs.evaluation.answers import Answers
     from jobs.evaluation.numbers import Number
-    from jobs.training.speaker import Speaker
+    from jobs.training.vlm.speaker import Speaker
 
 _EPILOG = """
 examples
@@ -164,7 +164,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
 
     from jobs.evaluation.by_selector import file_of
     from jobs.evaluation.looking import drawn, named, weights_of, with_frames
-    from jobs.training.speaker import load_speaker
+    from jobs.training.vlm.speaker import load_speaker
 
     found, split = items_of(args)
     items = drawn(found.items, args.n, args.seed)

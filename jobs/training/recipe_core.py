@@ -237,3 +237,22 @@ class TrainRecipe(Section):
                 f"compute.context: trains {self.trains} does not share sequences between processes: give 1"
             )
         return self
+
+
+class LoRA(Section):
+    """Low-rank adapters, trained in place of the network's weights, which stay as they are (Hu et al. 2021)."""
+
+    rank: int = Field(16, ge=1, description="of what is added to a layer's weight")
+    alpha: float = Field(16.0, gt=0, description="what is added is scaled by alpha ÷ rank")
+    targets: Literal["auto"] | tuple[str, ...] = Field(
+        "auto",
+        description="linear layers, by the ends of their names; auto: those of attention and feed-forward",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what adapters see")
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if targets != "auto" and (not targets or "" in targets):
+            raise ValueError("give auto, or the ends of linear layers' names")
+        return targets

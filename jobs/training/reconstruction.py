@@ -16,15 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jobs.training.data import Loader as ClipLoader
-from jobs.training.data import held_out_of
+from jobs.training.data.loader import Loader as ClipLoader
+from jobs.training.data.loader import held_out_of
+from jobs.training.data.pixels import to_bytes, to_unit
 from jobs.training.distributed import World
 from jobs.training.parallelize import make
 from jobs.training.recipe_reconstruction import Reconstruction
-from jobs.training.recipe_vae import VAERecipe
-from jobs.training.recipe_vq import VQRecipe
-from jobs.training.system import to_bytes, to_unit
 from jobs.training.task import Batch, Draws, Evaluation, Losses, Phase, Start, Summed, Task
+from jobs.training.vae.recipe import VAERecipe
+from jobs.training.vq.recipe import VQRecipe
 from models.autoencoders import perceptual
 from models.autoencoders.discriminator import (
     PatchDiscriminator,

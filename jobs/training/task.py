@@ -185,7 +185,7 @@ class Start:
 class Task:
     """What diffusion, autoencoder and VLM are to the loop; a subclass has `phases`, `loss`, `blocks` and `tokens`.
 
-    Made by `build(recipe, start) -> (Task, Loader)` of jobs/training/<trains>.py. A batch holds at least
+    Made by `build(recipe, start) -> (Task, Loader)` of jobs/training/<trains>/task.py. A batch holds at least
     'key': list[str], the clips' ids.
 
     Randomness comes from `Draws` alone, so that a step depends on the seed and its place in the run,

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from jobs import chat
-from jobs.training.speaker import Speaker, load_speaker
+from jobs.training.vlm.speaker import Speaker, load_speaker
 from jobs.videos import write_mp4
 from tests.fixtures import tiny_speaker
 

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 
 from jobs import encode as job
 from jobs import shard
-from jobs.training.diffusion import build, images_of
-from jobs.training.recipe_diffusion import DiffusionRecipe
+from jobs.training.diffusion.recipe import DiffusionRecipe
+from jobs.training.diffusion.task import build, images_of
 from jobs.training.task import Draws
 from models.autoencoders import vae
 from models.autoencoders.latents import BlockDCT, Posterior

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from jobs import caption, curate, export, toy, train
-from jobs.training.speaker import load_speaker
-from jobs.training.vlm_export import unsaid
+from jobs.training.vlm.export import unsaid
+from jobs.training.vlm.speaker import load_speaker
 from models.curation.vlm.loading import Wanted
 from models.curation.vlm.model import VLM, Look
 from models.language.budget import Sampling

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jobs import judge
+from jobs.training.diffusion.recipe import DiffusionRecipe
 from jobs.training.loop import train
-from jobs.training.recipe_diffusion import DiffusionRecipe
 from pipeline.toy import world as toy_world
 from pipeline.toy.reader import identity
 from tests.fixtures.run_folder import make_sharded_run

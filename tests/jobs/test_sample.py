@@ -11,8 +11,8 @@ from PIL import Image
 
 from jobs import sample as job
 from jobs.evaluation.diffusion import caption_of
+from jobs.training.diffusion.recipe import DiffusionRecipe
 from jobs.training.loop import train
-from jobs.training.recipe_diffusion import DiffusionRecipe
 from jobs.videos import write_mp4
 from pipeline.split.shown import read
 from tests.fixtures.run_folder import make_sharded_run

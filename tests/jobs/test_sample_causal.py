@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from jobs import sample as job
 from jobs import sampling, shard
 from jobs.sampling import Maker, Options
-from jobs.training.build import build_system
-from jobs.training.recipe_diffusion import DiffusionRecipe
+from jobs.training.diffusion.build import build_system
+from jobs.training.diffusion.recipe import DiffusionRecipe
 from jobs.videos import write_mp4
 from models.autoencoders.latents import Normalizer, Posterior
 from tests.fixtures.run_folder import make_run_folder

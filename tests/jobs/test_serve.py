@@ -15,7 +15,7 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
-from jobs.training.speaker import load_speaker
+from jobs.training.vlm.speaker import load_speaker
 from tests.fixtures import tiny_speaker
 
 PATIENCE = 60  # seconds

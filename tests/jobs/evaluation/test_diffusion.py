@@ -233,7 +233,7 @@ def test_without_captions_there_is_no_clip_score(made, run, networks, tiny_clip)
 
 
 def test_captions_of_the_monitors_samples_are_found(tmp_path):
-    from jobs.training.monitor import write_samples
+    from jobs.training.page.monitor import write_samples
 
     videos = {p: np.zeros((2, 16, 16, 3), np.uint8) for p in ("a red “dog”", "b")}
     folder = write_samples(tmp_path, 5, videos, 8)
@@ -242,7 +242,7 @@ def test_captions_of_the_monitors_samples_are_found(tmp_path):
 
 def test_a_model_is_sampled_with_the_captions_of_the_real_clips_and_says_how(run, networks, tmp_path, capsys):
     """As it was trained, by the settings that are printed: the same drawn again by hand, to the byte."""
-    from jobs.training.build import load_trained
+    from jobs.training.diffusion.build import load_trained
     from jobs.training.loop import train
     from tests.jobs.test_sample import Silent, recipe
 

@@ -14,7 +14,7 @@ from jobs.benchmarks.items import Item
 from jobs.evaluation import captions, needle, questions, retrieval
 from jobs.evaluation.answers import Answers
 from jobs.evaluation.looking import look
-from jobs.training.speaker import load_speaker
+from jobs.training.vlm.speaker import load_speaker
 from pipeline.split import shown
 from tests.fixtures import tiny_speaker
 

@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from jobs import evaluate, train
-from jobs.training.system import to_unit
-from jobs.training.world_system import load_vq
+from jobs.training.data.pixels import to_unit
+from jobs.training.world.system import load_vq
 from models.measures.quality import psnr
 from pipeline.shards.reader import ShardReader
 from tests.fixtures.run_folder import make_sharded_run

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from jobs.training.data import Loader, build_loader, positions_of
+from jobs.training.data.loader import Loader, build_loader, positions_of
+from jobs.training.diffusion.recipe import DiffusionRecipe
 from jobs.training.distributed import World
-from jobs.training.recipe_diffusion import DiffusionRecipe
 from models.autoencoders.latents import BlockDCT
 from pipeline.faults import StoreError
 from pipeline.shards.buckets import fit, table

@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jobs.training.build import build_network, build_process, load_system, load_trained
-from jobs.training.data import positions_of
-from jobs.training.diffusion import LOW_NOISE, build, images_of, known_frames, mean_over_frames
+from jobs.training.data.loader import positions_of
+from jobs.training.data.pixels import to_unit
+from jobs.training.diffusion.build import build_network, build_process, load_system, load_trained
+from jobs.training.diffusion.network import Network
+from jobs.training.diffusion.recipe import DiffusionRecipe, Tasks
+from jobs.training.diffusion.task import LOW_NOISE, build, images_of, known_frames, mean_over_frames
 from jobs.training.exported import load_model
 from jobs.training.loop import train
-from jobs.training.network import Network
 from jobs.training.recipe import load_training
-from jobs.training.recipe_diffusion import DiffusionRecipe, Tasks
-from jobs.training.system import to_unit
 from jobs.training.task import Draws
 from models.autoencoders import vae
 from models.autoencoders.latents import BlockDCT

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from jobs import sample
 from jobs.sampling import latents_of
-from jobs.training.build import load_trained
 from jobs.training.checkpoint import difference
-from jobs.training.diffusion import Diffusion, build
+from jobs.training.diffusion.build import load_trained
+from jobs.training.diffusion.network import Network
+from jobs.training.diffusion.task import Diffusion, build
 from jobs.training.exported import CheckpointError
 from jobs.training.loop import train
-from jobs.training.network import Network
 from jobs.training.task import Draws
 from tests.fixtures.run_folder import make_sharded_run
 from tests.fixtures.shrunken import checkpoints, load

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from jobs.training.diffusion.frechet import FrechetInLoop
 from jobs.training.distributed import World, connect
-from jobs.training.frechet import FrechetInLoop
 from models.measures.frechet import frechet_distance, kernel_distance, moments
 from tests.fixtures.toy_training import in_ranks
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
-from jobs.training.build import build_system
-from jobs.training.diffusion import as_published
-from jobs.training.network import Question
-from jobs.training.recipe_diffusion import DiffusionRecipe
+from jobs.training.diffusion.build import build_system
+from jobs.training.diffusion.network import Question
+from jobs.training.diffusion.recipe import DiffusionRecipe
+from jobs.training.diffusion.task import as_published
 from models.denoisers.video_ldm import timestep
 from tests.fixtures.tiny_vlm import _bpe
 from tests.models.autoencoders.test_published import KL

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from jobs.training.diffusion.network import blocks_of
 from jobs.training.lora import adapt, merge, targets
-from jobs.training.network import blocks_of
 from jobs.training.parallelize import compile_blocks
-from jobs.training.recipe_core import import_spec
-from jobs.training.recipe_diffusion import LoRA
+from jobs.training.recipe_core import LoRA, import_spec
 from models.diffusion.condition import Condition
 from pipeline.recipe import RecipeError
 from tests.fixtures.shrunken import STABLE_DIFFUSION

@@ -11,13 +11,13 @@ import torch
 from pydantic import ValidationError
 
 from jobs import encode
-from jobs.training.data import Loader
-from jobs.training.diffusion import build, measure, mixed_normalizer
+from jobs.training.data.loader import Loader
+from jobs.training.diffusion.recipe import DiffusionRecipe
+from jobs.training.diffusion.task import build, measure, mixed_normalizer
 from jobs.training.loop import train
 from jobs.training.needs import models
 from jobs.training.recipe import load_training
 from jobs.training.recipe_core import Data
-from jobs.training.recipe_diffusion import DiffusionRecipe
 from models.autoencoders.latents import Statistics
 from pipeline.faults import StoreError
 from pipeline.recipe import RecipeError

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.training import monitor
-from jobs.training.monitor import Metrics, Monitor, write_samples
+from jobs.training.page import monitor
+from jobs.training.page.monitor import Metrics, Monitor, write_samples
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.task import Evaluation
 from pipeline.recipe import RecipeError
@@ -137,7 +137,7 @@ def test_an_earlier_step_is_a_mistake_of_the_caller(tmp_path):
 def test_a_kill_at_any_moment_leaves_whole_rows(tmp_path):
     """A process that logs as fast as it can, killed with no warning at several moments, goes on each time."""
     code = (
-        "import sys; from pathlib import Path; from jobs.training.monitor import Metrics\n"
+        "import sys; from pathlib import Path; from jobs.training.page.monitor import Metrics\n"
         "m = Metrics(Path(sys.argv[1])); step = m.last['step'] if m.last else 0\n"
         "print('ready', flush=True)\n"
         "while True:\n"

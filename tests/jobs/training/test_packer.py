@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jobs.training.packing import Packer
+from jobs.training.data.packing import Packer
 
 
 def lengths_of(seed, budget=100, count=200):

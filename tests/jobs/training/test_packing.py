@@ -12,15 +12,15 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from jobs.encode import encode
-from jobs.training.build import build_network, load_trained
-from jobs.training.data import Loader
-from jobs.training.diffusion import build
+from jobs.training.data.loader import Loader
+from jobs.training.data.packing import _fullest, micro_batches, pack, used
+from jobs.training.diffusion.build import build_network, load_trained
+from jobs.training.diffusion.recipe import DiffusionRecipe
+from jobs.training.diffusion.task import build
 from jobs.training.distributed import World
 from jobs.training.loop import train
-from jobs.training.packing import _fullest, micro_batches, pack, used
 from jobs.training.parallelize import checkpoint_activations, compile_blocks
 from jobs.training.plan import make_plan
-from jobs.training.recipe_diffusion import DiffusionRecipe
 from jobs.training.task import Draws, parts_of
 from models.diffusion.condition import Condition
 from models.encoders.text import PretrainedText

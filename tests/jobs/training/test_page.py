@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.training import charts, page
-from jobs.training.charts import Curve, Line, Scale, chart, linear_ticks, log_ticks, short
-from jobs.training.monitor import Metrics, write_samples
+from jobs.training.page import charts, page
+from jobs.training.page.charts import Curve, Line, Scale, chart, linear_ticks, log_ticks, short
+from jobs.training.page.monitor import Metrics, write_samples
 from tests.pipeline.report.test_page import CHROMIUM, EVIL, Page
 
 RECIPE = {

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs.training.build import build_network
+from jobs.training.diffusion.build import build_network
+from jobs.training.diffusion.network import Network, Question, blocks_of
+from jobs.training.diffusion.recipe import DiffusionRecipe
 from jobs.training.distributed import World
-from jobs.training.network import Network, Question, blocks_of
 from jobs.training.parallelize import GRAPHS, checkpoint_activations, compile_blocks, parallelize
 from jobs.training.recipe_core import Compute, import_spec
-from jobs.training.recipe_diffusion import DiffusionRecipe
 from jobs.training.task import Losses, Phase
 from models.diffusion.condition import Condition
 from tests.fixtures.toy_training import Toy, build, in_ranks, recipe, run, weights

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.training import candidates
-from jobs.training.candidates import NONE, CandidateLoader, Candidates, Vote, told_apart, votes_of
 from jobs.training.distributed import World
 from jobs.training.loop import train
 from jobs.training.recipe import load_training
-from jobs.training.selector import FILE, Joined, Selection, both, build, first
+from jobs.training.selector import candidates
+from jobs.training.selector.candidates import NONE, CandidateLoader, Candidates, Vote, told_apart, votes_of
+from jobs.training.selector.task import FILE, Joined, Selection, both, build, first
 from jobs.training.task import COUNTS, Draws, Start, Step, seed_torch
 from models.choosing.chooser import Chooser, evenly
 from models.choosing.file import Saved, Spec

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.training.sequences import SequenceLoader
+from jobs.training.data.sequences import SequenceLoader
 from pipeline.faults import StoreError
 from pipeline.shards.chat import ChatReader
 from pipeline.shards.mixture import Mixed, Mixture

@@ -7,8 +7,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from jobs.training.build import build_system
-from jobs.training.recipe_diffusion import DiffusionRecipe
+from jobs.training.diffusion.build import build_system
+from jobs.training.diffusion.recipe import DiffusionRecipe
 from tests.fixtures.shrunken import KL
 from tests.jobs.training.test_diffusion import stirred
 

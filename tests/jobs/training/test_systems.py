@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from jobs import evaluate, sample
-from jobs.training.build import build_autoencoder
+from jobs.training.diffusion.build import build_autoencoder
+from jobs.training.diffusion.recipe import Autoencoder
 from jobs.training.exported import load_model
 from jobs.training.loop import train
-from jobs.training.recipe_diffusion import Autoencoder
-from jobs.training.speaker import load_speaker
+from jobs.training.vlm.speaker import load_speaker
 from jobs.videos import write_mp4
 from models.choosing.chooser import Chooser
 from models.measures.features import load_features

@@ -6,11 +6,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from jobs.training import vae as training
 from jobs.training.recipe import TRAINING, load_training
-from jobs.training.recipe_vae import VAELoss, VAERecipe
 from jobs.training.task import Draws
-from jobs.training.vae import AutoencoderTask
+from jobs.training.vae import task as training
+from jobs.training.vae.recipe import VAELoss, VAERecipe
+from jobs.training.vae.task import AutoencoderTask
 from models.autoencoders.latents import BlockDCT
 from models.measures.quality import psnr, ssim
 from pipeline.recipe_file import parse_as

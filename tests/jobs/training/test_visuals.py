@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.training.visuals import Visuals
+from jobs.training.vlm.visuals import Visuals
 from models.language.budget import Sampling
 from models.language.pixels import Pixels
 from pipeline.shards.pixels import BrokenSample

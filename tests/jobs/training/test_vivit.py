@@ -13,13 +13,13 @@ import torch.nn.functional as F
 
 from jobs import toy
 from jobs.curate import main as curate
-from jobs.training import vivit as training
+from jobs.training.data.held_out import held_out, trained_on
 from jobs.training.exported import load_model
-from jobs.training.held_out import held_out, trained_on
 from jobs.training.loop import train
-from jobs.training.recipe_vivit import ViViTRecipe
 from jobs.training.task import Draws
-from jobs.training.vivit import Names, label_loss, labels_of
+from jobs.training.vivit import task as training
+from jobs.training.vivit.recipe import ViViTRecipe
+from jobs.training.vivit.task import Names, label_loss, labels_of
 from models.encoders.vivit import ViViT
 from models.hub import MissingModel
 from models.language.llava import source

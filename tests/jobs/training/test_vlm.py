@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from jobs import doctor
-from jobs.training.conversations import Captions, Collate, Documents, texts_of, written_of
 from jobs.training.loop import train as run_training
 from jobs.training.recipe import load_training
-from jobs.training.recipe_vlm import Written
 from jobs.training.task import Draws
-from jobs.training.visuals import budget_table
-from jobs.training.vlm import Runs, build, scores
+from jobs.training.vlm.conversations import Captions, Collate, Documents, texts_of, written_of
+from jobs.training.vlm.recipe import Written
+from jobs.training.vlm.task import Runs, build, scores
+from jobs.training.vlm.visuals import budget_table
 from models.curation.vlm.model import VLM, Look
 from pipeline.faults import StoreError
 from pipeline.recipe import RecipeError

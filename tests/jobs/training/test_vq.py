@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from jobs.training import vq as training
-from jobs.training.recipe_vq import VQRecipe
 from jobs.training.task import Draws, Step
-from jobs.training.vq import VQTask
+from jobs.training.vq import task as training
+from jobs.training.vq.recipe import VQRecipe
+from jobs.training.vq.task import VQTask
 from models.autoencoders import vq
 from pipeline.recipe_file import parse_as
 from tests.fixtures.run_folder import make_sharded_run

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from jobs.training.workers import prepared
+from jobs.training.data.workers import prepared
 
 
 def numbers(worker, workers):

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.training import world as training
-from jobs.training.documents import PLACEMENT, Collate
 from jobs.training.loop import train
-from jobs.training.recipe_world import WorldRecipe
-from jobs.training.stages import train_all
 from jobs.training.task import Draws
-from jobs.training.world_system import load_vq, load_world
+from jobs.training.world import task as training
+from jobs.training.world.documents import PLACEMENT, Collate
+from jobs.training.world.recipe import WorldRecipe
+from jobs.training.world.stages import train_all
+from jobs.training.world.system import load_vq, load_world
 from models.language.loss import Goal
 from models.ring_attention import split
 from pipeline.recipe_file import parse_as

@@ -7,7 +7,7 @@ import torch
 
 from jobs import export
 from jobs.training.loop import train
-from jobs.training.world_system import build_world, load_world
+from jobs.training.world.system import build_world, load_world
 from tests.fixtures.toy_training import Notes
 from tests.jobs.training.test_world import CPU, recipe, run, vq  # noqa: F401 (fixtures)
 

@@ -11,7 +11,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from jobs.training.recipe_diffusion import DiffusionRun
+from jobs.training.diffusion.recipe import DiffusionRun
 from pipeline.caption import structured
 from pipeline.caption.structured import FIELDS, Broken, Record, Subject, measured, parse, sampled, text
 from pipeline.shards.captions import caption_of

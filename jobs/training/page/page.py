@@ -1,0 +1,351 @@
+"""A training run as one HTML page that opens from disk: curves, samples, plan and recipe.
+
+`write` reads what `jobs.training.page.monitor` leaves in OUT and fills `page.html`. Like the page of a curation
+run, whose looks it shares, it is built with `h`, which escapes every text, and loads nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import itertools
+import json
+import os
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+import yaml
+
+from jobs.training.page.charts import Curve, Line, chart
+from pipeline.report import page as report
+from pipeline.report.html import NBSP, Child, Markup, div, h, join, note, number, span
+
+VIDEO_BYTES = 4_000_000  # of mp4 on the page, together
+SHEETS, SHEET_BYTES = 24, 6_000_000  # steps in the history of samples, and their JPEGs together
+LEVEL = re.compile(r"loss/level_(\d+)")  # tenths of the noise level
+PHASED = ("loss", "grad_norm", "lr")  # of several phases: <phase>/loss, …
+SHARES = ("mfu", "data_wait")
+TITLES = {
+    "loss": "Loss",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "tokens_per_second": "Tokens a second",
+    "samples_per_second": "Samples a second",
+    "step_seconds": "Seconds a step",
+    "mfu": "Model FLOPs utilisation",
+    "data_wait": "Waiting for data",
+    "peak_memory_gb": "Peak memory (GB)",
+    "skipped": "Broken samples skipped",
+}
+SPEED = (
+    "tokens_per_second",
+    "samples_per_second",
+    "step_seconds",
+    "mfu",
+    "data_wait",
+    "peak_memory_gb",
+    "skipped",
+)
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """A row of metrics.jsonl; None where the line is not whole."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside.write_bytes(data)
+    aside.replace(path)
+
+
+class Run:
+    """What a run has left in OUT so far."""
+
+    def __init__(self, out: Path, recipe: dict[str, Any]):
+        self.out, self.recipe = out, recipe
+        file = out / "metrics.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        self.rows = [row for line in lines if (row := parse(line)) is not None]
+        self.plan = (out / "plan.txt").read_text(encoding="utf-8") if (out / "plan.txt").exists() else ""
+        folders = sorted((out / "samples").glob("step-*/samples.json"))
+        found = {int(f.parent.name.removeprefix("step-")): f.parent for f in folders}
+        last = self.rows[-1]["step"] if self.rows else -1
+        self.samples = {step: f for step, f in found.items() if step <= last}  # not those before a resume
+
+    def names(self) -> list[str]:
+        """Of everything that was logged, in the order it first came."""
+        return [n for n in dict.fromkeys(itertools.chain(*self.rows)) if n not in ("step", "time")]
+
+    def curve(self, name: str) -> Curve:
+        found = [(r["step"], r[name]) for r in self.rows if r.get(name) is not None]
+        steps, values = zip(*found, strict=True) if found else ((), ())
+        return Curve(np.array(steps, float), np.array(values, float))
+
+    def last(self, name: str) -> float | None:
+        return next((r[name] for r in reversed(self.rows) if r.get(name) is not None), None)
+
+
+# ---------------------------------------------------------------- sections
+
+
+def overview(run: Run) -> Markup:
+    """Where the run stands, in one line and eight numbers."""
+    step = run.rows[-1]["step"] if run.rows else 0
+    steps = (run.recipe.get("run") or {}).get("steps") or step
+    loss = run.curve(next((n for n in run.names() if kind_of(n) == "loss"), "loss"))
+    seconds = sum(gaps(run.rows))
+    pace = run.curve("step_seconds").values[-20:]
+    left = (steps - step) * float(pace.mean()) if len(pace) else None
+    frechet = [(n, run.curve(n)) for n in run.names() if re.fullmatch(r"frechet/[^/]+", n)]
+    share = f"{100 * step / steps:.0f}{NBSP}% of {steps:,}" if steps else ""
+    tiles = [
+        ("Step", f"{step:,}", share),
+        ("Loss", number(loss.smoothed().values[-1]) if len(loss.values) else "–", "smoothed"),
+        ("Gradient norm", number(run.last("grad_norm")), "before clipping"),
+        ("Time", span(seconds), f"{span(left)} left" if left else "spent on the steps logged"),
+        (
+            "Tokens a second",
+            number(run.last("tokens_per_second")),
+            f"{number(run.last('samples_per_second'))} samples a second",
+        ),
+        ("MFU", percentage(run.last("mfu")), "of the device’s peak"),
+        ("Data wait", percentage(run.last("data_wait")), "of the time"),
+        ("Fréchet distance", "–", "not measured"),
+    ]
+    if frechet:
+        name, curve = frechet[0]
+        best = f"best {number(curve.values.min())} at step {number(curve.steps[curve.values.argmin()])}"
+        tiles[-1] = ("Fréchet distance", number(curve.values[-1]), f"{name.partition('/')[2]}; {best}")
+    when = time.gmtime(run.rows[-1]["time"]) if run.rows else None
+    model = run.recipe.get("model") or {}
+    what = " ".join(str(model[k]) for k in ("kind", "preset") if model.get(k))
+    under = [
+        run.out.name,
+        what,
+        f"trains {run.recipe.get('trains', 'a model')}",
+        when and time.strftime("last step logged %Y-%m-%d %H:%M UTC", when),
+    ]
+    said = "No step was logged yet." if not run.rows else None
+    return join(
+        h(
+            "header",
+            h("h1", f"{run.recipe.get('name', run.out.name)}: step {step:,} of {steps:,}"),
+            h("p", h("bdi", " · ".join(filter(None, under))), class_="soft"),
+        ),
+        div("panel alert", h("p", said)) if said else None,
+        div(
+            "tiles",
+            (div("panel", h("span", a, class_="label"), h("b", b), h("span", c)) for a, b, c in tiles),
+        ),
+    )
+
+
+def gaps(rows: list[dict[str, Any]]) -> Iterable[float]:
+    """Seconds between rows, without the pauses in which the run stood still."""
+    for before, after in itertools.pairwise(rows):
+        gap = after["time"] - before["time"]
+        pace = after.get("step_seconds")
+        most = 600.0 if pace is None else 60.0 + 5 * pace * (after["step"] - before["step"])
+        if 0 < gap < most:
+            yield gap
+
+
+def percentage(x: float | None) -> str:
+    return "–" if x is None else f"{100 * x:.3g}{NBSP}%"
+
+
+def kind_of(name: str) -> str:
+    """What a name measures: of 'loss', '<phase>/loss' and 'frechet/<network>' the part that is known here."""
+    if LEVEL.fullmatch(name):
+        return "level"
+    first, _, last = name.partition("/")
+    return last if last in PHASED else first
+
+
+def title_of(name: str) -> str:
+    """'discriminator/loss' is 'Loss, discriminator'; other names are as they were logged."""
+    first, _, last = name.partition("/")
+    if last in PHASED:
+        return f"{TITLES[last]}, {first}"
+    return TITLES.get(name, name)
+
+
+def curve_of(run: Run, name: str) -> Markup | None:
+    curve, kind = run.curve(name), kind_of(name)
+    lines = [Line("logged", curve, "raw"), Line("smoothed", curve.smoothed())]
+    if len(curve.values) < 8 or kind in ("lr", "peak_memory_gb"):
+        lines = [Line(title_of(name), curve)]
+    return chart(title_of(name), lines, percent=kind in SHARES)
+
+
+def losses(run: Run) -> Markup | None:
+    """Losses and gradients, the learning rates beside them."""
+    first = [n for kind in PHASED for n in run.names() if kind_of(n) == kind]
+    drawn = [c for name in first if (c := curve_of(run, name))]
+    return div("curves", drawn) if drawn else None
+
+
+def by_level(run: Run) -> Markup | None:
+    """At which noise the loss is, and how it fell there."""
+    bins = {int(m[1]): run.curve(n) for n in run.names() if (m := LEVEL.fullmatch(n))}
+    found = {i / 10: bins[i] for i in sorted(bins) if len(bins[i].steps)}
+    if not found:
+        return None
+    lines = []
+    for i, (level, curve) in enumerate(found.items()):
+        mix = round(100 * i / max(1, len(found) - 1))
+        colour = f"color-mix(in oklab, var(--kept), var(--drop) {mix}%)"
+        lines.append(Line(f"{level:.2g} – {level + 0.1:.2g}", curve.smoothed(), colour=colour))
+    levels = np.array(list(found)) + 0.05
+    tenth = [max(1, len(c.values) // 10) for c in found.values()]
+    start = Curve(levels, np.array([c.values[:n].mean() for c, n in zip(found.values(), tenth, strict=True)]))
+    now = Curve(levels, np.array([c.values[-n:].mean() for c, n in zip(found.values(), tenth, strict=True)]))
+    compared = [Line("first tenth of the run", start, "first"), Line("last tenth", now)]
+    return join(
+        note("Level 0 is clean data, 1 pure noise."),
+        div(
+            "curves",
+            chart("Loss by noise level", compared, across="level"),
+            chart("Over time", lines, "smoothed"),
+        ),
+    )
+
+
+def distances(run: Run) -> Markup | None:
+    """Distances of sampled to real videos."""
+    drawn = []
+    for name in run.names():
+        kind, _, network = name.partition("/")
+        if kind not in ("frechet", "kernel") or network.endswith("/real"):
+            continue
+        lines = [Line("samples", run.curve(name))]
+        lines.append(Line("real against real", run.curve(f"{name}/real"), "floor"))
+        title = "Fréchet distance" if kind == "frechet" else "Kernel distance"
+        drawn.append(chart(title, lines, f"over {network}"))
+    said = (
+        "Between features of sampled and of real videos; smaller is better. Compare numbers of one run only."
+    )
+    return join(note(said), div("curves", drawn)) if drawn else None
+
+
+def speed(run: Run) -> Markup | None:
+    drawn = [c for name in SPEED if name in run.names() and (c := curve_of(run, name))]
+    return div("curves", drawn) if drawn else None
+
+
+def others(run: Run) -> Markup | None:
+    """Whatever else was logged."""
+    shown = {*PHASED, *SPEED, "frechet", "kernel", "level"}
+    drawn = [c for n in run.names() if kind_of(n) not in shown and (c := curve_of(run, n))]
+    return div("curves", drawn) if drawn else None
+
+
+def samples(run: Run) -> Markup | None:
+    """The newest videos, and the contact sheets of all steps."""
+    if not run.samples:
+        return None
+    newest = max(run.samples)
+    listed = json.loads((run.samples[newest] / "samples.json").read_text(encoding="utf-8"))
+    cards, left = [], VIDEO_BYTES
+    for sample in listed:
+        data = (run.samples[newest] / Path(sample["file"]).name).read_bytes()
+        left -= len(data)
+        if left < 0:
+            break
+        source = "data:video/mp4;base64," + base64.b64encode(data).decode()
+        video = h("video", src=source, controls="", loop="", muted="", playsinline="", preload="auto")
+        cards.append(h("figure", video, h("figcaption", sample["name"], class_="words")))
+    rest = len(listed) - len(cards)
+    more = f"{rest} more are in samples/step-{newest:08d}." if rest else None
+    return join(
+        h("h3", f"Step {newest:,}"),
+        div("videos", cards),
+        h("p", more, class_="soft small") if more else None,
+        h("h3", "Over the steps"),
+        history(run),
+    )
+
+
+def history(run: Run) -> Markup:
+    """Contact sheets, first to last, with a slider to go through them."""
+    steps = sorted(run.samples)
+    chosen = [steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(len(steps), SHEETS))]
+    figures: list[Markup] = []
+    left = SHEET_BYTES
+    for step in reversed(chosen):  # the newest first, where room is short
+        data = jpeg(run.samples[step] / "sheet.png")
+        left -= len(data)
+        if left < 0:
+            break
+        source = "data:image/jpeg;base64," + base64.b64encode(data).decode()
+        picture = h("img", src=source, alt=f"samples at step {step:,}", loading="lazy")
+        figures.append(h("figure", h("figcaption", f"step {step:,}"), picture, data_step=f"step {step:,}"))
+    last = len(figures) - 1
+    slider = h("input", type="range", min=0, max=last, value=last, aria_label="Step of the samples")
+    return div("history", div("pick", slider, h("output")), figures[::-1])
+
+
+def jpeg(sheet: Path) -> bytes:
+    from PIL import Image
+
+    data = io.BytesIO()
+    with Image.open(sheet) as picture:
+        picture.convert("RGB").save(data, "JPEG", quality=85)
+    return data.getvalue()
+
+
+def settings(run: Run) -> Markup:
+    """What was announced, and the recipe."""
+    parts: list[Child] = []
+    if run.plan:
+        parts += [h("h4", "Plan, made before the first step"), h("pre", run.plan)]
+    text = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+    return join(parts, h("h4", "Recipe, every value"), h("pre", text))
+
+
+def render(run: Run) -> str:
+    """The whole page."""
+    sections = [
+        ("samples", "Samples", samples(run)),
+        ("loss", "Loss", losses(run)),
+        ("levels", "Noise levels", by_level(run)),
+        ("distance", "Distance to real videos", distances(run)),
+        ("speed", "Speed", speed(run)),
+        ("other", "Other measures", others(run)),
+        ("plan", "Plan and recipe", settings(run)),
+    ]
+    sections = [s for s in sections if s[2]]
+    links = [("overview", "Overview"), *((name, title) for name, title, _ in sections)]
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    script = template.split("<script>")[1].split("</script>")[0]
+    house = Path(report.__file__).with_suffix(".html").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        title=html.escape(f"clipmill · {run.recipe.get('name', run.out.name)}"),
+        house=house.split("<style>")[1].split("</style>")[0].strip(),
+        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        links=join(h("a", title, href=f"#{name}") for name, title in links),
+        body=join(
+            h("section", overview(run), id="overview"),
+            (h("section", h("h2", title), content, id=name) for name, title, content in sections),
+            h("footer", "Written by clipmill train. This page loads nothing and can be sent as one file."),
+        ),
+    )
+
+
+def write(out: Path, recipe: dict[str, Any]) -> Path:
+    """Write OUT/page.html; it changes in one move. Returns where it lies. Raises OSError."""
+    replace(out / "page.html", render(Run(out, recipe)).encode("utf-8", "replace"))
+    return out / "page.html"
