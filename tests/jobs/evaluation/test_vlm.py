@@ -16,7 +16,7 @@ from jobs.evaluation.answers import Answers
 from jobs.evaluation.looking import look
 from jobs.training.vlm.speaker import load_speaker
 from pipeline.split import shown
-from tests.fixtures import tiny_speaker
+from tests.fixtures import tiny_selector, tiny_speaker
 
 
 @pytest.fixture(scope="module")
@@ -353,19 +353,8 @@ def test_a_video_that_cannot_be_read_is_left_out_with_a_note(model, captioned, t
 def test_a_selector_is_measured_by_retrieval_as_it_judges(captioned, tmp_path, capsys):
     from jobs.evaluation import by_selector
     from models.choosing.chooser import Chooser
-    from models.choosing.file import Saved, Spec
-    from models.choosing.frozen import TextFeatures, VideoFeatures
-    from models.language.selector import build
 
-    torch.manual_seed(0)
-    options = {"dim": 16, "hidden": 32}
-    videos, texts = VideoFeatures(("visual_fit",)), TextFeatures("minilm")
-    made = build((384, 384), **options)
-    hashes = {**videos.hashes, "minilm": texts.hash}
-    file = tmp_path / "selector.pt"
-    Saved(
-        Spec(("visual_fit",), "minilm", 4), (384, 384), options, made.state_dict(), True, hashes=hashes
-    ).write(file)
+    file = tiny_selector.write(tmp_path / "selector.pt", frames=4)
     result = run(file, "retrieval", captioned, tmp_path / "out", "--format", "vatex")
     chooser = Chooser.load(file)
     given = json.loads((captioned / "vatex_validation_v1.0.json").read_text())
