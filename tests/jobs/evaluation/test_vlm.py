@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from jobs import evaluate, toy
 from jobs.benchmarks.items import Item

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from models.choosing.chooser import Chooser
 from models.encoders.sentence import MiniLM
