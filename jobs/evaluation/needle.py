@@ -16,7 +16,7 @@ import numpy as np
 from jobs.benchmarks.items import Item
 from jobs.evaluation.answers import Answers
 from jobs.evaluation.looking import Tell
-from jobs.evaluation.numbers import Number, share
+from jobs.evaluation.numbers import Number, number, share
 from jobs.evaluation.questions import By
 from models.language.budget import Sampling
 from models.measures.multiple_choice import LETTERS, chosen, lettered
@@ -52,8 +52,8 @@ def trials(
     for length in lengths:
         for place in range(min(depths, length)):
             at = round(place * (length - 1) / max(1, min(depths, length) - 1))
-            for number in range(each):
-                rng = np.random.default_rng([seed, length, at, number])
+            for nth in range(each):
+                rng = np.random.default_rng([seed, length, at, nth])
                 order = rng.permutation(len(items)).tolist()
                 needle, rest = order[0], order[1:]
                 others = [i for i in rest if captions[i] != captions[needle]][: length - 1]
@@ -68,7 +68,7 @@ def trials(
                 told = [captions[needle], *wrong[: options - 1]]
                 mixed = rng.permutation(options).tolist()
                 chosen_options = tuple(told[i] for i in mixed)
-                name = f"{length} clips, needle {at + 1}, {number + 1}"
+                name = f"{length} clips, needle {at + 1}, {nth + 1}"
                 found.append(Trial(name, clips, at, chosen_options, mixed.index(0)))
     return found
 
@@ -94,8 +94,8 @@ def ask(
             shown = [_joined(speaker, [items[i] for i in trial.clips], frames)]
         except (BrokenSample, OSError) as e:
             answers.add([{"id": trial.id, "broken": " ".join(str(e).split())}])
-            continue
-        answers.add([{"id": trial.id, **_answer(speaker, trial, shown, by, prompt, most)}])
+        else:
+            answers.add([{"id": trial.id, **_answer(speaker, trial, shown, by, prompt, most)}])
         tell(len(answers.told), len(made))
 
 
@@ -134,18 +134,21 @@ def _joined(speaker: Speaker, clips: Sequence[Item], frames: int) -> Visual:
     return Visual(torch.cat(pictures), tuple(seconds), before)
 
 
-def figures(made: Sequence[Trial], answers: Answers, options: int) -> list[Number]:
-    """Share that is right, by length, and by length and place of the needle."""
-    rows = [(trial, answers.told[trial.id]) for trial in made if "chosen" in answers.told[trial.id]]
+def figures(made: Sequence[Trial], rows: Sequence[dict[str, Any]], of: int, options: int) -> list[Number]:
+    """Share that is right, by length, and by length and place of the needle.
+
+    Args:
+        made: trials that could be asked, and their answers. of: how many there were to be.
+    """
+    right = [(trial, row["chosen"] == trial.answer) for trial, row in zip(made, rows, strict=True)]
     found = []
-    for length in dict.fromkeys(len(trial.clips) for trial, _ in rows):
-        own = [(trial, row["chosen"] == trial.answer) for trial, row in rows if len(trial.clips) == length]
-        found.append(
-            share(
-                f"{length} clip{'s' if length > 1 else ''}", [right for _, right in own], chance=1 / options
-            )
-        )
+    for length in dict.fromkeys(len(trial.clips) for trial in made):
+        own = [(trial, good) for trial, good in right if len(trial.clips) == length]
+        name = f"{length} clip{'s' if length > 1 else ''}"
+        found.append(share(name, [good for _, good in own], chance=1 / options))
         for at in dict.fromkeys(trial.at for trial, _ in own):
-            here = [right for trial, right in own if trial.at == at]
+            here = [good for trial, good in own if trial.at == at]
             found.append(share(f"  needle is clip {at + 1}", here))
+    if of > len(made):
+        found.append(number("trials that cannot be read", of - len(made), of))
     return found
