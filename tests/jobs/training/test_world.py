@@ -203,7 +203,8 @@ def test_what_is_looked_at_says_how_captions_and_losses_do(run, vq):
     assert 0 <= found.scalars["captions/exact"] <= 1
     assert {"held_out/loss/text_to_video", "held_out/loss/video_to_text"} <= found.scalars.keys()
     assert all(x.shape == (2, 16, 16, 3) and x.dtype == torch.uint8 for x in found.videos.values())
-    assert found.videos.keys() == found.texts.keys() != set()
+    assert [told.wanted for told in found.texts] == list(found.videos)
+    assert all(told.frames.shape == (2, 16, 16, 3) for told in found.texts)
 
 
 def test_held_out_losses_are_those_of_the_tokens_that_come_after_the_prompt(run, vq):
