@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,13 +30,17 @@ Media = bytes | str  # an mp4 or a picture, or where it lies
 
 @dataclass(frozen=True)
 class Planned:
-    """A picture or clip, not yet decoded. numbers: of its frames; () of a picture."""
+    """A picture or clip, not yet decoded. numbers: of its frames; () of a picture.
+
+    handed: by somebody, from elsewhere: its bytes are no clip of shards, and are looked at as files are.
+    """
 
     media: Media
     numbers: tuple[int, ...] = ()
     seconds: tuple[float, ...] = ()
     duration: float = 0.0
     text: str = ""  # what is written about it
+    handed: bool = False
 
     @property
     def frames(self) -> int:
@@ -104,23 +109,22 @@ class Visuals:
 
     def planned(self, media: Media, rng: np.random.Generator | None = None) -> Planned:
         """Of a clip; a generator draws where its frames lie, see `Sampling.of`. Raises BrokenSample."""
+        handed = isinstance(media, str)
         media = at_hand(media)
         when = clock(media)
         numbers = self.sampling.of(len(when.seconds), when.rate, None if rng is None else rng.random)
-        return Planned(media, tuple(numbers), tuple(when.seconds[n] for n in numbers), when.duration)
+        seconds = tuple(when.seconds[n] for n in numbers)
+        return Planned(media, tuple(numbers), seconds, when.duration, handed=handed)
 
     def loaded(self, what: Planned) -> Visual:
         """Raises BrokenSample."""
         media = at_hand(what.media)
         if not what.numbers:
             frames = picture(media)
-        elif isinstance(media, bytes):
+        elif isinstance(media, bytes) and not what.handed:
             frames = numbered(media, what.numbers)
         else:
-            try:
-                frames = shown.read(media, None, numbers=what.numbers).pictures
-            except DecodeError as e:
-                raise BrokenSample(f"{media}: {e}") from e
+            frames = as_shown(media, what.numbers)
         return Visual(self.pixels.resized(frames), what.seconds, what.duration, what.text)
 
     def clip(self, media: Media) -> Visual:
@@ -200,6 +204,19 @@ def at_hand(media: Media) -> Media:
     try:
         return Store(folder).read_bytes(name)
     except (StoreError, OSError) as e:
+        raise BrokenSample(f"{media}: {e}") from e
+
+
+def as_shown(media: Media, numbers: Sequence[int]) -> np.ndarray:
+    """Frames of a file that somebody hands in, or of its bytes, uint8 [T, H, W, 3]. Raises BrokenSample."""
+    if isinstance(media, bytes):
+        with tempfile.NamedTemporaryFile(suffix=".video") as file:
+            file.write(media)
+            file.flush()
+            return as_shown(file.name, numbers)
+    try:
+        return shown.read(media, None, numbers=numbers).pictures
+    except DecodeError as e:
         raise BrokenSample(f"{media}: {e}") from e
 
 
