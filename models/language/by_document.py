@@ -16,6 +16,14 @@ from torch import Tensor
 from models.attention import Mask
 
 DOCUMENTS = "clipmill_documents"
+# of recipes (compute.attention) → of transformers; any other is sdpa
+KERNELS = {"auto": DOCUMENTS, "plain": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
+
+
+def kernel_of(attention: str, compiled: bool) -> str:
+    """transformers' name of a recipe's kernel; documents one by one would be compiled anew for each packing."""
+    kernel = KERNELS.get(attention, "sdpa")
+    return "sdpa" if kernel == DOCUMENTS and compiled else kernel
 
 
 def register() -> None:

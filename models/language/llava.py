@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.encoders import vivit_file
 from models.hub import MissingModel, open_clip_weights, transformers_weights

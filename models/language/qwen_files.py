@@ -108,7 +108,9 @@ def looks(processor: Any, config: Any) -> OwnSize:
     """How its pictures become pixels. Raises MissingModel where nothing here makes the same."""
     image, video = processor.image_processor, processor.video_processor
     if (tuple(image.image_mean), tuple(image.image_std)) != (tuple(video.image_mean), tuple(video.image_std)):
-        raise MissingModel("its processor scales colours of videos otherwise than of pictures: name another model")
+        raise MissingModel(
+            "its processor scales colours of videos otherwise than of pictures: name another model"
+        )
     vision = config.vision_config
     both = [(p.patch_size, p.merge_size, p.temporal_patch_size) for p in (image, video)]
     wanted = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)

@@ -77,6 +77,8 @@ class QwenVL(Seeing):
     looks: how pictures become its pixels.
     """
 
+    published: Any  # holds the same modules, and is none of this one's
+
     def __init__(self, published: Any, looks: OwnSize):
         super().__init__()
         self.looks = looks
@@ -123,9 +125,7 @@ class QwenVL(Seeing):
         logits: Tensor = self.language.lm_head(hidden if keep is None else hidden[:, keep])
         return logits if tokens.ndim > 1 else logits[0]
 
-    def _hidden(
-        self, x: Tensor, positions: Tensor, each: list[list[int]], lengths: Lengths | None
-    ) -> Tensor:
+    def _hidden(self, x: Tensor, positions: Tensor, each: list[list[int]], lengths: Lengths | None) -> Tensor:
         """Last hidden states [B, L, D] of embeddings; each: documents of rows, with padding."""
         reads = self.language.model
         # flash attention tells documents by positions of text that begin anew, which go before the three
@@ -181,9 +181,7 @@ class QwenVL(Seeing):
         shapes = [(0, *v.shape[1:]) if v.ndim == 3 else (len(v), *v.shape[2:]) for v in visuals]
         lasts = iter(seconds or [1.0] * len(shapes))
         steps = [next(lasts) if n else 1.0 for n, _, _ in shapes]
-        found = [
-            self.looks.placed(0, n, (h, w), step) for (n, h, w), step in zip(shapes, steps, strict=True)
-        ]
+        found = [self.looks.placed(0, n, (h, w), step) for (n, h, w), step in zip(shapes, steps, strict=True)]
         rows = rows_of(lengths) if lengths is not None else [[tokens.shape[1]]] * len(tokens)
         told = []
         for row, mark in zip(rows, there, strict=True):
@@ -276,7 +274,9 @@ def standing(there: Tensor, grids: Sequence[Grid]) -> tuple[list[Grid], list[Gri
         found.append(Grid(places[at], grid.t, grid.h, grid.w, grid.step))
         at += grid.tokens
     if at != len(places):
-        raise ValueError(f"{len(places)} placeholders, but {at} visual tokens: give each picture its `tokens`")
+        raise ValueError(
+            f"{len(places)} placeholders, but {at} visual tokens: give each picture its `tokens`"
+        )
     return found, list(grids[len(found) :])
 
 
@@ -304,6 +304,10 @@ def build(
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     check(weights, config)
+    if attention == "flex_attention":
+        raise ValueError(
+            "compute.attention: flex: transformers' Qwen-VL has no such kernel: use auto or sdpa"
+        )
     register()
     # the tower attends to whole frames and windows of them, for which there is no mask
     sees = attention if attention == "eager" or attention.startswith("flash") else "sdpa"
@@ -318,10 +322,10 @@ def build(
                 configuration(filled(config, processor.tokenizer)), **told
             )
         elif on_meta():
-            made = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(weights), **told)
+            made = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(str(weights)), **told)
         else:
             transformers_weights(str(weights))
-            made = AutoModelForImageTextToText.from_pretrained(weights, **told)
+            made = AutoModelForImageTextToText.from_pretrained(str(weights), **told)
     except (OSError, KeyError, ValueError, TypeError, ImportError, RuntimeError) as e:
         first = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise MissingModel(f"model {name!r} cannot be made ({first}): name a Qwen2-VL or Qwen2.5-VL") from e
@@ -342,7 +346,9 @@ def of(published: Any, processor: Any) -> QwenVL:
 def check(weights: str | None, config: dict[str, Any] | None) -> None:
     """Raises ValueError where not one of both is given, or of another model."""
     if (weights is None) == (config is None):
-        raise ValueError("model: give weights, a hub id or folder of a Qwen-VL, or config, to begin from nothing")
+        raise ValueError(
+            "model: give weights, a hub id or folder of a Qwen-VL, or config, to begin from nothing"
+        )
     if config is not None and config.get("model_type") not in KINDS:
         raise ValueError(
             f"model.config: model_type {config.get('model_type')!r} is none of {', '.join(KINDS)}"

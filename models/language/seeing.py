@@ -8,7 +8,7 @@ B: sequences; L: tokens of one; V: vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ class Seeing(nn.Module):
     or adapts them. `language` has what reads, with its head.
     """
 
-    tower: nn.Module
-    projector: nn.Module
+    tower: Any
+    projector: Any
     language: Any
 
     def parts(self) -> Parts:
@@ -75,11 +75,9 @@ class Seeing(nn.Module):
         a prompt is, what `forward` takes, what the model takes beside it, and those of transformers' `generate`."""
         raise NotImplementedError
 
-    def following(
-        self, asked: Tensor, answers: Tensor, visuals: Sequence[Tensor] = (), **told: Any
-    ) -> Tensor:
-        """Logits [n, m, V] at each token of answers [n, m] to one prompt [1, L], whose pictures are looked at once."""
-        raise NotImplementedError
+    # Logits [n, m, V] at each token of answers [n, m] to one prompt [1, L], whose visuals are looked at once: called
+    # with (asked, answers, visuals), and what else the model takes of them by name.
+    following: Callable[..., Tensor]
 
 
 def blocks_of(part: nn.Module) -> list[nn.Module]:
