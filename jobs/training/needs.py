@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from jobs.training.diffusion.recipe import DiffusionRecipe
+from jobs.training.paths import as_written
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_reconstruction import Reconstruction
 from jobs.training.selector.recipe import SelectorRecipe
@@ -72,7 +73,10 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
 
 def _of_world(recipe: WorldRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
     if recipe.vq.path:
-        yield f"vq: {recipe.vq.path}", partial(trained, recipe.vq.path, "vq.path")
+        yield (
+            f"vq: {as_written(recipe.vq.path)}",
+            partial(trained, recipe.vq.path, "vq.path", recipe.makes_vq),
+        )
     if recipe.text.tokenizer not in ("bytes", "bpe"):
         yield f"text: {recipe.text.tokenizer}", partial(transformers, recipe.text.tokenizer, "text.tokenizer")
     if recipe.documents.chat:
@@ -128,14 +132,16 @@ def there(path: str | None, key: str, maker: str) -> str:
     """A file or folder, or an address that is not looked at here."""
     if path and ("://" in path or Path(path).exists()):
         return "a folder" if Path(path).is_dir() else "a file" if Path(path).exists() else "not looked at"
-    raise RecipeError(f"{key}: {f'{path} is not there' if path else 'must be given'}; it comes from {maker}")
+    told = f"{as_written(path)} is not there" if path else "must be given"
+    raise RecipeError(f"{key}: {told}; it comes from {maker}")
 
 
-def trained(path: str | None, key: str) -> str:
+def trained(path: str | None, key: str, maker: str = "clipmill train") -> str:
     """A folder that `clipmill train` wrote."""
-    there(path, key, "clipmill train")
+    there(path, key, maker)
     if not (Path(str(path)) / "model.safetensors").is_file():
-        raise RecipeError(f"{key}: {path} has no model.safetensors; name a folder that clipmill train wrote")
+        told = as_written(str(path))
+        raise RecipeError(f"{key}: {told} has no model.safetensors; name a folder that comes from {maker}")
     return "a trained model"
 
 

@@ -123,11 +123,14 @@ def clock(video: bytes | str) -> Clock:
     """Of an mp4, or a file of that name, from its packets; nothing is decoded. Raises BrokenSample."""
     import av
 
+    from pipeline.io.ffmpeg import LISTED, picture_stream
+
+    file = io.BytesIO(video) if isinstance(video, bytes) else f"file:{video}"
     try:
-        with av.open(io.BytesIO(video) if isinstance(video, bytes) else video, "r") as container:
-            if not container.streams.video:
+        with av.open(file, "r", options=LISTED) as container:
+            stream = picture_stream(container)
+            if stream is None:
                 raise BrokenSample("no video stream")
-            stream = container.streams.video[0]
             assert stream.time_base is not None
             start, length = _extent(container, stream)
             container.seek(0)

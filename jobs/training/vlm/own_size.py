@@ -10,15 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.training.vlm.visuals import Counts, Planned, Visual, Visuals, at_hand
+from jobs.training.vlm.visuals import Counts, Planned, Visual, Visuals, as_shown, at_hand
 from models.language.budget import Sampling
 from models.language.chat import Seen
 from models.language.pixels import OwnSize
 from models.language.positions import packed
 from models.language.qwen_vl import standing
 from pipeline.shards.pixels import BrokenSample, size_of_clip, size_of_picture
-from pipeline.split import shown
-from pipeline.split.opening import DecodeError
 
 SIZES = ((360, 640), (720, 1280))  # of the clips whose cost is shown
 
@@ -46,13 +44,10 @@ class OwnSizes(Visuals):
         media = at_hand(what.media)
         if not what.numbers:
             size: Sequence[int] = size_of_picture(media)
-        elif isinstance(media, bytes):
+        elif isinstance(media, bytes) and not what.handed:
             size = size_of_clip(media)
         else:
-            try:
-                size = shown.read(media, None, numbers=[what.numbers[0]]).pictures.shape[1:3]
-            except DecodeError as e:
-                raise BrokenSample(f"{media}: {e}") from e
+            size = as_shown(media, what.numbers[:1]).shape[1:3]
         name = f"{media}: " if isinstance(media, str) else ""
         return replace(what, sides=self._sides(len(what.numbers), size, name))
 

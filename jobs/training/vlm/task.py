@@ -22,7 +22,7 @@ from jobs.training.data.loader import sources_of
 from jobs.training.data.sequences import SequenceLoader
 from jobs.training.distributed import World
 from jobs.training.recipe_core import TrainRecipe
-from jobs.training.task import Batch, Draws, Evaluation, Loader, Losses, Phase, Start, Summed, Task
+from jobs.training.task import Batch, Draws, Evaluation, Loader, Losses, Phase, Start, Summed, Task, Told
 from jobs.training.vlm.conversations import Captions, Collate, Documents, kept_of, texts_of, written_of
 from jobs.training.vlm.kinds import kind
 from jobs.training.vlm.model import begin_with, set_trained, trained_at, visuals_of
@@ -244,7 +244,8 @@ class Talking(Task):
             model, self.chat, self.visuals, self.recipe.prompts, self.recipe.answer, sharded, self.device
         )
         rows = range(0, len(self.shown.keys), -(-len(self.shown.keys) // self.recipe.measured))
-        mine: dict[int, tuple[str, str]] = {}
+        looked_at = range(0, len(rows), max(1, len(rows) // SHOWN))[:SHOWN]
+        mine: dict[int, Told] = {}
         for number in self.world.share(len(rows)):
             sample = self.shown.sound(rows[number])
             try:
@@ -253,10 +254,11 @@ class Talking(Task):
                     clip = replace(clip, text=written_of(sample["meta"], self.recipe.written))
             except BrokenSample:
                 clip = self.visuals.decoded(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), (0.0,))
-            mine[number] = sample["caption"] or "", speaker.caption([clip])[0]
+            seen = clip.frames.permute(0, 2, 3, 1) if number in looked_at else None
+            mine[number] = Told(sample["caption"] or "", speaker.caption([clip])[0], seen)
         every = {n: found for share in self.world.gather(mine) for n, found in share.items()}
-        pairs = [every[n] for n in sorted(every)]
-        return Evaluation(scores(pairs), texts=dict(pairs[:: max(1, -(-len(pairs) // SHOWN))]))
+        pairs = [(told.wanted, told.said) for _, told in sorted(every.items())]
+        return Evaluation(scores(pairs), texts=[every[n] for n in looked_at])
 
     def state(self) -> dict[str, Any]:
         return {"tokenizer": self.kept}

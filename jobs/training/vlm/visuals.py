@@ -6,6 +6,7 @@ own_size.py   each at its own size (Qwen-VL)
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +31,19 @@ Counts = Any
 
 @dataclass(frozen=True)
 class Planned:
-    """A picture or clip, not yet decoded. numbers: of its frames; () of a picture."""
+    """A picture or clip, not yet decoded. numbers: of its frames; () of a picture.
+
+    handed: by somebody, from elsewhere: its bytes are no clip of shards, and are looked at as files are.
+    sides: height and width of its frames as they are looked at, once they are known.
+    """
 
     media: Media
     numbers: tuple[int, ...] = ()
     seconds: tuple[float, ...] = ()
     duration: float = 0.0
     text: str = ""  # what is written about it
-    sides: tuple[int, int] | None = None  # height and width of its frames as they are looked at, once known
+    handed: bool = False
+    sides: tuple[int, int] | None = None
 
     @property
     def frames(self) -> int:
@@ -79,10 +85,12 @@ class Visuals:
 
     def planned(self, media: Media, rng: np.random.Generator | None = None) -> Planned:
         """Of a clip; a generator draws where its frames lie, see `Sampling.of`. Raises BrokenSample."""
+        handed = isinstance(media, str)
         media = at_hand(media)
         when = clock(media)
         numbers = self.sampling.of(len(when.seconds), when.rate, None if rng is None else rng.random)
-        return Planned(media, tuple(numbers), tuple(when.seconds[n] for n in numbers), when.duration)
+        seconds = tuple(when.seconds[n] for n in numbers)
+        return Planned(media, tuple(numbers), seconds, when.duration, handed=handed)
 
     def measured(self, what: Planned) -> Planned:
         """With the sides of its frames, where these are told by its own. Raises BrokenSample."""
@@ -93,13 +101,10 @@ class Visuals:
         media = at_hand(what.media)
         if not what.numbers:
             frames = picture(media)
-        elif isinstance(media, bytes):
+        elif isinstance(media, bytes) and not what.handed:
             frames = numbered(media, what.numbers)
         else:
-            try:
-                frames = shown.read(media, None, numbers=what.numbers).pictures
-            except DecodeError as e:
-                raise BrokenSample(f"{media}: {e}") from e
+            frames = as_shown(media, what.numbers)
         pixels = self.resized(frames, bool(what.numbers), what.sides)
         return Visual(pixels, what.seconds, what.duration, what.text)
 
@@ -187,6 +192,19 @@ def at_hand(media: Media) -> Media:
     try:
         return Store(folder).read_bytes(name)
     except (StoreError, OSError) as e:
+        raise BrokenSample(f"{media}: {e}") from e
+
+
+def as_shown(media: Media, numbers: Sequence[int]) -> np.ndarray:
+    """Frames of a file that somebody hands in, or of its bytes, uint8 [T, H, W, 3]. Raises BrokenSample."""
+    if isinstance(media, bytes):
+        with tempfile.NamedTemporaryFile(suffix=".video") as file:
+            file.write(media)
+            file.flush()
+            return as_shown(file.name, numbers)
+    try:
+        return shown.read(media, None, numbers=numbers).pictures
+    except DecodeError as e:
         raise BrokenSample(f"{media}: {e}") from e
 
 

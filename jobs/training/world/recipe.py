@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from jobs.training.paths import as_written
 from jobs.training.recipe_core import Bucket, Run, TrainRecipe
 from pipeline.recipe_schema import MAYBE_PATH, PATH, Section
 
@@ -145,6 +146,12 @@ class WorldRecipe(TrainRecipe):
     def longest(self) -> int:
         """Tokens of a document at most."""
         return self.context or self.data.tokens
+
+    @property
+    def makes_vq(self) -> str:
+        """The command that makes what vq.path names."""
+        name = "toy-vq" if self.name.startswith("toy-") else "vq"
+        return f"clipmill train vq RUN --recipe {name} --out {as_written(str(self.vq.path))}"
 
     @model_validator(mode="after")
     def _fits(self) -> WorldRecipe:

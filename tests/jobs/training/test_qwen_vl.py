@@ -277,6 +277,22 @@ def test_it_is_talked_to_and_evaluated(trained, run, talks, tmp_path, capsys):
     ]
     assert evaluate.main([*against, "--frames", "2", "--device", "cpu"]) == 0
     assert "chance 50.0%" in capsys.readouterr().out
+    against = ["vlm", str(trained / "model"), "needle", "--against", run, "--out", str(tmp_path / "needle")]
+    few = [
+        "--lengths",
+        "2",
+        "--depths",
+        "2",
+        "--trials",
+        "1",
+        "--options",
+        "2",
+        "--frames",
+        "1",
+        "--by",
+        "words",
+    ]
+    assert evaluate.main([*against, *few, "--device", "cpu"]) == 0
 
 
 @pytest.mark.parametrize(
