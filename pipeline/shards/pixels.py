@@ -144,6 +144,32 @@ def clock(video: bytes | str) -> Clock:
         raise BrokenSample(str(e)) from e
 
 
+def size_of_clip(mp4: bytes) -> tuple[int, int]:
+    """Height and width of its frames as stored; nothing is decoded. Raises BrokenSample."""
+    import av
+
+    try:
+        with av.open(io.BytesIO(mp4), "r") as container:
+            if not container.streams.video:
+                raise BrokenSample("no video stream")
+            stream = container.streams.video[0]
+            return stream.height, stream.width
+    except (av.FFmpegError, OSError) as e:
+        raise BrokenSample(str(e)) from e
+
+
+def size_of_picture(image: bytes | str) -> tuple[int, int]:
+    """Height and width of a still picture, upright; nothing is decoded. Raises BrokenSample."""
+    from PIL import ExifTags, Image
+
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            lies = opened.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return opened.size if lies else (opened.height, opened.width)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise BrokenSample(str(e)) from e
+
+
 def numbered(clip: bytes, numbers: Sequence[int]) -> np.ndarray:
     """The frames of these increasing numbers, uint8 [T, H, W, 3] RGB as stored; beyond the last one, the last.
 

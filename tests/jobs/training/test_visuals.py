@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.training.vlm.visuals import Visuals
+from jobs.training.vlm.squares import Squares
 from models.language.budget import Sampling
 from models.language.pixels import Pixels
 from pipeline.io.store import Store
@@ -19,7 +19,7 @@ PIXELS = Pixels(32, (0.5,) * 3, (0.5,) * 3)
 
 @pytest.fixture
 def visuals():
-    return Visuals(PIXELS, Sampling(4), {n: n for n in range(1, 5)}, 1, as_images=False)
+    return Squares(PIXELS, Sampling(4), {n: n for n in range(1, 5)}, 1, as_images=False)
 
 
 @pytest.mark.parametrize(
