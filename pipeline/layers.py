@@ -52,6 +52,7 @@ class Layer:
     embeddings: dict[str, int] = field(default_factory=dict)  # emb_* columns and their lengths
     made: str = ""  # UTC, ISO 8601
     versions: dict[str, str] = field(default_factory=dict)
+    contents: dict[str, str] = field(default_factory=dict)  # of files that `section` names: option → sha256
 
     @property
     def folder(self) -> str:

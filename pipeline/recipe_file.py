@@ -182,14 +182,17 @@ def _said(e: Exception) -> str:
 def _layers(
     kind: type[Section], path: Path, folder: Path, seen: list[Path], wrong: list[str]
 ) -> dict[str, Any]:
-    """What a file says, over what its base says; paths made absolute, nulls applied, those that miss put in `wrong`."""
+    """What a file says, over what its base says; paths made absolute, nulls applied, those that miss put in `wrong`.
+
+    Paths are as seen from the file; those of a bundled recipe, beside which nobody puts anything, as seen from here.
+    """
     path = _absolute(path)
     if path in seen:
         circle = " → ".join(p.name for p in [*seen[seen.index(path) :], path])
         raise RecipeError(f"recipe {seen[0]}: its base leads back to itself: {circle}; take one base away")
     data = read(path)
     base = data.pop("base", None)
-    data = _located(Place(kind), data, path.parent)
+    data = _located(Place(kind), data, Path() if path.parent == _absolute(folder) else path.parent)
     below_it: dict[str, Any] = {}
     if base is not None:
         if not isinstance(base, str):

@@ -8,7 +8,7 @@ frames however long the video is, so L is how much else there is to look at. Cha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from jobs.benchmarks.items import Item
 from jobs.evaluation.answers import Answers
 from jobs.evaluation.looking import Tell
-from jobs.evaluation.numbers import Number, share
+from jobs.evaluation.numbers import Number, number, share
 from jobs.evaluation.questions import By
 from models.language.budget import Sampling
 from models.measures.multiple_choice import LETTERS, chosen, lettered
@@ -52,8 +52,8 @@ def trials(
     for length in lengths:
         for place in range(min(depths, length)):
             at = round(place * (length - 1) / max(1, min(depths, length) - 1))
-            for number in range(each):
-                rng = np.random.default_rng([seed, length, at, number])
+            for nth in range(each):
+                rng = np.random.default_rng([seed, length, at, nth])
                 order = rng.permutation(len(items)).tolist()
                 needle, rest = order[0], order[1:]
                 others = [i for i in rest if captions[i] != captions[needle]][: length - 1]
@@ -68,7 +68,7 @@ def trials(
                 told = [captions[needle], *wrong[: options - 1]]
                 mixed = rng.permutation(options).tolist()
                 chosen_options = tuple(told[i] for i in mixed)
-                name = f"{length} clips, needle {at + 1}, {number + 1}"
+                name = f"{length} clips, needle {at + 1}, {nth + 1}"
                 found.append(Trial(name, clips, at, chosen_options, mixed.index(0)))
     return found
 
@@ -94,8 +94,8 @@ def ask(
             shown = [_joined(speaker, [items[i] for i in trial.clips], frames)]
         except (BrokenSample, OSError) as e:
             answers.add([{"id": trial.id, "broken": " ".join(str(e).split())}])
-            continue
-        answers.add([{"id": trial.id, **_answer(speaker, trial, shown, by, prompt, most)}])
+        else:
+            answers.add([{"id": trial.id, **_answer(speaker, trial, shown, by, prompt, most)}])
         tell(len(answers.told), len(made))
 
 
@@ -115,37 +115,45 @@ def _answer(
 
 
 def _joined(speaker: Speaker, clips: Sequence[Item], frames: int) -> Visual:
-    """Clips end to end, of each so many frames, at the times they have there. Raises BrokenSample."""
+    """Clips end to end, of each so many frames, at the times they have there, all of the first one's size.
+
+    Raises BrokenSample.
+    """
     import torch
 
     from jobs.training.vlm.visuals import Planned, Visual
 
     pictures: list[torch.Tensor] = []
     seconds: list[float] = []
-    before = 0.0
+    before, sides = 0.0, None
     for item in clips:
         media = str(item.video) if not callable(item.video) else item.video()
         when = clock(media)
         numbers = Sampling(frames).of(len(when.seconds), when.rate)
         times = tuple(before + when.seconds[n] for n in numbers)
-        pictures.append(speaker.visuals.loaded(Planned(media, tuple(numbers), times, when.duration)).frames)
+        plan = Planned(media, tuple(numbers), times, when.duration, sides=sides)
+        sides = speaker.visuals.measured(plan).sides
+        pictures.append(speaker.visuals.loaded(replace(plan, sides=sides)).frames)
         seconds += times
         before += when.duration
     return Visual(torch.cat(pictures), tuple(seconds), before)
 
 
-def figures(made: Sequence[Trial], answers: Answers, options: int) -> list[Number]:
-    """Share that is right, by length, and by length and place of the needle."""
-    rows = [(trial, answers.told[trial.id]) for trial in made if "chosen" in answers.told[trial.id]]
+def figures(made: Sequence[Trial], rows: Sequence[dict[str, Any]], of: int, options: int) -> list[Number]:
+    """Share that is right, by length, and by length and place of the needle.
+
+    Args:
+        made: trials that could be asked, and their answers. of: how many there were to be.
+    """
+    right = [(trial, row["chosen"] == trial.answer) for trial, row in zip(made, rows, strict=True)]
     found = []
-    for length in dict.fromkeys(len(trial.clips) for trial, _ in rows):
-        own = [(trial, row["chosen"] == trial.answer) for trial, row in rows if len(trial.clips) == length]
-        found.append(
-            share(
-                f"{length} clip{'s' if length > 1 else ''}", [right for _, right in own], chance=1 / options
-            )
-        )
+    for length in dict.fromkeys(len(trial.clips) for trial in made):
+        own = [(trial, good) for trial, good in right if len(trial.clips) == length]
+        name = f"{length} clip{'s' if length > 1 else ''}"
+        found.append(share(name, [good for _, good in own], chance=1 / options))
         for at in dict.fromkeys(trial.at for trial, _ in own):
-            here = [right for trial, right in own if trial.at == at]
+            here = [good for trial, good in own if trial.at == at]
             found.append(share(f"  needle is clip {at + 1}", here))
+    if of > len(made):
+        found.append(number("trials that cannot be read", of - len(made), of))
     return found

@@ -29,9 +29,7 @@ PRIOR = ""  # id of the row that has log p of each text without a video
 KS = (1, 5, 10)
 
 
-def weigh(
-    speaker: Speaker, items: Sequence[Item], answers: Answers, *, prompt: str, batch: int, tell: Tell
-) -> None:
+def weigh(speaker: Speaker, items: Sequence[Item], answers: Answers, *, prompt: str, tell: Tell) -> None:
     """log p of every text for each video: {'id', 'log_p': [texts]}."""
     texts = [item.captions[0] for item in items]
     unlike = list(dict.fromkeys(texts))

@@ -7,15 +7,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobs.benchmarks.formats import FORMATS
 
 if TYPE_CHECKING:
     from jobs.benchmarks.items import Found, Item
     from jobs.evaluation.answers import Answers
+    from jobs.evaluation.needle import Trial
     from jobs.evaluation.numbers import Number
     from jobs.training.vlm.speaker import Speaker
+
+AskedT = TypeVar("AskedT", bound="Item | Trial")
 
 _EPILOG = """
 examples
@@ -39,8 +42,9 @@ what is measured
   retrieval     R@1, R@5, R@10 both ways, by likelihood (N videos cost N × N likelihoods: see --n), or by a selector
                 of 'clipmill train selector' that is named as MODEL
   questions     multiple choice by what it says (letter), by the likeliest letter (likelihood), or by the likeliest
-                words of an option after the bare question (words); open ones by equal words. --blind shows no video:
-                what can be guessed
+                words of an option after the bare question (words); open ones by exact match and, but for case,
+                punctuation and articles, normalised accuracy (no WUPS). --blind shows no video: what can be guessed.
+                --subtitles tells those at the frames that are shown, as Video-MME asks
   needle        one clip among many in a long video, and which of --options captions is one of its
 
 OUT has answers.jsonl, a line an item, written as it is said: the same command goes on where it was stopped. What
@@ -51,6 +55,17 @@ EPILOG = _EPILOG.format(
     formats="\n".join(f"  --format {name:12} {known.about}" for name, known in FORMATS.items())
 )
 WHAT = ("captions", "probability", "retrieval", "questions", "needle")
+# Which options an evaluation looks at, beside those that say what is looked at and where answers go.
+USES = {
+    "captions": {"frames", "fps", "prompt", "most", "temperature", "batch"},
+    "probability": {"frames", "fps", "prompt", "batch"},
+    "retrieval": {"frames", "fps", "prompt"},
+    "retrieval by a selector": set[str](),
+    "questions": {"frames", "fps", "by", "blind", "subtitles", "most", "batch"},
+    "needle": {"frames", "by", "lengths", "depths", "trials", "options"},
+}
+NEEDLE_BY = {"letter": {"most"}, "likelihood": set[str](), "words": {"prompt"}}
+DEFAULTS = {"lengths": "4,16", "depths": 5, "trials": 20, "options": 4, "temperature": 0.0, "batch": 8}
 PLENTY = 1000  # videos from which retrieval by likelihood needs --n
 
 
@@ -75,31 +90,33 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fps", type=float, metavar="X", help="frames a second (default: as it was trained)")
     parser.add_argument(
-        "--prompt", metavar="TEXT", help="for captions (default: the first it was trained with)"
+        "--prompt",
+        metavar="TEXT",
+        help="for captions, and wherever these are weighed (default: the first it was trained with)",
     )
     parser.add_argument(
-        "--by", choices=["letter", "likelihood", "words"], help="how options are chosen (letter)"
-    )
-    parser.add_argument("--blind", action="store_true", help="show no video: what can be guessed")
-    parser.add_argument(
-        "--lengths", default="4,16", metavar="N,N", help="needle: clips of a video (default: 4,16)"
+        "--by", choices=["letter", "likelihood", "words"], help="how options are chosen (default: letter)"
     )
     parser.add_argument(
-        "--depths", type=int, default=5, metavar="N", help="needle: places of it (default: 5)"
+        "--blind", action="store_true", default=None, help="show no video: what can be guessed"
     )
     parser.add_argument(
-        "--trials", type=int, default=20, metavar="N", help="needle: of each place (default: 20)"
+        "--subtitles",
+        action="store_true",
+        default=None,
+        help="tell what the video's .srt has at the frames that are shown",
     )
+    parser.add_argument("--lengths", metavar="N,N", help="needle: clips of a video (default: 4,16)")
+    parser.add_argument("--depths", type=int, metavar="N", help="needle: places of it (default: 5)")
+    parser.add_argument("--trials", type=int, metavar="N", help="needle: of each place (default: 20)")
     parser.add_argument(
-        "--options", type=int, default=4, metavar="N", help="needle: captions to choose from (4)"
+        "--options", type=int, metavar="N", help="needle: captions to choose from (default: 4)"
     )
     parser.add_argument(
         "--most", type=int, metavar="N", help="tokens of an answer (default: as it was trained)"
     )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token (default)"
-    )
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="items at a time (default: 8)")
+    parser.add_argument("--temperature", type=float, metavar="X", help="0: the likeliest token (default)")
+    parser.add_argument("--batch", type=int, metavar="N", help="items at a time (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU, where there is one)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="(MODEL/eval-WHAT-NAME)")
@@ -133,6 +150,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{args.model} is no folder: give what 'clipmill train vlm' or 'clipmill export' wrote"
         )
+    useful(args)
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     least = {"n": 1, "frames": 1, "depths": 1, "trials": 1, "options": 2, "most": 1, "batch": 1, "seed": 0}
     for name, value in least.items():
         if (given := getattr(args, name)) is not None and given < value:
@@ -144,10 +165,28 @@ def check(args: argparse.Namespace) -> None:
     lengths(args.lengths)
     if args.what == "questions" and args.format is None:
         raise ValueError("questions: a run has none; give --format and its folder")
-    if args.temperature and args.what != "captions":
-        raise ValueError("--temperature is for captions: all else is answered by the likeliest tokens")
-    if args.blind and args.what != "questions":
-        raise ValueError("--blind is for questions")
+    if args.split is not None and args.format is None:
+        raise ValueError("--split is of a benchmark: name it with --format")
+
+
+def useful(args: argparse.Namespace) -> None:
+    """Raises ValueError for an option that is given and changes nothing of what is asked for."""
+    from jobs.evaluation.by_selector import file_of
+
+    what, used = args.what, USES[args.what]
+    if what == "needle":
+        by = args.by or "letter"
+        what, used = f"needle by {by}", used | NEEDLE_BY[by]
+    elif file_of(args.model) is not None:
+        what = "retrieval by a selector"
+        used = USES[what]
+    for name in sorted({*(n for some in USES.values() for n in some)} - used):
+        if getattr(args, name) is not None:
+            able = [w for w, names in USES.items() if name in names]
+            able += [f"needle by {by}" for by, names in NEEDLE_BY.items() if name in names]
+            raise ValueError(
+                f"--{name} changes nothing of {what}: leave it out (it is for {', '.join(able)})"
+            )
 
 
 def lengths(text: str) -> list[int]:
@@ -187,7 +226,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
         "frames": str(speaker.sampling),
     }
     if args.what == "questions":
-        protocol |= {"by": by, "blind": args.blind}
+        protocol |= {"by": by, "blind": bool(args.blind)} | ({"subtitles": True} if args.subtitles else {})
+        notes += about_questions(args, items)
     else:
         protocol |= {"prompt": prompt}
     if args.what == "needle":
@@ -200,6 +240,25 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     numbers, out = measured(args, speaker, items, protocol, prompt, most, by, notes)
     told = {"model": args.model, "against": args.against, "protocol": protocol}
     return told | {"numbers": numbers, "notes": notes}, out
+
+
+def about_questions(args: argparse.Namespace, items: Sequence[Item]) -> list[str]:
+    """Notes on what is asked. Raises ValueError where subtitles are to be told and there are none."""
+    notes = []
+    if args.format == "next-qa" and any(not item.options for item in items):
+        notes.append(
+            "No WUPS, NExT-QA's own measure of open answers: it needs WordNet, a tagger and a list of stop words that "
+            "no installed package has. Exact match and normalised accuracy do not compare with it."
+        )
+    if args.subtitles:
+        without = {str(item.video) for item in items if item.subtitles is None}
+        if all(item.subtitles is None for item in items):
+            raise ValueError(
+                f"--subtitles: {args.against} has no .srt file named as one of its videos; Video-MME's lie in subtitle/"
+            )
+        if without:
+            notes.append(f"Asked without subtitles, as there are none: {len(without):,} videos.")
+    return notes
 
 
 def selected(
@@ -288,16 +347,24 @@ def measured(
         captions.weigh(speaker, items, answers, prompt=prompt, batch=args.batch, tell=tell)
         return captions.probability(sound(items, answers, notes)[1]), out
     if args.what == "retrieval":
-        retrieval.weigh(speaker, items, answers, prompt=prompt, batch=args.batch, tell=tell)
+        retrieval.weigh(speaker, items, answers, prompt=prompt, tell=tell)
         sound(items, answers, notes)
         return retrieval.figures(items, answers), out
     if args.what == "questions":
         questions.ask(
-            speaker, items, answers, by=by, blind=args.blind, most=most, batch=args.batch, tell=tell
+            speaker,
+            items,
+            answers,
+            by=by,
+            blind=bool(args.blind),
+            most=most,
+            batch=args.batch,
+            tell=tell,
+            subtitles=bool(args.subtitles),
         )
         return questions.figures(*sound(items, answers, notes)), out
     needle.ask(speaker, items, made, answers, by=by, frames=frames, prompt=prompt, most=most, tell=tell)
-    return needle.figures(made, answers, args.options), out
+    return needle.figures(*sound(made, answers, notes), len(made), args.options), out
 
 
 def widened(speaker: Speaker, frames: int) -> None:
@@ -309,18 +376,21 @@ def widened(speaker: Speaker, frames: int) -> None:
 
 
 def sound(
-    items: Sequence[Item], answers: Answers, notes: list[str]
-) -> tuple[list[Item], list[dict[str, Any]]]:
-    """Items whose video could be read, and their answers; of the others there is a note. Raises ValueError: none."""
-    there = [item for item in items if "broken" not in answers.told[item.id]]
-    if gone := [item for item in items if "broken" in answers.told[item.id]]:
+    asked: Sequence[AskedT], answers: Answers, notes: list[str]
+) -> tuple[list[AskedT], list[dict[str, Any]]]:
+    """Items or trials whose video could be read, and their answers; of the others there is a note.
+
+    Raises ValueError where there are none.
+    """
+    there = [one for one in asked if "broken" not in answers.told[one.id]]
+    if gone := [one for one in asked if "broken" in answers.told[one.id]]:
         why = answers.told[gone[0].id]["broken"]
         notes.append(
-            f"Left out, as their video cannot be read: {len(gone):,}, the first {gone[0].id} ({why})."
+            f"Left out, as their video cannot be read: {len(gone):,} of {len(asked):,}, the first {gone[0].id} ({why})."
         )
     if not there:
-        raise ValueError(f"no video can be read, the first: {items[0].id}: {why}")
-    return there, answers.of(item.id for item in there)
+        raise ValueError(f"no video can be read, the first: {asked[0].id}: {why}")
+    return there, answers.of(one.id for one in there)
 
 
 def shown(result: dict[str, Any]) -> str:

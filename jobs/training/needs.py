@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from jobs.training.diffusion.recipe import DiffusionRecipe
+from jobs.training.paths import as_written
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_reconstruction import Reconstruction
 from jobs.training.selector.recipe import SelectorRecipe
 from jobs.training.vae.recipe import VAERecipe
+from jobs.training.vlm.kinds import kind
 from jobs.training.vlm.recipe import VLMRecipe
 from jobs.training.vq.recipe import VQRecipe
 from jobs.training.world.recipe import WorldRecipe
@@ -59,12 +60,8 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
     if isinstance(recipe, WorldRecipe):
         yield from _of_world(recipe)
     if isinstance(recipe, VLMRecipe):
-        for part in ("tower", "video_tower", "language"):
-            if what := recipe.model.options().get(part):
-                yield (
-                    f"model: {part} {what if isinstance(what, str) else what.get('model_type')}",
-                    partial(part_of_vlm, what, f"model.{part}"),
-                )
+        for name, key, source in kind(recipe.model.kind).needs(recipe):
+            yield name, partial(of_vlm, source, key)
         if recipe.start:
             yield f"start: {recipe.start}", partial(trained, recipe.start, "start")
     if isinstance(recipe, SelectorRecipe):
@@ -76,7 +73,10 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
 
 def _of_world(recipe: WorldRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
     if recipe.vq.path:
-        yield f"vq: {recipe.vq.path}", partial(trained, recipe.vq.path, "vq.path")
+        yield (
+            f"vq: {as_written(recipe.vq.path)}",
+            partial(trained, recipe.vq.path, "vq.path", recipe.makes_vq),
+        )
     if recipe.text.tokenizer not in ("bytes", "bpe"):
         yield f"text: {recipe.text.tokenizer}", partial(transformers, recipe.text.tokenizer, "text.tokenizer")
     if recipe.documents.chat:
@@ -132,14 +132,16 @@ def there(path: str | None, key: str, maker: str) -> str:
     """A file or folder, or an address that is not looked at here."""
     if path and ("://" in path or Path(path).exists()):
         return "a folder" if Path(path).is_dir() else "a file" if Path(path).exists() else "not looked at"
-    raise RecipeError(f"{key}: {f'{path} is not there' if path else 'must be given'}; it comes from {maker}")
+    told = f"{as_written(path)} is not there" if path else "must be given"
+    raise RecipeError(f"{key}: {told}; it comes from {maker}")
 
 
-def trained(path: str | None, key: str) -> str:
+def trained(path: str | None, key: str, maker: str = "clipmill train") -> str:
     """A folder that `clipmill train` wrote."""
-    there(path, key, "clipmill train")
+    there(path, key, maker)
     if not (Path(str(path)) / "model.safetensors").is_file():
-        raise RecipeError(f"{key}: {path} has no model.safetensors; name a folder that clipmill train wrote")
+        told = as_written(str(path))
+        raise RecipeError(f"{key}: {told} has no model.safetensors; name a folder that comes from {maker}")
     return "a trained model"
 
 
@@ -154,13 +156,12 @@ def transformers(model: str | None, key: str) -> str:
         raise RecipeError(f"{key}: {e}") from e
 
 
-def part_of_vlm(what: str | dict[str, Any], key: str) -> str:
-    """A tower or language model of a vision–language model."""
+def of_vlm(where: Callable[[], str], key: str) -> str:
+    """A tower, a language model, or all of a vision–language model."""
     from models.hub import MissingModel
-    from models.language.llava import source
 
     try:
-        return source(what)
+        return where()
     except MissingModel as e:
         raise RecipeError(f"{key}: {e}") from e
 

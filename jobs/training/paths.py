@@ -74,6 +74,12 @@ def missing(keys: Mapping[str, str | None], folder: Path, was: str) -> Iterator[
             )
 
 
+def as_written(path: str) -> str:
+    """A path of a recipe for a person: from here on, where it lies below, as recipes and commands have it."""
+    here = Path.cwd()
+    return os.path.relpath(path, here) if is_path(path) and Path(path).is_relative_to(here) else path
+
+
 def add_locate(parser: ArgumentParser) -> None:
     """The option of every command that uses a trained model; see `located`."""
     parser.add_argument(

@@ -162,9 +162,9 @@ class ReconstructionTask(Task):
         found = Evaluation(scalars=self._measured(model) if self.held_out else {})
         for i, clip in enumerate(self.shown):
             video = to_unit(clip[None].to(self.device))
-            found.videos[f"reconstruction-{i}"] = to_bytes(torch.cat([video, model(video)[0]], dim=4))[
-                0
-            ].cpu()
+            found.videos[f"clip {i + 1}, and as reconstructed"] = to_bytes(
+                torch.cat([video, model(video)[0]], dim=4)
+            )[0].cpu()
         return found
 
     def _measured(self, model: nn.Module) -> dict[str, float]:

@@ -72,13 +72,21 @@ class Losses:
     errors: Tensor | None = None
 
 
+class Told(NamedTuple):
+    """Of a clip what a model should say and what it says. frames: uint8 [T, H, W, 3], what it saw."""
+
+    wanted: str
+    said: str
+    frames: Tensor | None = None
+
+
 @dataclass
 class Evaluation:
-    """What a model can do by now: scalars get charts; videos, uint8 [T, H, W, 3], and texts are shown by name."""
+    """What a model can do by now: scalars get charts; videos, uint8 [T, H, W, 3], are shown by name."""
 
     scalars: dict[str, float] = field(default_factory=dict)
     videos: dict[str, Tensor] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
+    texts: list[Told] = field(default_factory=list)
 
 
 @dataclass

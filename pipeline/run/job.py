@@ -28,7 +28,7 @@ from pipeline.io.store import Store, below
 from pipeline.layers import Layered
 from pipeline.recipe import Recipe
 from pipeline.record import Source, Video
-from pipeline.run import commit, identity, layering, needs, relabel, resume
+from pipeline.run import commit, identity, layering, needs, relabel, resume, weights
 from pipeline.run.log import TOLD, log, logging_to, without_secrets
 from pipeline.run.outcome import Outcome, outcome
 from pipeline.run.progress import Display
@@ -89,6 +89,8 @@ def curate(args: list[str], recipe: Recipe, out: str, job: Job = Job()) -> Outco
             answered = answers.stored(store)
             units = _left_to_do(store, listed, recipe, job)
             before = commit.units(store)
+            if units or job.retry_errors:
+                _same_weights(store, run, recipe)
             try:
                 if job.retry_errors:
                     _retry(store, recipe, listed, job)
@@ -138,6 +140,7 @@ def caption(out: str, recipe: Recipe | None, job: Job = Job()) -> Outcome:
         built = check(recipe, store)
         needs.check_models(recipe)
         layering.check(built, own, clips)
+        weights.check(built, run.get("contents", {}), clips, out)
         if asked := listed_asked(resume.decided(run, job.asked, out).decide.rules):
             check_listed(asked, clips.meta_keys())
         added = layering.additional(built)
@@ -225,6 +228,16 @@ def _left_to_do(store: Store, listed: list[Source], recipe: Recipe, job: Job) ->
     return units
 
 
+def _same_weights(store: Store, run: dict[str, Any], recipe: Recipe) -> None:
+    """Raises RecipeError where the run began with other weights; of one that begins, these are noted."""
+    stages = build(recipe, store)
+    clips = Layered(store)
+    if not clips.files:
+        run["contents"] = weights.of_stages(stages)
+        _write_run(store, run)
+    weights.check(stages, run.get("contents", {}), clips, store.uri)
+
+
 def _retry(store: Store, recipe: Recipe, listed: list[Source], job: Job) -> None:
     """Captioners that failed on clips of finished sources have another look at these, in layers too."""
     known = {s.uri: s for s in listed}
@@ -236,6 +249,7 @@ def _retry(store: Store, recipe: Recipe, listed: list[Source], job: Job) -> None
         return
     recipe = layering.with_judges(layering.with_layers(recipe, over), recipe, over)
     added = layering.additional(build(recipe, store))
+    weights.check(added, {}, clips, store.uri)
     wanted = layering.missing(clips, added, _layer_names(clips), lacking=False, also=again)
     if wanted:
         _say(f"tried again, in layers: {_on_clips(wanted)}")

@@ -31,6 +31,7 @@ from pipeline.recipe_choose import Judge
 from pipeline.recipe_file import dotted, split_setting
 from pipeline.recipe_schema import Section
 from pipeline.record import Clip, Source, Video
+from pipeline.run import weights
 from pipeline.run.relabel import Only
 from pipeline.run.reopen import ReopenStage
 from pipeline.run.resume import brief, differences
@@ -302,7 +303,7 @@ def noted(
         layer = there.get(name)
         if layer is None:
             number += 1
-            section = getattr(stage, "section", getattr(stage, "recipe", None))
+            section = weights.section_of(stage)
             layer = Layer(
                 name,
                 number,
@@ -311,6 +312,7 @@ def noted(
                 stage.produces.embeddings,
                 datetime.now(UTC).isoformat(timespec="seconds"),
                 versions,
+                weights.contents(section),
             )
             create(store, layer)
         found.append(layer)

@@ -2,16 +2,13 @@
 
     metrics.jsonl           a row {"step", "time", …} for every step that was logged
     tensorboard/            the same as event files
-    texts/step-00000500.json  what the model said, by name
+    texts/step-00000500.json  what the model said of some clips, and should (`jobs.training.page.said`)
     samples/step-00000500/  every video as mp4, sheet.png of all, samples.json with what they show
     plan.txt                what was announced before the first step
     page.html               one page of it all that opens from disk (`jobs.training.page.page`)
 
-and on Weights & Biases where `run.wandb` is set. Names the page knows (anything else gets a chart, too):
-
-    loss, grad_norm, lr (of several phases <phase>/loss, …), loss/level_0 … loss/level_9 (tenths of the noise level),
-    tokens_per_second, samples_per_second, step_seconds, mfu and data_wait (shares, 0…1), peak_memory_gb, skipped,
-    frechet/<network>, kernel/<network>
+and on Weights & Biases where `run.wandb` is set. `jobs.training.page.measures` has the names that the page knows;
+anything else gets a chart, too.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs.training.page import page
+from jobs.training.page import page, said
 from jobs.training.recipe_core import TrainRecipe
 from jobs.videos import contact_sheet, write_mp4
 from pipeline.faults import one_line
@@ -97,9 +94,11 @@ class Monitor:
             self._videos(step, found.videos)
         if found.texts and self.enabled:
             self.resume(step - 1)
-            write_texts(self.out / "texts", step, found.texts)
-            for name, text in found.texts.items():
-                self.board.add_text(name, text, step)
+            self.metrics.write(step, {})  # the run has been here
+            said.write(self.out / "texts", step, found.texts)
+            for place, told in enumerate(found.texts):
+                self.board.add_text(f"told/{place}", f"{told.wanted}\n\n{told.said}", step)
+            self.board.flush()
             self._write_page()
 
     def _videos(self, step: int, videos: dict[str, Tensor]) -> None:
@@ -124,7 +123,7 @@ class Monitor:
     def plan(self, text: str) -> None:
         """Keep what was announced before the first step."""
         if self.enabled:
-            page.replace(self.out / "plan.txt", text.encode())
+            said.replace(self.out / "plan.txt", text.encode())
             self._write_page()
 
     def close(self) -> None:
@@ -192,7 +191,7 @@ def open_wandb(out: Path, recipe: TrainRecipe) -> Any:
         ) from e
     name = out / "wandb.id"
     if not name.exists():
-        page.replace(name, uuid.uuid4().hex[:8].encode())
+        said.replace(name, uuid.uuid4().hex[:8].encode())
     try:
         run = wandb.init(
             project="clipmill",
@@ -203,8 +202,8 @@ def open_wandb(out: Path, recipe: TrainRecipe) -> Any:
             config=recipe.model_dump(mode="json"),
         )
     except wandb.errors.Error as e:
-        said = one_line(e).rstrip(".")
-        raise RecipeError(f"run.wandb: {said}; run 'wandb login', or set WANDB_MODE=offline") from e
+        why = one_line(e).rstrip(".")
+        raise RecipeError(f"run.wandb: {why}; run 'wandb login', or set WANDB_MODE=offline") from e
     run.define_metric("*", step_metric="step")  # not W&B's own counter, which cannot go back
     return run
 
@@ -230,9 +229,3 @@ def write_samples(root: Path, step: int, videos: dict[str, np.ndarray], fps: flo
         shutil.rmtree(final)
     aside.replace(final)
     return final
-
-
-def write_texts(root: Path, step: int, texts: dict[str, str]) -> None:
-    """root/step-….json, name → text."""
-    root.mkdir(parents=True, exist_ok=True)
-    page.replace(root / f"step-{step:08d}.json", json.dumps(texts, indent=1, ensure_ascii=False).encode())

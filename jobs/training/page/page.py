@@ -12,7 +12,6 @@ import html
 import io
 import itertools
 import json
-import os
 import re
 import time
 from collections.abc import Iterable
@@ -23,36 +22,26 @@ from typing import Any
 import numpy as np
 import yaml
 
+from jobs.training.page import said
 from jobs.training.page.charts import Curve, Line, chart
+from jobs.training.page.measures import LEVEL, Chart, charts, headline
 from pipeline.report import page as report
 from pipeline.report.html import NBSP, Child, Markup, div, h, join, note, number, span
 
+COLOURS = ("kept", "drop", "blue", "gold", "violet")  # of curves that share a chart
+SHORT = 40  # points of a curve of which none are smoothed
+TRAINS = {
+    "diffusion": "a diffusion model",
+    "vae": "a video autoencoder",
+    "vq": "an autoencoder with a codebook",
+    "vivit": "a classifier of videos",
+    "vlm": "a vision–language model",
+    "world": "a world model",
+    "selector": "a selector of captions",
+}
+DISTANCES = ("frechet", "kernel")
 VIDEO_BYTES = 4_000_000  # of mp4 on the page, together
 SHEETS, SHEET_BYTES = 24, 6_000_000  # steps in the history of samples, and their JPEGs together
-LEVEL = re.compile(r"loss/level_(\d+)")  # tenths of the noise level
-PHASED = ("loss", "grad_norm", "lr")  # of several phases: <phase>/loss, …
-SHARES = ("mfu", "data_wait")
-TITLES = {
-    "loss": "Loss",
-    "lr": "Learning rate",
-    "grad_norm": "Gradient norm",
-    "tokens_per_second": "Tokens a second",
-    "samples_per_second": "Samples a second",
-    "step_seconds": "Seconds a step",
-    "mfu": "Model FLOPs utilisation",
-    "data_wait": "Waiting for data",
-    "peak_memory_gb": "Peak memory (GB)",
-    "skipped": "Broken samples skipped",
-}
-SPEED = (
-    "tokens_per_second",
-    "samples_per_second",
-    "step_seconds",
-    "mfu",
-    "data_wait",
-    "peak_memory_gb",
-    "skipped",
-)
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
@@ -62,13 +51,6 @@ def parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    aside.write_bytes(data)
-    aside.replace(path)
 
 
 class Run:
@@ -84,6 +66,7 @@ class Run:
         found = {int(f.parent.name.removeprefix("step-")): f.parent for f in folders}
         last = self.rows[-1]["step"] if self.rows else -1
         self.samples = {step: f for step, f in found.items() if step <= last}  # not those before a resume
+        self.said = said.read(out / "texts", last)
 
     def names(self) -> list[str]:
         """Of everything that was logged, in the order it first came."""
@@ -105,16 +88,15 @@ def overview(run: Run) -> Markup:
     """Where the run stands, in one line and eight numbers."""
     step = run.rows[-1]["step"] if run.rows else 0
     steps = (run.recipe.get("run") or {}).get("steps") or step
-    loss = run.curve(next((n for n in run.names() if kind_of(n) == "loss"), "loss"))
+    loss = run.curve(first_of(run, "loss"))
     seconds = sum(gaps(run.rows))
     pace = run.curve("step_seconds").values[-20:]
-    left = (steps - step) * float(pace.mean()) if len(pace) else None
-    frechet = [(n, run.curve(n)) for n in run.names() if re.fullmatch(r"frechet/[^/]+", n)]
     share = f"{100 * step / steps:.0f}{NBSP}% of {steps:,}" if steps else ""
+    left = (steps - step) * float(pace.mean()) if len(pace) else None
     tiles = [
         ("Step", f"{step:,}", share),
         ("Loss", number(loss.smoothed().values[-1]) if len(loss.values) else "–", "smoothed"),
-        ("Gradient norm", number(run.last("grad_norm")), "before clipping"),
+        ("Gradient norm", number(run.last(first_of(run, "grad_norm"))), "before clipping"),
         ("Time", span(seconds), f"{span(left)} left" if left else "spent on the steps logged"),
         (
             "Tokens a second",
@@ -123,34 +105,34 @@ def overview(run: Run) -> Markup:
         ),
         ("MFU", percentage(run.last("mfu")), "of the device’s peak"),
         ("Data wait", percentage(run.last("data_wait")), "of the time"),
-        ("Fréchet distance", "–", "not measured"),
+        quality(run),
     ]
-    if frechet:
-        name, curve = frechet[0]
-        best = f"best {number(curve.values.min())} at step {number(curve.steps[curve.values.argmin()])}"
-        tiles[-1] = ("Fréchet distance", number(curve.values[-1]), f"{name.partition('/')[2]}; {best}")
     when = time.gmtime(run.rows[-1]["time"]) if run.rows else None
     model = run.recipe.get("model") or {}
     what = " ".join(str(model[k]) for k in ("kind", "preset") if model.get(k))
+    trains = str(run.recipe.get("trains", "a model"))
     under = [
         run.out.name,
-        what,
-        f"trains {run.recipe.get('trains', 'a model')}",
+        f"trains {TRAINS.get(trains, trains)}" + (f" ({what})" if what not in ("", trains) else ""),
         when and time.strftime("last step logged %Y-%m-%d %H:%M UTC", when),
     ]
-    said = "No step was logged yet." if not run.rows else None
     return join(
         h(
             "header",
             h("h1", f"{run.recipe.get('name', run.out.name)}: step {step:,} of {steps:,}"),
             h("p", h("bdi", " · ".join(filter(None, under))), class_="soft"),
         ),
-        div("panel alert", h("p", said)) if said else None,
+        None if run.rows else div("panel alert", h("p", "No step was logged yet.")),
         div(
             "tiles",
             (div("panel", h("span", a, class_="label"), h("b", b), h("span", c)) for a, b, c in tiles),
         ),
     )
+
+
+def first_of(run: Run, name: str) -> str:
+    """A name, or that of the first phase."""
+    return next((n for n in run.names() if n == name or n.endswith(f"/{name}")), name)
 
 
 def gaps(rows: list[dict[str, Any]]) -> Iterable[float]:
@@ -167,35 +149,62 @@ def percentage(x: float | None) -> str:
     return "–" if x is None else f"{100 * x:.3g}{NBSP}%"
 
 
-def kind_of(name: str) -> str:
-    """What a name measures: of 'loss', '<phase>/loss' and 'frechet/<network>' the part that is known here."""
-    if LEVEL.fullmatch(name):
-        return "level"
-    first, _, last = name.partition("/")
-    return last if last in PHASED else first
+def quality(run: Run) -> tuple[str, str, str]:
+    """The figure by which models of this kind are told apart, as a number of the top."""
+    if names := [n for n in run.names() if re.fullmatch(r"frechet/[^/]+", n)]:
+        title, name, percent, highest = "Fréchet distance", names[0], False, False
+        about = f"{name.partition('/')[2]}; "
+    elif found := headline(run.names()):
+        measure, name = found
+        title, percent, highest, about = measure.top, measure.percent, measure.best == "high", ""
+    elif run.recipe.get("trains") == "diffusion":
+        return "Fréchet distance", "–", "not measured"
+    else:
+        return "Peak memory", f"{number(run.last('peak_memory_gb'))}{NBSP}GB", "of a process or its GPU"
+    curve, said_as = run.curve(name), percentage if percent else number
+    if not len(curve.values):
+        return title, "–", "no number"
+    best = curve.values.argmax() if highest else curve.values.argmin()
+    return (
+        title,
+        said_as(curve.values[-1]),
+        f"{about}best {said_as(curve.values[best])} at step {number(curve.steps[best])}",
+    )
 
 
-def title_of(name: str) -> str:
-    """'discriminator/loss' is 'Loss, discriminator'; other names are as they were logged."""
-    first, _, last = name.partition("/")
-    if last in PHASED:
-        return f"{TITLES[last]}, {first}"
-    return TITLES.get(name, name)
+def drawn(run: Run, what: Chart) -> Markup | None:
+    """One chart: a long noisy curve also smoothed, several in colours of their own. None of broken samples where there
+    were none."""
+    measure = what.measure
+    lines = []
+    if len(what.lines) == 1:
+        (name,) = what.lines.values()
+        curve = run.curve(name)
+        if name == "skipped" and not curve.values.any():
+            return None
+        lines = [Line("logged", curve, "raw"), Line("smoothed", curve.smoothed())]
+        if len(curve.values) <= SHORT or measure.calm or measure.section == "quality":
+            lines = [Line(what.title, curve)]
+    else:
+        plain = [label for label in what.lines if label not in measure.floor]
+        for label, name in what.lines.items():
+            curve = run.curve(name)
+            if measure.section != "quality":
+                curve = curve.smoothed()
+            if label in measure.floor:
+                lines.append(Line(label, curve, "floor"))
+                continue
+            place = plain.index(label)
+            colour = f"var(--{COLOURS[place]})" if place < len(COLOURS) else "var(--found)"
+            lines.append(Line(label or "model", curve, colour=colour if place else None))
+    return chart(what.title, lines, measure.about, percent=measure.percent)
 
 
-def curve_of(run: Run, name: str) -> Markup | None:
-    curve, kind = run.curve(name), kind_of(name)
-    lines = [Line("logged", curve, "raw"), Line("smoothed", curve.smoothed())]
-    if len(curve.values) < 8 or kind in ("lr", "peak_memory_gb"):
-        lines = [Line(title_of(name), curve)]
-    return chart(title_of(name), lines, percent=kind in SHARES)
-
-
-def losses(run: Run) -> Markup | None:
-    """Losses and gradients, the learning rates beside them."""
-    first = [n for kind in PHASED for n in run.names() if kind_of(n) == kind]
-    drawn = [c for name in first if (c := curve_of(run, name))]
-    return div("curves", drawn) if drawn else None
+def curves(run: Run, section: str) -> Markup | None:
+    """The charts of a section."""
+    names = [n for n in run.names() if not LEVEL.fullmatch(n) and n.partition("/")[0] not in DISTANCES]
+    found = [c for what in charts(names) if what.measure.section == section and (c := drawn(run, what))]
+    return div("curves", found) if found else None
 
 
 def by_level(run: Run) -> Markup | None:
@@ -229,7 +238,7 @@ def distances(run: Run) -> Markup | None:
     drawn = []
     for name in run.names():
         kind, _, network = name.partition("/")
-        if kind not in ("frechet", "kernel") or network.endswith("/real"):
+        if kind not in DISTANCES or network.endswith("/real"):
             continue
         lines = [Line("samples", run.curve(name))]
         lines.append(Line("real against real", run.curve(f"{name}/real"), "floor"))
@@ -239,18 +248,6 @@ def distances(run: Run) -> Markup | None:
         "Between features of sampled and of real videos; smaller is better. Compare numbers of one run only."
     )
     return join(note(said), div("curves", drawn)) if drawn else None
-
-
-def speed(run: Run) -> Markup | None:
-    drawn = [c for name in SPEED if name in run.names() and (c := curve_of(run, name))]
-    return div("curves", drawn) if drawn else None
-
-
-def others(run: Run) -> Markup | None:
-    """Whatever else was logged."""
-    shown = {*PHASED, *SPEED, "frechet", "kernel", "level"}
-    drawn = [c for n in run.names() if kind_of(n) not in shown and (c := curve_of(run, n))]
-    return div("curves", drawn) if drawn else None
 
 
 def samples(run: Run) -> Markup | None:
@@ -311,20 +308,23 @@ def settings(run: Run) -> Markup:
     """What was announced, and the recipe."""
     parts: list[Child] = []
     if run.plan:
-        parts += [h("h4", "Plan, made before the first step"), h("pre", run.plan)]
+        parts += [h("h4", "Plan, made before the first step"), h("pre", run.plan, class_="plan")]
     text = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
     return join(parts, h("h4", "Recipe, every value"), h("pre", text))
 
 
 def render(run: Run) -> str:
     """The whole page."""
+    trains = str(run.recipe.get("trains", ""))
     sections = [
+        ("told", said.title(trains), said.section(run.out / "texts", run.said, trains)),
         ("samples", "Samples", samples(run)),
-        ("loss", "Loss", losses(run)),
+        ("loss", "Loss", curves(run, "loss")),
+        ("quality", "Quality", curves(run, "quality")),
         ("levels", "Noise levels", by_level(run)),
         ("distance", "Distance to real videos", distances(run)),
-        ("speed", "Speed", speed(run)),
-        ("other", "Other measures", others(run)),
+        ("speed", "Speed", curves(run, "speed")),
+        ("other", "Other measures", curves(run, "other")),
         ("plan", "Plan and recipe", settings(run)),
     ]
     sections = [s for s in sections if s[2]]
@@ -347,5 +347,5 @@ def render(run: Run) -> str:
 
 def write(out: Path, recipe: dict[str, Any]) -> Path:
     """Write OUT/page.html; it changes in one move. Returns where it lies. Raises OSError."""
-    replace(out / "page.html", render(Run(out, recipe)).encode("utf-8", "replace"))
+    said.replace(out / "page.html", render(Run(out, recipe)).encode("utf-8", "replace"))
     return out / "page.html"

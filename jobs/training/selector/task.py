@@ -32,7 +32,7 @@ from jobs.training.recipe_core import TrainRecipe
 from jobs.training.selector.candidates import NONE, CandidateLoader, Candidates
 from jobs.training.selector.candidates import gathered as candidates_of
 from jobs.training.selector.recipe import SelectorRecipe
-from jobs.training.task import COUNTS, Batch, Draws, Evaluation, Losses, Phase, Start, Step, Task
+from jobs.training.task import COUNTS, Batch, Draws, Evaluation, Losses, Phase, Start, Step, Task, Told
 from models.choosing.chooser import logits
 from models.choosing.file import Saved, Spec
 from models.choosing.frozen import TextFeatures, VideoFeatures
@@ -56,7 +56,7 @@ from pipeline.shards.index import rows_where
 
 BATCH = 64  # clips of a micro-batch where data.batch says nothing
 FILE = "selector.pt"
-SHOWN = 4  # held-out clips, beside what it would choose of them
+SHOWN = 8  # held-out clips, beside what it would choose of them
 AT_ONCE = 256  # clips that are looked at together when it is measured
 
 
@@ -331,13 +331,13 @@ class Selection(Task):
         saved.weights = calibrated.state_dict()
         saved.write(self.out / FILE)
 
-    def _texts(self, own: Tensor) -> dict[str, str]:
+    def _texts(self, own: Tensor) -> list[Told]:
         """Of some clips the chosen caption, and beside it what the selector would choose."""
-        found = {}
+        found = []
         for row, judged in list(zip(self.measured, own, strict=True))[:SHOWN]:
             which = self.set.which[row]
             best = int(judged.masked_fill(which == NONE, -torch.inf).argmax())
-            found[self.set.words[int(which[0])]] = self.set.words[int(which[best])]
+            found.append(Told(self.set.words[int(which[0])], self.set.words[int(which[best])]))
         return found
 
     def state(self) -> dict[str, Any]:

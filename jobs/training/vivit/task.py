@@ -23,7 +23,7 @@ from jobs.training.data.loader import Loader, held_out_of, loader_of
 from jobs.training.data.pixels import to_unit
 from jobs.training.parallelize import make
 from jobs.training.recipe_core import TrainRecipe
-from jobs.training.task import Batch, Draws, Evaluation, Losses, Phase, Start, Summed, Task
+from jobs.training.task import Batch, Draws, Evaluation, Losses, Phase, Start, Summed, Task, Told
 from jobs.training.vivit.recipe import ViViTRecipe
 from models.attention import choose_kernel
 from models.encoders import vivit
@@ -176,14 +176,21 @@ class Classification(Task):
         rows = range(0, len(self.held_out.keys), -(-len(self.held_out.keys) // self.measured))
         batches = [rows[i : i + TOGETHER] for i in range(0, len(rows), TOGETHER)]
         mine: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
-        texts: dict[str, str] = {}
+        texts: list[Told] = []
         for number in self.world.share(len(batches)):
             clips = [self.held_out.sound(row) for row in batches[number]]
             logits = self._logits(model, torch.stack([torch.from_numpy(clip["video"]) for clip in clips]))
             targets = self.names.targets([clip["caption"] for clip in clips])
             mine[number] = {group: (x.argmax(1).cpu(), targets[group]) for group, x in logits.items()}
             if number == 0:
-                texts = {c["caption"]: self._said(logits, i) for i, c in enumerate(clips)}
+                texts = [
+                    Told(
+                        clip["caption"],
+                        self._said(logits, i),
+                        torch.from_numpy(clip["video"]).permute(1, 2, 3, 0),
+                    )
+                    for i, clip in enumerate(clips)
+                ]
         every = {n: found for share in self.world.gather(mine) for n, found in share.items()}
         scalars = {}
         for group in self.labels:

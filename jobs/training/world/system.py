@@ -19,6 +19,7 @@ from jobs.training.data.pixels import to_bytes, to_unit
 from jobs.training.distributed import device_of
 from jobs.training.exported import Trained, load_model, longest_average
 from jobs.training.parallelize import make
+from jobs.training.paths import as_written
 from jobs.training.recipe_core import Bucket
 from jobs.training.world.documents import layout_of, tokenizer_of
 from jobs.training.world.recipe import Drawing, WorldRecipe
@@ -157,6 +158,11 @@ def build_world(
     made_on = made_on or device
     autoencoder, codes, frame = None, 0, 1
     if recipe.vq.path:
+        if not (Path(recipe.vq.path) / "model.safetensors").is_file():
+            raise ValueError(
+                f"vq.path {as_written(recipe.vq.path)} holds no trained VQ autoencoder: make it with "
+                f"{recipe.makes_vq}, or say where one is, --set vq.path=FOLDER"
+            )
         autoencoder = load_vq(recipe.vq.path, "vq.path", device)
         if state and state["vq_weights"] != weights_hash(autoencoder):
             raise ValueError(

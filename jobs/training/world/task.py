@@ -22,7 +22,8 @@ from jobs.training.data.loader import held_out_of
 from jobs.training.data.sequences import SequenceLoader
 from jobs.training.distributed import World as Ranks
 from jobs.training.recipe_core import TrainRecipe
-from jobs.training.task import Batch, Draws, Evaluation, Losses, Phase, Start, Step, Summed, Task
+from jobs.training.task import Batch, Draws, Evaluation, Losses, Phase, Start, Step, Summed, Task, Told
+from jobs.training.world.conversations import Looks
 from jobs.training.world.documents import LANES, PLACEMENT, Collate, LaidOut, sources_of
 from jobs.training.world.recipe import WorldRecipe
 from jobs.training.world.system import WorldSystem, build_world
@@ -64,6 +65,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[WorldTask, SequenceLoader]
         1 if system.vq is None else system.vq.stride[0],
         recipe.longest,
         recipe.seed,
+        None if system.vq is None else Looks.of(recipe.data),
     )
     if recipe.documents.needle:
         laid.straw = task.straw = [c for c in told(STRAW) if c]
@@ -175,7 +177,8 @@ class WorldTask(Task):
         told = [self.system.tell([[x]], model=model)[0] for x in codes]
         exact = [a == b for a, b in zip(told, captions, strict=True)]
         found.scalars["captions/exact"] = sum(exact) / len(exact)
-        found.texts = dict(zip(captions[:SHOWN], told[:SHOWN], strict=True))
+        shown = zip(captions[:SHOWN], told[:SHOWN], pixels[:SHOWN], strict=True)
+        found.texts = [Told(wanted, said, x.permute(0, 2, 3, 1)) for wanted, said, x in shown]
         losses: dict[str, list[float]] = {"loss/video_to_text": [], "loss/text_to_video": []}
         for x, caption in zip(codes, captions, strict=True):
             losses["loss/video_to_text"].append(self._loss(model, [x.cpu(), caption], False))

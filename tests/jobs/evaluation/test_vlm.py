@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-import torch
 
 from jobs import evaluate, toy
 from jobs.benchmarks.items import Item
@@ -16,7 +17,7 @@ from jobs.evaluation.answers import Answers
 from jobs.evaluation.looking import look
 from jobs.training.vlm.speaker import load_speaker
 from pipeline.split import shown
-from tests.fixtures import tiny_speaker
+from tests.fixtures import tiny_selector, tiny_speaker
 
 
 @pytest.fixture(scope="module")
@@ -253,18 +254,75 @@ def test_figures_of_open_questions_and_intervals_by_video():
     ]
     rows = [
         {"said": "The cat."},
-        {"said": "three"},
+        {"said": " two "},
         {"said": "C", "chosen": 2},
         {"said": "?", "chosen": None},
     ]
     found = {row["name"]: row for row in questions.figures(items, rows)}
-    assert found["accuracy"]["value"] == 0.5
+    assert found["accuracy"]["value"] == 0.5  # of those with options
+    assert found["exact match, open"]["value"] == 0.5
+    assert found["normalised accuracy, open"]["value"] == 1.0
     assert found["what"]["value"] == pytest.approx(2 / 3)
-    assert found["how"]["value"] == 0
+    assert found["how"]["value"] == 1
     assert found["no option chosen"]["value"] == 1
     from models.measures.wilson import wilson
 
-    assert (found["accuracy"]["low"], found["accuracy"]["high"]) == wilson(0.5, 2)  # two videos
+    assert (found["what"]["low"], found["what"]["high"]) == wilson(2 / 3, 2)  # two videos
+    assert [row["name"] for row in questions.figures(items[:2], rows[:2])][:2] == [
+        "exact match, open",
+        "normalised accuracy, open",
+    ]
+
+
+def test_subtitles_at_the_frames_that_are_looked_at_stand_before_the_question(model, world, tmp_path, capsys):
+    folder = tmp_path / "mme"
+    (folder / "subtitle").mkdir(parents=True)
+    row = {"duration": "short", "domain": "d", "task_type": "t", "question": "Which?", "answer": "B"}
+    rows = []
+    for name, scene in zip(("a", "b"), sorted((world / "scenes").iterdir()), strict=False):
+        shutil.copy(scene, folder / f"{name}.mp4")
+        rows.append(row | {"videoID": name, "question_id": f"{name}-1", "options": ["A. x.", "B. y."]})
+    pq.write_table(pa.Table.from_pylist(rows), folder / "test-00000-of-00001.parquet")
+    args = ["vlm", str(model), "questions", "--against", str(folder), "--format", "video-mme", "--subtitles"]
+    assert evaluate.main([*args, "--out", str(tmp_path / "none")]) == 2
+    assert f"--subtitles: {folder} has no .srt file named as one of its videos" in capsys.readouterr().err
+    speaker = load_speaker(model)
+    clips = {name: speaker.frames(str(folder / f"{name}.mp4")) for name in ("a", "b")}
+    first, _, last = clips["a"].seconds
+    cue = "1\n00:00:{:06.3f} --> 00:00:{:06.3f}\n{}\n\n"
+    told = cue.format(first, first + 0.001, "one") + cue.format(first + 0.01, first + 0.02, "unseen")
+    (folder / "subtitle/a.srt").write_text(told + cue.format(last, last + 1, "three"))
+    out = tmp_path / "out"
+    more = ("--format", "video-mme", "--subtitles", "--by", "likelihood")
+    result = run(model, "questions", folder, out, *more)
+    assert result["protocol"]["subtitles"] is True
+    assert result["notes"] == ["Asked without subtitles, as there are none: 1 videos."]
+    asked = {
+        "a": "This video's subtitles are listed below:\none\nthree\nWhich?",
+        "b": "Which?",
+    }
+    for row in lines(out)[1:]:
+        name = row["id"][0]
+        talk = [{"role": "user", "content": questions.lettered(asked[name], ["x.", "y."])}]
+        known = speaker.log_likelihood(talk, [clips[name]], ["A", "B"])
+        assert row["log_p"] == pytest.approx([p for p, _ in known], abs=1e-5)
+    assert (
+        "subtitles"
+        not in run(model, "questions", folder, tmp_path / "plain", "--format", "video-mme")["protocol"]
+    )
+
+
+def test_open_nextqa_says_what_is_measured_in_place_of_wups(model, world, tmp_path):
+    folder = tmp_path / "nextqa"
+    folder.mkdir()
+    shutil.copy(min((world / "scenes").iterdir()), folder / "7.mp4")
+    (folder / "val.csv").write_text(
+        "video,frame_count,width,height,question,answer,qid,type\n7,9,32,32,what moves,a ball,0,TC\n"
+    )
+    result = run(model, "questions", folder, tmp_path / "out", "--format", "next-qa")
+    assert {"exact match, open", "normalised accuracy, open"} <= {row["name"] for row in result["numbers"]}
+    (note,) = result["notes"]
+    assert note.startswith("No WUPS, NExT-QA's own measure of open answers")
 
 
 def test_equal_texts_are_each_others_right_answers():
@@ -326,8 +384,7 @@ def test_answers_of_another_protocol_are_refused_and_cut_lines_forgotten(tmp_pat
         (["captions", "--n", "0"], "--n 0: give 1 or more"),
         (["captions", "--fps", "0"], "--fps 0: give a rate above 0"),
         (["questions"], "questions: a run has none; give --format and its folder"),
-        (["captions", "--blind"], "--blind is for questions"),
-        (["probability", "--temperature", "1"], "--temperature is for captions"),
+        (["captions", "--split", "val"], "--split is of a benchmark: name it with --format"),
         (["needle", "--lengths", "4,x"], "--lengths 4,x: give numbers of clips"),
         (["captions", "--format", "video-mme"], "--format video-mme has no captions"),
         (["captions"], "give a folder of shards"),
@@ -340,6 +397,54 @@ def test_bad_arguments_are_one_sentence(model, tmp_path, capsys, arguments, said
     assert err.count("\n") == 1
 
 
+USELESS = [
+    ("captions", "--blind", "questions"),
+    ("captions", "--by words", "questions, needle"),
+    ("captions", "--lengths 4", "needle"),
+    ("captions", "--trials 4", "needle"),
+    ("probability", "--temperature 1", "captions"),
+    ("probability", "--most 5", "captions, questions, needle by letter"),
+    ("retrieval", "--batch 2", "captions, probability, questions"),
+    ("questions", "--prompt x", "captions, probability, retrieval, needle by words"),
+    ("questions", "--temperature 0", "captions"),
+    ("questions", "--options 3", "needle"),
+    ("needle", "--fps 2", "captions, probability, retrieval, questions"),
+    ("needle", "--prompt x", "captions, probability, retrieval, needle by words"),
+    ("needle --by words", "--most 4", "captions, questions, needle by letter"),
+]
+
+
+@pytest.mark.parametrize(("what", "option", "able"), USELESS)
+def test_an_option_that_would_change_nothing_is_refused(model, tmp_path, capsys, what, option, able):
+    asked = [*what.split(), *option.split()]
+    assert evaluate.main(["vlm", str(model), *asked, "--against", str(tmp_path), "--format", "msr-vtt"]) == 2
+    told = what.replace("--by ", "by ") + (" by letter" if what == "needle" else "")
+    said = f"{option.split()[0]} changes nothing of {told}: leave it out (it is for {able})\n"
+    assert said in capsys.readouterr().err
+
+
+def test_needle_trials_that_cannot_be_read_are_noted_and_counted_apart(model, captioned, tmp_path, capsys):
+    folder = tmp_path / "damaged"
+    shutil.copytree(captioned, folder)
+    sorted(folder.glob("*.mp4"))[1].write_bytes(b"nonsense")
+    more = ["--format", "vatex", "--lengths", "2", "--depths", "1", "--trials", "6", "--options", "2"]
+    result = run(model, "needle", folder, tmp_path / "out", *more, "--by", "likelihood")
+    _, *rows = lines(tmp_path / "out")
+    gone = [row["id"] for row in rows if "broken" in row]
+    assert 0 < len(gone) < 6
+    assert value(result, "trials that cannot be read") == len(gone)
+    assert [row["n"] for row in result["numbers"]] == [6 - len(gone), 6 - len(gone), 6]
+    (note,) = result["notes"]
+    assert note.startswith(
+        f"Left out, as their video cannot be read: {len(gone)} of 6, the first {gone[0]} ("
+    )
+    for file in folder.glob("*.mp4"):
+        file.write_bytes(b"nonsense")
+    args = ["vlm", str(model), "needle", "--against", str(folder), *more, "--out", str(tmp_path / "none")]
+    assert evaluate.main(args) == 2
+    assert "no video can be read, the first: 2 clips, needle 1, 1: " in capsys.readouterr().err
+
+
 def test_a_video_that_cannot_be_read_is_left_out_with_a_note(model, captioned, tmp_path, capsys):
     folder = tmp_path / "damaged"
     shutil.copytree(captioned, folder)
@@ -347,25 +452,14 @@ def test_a_video_that_cannot_be_read_is_left_out_with_a_note(model, captioned, t
     result = run(model, "captions", folder, tmp_path / "out", "--format", "vatex")
     assert result["numbers"][0]["n"] == 3
     (note,) = (x for x in result["notes"] if "METEOR" not in x)
-    assert note.startswith("Left out, as their video cannot be read: 1, the first 00000-001 (")
+    assert note.startswith("Left out, as their video cannot be read: 1 of 4, the first 00000-001 (")
 
 
 def test_a_selector_is_measured_by_retrieval_as_it_judges(captioned, tmp_path, capsys):
     from jobs.evaluation import by_selector
     from models.choosing.chooser import Chooser
-    from models.choosing.file import Saved, Spec
-    from models.choosing.frozen import TextFeatures, VideoFeatures
-    from models.language.selector import build
 
-    torch.manual_seed(0)
-    options = {"dim": 16, "hidden": 32}
-    videos, texts = VideoFeatures(("visual_fit",)), TextFeatures("minilm")
-    made = build((384, 384), **options)
-    hashes = {**videos.hashes, "minilm": texts.hash}
-    file = tmp_path / "selector.pt"
-    Saved(
-        Spec(("visual_fit",), "minilm", 4), (384, 384), options, made.state_dict(), True, hashes=hashes
-    ).write(file)
+    file = tiny_selector.write(tmp_path / "selector.pt", frames=4)
     result = run(file, "retrieval", captioned, tmp_path / "out", "--format", "vatex")
     chooser = Chooser.load(file)
     given = json.loads((captioned / "vatex_validation_v1.0.json").read_text())

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import html
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from jobs.training.page import charts, page
+from jobs.training.page import charts, measures, page, said
 from jobs.training.page.charts import Curve, Line, Scale, chart, linear_ticks, log_ticks, short
 from jobs.training.page.monitor import Metrics, write_samples
+from jobs.training.task import Told
 from tests.pipeline.report.test_page import CHROMIUM, EVIL, Page
 
 RECIPE = {
@@ -96,7 +100,7 @@ def test_everything_that_was_logged_has_a_curve(out: Path):
         "Tokens a second by step",
         "Model FLOPs utilisation by step",
         "Waiting for data by step",
-        "psnr by step",
+        "PSNR by step",
     ):
         assert title in labels
     assert len(labels) == len(set(labels)) == 13  # with samples a second and seconds a step
@@ -194,11 +198,109 @@ def test_one_row_nan_and_names_of_any_kind_are_drawn(tmp_path: Path):
     assert "nan" not in (out / "page.html").read_text().lower().split("<main>")[1]
 
 
+WANTED = ["Two red circles move left.", "One blue square stands still.", "Two red circles move left."]
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory) -> Path:
+    """The run of a model that says something of three clips, two of which have one caption."""
+    out = tmp_path_factory.mktemp("said") / "run"
+    out.mkdir()
+    metrics = Metrics(out / "metrics.jsonl")
+    saying = {10: ["", "red", "circle"], 20: ["Two red", "One", "Two circles"]}
+    saying[30] = ["Two red squares move left.", WANTED[1], "One circle."]
+    for step, each in saying.items():
+        metrics.write(
+            step, {"loss": 1 / step, "cider": step / 10, "exact": 0.25, "skipped": 0.0, "filled": 0.9}
+        )
+        told = [
+            Told(wanted, text, torch.from_numpy(moving(0, n)))
+            for n, (wanted, text) in enumerate(zip(WANTED, each, strict=True))
+        ]
+        said.write(out / "texts", step, told)
+    said.write(out / "texts", 40, [Told("before", "a resume")])
+    metrics.close()
+    page.write(out, RECIPE | {"name": "captioner", "trains": "vlm"})
+    return out
+
+
+def test_what_a_model_says_stands_beside_what_it_should_with_the_pictures_that_it_saw(captioner: Path):
+    text = (captioner / "page.html").read_text(encoding="utf-8")
+    cards = re.findall(r'<article class="told">.*?</article>', text, re.S)
+    assert len(cards) == 3  # two of one caption are two
+    words = [re.sub(r"<[^>]+>", "|", card) for card in cards]
+    assert all(wanted.split()[0] in card for wanted, card in zip(WANTED, words, strict=True))
+    assert re.findall("<mark>(.*?)</mark>", cards[0]) == ["circles", "squares"]
+    assert "the same" in words[1]
+    assert "<mark>" not in cards[1]
+    assert re.findall(r'class="num">(\d+)</td>', cards[2]) == ["20", "10"]  # the latest first
+    assert "a resume" not in text
+    strips = [base64.b64decode(x) for x in re.findall(r"data:image/jpeg;base64,([^\"]+)", text)]
+    assert [Image.open(io.BytesIO(x)).size for x in strips] == [(4 * 98 - 2, 96)] * 3
+
+
+def test_pictures_of_clips_are_kept_once_for_all_steps(captioner: Path):
+    assert len(list((captioner / "texts/seen").iterdir())) == 3
+
+
+def test_the_page_has_the_figures_of_what_is_trained_and_no_others(captioner: Path):
+    found = read(captioner)
+    assert "trains a vision–language model" in found.text
+    assert "CIDEr-D 3 best 3 at step 30" in found.text
+    assert "Fréchet" not in found.text
+    labels = [a["aria-label"] for a in found.all("svg")]
+    assert {"CIDEr-D by step", "Captions that equal the chosen one by step", "Packing by step"} <= set(labels)
+    assert "Broken samples skipped by step" not in labels
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "marks"),
+    [
+        ("a red dog", "a blue dog", ["red"]),
+        ("a dog", "A dog.", []),
+        ("x", "", ["x"]),
+        ("", "x", []),
+        ("a b c d", "a d", ["b c"]),
+    ],
+)
+def test_the_words_that_another_text_does_not_have_there_are_marked(text, other, marks):
+    found = "".join(str(part) for part in said.marked(text, other))
+    assert re.findall("<mark>(.*?)</mark>", found) == marks
+    assert re.sub("<[^>]*>", "", found) == (text or "–")
+
+
+LOGGED = {  # what trainers log, beside what all do
+    "vae": "vae/loss discriminator/loss vae/lr l1 kl psnr perceptual adversarial adaptive_weight held_out/psnr "
+    "held_out/ssim held_out/psnr/dct held_out/ssim/dct",
+    "vq": "loss l1 codebook psnr codes/usage codes/perplexity codes/again held_out/psnr held_out/ssim",
+    "vivit": "loss colour accuracy/colour accuracy/colour/commonest",
+    "vlm": "loss filled cider exact",
+    "world": "loss loss/text loss/vision packed captions/exact held_out/loss/video_to_text "
+    "held_out/loss/text_to_video needles/found",
+    "selector": "loss loss/rivals loss/contrastive loss/matching chosen/selector chosen/chance chosen/visual_fit auc "
+    "text_of_clip/R@1 text_of_clip/R@5 text_of_clip/R@10 clip_of_text/R@1 clip_of_text/R@5 clip_of_text/R@10",
+}
+EACH = "tokens_per_second samples_per_second step_seconds mfu data_wait peak_memory_gb skipped grad_norm lr"
+
+
+@pytest.mark.parametrize("trains", LOGGED)
+def test_what_trainers_log_is_called_by_words_on_the_page(trains: str):
+    names = f"{LOGGED[trains]} {EACH}".split()
+    found = measures.charts(names)
+    assert sorted(name for chart in found for name in chart.lines.values()) == sorted(names)
+    for made in found:
+        assert not re.search(r"[_/]|^[a-z]", made.title), made.title
+        assert all(line == line.strip("/_ ") for line in made.lines)
+    headline = measures.headline(names)
+    assert (headline is None) == (trains == "vivit")
+
+
 def hostile(out: Path) -> None:
     metrics = Metrics(out / "metrics.jsonl")
     metrics.write(1, {EVIL: 1.0, f"frechet/{EVIL}": 2.0, f"{EVIL}/loss": 3.0})
     metrics.write(2, {EVIL: 2.0})
     write_samples(out / "samples", 1, {EVIL: moving(0, 0)}, 8)
+    said.write(out / "texts", 1, [Told(EVIL, EVIL[::-1]), Told(EVIL, EVIL)])
     (out / "plan.txt").write_text(EVIL)
     page.write(out, {"name": EVIL, "model": {"kind": EVIL}, "run": {"steps": 2}, EVIL: [EVIL]})
 
@@ -322,6 +424,70 @@ def test_in_a_browser_videos_play_and_nothing_is_logged_or_loaded(out: Path, bro
     assert f"logged: {rows[30]['loss']:.4g}" in tab.locator("#tip").inner_text()
     assert logged == []
     assert [a for a in asked if not a.startswith(("file://", "data:"))] == []
+
+
+@pytest.mark.parametrize("width", [1360, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser_no_words_overlap_and_all_can_be_read(
+    captioner: Path, out: Path, browser, width, scheme
+):
+    """No two texts of a chart lie on one another, none leaves the window, and each stands out from what is behind it
+    (WCAG's contrast of 4.5)."""
+    for run in (captioner, out):
+        tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        tab.goto(f"file://{run}/page.html")
+        for details in tab.locator("details").all():
+            details.evaluate("d => { d.open = true }")
+        assert tab.evaluate(OVERLAPS) == []
+        assert tab.evaluate(FAINT) == []
+        tab.close()
+
+
+OVERLAPS = """() => {
+  const found = [];
+  for (const svg of document.querySelectorAll("svg.chart")) {
+    const boxes = [...svg.querySelectorAll("text")].map((t) => [t.textContent, t.getBoundingClientRect()]);
+    for (const [i, [a, p]] of boxes.entries()) {
+      if (p.left < 0 || p.right > innerWidth) found.push([a, "outside"]);
+      for (const [b, q] of boxes.slice(i + 1)) {
+        if (p.left < q.right && q.left < p.right && p.top < q.bottom - 2 && q.top < p.bottom - 2) found.push([a, b]);
+      }
+    }
+  }
+  for (const e of document.querySelectorAll("main :not(pre, svg, svg *, option)")) {
+    const box = e.getBoundingClientRect();
+    if (box.width && box.right > innerWidth + 1) found.push([e.tagName, e.textContent.slice(0, 40)]);
+  }
+  return found;
+}"""
+FAINT = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgba = (colour) => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const light = (c) => {
+    const linear = (x) => x <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4;
+    const [r, g, b] = c.slice(0, 3).map((x) => linear(x / 255));
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const behind = (e) => {
+    for (; e; e = e.parentElement) {
+      const colour = rgba(getComputedStyle(e).backgroundColor);
+      if (colour[3] === 255) return colour;
+    }
+    return [255, 255, 255, 255];
+  };
+  const found = [];
+  for (const e of document.querySelectorAll("main *")) {
+    const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+    if (!own || !e.checkVisibility() || e.matches("script, style")) continue;
+    const style = getComputedStyle(e), ink = rgba(e instanceof SVGElement ? style.fill : style.color);
+    const [a, b] = [light(ink), light(behind(e))].sort((x, y) => y - x);
+    if ((a + .05) / (b + .05) < 4.5) found.push([e.tagName, e.textContent.slice(0, 40)]);
+  }
+  return found;
+}"""
 
 
 def test_in_a_browser_hostile_text_does_nothing(tmp_path: Path, browser):

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import jobs.train
+from jobs.training import needs
 from jobs.training.loop import train
+from jobs.training.recipe import TRAINING, load_training
 from jobs.training.task import Draws
 from jobs.training.world import task as training
 from jobs.training.world.documents import PLACEMENT, Collate
@@ -200,7 +203,8 @@ def test_what_is_looked_at_says_how_captions_and_losses_do(run, vq):
     assert 0 <= found.scalars["captions/exact"] <= 1
     assert {"held_out/loss/text_to_video", "held_out/loss/video_to_text"} <= found.scalars.keys()
     assert all(x.shape == (2, 16, 16, 3) and x.dtype == torch.uint8 for x in found.videos.values())
-    assert found.videos.keys() == found.texts.keys() != set()
+    assert [told.wanted for told in found.texts] == list(found.videos)
+    assert all(told.frames.shape == (2, 16, 16, 3) for told in found.texts)
 
 
 def test_held_out_losses_are_those_of_the_tokens_that_come_after_the_prompt(run, vq):
@@ -259,3 +263,22 @@ def test_a_world_model_is_not_used_with_another_vq_autoencoder(run, vq, tmp_path
 def test_goals_of_no_weight_are_left_out():
     goal = Goal.of(torch.arange(4), torch.tensor([0.0, 1, 0, 2]))
     assert goal.at.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(("name", "maker"), [("toy-world", "toy-vq"), ("world", "vq")])
+@pytest.mark.parametrize(("asked", "told"), [([], "vq"), (["vq.path=mine/"], "mine")])
+def test_a_vq_that_is_not_there_is_named_as_it_was_with_the_command_that_makes_it(
+    tmp_path, monkeypatch, capsys, name, maker, asked, told
+):
+    monkeypatch.chdir(tmp_path)
+    makes = f"clipmill train vq RUN --recipe {maker} --out {told}"
+    sets = [x for item in asked for x in ("--set", item)]
+    assert (
+        jobs.train.main(["world", "run/", "--recipe", name, "--out", "out/", "--device", "cpu", *sets]) == 2
+    )
+    err = capsys.readouterr().err
+    assert f"vq.path {told} holds no trained VQ autoencoder: make it with {makes}" in err
+    assert str(TRAINING) not in err
+    found = dict(needs.models(load_training(name, asked)))
+    with pytest.raises(RecipeError, match=f"^vq.path: {told} is not there; it comes from {makes}$"):
+        found[f"vq: {told}"]()

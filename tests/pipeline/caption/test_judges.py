@@ -2,13 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from models.choosing.chooser import Chooser
-from models.choosing.file import Saved, Spec
-from models.choosing.frozen import TextFeatures, VideoFeatures
 from models.encoders.sentence import MiniLM
-from models.language.selector import build as build_selector
 from models.measures.captions.cider import consensus
 from models.measures.visual_fit import fits
 from pipeline import recipe
@@ -21,6 +17,7 @@ from pipeline.recipe_choose import ConsensusJudge, PacSJudge, PythonJudge, Selec
 from pipeline.record import Caption, Sample
 from pipeline.run import layering
 from pipeline.run.reopen import ReopenStage
+from tests.fixtures import tiny_selector
 from tests.fixtures.clips import jpeg, noise, video
 from tests.fixtures.run_folder import make_run_folder
 
@@ -206,14 +203,7 @@ def test_as_a_layer_it_brings_scores_and_the_words_that_a_search_finds_clips_by(
 
 @pytest.fixture(scope="module")
 def selector(tmp_path_factory):
-    """The file of one with random weights."""
-    torch.manual_seed(0)
-    spec, options = Spec(("visual_fit",), "minilm", 2), {"dim": 8, "hidden": 8}
-    hashes = VideoFeatures(spec.video).hashes | {"minilm": TextFeatures("minilm").hash}
-    file = tmp_path_factory.mktemp("selector") / "selector.pt"
-    weights = build_selector((384, 384), **options).state_dict()
-    Saved(spec, (384, 384), options, weights, True, hashes=hashes).write(file)
-    return file
+    return tiny_selector.write(tmp_path_factory.mktemp("selector") / "selector.pt")
 
 
 def test_a_selector_scores_as_its_file_does_by_the_frames_that_models_are_shown(selector):

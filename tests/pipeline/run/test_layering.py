@@ -17,9 +17,11 @@ from jobs import caption, curate, shard
 from pipeline.faults import StoreError
 from pipeline.io.store import Store
 from pipeline.layers import Layer, Layered, clip_files, create, layers, unit_of, unjudge, write
+from pipeline.recipe_choose import YesJudge
 from pipeline.record import Caption
+from pipeline.run import weights
 from pipeline.tables import caption_row
-from tests.fixtures import videos
+from tests.fixtures import tiny_selector, videos
 from tests.fixtures.videos import made
 
 BRIEF = """
@@ -328,6 +330,72 @@ def test_a_name_that_is_there_with_other_options_is_refused_and_says_which(world
         assert f"the run has a caption:{name} made with other options" in err
         assert 'options.log is "' in err
         assert ("--remove caption:new first" in err) == (name == "new")
+
+
+def selected(world, *more: str) -> list[str]:
+    judged = f"choose={{judges: [{{kind: selector, model: {world.folder}/selector.pt}}], method: selector}}"
+    return world.caption("one", "old", more=("--set", judged, *more))
+
+
+def scores(out: Path) -> dict[str, float]:
+    return {id: dict(c["scores"])["selector"] for id, r in measured(out).items() for c in r["captions"]}
+
+
+def test_weights_that_were_trained_anew_are_noticed_and_removed_the_layer_is_made_by_them(world, capsys):
+    out = world.folder / "one"
+    file = tiny_selector.write(world.folder / "selector.pt", seed=1)
+    assert caption.main(selected(world)) == 0
+    before = scores(out)
+    os.utime(file, (1, 1))  # the same bytes at another time are the same
+    assert caption.main(selected(world)) == 0
+    tiny_selector.write(file, seed=2)
+    for command in (selected(world), [str(out), "--runner", "local"]):  # by recipe, or what is there
+        capsys.readouterr()
+        assert caption.main(command) == 2
+        err = capsys.readouterr().err
+        assert f"judge:selector: model {file} holds other weights than those that the run's clips were" in err
+        assert scores(out) == before
+    assert f"clipmill caption {out} --remove judge:selector and give this command again" in err
+    assert caption.main([str(out), "--remove", "judge:selector"]) == 0
+    assert caption.main(selected(world)) == 0
+    assert scores(out).keys() == before.keys()
+    assert scores(out) != before
+
+
+def test_a_run_does_not_go_on_with_other_weights_than_it_began_with(world, capsys):
+    file = tiny_selector.write(world.folder / "selector.pt", seed=1)
+    judged = ["--set", f"choose.judges=[{{kind: selector, model: {file}}}]"]
+    local = ["--recipe", "smoke", "--runner", "local", *world.sets("old"), *judged]
+    command = [str(world.folder / "raw"), "--out", str(world.folder / "run"), *local]
+    assert curate.main(command) == 0
+    tiny_selector.write(file, seed=2)
+    assert curate.main(command) == 0  # nothing is left to be looked at
+    shutil.copyfile(made(videos.multi_shot), world.folder / "raw/d.mp4")
+    capsys.readouterr()
+    assert curate.main(command) == 2
+    assert "put back those of then, or give a captioner or judge by these a name of its own" in (
+        capsys.readouterr().err
+    )
+    assert caption.main([str(world.folder / "run"), "--runner", "local"]) == 2
+    tiny_selector.write(file, seed=1)
+    assert curate.main(command) == 0
+
+
+def test_of_a_folder_its_model_counts_and_not_what_lies_beside_it(tmp_path):
+    section = YesJudge(kind="p_yes", model=str(tmp_path / "student"))
+    assert weights.contents(section) == {}  # a hub knows the name
+    for name in ("config.json", "model.safetensors", "eval-captions/answers.jsonl", "page.html"):
+        (tmp_path / "student" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "student" / name).write_text("1")
+    first = weights.contents(section)
+    assert first.keys() == {"model"}
+    for name in ("eval-captions/answers.jsonl", "page.html"):
+        (tmp_path / "student" / name).write_text("2")
+        assert weights.contents(section) == first
+    for name in ("config.json", "model.safetensors"):
+        before = weights.contents(section)
+        (tmp_path / "student" / name).write_text("2")
+        assert weights.contents(section) != before
 
 
 def test_a_server_that_is_not_there_leaves_no_layer_in_the_way(world, capsys):
