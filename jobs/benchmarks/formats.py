@@ -53,7 +53,8 @@ FORMATS = {
     ),
     "next-qa": Format("questions, multiple choice or open", {"questions": ("nextqa", "questions", "val")}),
     "video-mme": Format(
-        "questions, multiple choice, without subtitles", {"questions": ("videomme", "questions", "test")}
+        "questions, multiple choice, with --subtitles or without",
+        {"questions": ("videomme", "questions", "test")},
     ),
     "questions": Format(
         "your own: SPLIT.json, as 'clipmill toy --questions' writes choices.json",

@@ -26,6 +26,7 @@ class Item:
     captions: that people wrote, or `answers`: that are right of an open question.
     options: of a multiple-choice question, `answer` the place of the right one.
     group: names of the kinds that the question is of; figures are given of each.
+    subtitles: a .srt file of the video.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Item:
     answers: tuple[str, ...] = ()
     group: tuple[str, ...] = ()
     span: tuple[float, float] | None = None
+    subtitles: Path | None = None
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Folder:
-    """A benchmark's folder: annotation files and videos at any depth, videos by their names without ending."""
+    """A benchmark's folder: annotation files, videos and their subtitles at any depth, by names without ending."""
 
     path: Path
 
@@ -75,6 +77,11 @@ class Folder:
             if path.suffix.lower() in ENDINGS:
                 found.setdefault(path.stem, path)
         return found
+
+    @cached_property
+    def subtitles(self) -> dict[str, Path]:
+        """Name of a video → its .srt."""
+        return {path.stem: path for path in sorted(self.path.rglob("*.srt"), reverse=True)}
 
     def files(self, *names: str) -> list[Path]:
         """Those of these names (patterns) at any depth, in the order of the names."""
@@ -95,7 +102,7 @@ class Folder:
         found, missing = [], {}
         for name, item in items:
             if name in self.videos:
-                found.append(replace(item, video=self.videos[name]))
+                found.append(replace(item, video=self.videos[name], subtitles=self.subtitles.get(name)))
             else:
                 missing[name] = True
         if not found:

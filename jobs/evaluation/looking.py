@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from jobs.benchmarks.items import Item
 from pipeline.shards.pixels import BrokenSample, clock
@@ -63,16 +63,13 @@ def with_frames(speaker: Speaker, frames: int | None, fps: float | None) -> Spea
     """The same, which looks at other frames of a video than in its training."""
     from dataclasses import replace
 
-    from jobs.training.vlm.visuals import Visuals
-
     if frames is None and fps is None:
         return speaker
     old = speaker.visuals
     sampling = replace(
         old.sampling, frames=frames or old.sampling.frames, fps=fps or old.sampling.fps, least=1
     )
-    model: Any = speaker.model
-    speaker.visuals = Visuals.of(model, sampling, old.told, old.static, old.pixels, old.written)
+    speaker.visuals = old.with_sampling(speaker.model, sampling)
     return speaker
 
 

@@ -8,7 +8,7 @@ frames however long the video is, so L is how much else there is to look at. Cha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,20 +115,25 @@ def _answer(
 
 
 def _joined(speaker: Speaker, clips: Sequence[Item], frames: int) -> Visual:
-    """Clips end to end, of each so many frames, at the times they have there. Raises BrokenSample."""
+    """Clips end to end, of each so many frames, at the times they have there, all of the first one's size.
+
+    Raises BrokenSample.
+    """
     import torch
 
     from jobs.training.vlm.visuals import Planned, Visual
 
     pictures: list[torch.Tensor] = []
     seconds: list[float] = []
-    before = 0.0
+    before, sides = 0.0, None
     for item in clips:
         media = str(item.video) if not callable(item.video) else item.video()
         when = clock(media)
         numbers = Sampling(frames).of(len(when.seconds), when.rate)
         times = tuple(before + when.seconds[n] for n in numbers)
-        pictures.append(speaker.visuals.loaded(Planned(media, tuple(numbers), times, when.duration)).frames)
+        plan = Planned(media, tuple(numbers), times, when.duration, sides=sides)
+        sides = speaker.visuals.measured(plan).sides
+        pictures.append(speaker.visuals.loaded(replace(plan, sides=sides)).frames)
         seconds += times
         before += when.duration
     return Visual(torch.cat(pictures), tuple(seconds), before)

@@ -6,7 +6,11 @@ How an option is chosen (`by`):
     likelihood  it is shown them likewise; the letter that is likeliest to it, so that there is always one
     words       it is shown the question alone; the option whose words are likeliest, a token
 
-An open answer is right if its words are those of a reference, but for case, punctuation and articles.
+An open answer is scored by exact match (it is a reference, but for spaces around it) and by normalised accuracy (its
+words are a reference's, but for case, punctuation and articles). NExT-QA's own measure of open answers, WUPS, needs
+WordNet, a tagger and a list of stop words that no installed package has; it is not given.
+
+With subtitles, those that are on screen at the frames that are looked at stand before the question, as Video-MME asks.
 """
 
 from __future__ import annotations
@@ -14,9 +18,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.benchmarks.items import Item
+from jobs.benchmarks.srt import read, shown_at
 from jobs.evaluation.answers import Answers
 from jobs.evaluation.looking import Tell, seen
 from jobs.evaluation.numbers import Number, number, share
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
     from jobs.training.vlm.speaker import Speaker
     from jobs.training.vlm.visuals import Visual
 
+SUBTITLES = "This video's subtitles are listed below:"  # Video-MME's words
 By = Literal["letter", "likelihood", "words"]
 
 
@@ -40,19 +48,35 @@ def ask(
     most: int,
     batch: int,
     tell: Tell,
+    subtitles: bool = False,
 ) -> None:
     """An answer of each item that has none yet: {'id', 'said' or 'log_p', 'chosen'}.
 
     Args:
-        blind: nothing is shown: what can be guessed from the question.
+        blind: nothing is shown: what can be guessed from the question, and subtitles.
+        subtitles: what is on screen at the frames is told, where an item has it.
     """
     left = set(answers.missing(item.id for item in items))
     todo = [item for item in items if item.id in left]
     for found, broken in seen(speaker, todo, batch):
         rows: list[dict[str, Any]] = [{"id": id, "broken": why} for id, why in broken.items()]
+        if subtitles:
+            found = [(replace(i, question=subtitled(i, v.seconds)), v) for i, v in found]
         rows += _answered(speaker, [(item, [] if blind else [visual]) for item, visual in found], by, most)
         answers.add(rows)
         tell(len(answers.told), len(items))
+
+
+def subtitled(item: Item, seconds: Sequence[float]) -> str:
+    """The question, after the subtitles at these times of the stretch that is looked at. Raises BenchmarkError."""
+    if item.subtitles is None:
+        return item.question
+    begin = item.span[0] if item.span else 0.0
+    said = shown_at(_cues(item.subtitles), [begin + t for t in seconds])
+    return "\n".join([SUBTITLES, *said, item.question]) if said else item.question
+
+
+_cues = lru_cache(maxsize=8)(read)  # questions of one video follow each other
 
 
 def _answered(
@@ -80,8 +104,11 @@ def _answered(
 
 
 def figures(items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> list[Number]:
-    """Accuracy, by kind too; of open questions ROUGE-L beside. Questions of one video are one trial of the interval."""
-    right: dict[str, list[bool]] = defaultdict(list)
+    """Accuracy, by kind too; of open questions exact match and ROUGE-L beside. Kinds have both sorts together.
+
+    Questions of one video are one trial of the interval.
+    """
+    right: dict[str, list[bool]] = {CHOICES: [], EXACT: [], OPEN: []}
     videos: dict[str, set[Any]] = defaultdict(set)
     chance: dict[str, list[float]] = defaultdict(list)
     alike, silent = [], 0
@@ -89,19 +116,25 @@ def figures(items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> list[Numbe
         if item.options:
             good = row["chosen"] == item.answer
             silent += row["chosen"] is None
+            names = {CHOICES: good}
         else:
             good = plain(row["said"]) in [plain(answer) for answer in item.answers]
+            names = {EXACT: row["said"].strip() in [answer.strip() for answer in item.answers], OPEN: good}
             alike.append(rouge_l(row["said"], item.answers))
-        for name in ("accuracy", *dict.fromkeys(item.group)):
-            right[name].append(good)
+        for name, value in (names | dict.fromkeys(item.group, good)).items():
+            right.setdefault(name, []).append(value)
             videos[name].add(str(item.video))
             chance[name].append(1 / len(item.options) if item.options else 0.0)
     found = []
     for name, values in right.items():
-        by_chance = {"chance": math.fsum(chance[name]) / len(values)} if any(chance[name]) else {}
-        found.append(share(name, values, len(videos[name]), **by_chance))
+        if values:
+            by_chance = {"chance": math.fsum(chance[name]) / len(values)} if any(chance[name]) else {}
+            found.append(share(name, values, len(videos[name]), **by_chance))
     if alike:
         found.append(number("ROUGE-L of open answers", math.fsum(alike) / len(alike), len(alike)))
     if silent:
         found.append(number("no option chosen", silent, len(rows)))
     return found
+
+
+CHOICES, EXACT, OPEN = "accuracy", "exact match, open", "normalised accuracy, open"

@@ -42,8 +42,9 @@ what is measured
   retrieval     R@1, R@5, R@10 both ways, by likelihood (N videos cost N × N likelihoods: see --n), or by a selector
                 of 'clipmill train selector' that is named as MODEL
   questions     multiple choice by what it says (letter), by the likeliest letter (likelihood), or by the likeliest
-                words of an option after the bare question (words); open ones by equal words. --blind shows no video:
-                what can be guessed
+                words of an option after the bare question (words); open ones by exact match and, but for case,
+                punctuation and articles, normalised accuracy (no WUPS). --blind shows no video: what can be guessed.
+                --subtitles tells those at the frames that are shown, as Video-MME asks
   needle        one clip among many in a long video, and which of --options captions is one of its
 
 OUT has answers.jsonl, a line an item, written as it is said: the same command goes on where it was stopped. What
@@ -60,7 +61,7 @@ USES = {
     "probability": {"frames", "fps", "prompt", "batch"},
     "retrieval": {"frames", "fps", "prompt"},
     "retrieval by a selector": set[str](),
-    "questions": {"frames", "fps", "by", "blind", "most", "batch"},
+    "questions": {"frames", "fps", "by", "blind", "subtitles", "most", "batch"},
     "needle": {"frames", "by", "lengths", "depths", "trials", "options"},
 }
 NEEDLE_BY = {"letter": {"most"}, "likelihood": set[str](), "words": {"prompt"}}
@@ -98,6 +99,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--blind", action="store_true", default=None, help="show no video: what can be guessed"
+    )
+    parser.add_argument(
+        "--subtitles",
+        action="store_true",
+        default=None,
+        help="tell what the video's .srt has at the frames that are shown",
     )
     parser.add_argument("--lengths", metavar="N,N", help="needle: clips of a video (default: 4,16)")
     parser.add_argument("--depths", type=int, metavar="N", help="needle: places of it (default: 5)")
@@ -219,7 +226,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
         "frames": str(speaker.sampling),
     }
     if args.what == "questions":
-        protocol |= {"by": by, "blind": bool(args.blind)}
+        protocol |= {"by": by, "blind": bool(args.blind)} | ({"subtitles": True} if args.subtitles else {})
+        notes += about_questions(args, items)
     else:
         protocol |= {"prompt": prompt}
     if args.what == "needle":
@@ -232,6 +240,25 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     numbers, out = measured(args, speaker, items, protocol, prompt, most, by, notes)
     told = {"model": args.model, "against": args.against, "protocol": protocol}
     return told | {"numbers": numbers, "notes": notes}, out
+
+
+def about_questions(args: argparse.Namespace, items: Sequence[Item]) -> list[str]:
+    """Notes on what is asked. Raises ValueError where subtitles are to be told and there are none."""
+    notes = []
+    if args.format == "next-qa" and any(not item.options for item in items):
+        notes.append(
+            "No WUPS, NExT-QA's own measure of open answers: it needs WordNet, a tagger and a list of stop words that "
+            "no installed package has. Exact match and normalised accuracy do not compare with it."
+        )
+    if args.subtitles:
+        without = {str(item.video) for item in items if item.subtitles is None}
+        if all(item.subtitles is None for item in items):
+            raise ValueError(
+                f"--subtitles: {args.against} has no .srt file named as one of its videos; Video-MME's lie in subtitle/"
+            )
+        if without:
+            notes.append(f"Asked without subtitles, as there are none: {len(without):,} videos.")
+    return notes
 
 
 def selected(
@@ -325,7 +352,15 @@ def measured(
         return retrieval.figures(items, answers), out
     if args.what == "questions":
         questions.ask(
-            speaker, items, answers, by=by, blind=bool(args.blind), most=most, batch=args.batch, tell=tell
+            speaker,
+            items,
+            answers,
+            by=by,
+            blind=bool(args.blind),
+            most=most,
+            batch=args.batch,
+            tell=tell,
+            subtitles=bool(args.subtitles),
         )
         return questions.figures(*sound(items, answers, notes)), out
     needle.ask(speaker, items, made, answers, by=by, frames=frames, prompt=prompt, most=most, tell=tell)

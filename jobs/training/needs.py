@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from jobs.training.diffusion.recipe import DiffusionRecipe
 from jobs.training.paths import as_written
@@ -14,6 +13,7 @@ from jobs.training.recipe_core import TrainRecipe
 from jobs.training.recipe_reconstruction import Reconstruction
 from jobs.training.selector.recipe import SelectorRecipe
 from jobs.training.vae.recipe import VAERecipe
+from jobs.training.vlm.kinds import kind
 from jobs.training.vlm.recipe import VLMRecipe
 from jobs.training.vq.recipe import VQRecipe
 from jobs.training.world.recipe import WorldRecipe
@@ -60,12 +60,8 @@ def models(recipe: TrainRecipe) -> Iterator[tuple[str, Callable[[], str]]]:
     if isinstance(recipe, WorldRecipe):
         yield from _of_world(recipe)
     if isinstance(recipe, VLMRecipe):
-        for part in ("tower", "video_tower", "language"):
-            if what := recipe.model.options().get(part):
-                yield (
-                    f"model: {part} {what if isinstance(what, str) else what.get('model_type')}",
-                    partial(part_of_vlm, what, f"model.{part}"),
-                )
+        for name, key, source in kind(recipe.model.kind).needs(recipe):
+            yield name, partial(of_vlm, source, key)
         if recipe.start:
             yield f"start: {recipe.start}", partial(trained, recipe.start, "start")
     if isinstance(recipe, SelectorRecipe):
@@ -160,13 +156,12 @@ def transformers(model: str | None, key: str) -> str:
         raise RecipeError(f"{key}: {e}") from e
 
 
-def part_of_vlm(what: str | dict[str, Any], key: str) -> str:
-    """A tower or language model of a vision–language model."""
+def of_vlm(where: Callable[[], str], key: str) -> str:
+    """A tower, a language model, or all of a vision–language model."""
     from models.hub import MissingModel
-    from models.language.llava import source
 
     try:
-        return source(what)
+        return where()
     except MissingModel as e:
         raise RecipeError(f"{key}: {e}") from e
 

@@ -79,7 +79,7 @@ def fitted(height: int, width: int, step: int, least: int, most: int) -> tuple[i
         raise ValueError(f"a picture of {height}×{width} pixels: one side is more than 200 times the other")
     if not step * step <= most or least > most:
         raise ValueError(f"{least} to {most} pixels: give room for at least one token of {step}×{step}")
-    h, w = (max(step, round(side / step) * step) for side in (height, width))
+    h, w = (round(side / step) * step for side in (height, width))
     if h * w > most:
         by = math.sqrt(height * width / most)
         h, w = (max(step, math.floor(side / by / step) * step) for side in (height, width))

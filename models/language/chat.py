@@ -48,16 +48,17 @@ class Document:
 class Chat:
     """Args:
     tokenizer: see `models.language.tokenizer`. template: jinja, as `apply_chat_template` takes it.
+    marks: the tokens that the template writes for a picture and for a video.
     """
 
-    def __init__(self, tokenizer: Any, template: str = CHAT):
+    def __init__(self, tokenizer: Any, template: str = CHAT, marks: tuple[str, str] = (IMAGE, VIDEO)):
         self.tokenizer, self.template = tokenizer, template
-        self.marks = [tokenizer.convert_tokens_to_ids(name) for name in (IMAGE, VIDEO)]
+        self.marks = [tokenizer.convert_tokens_to_ids(name) for name in marks]
         self.end: str = tokenizer.eos_token
         started = tokenizer("a").input_ids[:1]
         self.start = started if started and started[0] == tokenizer.bos_token_id else []
-        marks = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-        self.control = sorted(marks | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        self.control = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
 
     def asked(self, messages: Sequence[Message], seen: Sequence[Seen] = ()) -> list[int]:
         """Tokens up to where the assistant answers."""

@@ -18,7 +18,6 @@ import torch
 
 from models.hub import MissingModel, transformers_weights
 from models.language.llava import ONEVISION, Llava, Placeholders, scales_logits
-from models.language.positions import MRotary
 from models.language.projectors import Projector, projector
 from models.language.towers import TransformersTower
 
@@ -48,10 +47,6 @@ def kind_of(model: Llava) -> str:
     if scales_logits(config):
         raise ValueError(
             f"export: transformers' LLaVA classes do not scale logits, as {config.model_type} does"
-        )
-    if isinstance(getattr(model.language.base_model, "rotary_emb", None), MRotary):
-        raise ValueError(
-            "export: transformers' LLaVA classes know one position a token, not three: set positions: plain"
         )
     if getattr(model.language.get_output_embeddings(), "bias", None) is not None:
         raise ValueError(

@@ -9,21 +9,20 @@ B: sequences; L: tokens of one; V: vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.attention import Mask
 from models.encoders import vivit_file
 from models.hub import MissingModel, open_clip_weights, transformers_weights
-from models.language.by_document import DOCUMENTS, register, stand_in
+from models.language.by_document import apart, register
 from models.language.loss import Goal, Lengths, restarted, rows_of, summed, summed_in_chunks, with_padding
-from models.language.positions import MRotary
 from models.language.projectors import Projector, QFormer, projector
 from models.language.reading import TextBranch
+from models.language.seeing import Parts, Seeing, put
 from models.language.towers import VIVIT, Tower, configuration, on_meta, tower
 
 ONEVISION = {"map": "mlp", "pool": 2, "newline": "clip", "whole_images": True}
@@ -82,7 +81,7 @@ class Placeholders:
     video: int
 
 
-class Llava(nn.Module):
+class Llava(Seeing):
     """Next-token logits of sequences with pictures in them.
 
     Args:
@@ -133,43 +132,24 @@ class Llava(nn.Module):
         texts: Sequence[Tensor] | None = None,
         answer: dict[str, Any] | None = None,
     ) -> Tensor:
-        """tokens [L] or [B, L] → logits [L, V] or [B, L, V]; with a goal its loss; with `answer` its answers.
-
-        Args:
-            visuals: images [3, H, W] and videos [T, 3, H, W], scaled for the tower, in the order of their placeholders.
-            lengths: of the documents that lie end to end in a sequence, which do not see each other; of [B, L] a list
-                each. What is left is padding. None: a sequence is one document.
-            positions: int [L] or [B, L], or [3, …] where the language model turns by three (`positions.MRotary`);
-                None: 0, 1, … in each document.
-            keep: int64 [n], places whose logits are wanted, the same in all sequences: [n, V] or [B, n, V].
-            goal: gives `loss.summed` at its places, a scalar, without ever holding the logits of all.
-            kept: of each picture which of its tokens are there, bool [t, h, w] (`grid`), None: all; see
-                `budget.moving`.
-            texts: int64 [m] of each picture, what is written about it, for the `reader`; None: nothing.
-            answer: options of `generate`, which is called in place of all else: a sharded model's weights are there
-                inside of its forward pass alone.
-
-        Raises ValueError where there are not as many placeholders as visual tokens, or the language model cannot keep
-        documents apart.
-        """
+        """See `Seeing.forward`. positions: int [L] or [B, L]; texts: for the `reader`; kept: of `grid`."""
         rows = tokens if tokens.ndim > 1 else tokens[None]
         if answer is not None:
             return self.generate(rows, visuals, kept=kept, texts=texts, **answer)
         each = with_padding([[rows.shape[1]]] * len(rows) if lengths is None else lengths, rows.shape[1])
-        told = restarted(each, rows.device) if positions is None else positions
-        told = (
-            told if positions is None or tokens.ndim > 1 else told.unsqueeze(-2)
-        )  # [L] → [1, L], [3, L] → [3, 1, L]
         given = {
             "inputs_embeds": self.embed(rows, visuals, kept, texts),
-            "attention_mask": self._mask(each, rows.device, positions is not None),
-            "position_ids": told,
+            "position_ids": restarted(each, rows.device) if positions is None else positions.view_as(rows),
             "use_cache": False,
+            **apart(
+                self.language.config,
+                self.language.dtype,
+                each,
+                rows.device,
+                placed=positions is not None,
+                single=lengths is None or all(len(row) <= 1 for row in rows_of(lengths)),
+            ),
         }
-        if self.language.config._attn_implementation == DOCUMENTS:
-            single = lengths is None or all(len(row) <= 1 for row in rows_of(lengths))
-            # padding behind a row's only document is seen by padding alone
-            given["documents"] = [[rows.shape[1]]] * len(rows) if single else each
         if goal is not None and not scales_logits(self.language.config):
             hidden = self.language.base_model(**given).last_hidden_state
             return summed_in_chunks(self.language.get_output_embeddings(), hidden, goal)
@@ -189,9 +169,7 @@ class Llava(nn.Module):
         x = self.language.get_input_embeddings()(tokens)
         there = (tokens == self.placeholders.image) | (tokens == self.placeholders.video)
         parts = [*self.see(visuals, kept, texts), *self._glances(visuals)]
-        seen = torch.cat(parts).to(x.dtype) if parts else x[0, :0]
-        _as_many(there, seen)
-        return x.masked_scatter(there[..., None], seen)
+        return put(x, there, torch.cat(parts) if parts else x[0, :0])
 
     def see(
         self,
@@ -247,20 +225,35 @@ class Llava(nn.Module):
             there: bool [B, L], False in padding, at the left.
             kept, texts: see `forward`.
             options: of transformers' `generate`.
-
-        Raises ValueError for a language model that turns by three, whose positions `generate` would not know.
         """
-        if isinstance(getattr(self.language.base_model, "rotary_emb", None), MRotary):
-            raise ValueError("generate: transformers counts one position a token: set positions: plain")
         mask = torch.ones_like(tokens) if there is None else there.long()
         embedded = self.embed(tokens, visuals, kept, texts)
         return self.language.generate(inputs_embeds=embedded, attention_mask=mask, **options)
 
-    def blocks(self) -> Iterator[nn.Module]:
-        """The repeated blocks of towers and language model."""
-        for part in (self.tower, self.video_tower, self.language):
-            lists = [] if part is None else [m for m in part.modules() if isinstance(m, nn.ModuleList)]
-            yield from max(lists, key=len, default=[])
+    def following(
+        self,
+        asked: Tensor,
+        answers: Tensor,
+        visuals: Sequence[Tensor] = (),
+        kept: Sequence[Tensor | None] | None = None,
+        texts: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Logits [n, m, V] at each token of answers [n, m] to one prompt [1, L]. Args: kept, texts: see `forward`."""
+        before = self.embed(asked, visuals, kept, texts)  # 1 L D
+        said = self.language.get_input_embeddings()(answers[:, :-1]).to(before.dtype)
+        x = torch.cat([before.expand(len(answers), -1, -1), said], 1)
+        places = torch.arange(asked.shape[1] - 1, x.shape[1], device=x.device)
+        logits: Tensor = self.language(inputs_embeds=x, use_cache=False, logits_to_keep=places).logits
+        return logits
+
+    def parts(self) -> Parts:
+        towers = [self.tower, self.video_tower]
+        joining = [self.projector, self.reader]
+        return {
+            "tower": [x for x in towers if x is not None],
+            "projector": [x for x in joining if x is not None],
+            "language": [self.language],
+        }
 
     def _glances(self, visuals: Sequence[Tensor]) -> list[Tensor]:
         """In training no tokens, [0, dim], of a look at a blank picture through each tower that saw nothing.
@@ -278,51 +271,11 @@ class Llava(nn.Module):
             blank.append(frame.expand(2, -1, -1, -1))
         return [tokens[:0] for tokens in self.see(blank)]
 
-    def _mask(self, lengths: list[list[int]], device: torch.device, placed: bool) -> Any:
-        """Who sees whom, as the language model's kernel takes it; None: causal order is all.
-
-        Args:
-            placed: positions are given; without a mask, transformers would read documents out of them.
-        """
-        if all(len(row) == 1 for row in lengths):
-            return torch.ones(len(lengths), lengths[0][0], device=device) if placed else None
-        config = self.language.config
-        if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
-            raise ValueError(
-                f"language model {config.model_type}: it has layers without full attention, which would let packed "
-                "documents see each other: set packing off"
-            )
-        kernel = config._attn_implementation
-        if kernel.startswith("flash"):  # transformers tells documents by positions that begin anew
-            if placed:
-                raise ValueError(
-                    f"attention {kernel} takes no positions of packed documents: use sdpa or flex_attention"
-                )
-            return None
-        if kernel == DOCUMENTS:
-            return stand_in(device)
-        masks = [Mask.documents(row, device=device).in_order(sum(row), device=device) for row in lengths]
-        if kernel == "flex_attention" and len(masks) == 1:
-            return masks[0].blocks(sum(lengths[0]), sum(lengths[0]), device)
-        seen = torch.cat([mask.dense() for mask in masks])  # B 1 L L
-        if kernel != "eager":
-            return seen
-        dtype = self.language.dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
-
 
 def scales_logits(config: Any) -> bool:
     """Whether a language model does more than its head with hidden states, as Gemma, Cohere and Granite do."""
     names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "mup_width_multiplier")
     return any(getattr(config, name, None) not in (None, 1.0) for name in names)
-
-
-def _as_many(there: Tensor, seen: Tensor) -> None:
-    """As many placeholders as visual tokens; on an accelerator nobody waits for the answer."""
-    if there.device.type != "cpu":
-        torch._assert_async(there.sum() == len(seen))
-    elif (n := int(there.sum())) != len(seen):
-        raise ValueError(f"{n} placeholders, but {len(seen)} visual tokens: give each picture its `tokens`")
 
 
 def build(

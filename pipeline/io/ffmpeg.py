@@ -31,7 +31,8 @@ PROTOCOLS = "file"
 
 # Options for PyAV's `av.open`. PyAV asks libavformat to invent missing PTS, which goes wrong for packed
 # B-frames (mpeg4 in AVI); ffmpeg does not ask for it, and both must agree on a frame's PTS.
-OPEN = {"protocol_whitelist": PROTOCOLS, "format_whitelist": FORMATS, "fflags": "-genpts"}
+LISTED = {"protocol_whitelist": PROTOCOLS, "format_whitelist": FORMATS}
+OPEN = LISTED | {"fflags": "-genpts"}
 
 # Messages in English; and no character set modules: statically linked builds crash when MPEG-TS names load them.
 ENVIRONMENT = {"LC_ALL": "C", "GCONV_PATH": "/nonexistent"}

@@ -123,11 +123,14 @@ def clock(video: bytes | str) -> Clock:
     """Of an mp4, or a file of that name, from its packets; nothing is decoded. Raises BrokenSample."""
     import av
 
+    from pipeline.io.ffmpeg import LISTED, picture_stream
+
+    file = io.BytesIO(video) if isinstance(video, bytes) else f"file:{video}"
     try:
-        with av.open(io.BytesIO(video) if isinstance(video, bytes) else video, "r") as container:
-            if not container.streams.video:
+        with av.open(file, "r", options=LISTED) as container:
+            stream = picture_stream(container)
+            if stream is None:
                 raise BrokenSample("no video stream")
-            stream = container.streams.video[0]
             assert stream.time_base is not None
             start, length = _extent(container, stream)
             container.seek(0)
@@ -138,6 +141,32 @@ def clock(video: bytes | str) -> Clock:
             end = max(length, times[-1] - start)
             return Clock(tuple((t - times[0]) * unit for t in times), float(end * unit))
     except (av.FFmpegError, OSError) as e:
+        raise BrokenSample(str(e)) from e
+
+
+def size_of_clip(mp4: bytes) -> tuple[int, int]:
+    """Height and width of its frames as stored; nothing is decoded. Raises BrokenSample."""
+    import av
+
+    try:
+        with av.open(io.BytesIO(mp4), "r") as container:
+            if not container.streams.video:
+                raise BrokenSample("no video stream")
+            stream = container.streams.video[0]
+            return stream.height, stream.width
+    except (av.FFmpegError, OSError) as e:
+        raise BrokenSample(str(e)) from e
+
+
+def size_of_picture(image: bytes | str) -> tuple[int, int]:
+    """Height and width of a still picture, upright; nothing is decoded. Raises BrokenSample."""
+    from PIL import ExifTags, Image
+
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            lies = opened.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return opened.size if lies else (opened.height, opened.width)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise BrokenSample(str(e)) from e
 
 

@@ -66,7 +66,7 @@ class Index:
             return None
         key = int(before[-1])
         packet = next(self._from(key), None)
-        if packet is None or not self._fresh(packet):
+        if packet is None or not begins_afresh(packet, self.stream, self.codec):
             return None
         micros = math.ceil(key * self.video.time_base * 1_000_000)
         return f"{micros // 1_000_000}.{micros % 1_000_000:06d}"
@@ -88,21 +88,6 @@ class Index:
         except FFmpegError:  # damaged further on than the packets that are needed
             return
 
-    def _fresh(self, packet: Any) -> bool:
-        """Whether a keyframe forgets all that came before: containers also mark recovery points as keyframes.
-
-        H.264: an IDR slice, type 5 (ITU-T H.264, table 7-1); HEVC: an IRAP picture, types 16–23 (H.265,
-        table 7-1). Other codecs have no other keyframes.
-        """
-        if self.codec not in ("h264", "hevc"):
-            return True
-        types = set()
-        for nal in _nals(bytes(packet), self.stream.codec_context.extradata or b"", self.codec):
-            types.add(nal & 0x1F if self.codec == "h264" else nal >> 1 & 0x3F)
-        if self.codec == "h264":
-            return 5 in types and not types & {1, 2, 3, 4}
-        return bool(types & set(range(16, 24))) and not types & set(range(16))
-
     def copy(self, piece: Piece) -> bool:
         """Remux a clip that is a keyframe and what follows it in decode order, no more and no less."""
         from av import FFmpegError
@@ -114,7 +99,9 @@ class Index:
         if not np.array_equal(np.sort(wanted), piece.pts):
             return False
         packets = [p for p, _ in zip(self._from(int(piece.pts[0])), wanted, strict=False)]
-        if not np.array_equal([p.pts for p in packets], wanted) or not self._fresh(packets[0]):
+        if not np.array_equal([p.pts for p in packets], wanted) or not begins_afresh(
+            packets[0], self.stream, self.codec
+        ):
             return False
         try:
             mux(piece, self.stream, packets)
@@ -132,6 +119,22 @@ class Index:
             said = stream.codec_context
             colours = Colours.of(c.model, said.colorspace, said.color_primaries, said.color_trc, c.full_range)
             return (stream.sample_aspect_ratio or 1) == self.video.sar and colours == c
+
+
+def begins_afresh(packet: Any, stream: Any, codec: str) -> bool:
+    """Whether a keyframe forgets all that came before: containers also mark recovery points as keyframes.
+
+    H.264: an IDR slice, type 5 (ITU-T H.264, table 7-1); HEVC: an IRAP picture, types 16–23 (H.265, table 7-1). Other
+    codecs of FRESH have no other keyframes.
+    """
+    if codec not in ("h264", "hevc"):
+        return True
+    types = set()
+    for nal in _nals(bytes(packet), stream.codec_context.extradata or b"", codec):
+        types.add(nal & 0x1F if codec == "h264" else nal >> 1 & 0x3F)
+    if codec == "h264":
+        return 5 in types and not types & {1, 2, 3, 4}
+    return bool(types & set(range(16, 24))) and not types & set(range(16))
 
 
 def _nals(data: bytes, extradata: bytes, codec: str) -> Iterator[int]:

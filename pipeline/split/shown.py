@@ -6,6 +6,7 @@ container says, upright, in square pixels, HDR brought to BT.709.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,6 +16,7 @@ import numpy as np
 
 from pipeline.geometry import Geometry
 from pipeline.recipe import Decode
+from pipeline.split import sought
 from pipeline.split.clock import Clock, Ticks
 from pipeline.split.cropping import Crop, container_crop
 from pipeline.split.decode import Reader
@@ -49,6 +51,48 @@ def read(
 
     Raises DecodeError where nothing can be decoded.
     """
+    if numbers is not None:
+        with contextlib.suppress(sought.Unsure):
+            return _sought(path, size, numbers)
+    return _from_the_beginning(path, size, fps, most, numbers)
+
+
+def _sought(path: str, size: Callable[[float], Size] | None, numbers: Sequence[int]) -> Shown:
+    """Each decoded from the nearest keyframe on. Raises sought.Unsure, DecodeError."""
+    options = Decode()
+    with opened(path, options) as container:
+        stream = video_stream(container, options)
+        check_limits(stream.width, stream.height, None, options)
+        time_base = Ticks.of(stream).time_base
+        places = sought.Places.of(container, stream)
+        last = len(places.stamps) - 1
+        wanted = sorted({min(n, last) for n in numbers})
+        seen: _Seen | None = None
+        for n, frame in sought.frames(container, stream, places, sorted({0, *wanted})):
+            if seen is None:  # what a video looks like says its first frame
+                crop = _crop(path, container, stream, frame)
+                seen = _Seen(frame, stream, time_base, options, crop, size, None, frozenset(wanted))
+            if n in wanted:
+                seen.add(n, frame, 0)
+        assert seen is not None
+        seen.end()
+    length = float((places.stamps[-1] - places.stamps[0]) * time_base)
+    return Shown(np.stack([seen.at(min(n, last)) for n in numbers]), last / length if length else 1.0)
+
+
+def _crop(path: str, container: Any, stream: Any, first: Any) -> Crop:
+    nth = list(container.streams.video).index(stream)
+    return container_crop(path, container.format.name, nth, (first.width, first.height))
+
+
+def _from_the_beginning(
+    path: str,
+    size: Callable[[float], Size] | None,
+    fps: float | None = None,
+    most: int | None = None,
+    numbers: Sequence[int] | None = None,
+) -> Shown:
+    """Frame after frame. Raises DecodeError."""
     options = Decode()
     with opened(path, options) as container:
         stream = video_stream(container, options)
@@ -60,8 +104,7 @@ def read(
         duration = 0
         for n, frame in enumerate(reader.frames()):
             if seen is None:
-                nth = list(container.streams.video).index(stream)
-                crop = container_crop(path, container.format.name, nth, (frame.width, frame.height))
+                crop = _crop(path, container, stream, frame)
                 between = 1 / (Fraction(fps).limit_denominator(1001) * time_base) if fps else None
                 wanted = None if numbers is None else frozenset(numbers)
                 seen = _Seen(frame, stream, time_base, options, crop, size, between, wanted)

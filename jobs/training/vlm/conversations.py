@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jobs.training.data.media import here
 from jobs.training.data.sequences import Item
 from jobs.training.task import Batch
 from jobs.training.vlm.recipe import Written
-from jobs.training.vlm.visuals import Planned, Visual, Visuals, here
+from jobs.training.vlm.visuals import Counts, Planned, Visual, Visuals
 from models.language.chat import MARKS, Chat
 from models.language.exported import VIDEO
 from models.language.loss import Goal, documents, shifted, token_weights
@@ -91,7 +92,7 @@ class Documents:
         """{'length', 'tokens': int64 [length], 'learnt': bool [length], 'visuals', 'kept'}. Raises BrokenSample."""
         if not any(m["content"].strip() for m in sample["messages"] if m["role"] == "assistant"):
             raise BrokenSample(f"{sample['key']}: it has no caption")
-        looked = self._shown(sample)
+        looked: list[Planned | Visual] = [self.visuals.measured(x) for x in self._shown(sample)]
         kept: list[Tensor | None] = [None] * len(looked)
         if self.visuals.static is not None:  # how many tokens there are depends on the pixels
             looked = [self.visuals.loaded(x) if isinstance(x, Planned) else x for x in looked]
@@ -111,9 +112,9 @@ class Documents:
             "texts": texts if self.visuals.written else [],
         }
 
-    def _shown(self, sample: Sample) -> list[Planned | Visual]:
+    def _shown(self, sample: Sample) -> list[Planned]:
         """Its pictures and its clip, in the order of their marks: those of the images, and one of the video."""
-        looked: list[Planned | Visual] = [Planned(here(image)) for image in sample["images"]]
+        looked = [Planned(here(image)) for image in sample["images"]]
         if not sample["video"]:
             return looked
         rng = np.random.default_rng([*sample["chance"], 1]) if self.anywhere and "chance" in sample else None
@@ -139,7 +140,7 @@ class Collate:
     def __call__(self, items: Sequence[Item], tokens: int) -> Batch:
         skipped: list[str] = []
         frames: list[Tensor] = []
-        counts: list[int] = []
+        counts: list[Counts] = []
         learnt = [item["learnt"] for item in items]
         for i, item in enumerate(items):
             for what in item["visuals"]:
@@ -149,7 +150,7 @@ class Collate:
                     )
                 except BrokenSample:
                     skipped.append(item["key"])
-                    frames.append(torch.zeros(what.frames, *self.visuals.shape, dtype=torch.uint8))
+                    frames.append(self.visuals.blank(what))
                     learnt[i] = np.zeros_like(learnt[i])
                 counts += self.visuals.counts(what)
         lengths: Any
@@ -157,26 +158,32 @@ class Collate:
             x = _filled(np.concatenate([item["tokens"] for item in items]), tokens, self.pad)
             mark = _filled(np.concatenate(learnt), tokens, False)
             lengths = [len(item["tokens"]) for item in items]
+            positions = self.visuals.positions(x, lengths, [v for item in items for v in item["visuals"]])
         else:
             x = np.stack([_filled(item["tokens"], tokens, self.pad) for item in items])
             mark = np.stack([_filled(each, tokens, False) for each in learnt])
             lengths = [[len(item["tokens"])] for item in items]
+            each = [
+                self.visuals.positions(row, n, item["visuals"])
+                for row, n, item in zip(x, lengths, items, strict=True)
+            ]
+            told = [row for row in each if row is not None]
+            positions = torch.stack(told, 1) if told else None
         ids = torch.from_numpy(x)
         supervised = shifted(torch.from_numpy(mark), lengths)
         goal = Goal.of(shifted(ids, lengths), token_weights(lengths, supervised))
         kept = [there for item in items for there in item["kept"]]
-        more: Batch = {}
+        more: Batch = {} if positions is None else {"positions": positions}
         if any(there is not None for there in kept):
-            more = {
+            more |= {
                 "kept": torch.cat([x.flatten() for x in kept if x is not None]),
                 "kept_of": [None if x is None else tuple(x.shape) for x in kept],
             }
         if texts := [text for item in items for text in item["texts"]]:
             more |= {"texts": torch.from_numpy(np.concatenate(texts)), "texts_of": [len(x) for x in texts]}
-        none = torch.zeros(0, *self.visuals.shape, dtype=torch.uint8)
         return more | {
             "tokens": ids,
-            "frames": torch.cat(frames) if frames else none,
+            "frames": self.visuals.joined(frames),
             "counts_of_frames": counts,
             "documents": documents(lengths, supervised),
             "skipped": skipped,
@@ -185,7 +192,7 @@ class Collate:
 
 
 def kept_of(batch: Batch) -> list[Tensor | None] | None:
-    """Which tokens of each picture are there, as `Llava.forward` takes it."""
+    """Which tokens of each picture are there, as `Seeing.forward` takes it."""
     if "kept" not in batch:
         return None
     shapes = batch["kept_of"]
@@ -194,7 +201,7 @@ def kept_of(batch: Batch) -> list[Tensor | None] | None:
 
 
 def texts_of(batch: Batch) -> list[Tensor] | None:
-    """What is written about each picture, as `Llava.forward` takes it."""
+    """What is written about each picture, as `Seeing.forward` takes it."""
     return list(batch["texts"].split(batch["texts_of"])) if "texts" in batch else None
 
 

@@ -1,16 +1,19 @@
-"""A trained vision–language model as a checkpoint of transformers' LLaVA or LLaVA-OneVision."""
+"""A trained vision–language model as a checkpoint of transformers: LLaVA, LLaVA-OneVision, Qwen-VL."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from jobs.training.vlm.speaker import SETTINGS, Speaker, load_speaker
-from models.language import exported
+from jobs.training.vlm.kinds import kind
+from jobs.training.vlm.model import trained_at
+from jobs.training.vlm.recipe import VLMRecipe
+from jobs.training.vlm.speaker import SETTINGS, Speaker, of_training
+from models.hub import MissingModel
 from models.language.budget import Sampling
-from models.language.llava import Llava
 
 
 def export(model: Path, to: Path, dtype: str = "float32") -> str:
@@ -22,18 +25,16 @@ def export(model: Path, to: Path, dtype: str = "float32") -> str:
     import transformers
 
     transformers.logging.disable_progress_bar()
-    speaker = load_speaker(model)
-    if speaker.visuals.static is not None:
-        raise ValueError(
-            "export: it was trained without the tokens of what stands still (frames.static), which transformers' "
-            "classes always have: train with frames: {static: null}"
-        )
-    assert isinstance(speaker.model, Llava)
-    kind = exported.kind_of(speaker.model)
-    stored = speaker.model.to(getattr(torch, dtype))
-    exported.save(stored, to, speaker.chat.tokenizer, speaker.chat.template)
+    trained = trained_at(str(model))
+    try:
+        speaker = of_training(trained, torch.device("cpu"))
+        recipe = VLMRecipe.model_validate(trained.recipe)
+        network: Any = speaker.model.to(getattr(torch, dtype))
+        name, given = kind(recipe.model.kind).save(network, to, recipe, trained.state["tokenizer"])
+    except MissingModel as e:
+        raise ValueError(str(e)) from e
     (to / SETTINGS).write_text(json.dumps(settings(speaker), indent=2) + "\n")
-    lines = [f"a {kind} of transformers", f"captions: [{captioner(speaker, kind)}]"]
+    lines = [f"a {name} of transformers", f"captions: [{captioner(speaker, given)}]"]
     if lost := unsaid(speaker.sampling, speaker.visuals.told):
         lines.append(
             f"no captioner can be told {' and '.join(lost)}, as it was trained: the mill asks it otherwise"
@@ -51,10 +52,9 @@ def settings(speaker: Speaker) -> dict[str, object]:
     }
 
 
-def captioner(speaker: Speaker, kind: str) -> str:
+def captioner(speaker: Speaker, given: str) -> str:
     """A line of a curation recipe, as the model was trained to be asked."""
     told = "prompt" if speaker.visuals.told == "prompt" else "none"
-    given = "images" if kind == "llava" else "video"
     prompt = json.dumps(speaker.prompts[0])
     return (
         f"{{kind: transformers, name: student, model: FOLDER, input: {given}, frames: {speaker.sampling.frames}, "

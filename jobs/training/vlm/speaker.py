@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jobs.training.exported import Trained
 from jobs.training.vlm.visuals import Media, Visual, Visuals
 from models.hub import MissingModel
 from models.language.budget import Sampling
 from models.language.chat import Chat, Message
-from models.language.llava import Llava
-from models.language.pixels import Pixels
+from models.language.seeing import Seeing
 from pipeline.faults import one_line
 
 SETTINGS = "clipmill.json"  # beside an exported model: which frames it is shown, what it is asked
@@ -33,7 +33,7 @@ TOGETHER = 8  # answers at a time
 
 class Speaker:
     """Args:
-    model: a `Llava`, on its device, in eval mode; as it is wrapped, where it is sharded (then `together` is set: all
+    model: a `Seeing`, on its device, in eval mode; as it is wrapped, where it is sharded (then `together` is set: all
         ranks answer at once, each its own).
     prompts: how captions were asked for, the first being the one to use. most: tokens of an answer.
     """
@@ -138,7 +138,7 @@ class Speaker:
                 self._tensors(every),
                 kept=self._kept(every),
                 texts=self._texts(every),
-                answer={"there": there.to(self.device), **options},
+                answer={"there": there.to(self.device), **self.visuals.timing(every), **options},
             )
         return [self.chat.said(row) for row in answers.tolist()]
 
@@ -148,12 +148,11 @@ class Speaker:
     ) -> list[tuple[float, int]]:
         """Of each answer (Σ log p of its tokens and its end, how many these are), the conversation given."""
         model: Any = self.model
-        if not isinstance(model, Llava):
+        if not isinstance(model, Seeing):
             raise TypeError("log_likelihood needs a whole model, not a wrapped one")
         tokens = torch.tensor([self._asked(conversation, visuals)], device=self.device)
-        given = self._tensors(visuals), self._kept(visuals), self._texts(visuals)
-        before = model.embed(tokens, *given)  # 1 P D
-        table = model.language.get_input_embeddings()
+        told = {"kept": self._kept(visuals), "texts": self._texts(visuals)}
+        told = {name: x for name, x in told.items() if x is not None} | self.visuals.timing(visuals)
         found: list[tuple[float, int]] = []
         for at in range(0, len(answers), TOGETHER):
             rows = [self.chat.answered(text) for text in answers[at : at + TOGETHER]]
@@ -162,9 +161,7 @@ class Speaker:
             for row, each in zip(ids, rows, strict=True):
                 row[: len(each)] = torch.tensor(each)
             ids = ids.to(self.device)
-            x = torch.cat([before.expand(len(rows), -1, -1), table(ids[:, :-1]).to(before.dtype)], 1)
-            places = torch.arange(tokens.shape[1] - 1, x.shape[1], device=self.device)
-            logits = model.language(inputs_embeds=x, use_cache=False, logits_to_keep=places).logits.float()
+            logits = model.following(tokens, ids, self._tensors(visuals), **told).float()
             each_token = logits.log_softmax(-1).gather(2, ids[..., None])[..., 0].cpu()
             found += [(float(each_token[i, : len(r)].sum()), len(r)) for i, r in enumerate(rows)]
         return found
@@ -177,7 +174,7 @@ class Speaker:
         if not visuals:
             return []
         counts = [n for v in visuals for n in self.visuals.counts(v)]
-        return self.visuals.tensors(torch.cat([v.frames for v in visuals]).to(self.device), counts)
+        return self.visuals.tensors(self.visuals.joined([v.frames for v in visuals]).to(self.device), counts)
 
     def _kept(self, visuals: Sequence[Visual]) -> list[Tensor | None] | None:
         if self.visuals.static is None:
@@ -193,45 +190,43 @@ class Speaker:
 
 
 def load_speaker(folder: str | Path, device: str | torch.device = "cpu") -> Speaker:
-    """From a folder that `clipmill train vlm` or `clipmill export` wrote, or of a published LLaVA model.
+    """From a folder that `clipmill train vlm` or `clipmill export` wrote, or of a published LLaVA or Qwen-VL.
 
     Of a training, the longest average of the weights, where one was kept. Raises ValueError, one sentence with the fix.
     """
     where, on = Path(folder), torch.device(device)
     try:
         if (where / "model.json").is_file():
-            return _of_training(where, on)
+            from jobs.training.vlm.model import trained_at
+
+            return of_training(trained_at(str(where)), on)
         return _of_export(str(folder), on)
     except MissingModel as e:
         raise ValueError(str(e)) from e
 
 
-def _of_training(folder: Path, device: torch.device) -> Speaker:
-    from jobs.training.vlm.model import model_of, trained_at, visuals_of
+def of_training(trained: Trained, device: torch.device) -> Speaker:
+    """Raises ValueError, CheckpointError, MissingModel."""
+    from jobs.training.vlm.kinds import kind
+    from jobs.training.vlm.model import model_of, visuals_of
 
-    model, tokenizer, recipe = model_of(trained_at(str(folder)))
-    visuals = visuals_of(model, recipe)
-    return Speaker(model.to(device), Chat(tokenizer), visuals, recipe.prompts, recipe.answer)
+    model, recipe = model_of(trained)
+    chat = kind(recipe.model.kind).chat(trained.state["tokenizer"])
+    return Speaker(model.to(device), chat, visuals_of(model, recipe), recipe.prompts, recipe.answer)
 
 
 def _of_export(folder: str, device: torch.device) -> Speaker:
-    from transformers import AutoProcessor
+    from jobs.training.vlm.kinds import kind_of_folder
 
-    from models.language import exported
-
-    model = exported.load(folder).eval()
     file = Path(folder) / SETTINGS
+    of = kind_of_folder(folder)
     try:
-        processor = AutoProcessor.from_pretrained(folder)
-        pictures, template = processor.image_processor, processor.chat_template
-        chat = Chat(processor.tokenizer, template) if template else Chat(processor.tokenizer)
+        model, chat, visuals = of.load(folder)
         told: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
         sampling = Sampling(**told.get("frames", {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(
             f"{folder}: its processor or {SETTINGS} cannot be read ({one_line(e)}): copy it again"
         ) from e
-    pixels = Pixels(model.tower.size, tuple(pictures.image_mean), tuple(pictures.image_std))
-    visuals = Visuals.of(model, sampling, told.get("times", "none"), pixels=pixels)
     more = {name: told[name] for name in ("prompts", "most") if name in told}
-    return Speaker(model.to(device), chat, visuals, **more)
+    return Speaker(model.eval().to(device), chat, visuals(sampling, told.get("times", "none")), **more)

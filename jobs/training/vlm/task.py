@@ -1,9 +1,9 @@
-"""Vision–language models (`models/language/llava.py`) as a task of the loop: clips and conversations → answers.
+"""Vision–language models (`models/language/seeing.py`) as a task of the loop: clips and conversations → answers.
 
-A batch is a packed sequence, or rows (`jobs.training.vlm.conversations.Collate`): 'tokens'; 'frames', uint8
-[N, 3, S, S] of all pictures, 'counts_of_frames', how they are divided; 'at', 'targets', 'weights', what is to be
-predicted; 'documents', how many of them have something to learn. The loss of a document is the mean over its learnt
-tokens, that of a step the mean over its documents, however they are packed.
+A batch is a packed sequence, or rows (`jobs.training.vlm.conversations.Collate`): 'tokens'; 'frames', uint8, of all
+pictures, 'counts_of_frames', how they are divided (`Visuals.tensors`); 'positions', where a model has three; 'at',
+'targets', 'weights', what is to be predicted; 'documents', how many of them have something to learn. The loss of a
+document is the mean over its learnt tokens, that of a step the mean over its documents, however they are packed.
 """
 
 from __future__ import annotations
@@ -24,23 +24,15 @@ from jobs.training.distributed import World
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.task import Batch, Draws, Evaluation, Loader, Losses, Phase, Start, Summed, Task, Told
 from jobs.training.vlm.conversations import Captions, Collate, Documents, kept_of, texts_of, written_of
-from jobs.training.vlm.model import (
-    begin_with,
-    network,
-    published,
-    set_trained,
-    trained_at,
-    visuals_of,
-)
+from jobs.training.vlm.kinds import kind
+from jobs.training.vlm.model import begin_with, set_trained, trained_at, visuals_of
 from jobs.training.vlm.recipe import VLMRecipe
 from jobs.training.vlm.rows import RowLoader
 from jobs.training.vlm.speaker import Speaker
 from jobs.training.vlm.visuals import budget_table
 from models.hub import MissingModel
-from models.language import tokenizer as tokenizers
-from models.language.chat import Chat
-from models.language.llava import Llava
 from models.language.loss import Goal
+from models.language.seeing import Seeing
 from models.measures.captions.cider import cider_d
 from pipeline.faults import StoreError
 from pipeline.io.store import Store, below
@@ -57,17 +49,16 @@ LOOKED_AT = 100  # conversations whose pictures are made sure of before training
 def build(recipe: TrainRecipe, start: Start) -> tuple[Talking, Loader]:
     """Raises ValueError or StoreError, in one sentence, where recipe and data do not fit."""
     assert isinstance(recipe, VLMRecipe)
-    if recipe.model.kind != "llava":
-        raise ValueError(f"trains: vlm needs model.kind llava, not {recipe.model.kind}")
+    kind(recipe.model.kind)
     runs = Runs(recipe, start.data)
-    kept = tokenizer_of(recipe, runs, start)
+    kept = files_of(recipe, runs, start)
     try:
         task = Talking(recipe, start, kept)
     except MissingModel as e:
         raise ValueError(str(e)) from e
     task.shown = runs.held_out
     loader = loader_of(recipe, runs.source(), task, start.world)
-    loader.note = budget_table(task.model, recipe.frames.sampling(), recipe.data.tokens)
+    loader.note = budget_table(task.model, task.visuals, recipe.data.tokens)
     return task, loader
 
 
@@ -164,20 +155,17 @@ def is_talk(folder: str) -> bool:
     return folder.partition("?")[0].endswith(".jsonl") or not Store(folder).list("shards")
 
 
-def tokenizer_of(recipe: VLMRecipe, runs: Runs, start: Start) -> dict[str, str]:
-    """Its files: the saved one, that of the earlier stage, of the language model, or one trained on the texts."""
+def files_of(recipe: VLMRecipe, runs: Runs, start: Start) -> dict[str, str]:
+    """Of its tokenizer or processor: the saved ones, those of the earlier stage, or as its kind has them."""
     if start.saved is not None:
         kept: dict[str, str] = start.saved["tokenizer"]
         return kept
     if recipe.start:
         return dict(trained_at(recipe.start).state["tokenizer"])
-    language = recipe.model.options().get("language")
     try:
-        if isinstance(language, str):
-            return tokenizers.files(tokenizers.published(language))
+        return kind(recipe.model.kind).files(recipe, runs.texts)
     except MissingModel as e:
         raise ValueError(str(e)) from e
-    return tokenizers.files(tokenizers.trained(runs.texts(), recipe.tokenizer))
 
 
 def loader_of(recipe: VLMRecipe, source: Source, task: Talking, world: World) -> SequenceLoader | RowLoader:
@@ -202,22 +190,22 @@ def loader_of(recipe: VLMRecipe, source: Source, task: Talking, world: World) ->
 
 
 class Talking(Task):
-    """Args: kept: files of the tokenizer."""
+    """Args: kept: files of the tokenizer or processor."""
 
     weights: ClassVar = {"documents": 1.0}
 
     def __init__(self, recipe: VLMRecipe, start: Start, kept: dict[str, str]):
         self.recipe, self.world, self.device = recipe, start.world, start.world.device
-        self.kept = kept
-        self.chat = Chat(tokenizers.of_files(kept))
-        self.model: Llava = network(recipe, self.chat.tokenizer, start.device)
+        self.kept, of = kept, kind(recipe.model.kind)
+        self.chat = of.chat(kept)
+        self.model: Seeing = of.network(recipe, kept, start.device)
         if recipe.start and start.saved is None:
             begin_with(self.model, recipe.start, kept)
         self.visuals = visuals_of(self.model, recipe)
         set_trained(self.model, recipe)
         self.shown: ShardReader | None = None
         phase = Phase.of("vlm", self.model, recipe.optimizer)
-        phase.published = published(recipe, self.model)
+        phase.published = () if recipe.start else of.published(recipe, self.model)
         self.phases = [phase]
 
     def counts(self, batch: Batch) -> dict[str, int]:
@@ -228,13 +216,19 @@ class Talking(Task):
         visuals = self.visuals.tensors(batch["frames"], batch["counts_of_frames"])
         goal = Goal(batch["at"], batch["targets"], batch["weights"])
         total = model(
-            tokens, visuals, batch["lengths"], goal=goal, kept=kept_of(batch), texts=texts_of(batch)
+            tokens,
+            visuals,
+            batch["lengths"],
+            batch.get("positions"),
+            goal=goal,
+            kept=kept_of(batch),
+            texts=texts_of(batch),
         )
         used = torch.tensor(float(self.tokens(batch)), device=self.device)
         return Losses({"documents": total}, {"filled": Summed(used, tokens.numel())})
 
     def blocks(self, module: nn.Module) -> Iterator[nn.Module]:
-        assert isinstance(module, Llava)
+        assert isinstance(module, Seeing)
         yield from module.blocks()
 
     def tokens(self, batch: Batch) -> int:

@@ -1,41 +1,43 @@
-"""The pictures and clips of conversations: which frames are looked at, their pixels, the tokens they take."""
+"""The pictures and clips of conversations: which frames are looked at, their pixels, the tokens they take.
+
+squares.py    all of one size, whatever they cost is known beforehand (LLaVA)
+own_size.py   each at its own size (Qwen-VL)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from jobs.training.data.media import Media, as_shown, at_hand
 from models.language import times
-from models.language.budget import Sampling, moving, table
+from models.language.budget import Sampling, table
 from models.language.chat import MARKS, Message, Seen
-from models.language.exported import kind_of
-from models.language.llava import Llava
-from models.language.pixels import Pixels
-from pipeline.faults import StoreError
-from pipeline.io.store import Store
-from pipeline.shards.pixels import BrokenSample, clock, numbered, picture
-from pipeline.split import shown
-from pipeline.split.opening import DecodeError
+from pipeline.shards.pixels import clock, numbered, picture
 
-Media = bytes | str  # an mp4 or a picture, or where it lies
+# how the frames of a batch are divided: 0 an image, n a clip of n; with height and width where these are their own
+Counts = Any
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A picture or clip, not yet decoded. numbers: of its frames; () of a picture."""
+    """A picture or clip, not yet decoded. numbers: of its frames; () of a picture.
+
+    handed: by somebody, from elsewhere: its bytes are no clip of shards, and are looked at as files are.
+    sides: height and width of its frames as they are looked at, once they are known.
+    """
 
     media: Media
     numbers: tuple[int, ...] = ()
     seconds: tuple[float, ...] = ()
     duration: float = 0.0
     text: str = ""  # what is written about it
+    handed: bool = False
+    sides: tuple[int, int] | None = None
 
     @property
     def frames(self) -> int:
@@ -44,7 +46,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Visual:
-    """A picture or clip as it is looked at. frames: uint8 [T, 3, S, S]. seconds: of each, () of a picture."""
+    """A picture or clip as it is looked at. frames: uint8 [T, 3, H, W]. seconds: of each, () of a picture."""
 
     frames: Tensor
     seconds: tuple[float, ...] = ()
@@ -52,76 +54,60 @@ class Visual:
     text: str = ""  # what is written about it
 
 
-@dataclass
 class Visuals:
     """How a model looks at pictures and clips; goes to worker processes.
 
-    places: number of frames → tokens of a clip. one: tokens of a picture.
-    as_images: whether a clip is shown as several images, as `transformers`' LLaVA takes it.
-    grids: number of frames → (t, h, w) of their tokens, where static ones are left out. static: see `budget.moving`.
+    pixels: how it scales them. told: of the times, see `models.language.times`. static: see `budget.moving`. written:
+    tokens of what is written about a clip, at most; 0: none is read.
     """
 
-    pixels: Pixels
+    pixels: Any
     sampling: Sampling
-    places: Mapping[int, int]
-    one: int
-    as_images: bool
-    told: str = "none"
-    static: float | None = None
-    grids: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
-    written: int = 0  # tokens of what is written about a clip, at most; 0: none is read
+    told: str
+    static: float | None
+    written: int
 
-    @classmethod
-    def of(
-        cls,
-        model: Llava,
-        sampling: Sampling,
-        told: str = "none",
-        static: float | None = None,
-        pixels: Pixels | None = None,
-        written: int = 0,
-    ) -> Visuals:
-        """Raises ValueError where static tokens cannot be left out."""
-        side = model.tower.size
-        counts = range(1, sampling.frames + 1)
-        try:
-            as_images = static is None and kind_of(model) == "llava"
-        except ValueError:
-            as_images = False
-        return cls(
-            pixels or Pixels.of(model.tower),
-            sampling,
-            {n: model.tokens(n, side, side) for n in counts},
-            model.tokens(1, side, side),
-            as_images,
-            told,
-            static,
-            {} if static is None else {n: model.grid(n, side, side) for n in counts},
-            written,
-        )
+    def with_sampling(self, model: Any, sampling: Sampling) -> Visuals:
+        """The same of the same model, which looks at other frames."""
+        raise NotImplementedError
+
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """Heights and widths of clips whose cost is shown before training."""
+        raise NotImplementedError
 
     # ------------------------------------------------------------ what is looked at
 
     def planned(self, media: Media, rng: np.random.Generator | None = None) -> Planned:
         """Of a clip; a generator draws where its frames lie, see `Sampling.of`. Raises BrokenSample."""
+        handed = isinstance(media, str)
         media = at_hand(media)
         when = clock(media)
         numbers = self.sampling.of(len(when.seconds), when.rate, None if rng is None else rng.random)
-        return Planned(media, tuple(numbers), tuple(when.seconds[n] for n in numbers), when.duration)
+        seconds = tuple(when.seconds[n] for n in numbers)
+        return Planned(media, tuple(numbers), seconds, when.duration, handed=handed)
+
+    def measured(self, what: Planned) -> Planned:
+        """With the sides of its frames, where these are told by its own. Raises BrokenSample."""
+        return what
 
     def loaded(self, what: Planned) -> Visual:
         """Raises BrokenSample."""
         media = at_hand(what.media)
         if not what.numbers:
             frames = picture(media)
-        elif isinstance(media, bytes):
+        elif isinstance(media, bytes) and not what.handed:
             frames = numbered(media, what.numbers)
         else:
-            try:
-                frames = shown.read(media, None, numbers=what.numbers).pictures
-            except DecodeError as e:
-                raise BrokenSample(f"{media}: {e}") from e
-        return Visual(self.pixels.resized(frames), what.seconds, what.duration, what.text)
+            frames = as_shown(media, what.numbers)
+        pixels = self.resized(frames, bool(what.numbers), what.sides)
+        return Visual(pixels, what.seconds, what.duration, what.text)
+
+    def resized(
+        self, frames: np.ndarray | Tensor, clip: bool, sides: tuple[int, int] | None = None
+    ) -> Tensor:
+        """uint8 [T, H, W, 3] of a clip or a picture → uint8 [T, 3, H, W] of the sides that are given, or are told by
+        its own. Raises BrokenSample."""
+        raise NotImplementedError
 
     def clip(self, media: Media) -> Visual:
         """Of an mp4 or its name. Raises BrokenSample."""
@@ -136,43 +122,47 @@ class Visuals:
         """Of frames [T, H, W, 3] uint8 that are looked at as they are; without their times a picture, or 1 fps."""
         when = tuple(seconds) or (tuple(float(i) for i in range(len(frames))) if len(frames) > 1 else ())
         length = duration if duration is not None else (when[-1] if when else 0.0)
-        return Visual(self.pixels.resized(frames), when, length)
+        return Visual(self.resized(frames, bool(when)), when, length)
+
+    def blank(self, what: Planned) -> Tensor:
+        """Black frames in place of those that cannot be read, uint8 [T, 3, H, W]."""
+        raise NotImplementedError
 
     # ------------------------------------------------------------ as tokens and tensors
 
     def seen(self, what: Planned | Visual, kept: Tensor | None = None) -> Seen:
-        """Args: kept: of `kept`."""
-        if not what.seconds:
-            return Seen((self.one,))
-        n = len(what.seconds)
-        if self.as_images:
-            return Seen((self.one,) * n)
-        return Seen((self._places(n) if kept is None else int(kept.sum()),), video=True)
-
-    def _places(self, n: int) -> int:
-        if n not in self.places:
-            raise ValueError(f"{n} frames, but the model looks at {max(self.places)} at most: give fewer")
-        return self.places[n]
+        """The places it takes. Args: kept: of `kept`."""
+        raise NotImplementedError
 
     def kept(self, what: Visual) -> Tensor | None:
         """Which tokens of a clip are there, bool [t, h, w]; None: all."""
-        if self.static is None or not what.seconds:
-            return None
-        n = len(what.seconds)
-        whole = -(-n // self.grids[n][0]) * self.grids[n][0]
-        frames = torch.cat([what.frames, what.frames[-1:].expand(whole - n, -1, -1, -1)])
-        return moving(frames.float() / 255, self.grids[n], self.static)
+        return None
 
-    def counts(self, what: Planned | Visual) -> list[int]:
-        """How its frames are given to a model: 0 an image, n a clip of n."""
-        if not what.seconds:
-            return [0]
-        return [0] * len(what.seconds) if self.as_images else [len(what.seconds)]
+    def counts(self, what: Planned | Visual) -> list[Counts]:
+        """How its frames are given to a model."""
+        raise NotImplementedError
 
-    def tensors(self, frames: Tensor, counts: Sequence[int]) -> list[Tensor]:
-        """uint8 [N, 3, S, S] → images [3, S, S] and clips [n, 3, S, S], scaled."""
-        parts = self.pixels.scaled(frames).split([max(n, 1) for n in counts]) if counts else []
-        return [part if n else part[0] for part, n in zip(parts, counts, strict=True)]
+    def joined(self, frames: Sequence[Tensor]) -> Tensor:
+        """Frames of several pictures and clips as one tensor, uint8."""
+        raise NotImplementedError
+
+    def tensors(self, frames: Tensor, counts: Sequence[Counts]) -> list[Tensor]:
+        """Of `joined` frames images [3, H, W] and clips [n, 3, H, W], scaled."""
+        raise NotImplementedError
+
+    def timing(self, visuals: Sequence[Planned | Visual]) -> dict[str, Any]:
+        """What `generate` and `following` of a model take of the times of these."""
+        return {}
+
+    def positions(
+        self, tokens: np.ndarray, lengths: Sequence[int], visuals: Sequence[Planned | Visual]
+    ) -> Tensor | None:
+        """Positions of a row of tokens [L], int64 [3, L]; None: the model counts them itself.
+
+        Args:
+            lengths: of the documents in it. visuals: of all of them.
+        """
+        return None
 
     def timed(self, messages: Sequence[Message], visuals: Sequence[Planned | Visual]) -> list[dict[str, Any]]:
         """The messages, with the times of the frames in the first thing that the user says, before its words."""
@@ -185,41 +175,16 @@ class Visuals:
             first["content"] = f"{first['content'][:at]}{before}\n{first['content'][at:]}"
         return said
 
-    @cached_property
-    def shape(self) -> tuple[int, int, int]:
-        return 3, self.pixels.size, self.pixels.size
 
-
-def at_hand(media: Media) -> Media:
-    """Bytes of a clip, or a file of this machine. Raises BrokenSample."""
-    if isinstance(media, bytes):
-        return media
-    if "://" not in media:
-        return here(media)
-    folder, _, name = media.rpartition("/")
-    try:
-        return Store(folder).read_bytes(name)
-    except (StoreError, OSError) as e:
-        raise BrokenSample(f"{media}: {e}") from e
-
-
-def here(media: str) -> str:
-    """The same name, of a file of this machine made sure of; addresses are not looked at. Raises BrokenSample."""
-    if "://" not in media and not Path(media).is_file():
-        raise BrokenSample(f"{media} is not there")
-    return media
-
-
-def budget_table(model: Llava, sampling: Sampling, context: int) -> str:
+def budget_table(model: Any, visuals: Visuals, context: int) -> str:
     """What a clip costs as the recipe has it, and with half and twice as many frames."""
-    side = model.tower.size
-    n = sampling.frames
+    n, sizes = visuals.sampling.frames, visuals.sizes()
+    samplings = (
+        visuals.sampling,
+        *(Sampling(m) for m in (max(1, n // 2), n, 2 * n)),
+        Sampling(max(n, 64), 1.0),
+    )
     several = {
-        str(s): (s, side, side)
-        for s in (
-            sampling,
-            *(Sampling(m) for m in (max(1, n // 2), n, 2 * n)),
-            Sampling(max(n, 64), 1.0),
-        )
+        f"{s} of {w}×{h}" if len(sizes) > 1 else str(s): (s, h, w) for s in samplings for h, w in sizes
     }
     return table(model.tokens, several, context=context)

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.benchmarks import srt
 from jobs.benchmarks.formats import FORMATS, read
 from jobs.benchmarks.items import BenchmarkError
 
@@ -266,6 +267,32 @@ def test_videomme_table(tmp_path):
     assert item.options[item.answer] == "Berries."
     assert item.options[3] == "The three kinds are of the same number."
     assert item.group == ("short", "Knowledge", "Counting Problem")
+    assert item.subtitles is None
+    write(tmp_path / "subtitle/fFjv93ACGo8.srt", SRT)
+    (item,) = items("video-mme", tmp_path, "questions").values()
+    assert item.subtitles == tmp_path / "subtitle/fFjv93ACGo8.srt"
+
+
+SRT = (
+    "\ufeff1\r\n00:00:01,500 --> 00:00:03,000\r\n"
+    '<font color="white" size=".72c">Hi guys, I\'m going</font>\r\n\r\n'
+    "2\r\n00:00:02.000 --> 00:00:04.25\r\nto show\r\nyou 3 \r\n\r\n"
+    "3\r\n01:00:00,000 --> 01:00:09,000\r\n\r\n"
+    "4\r\n01:00:10,000 --> 01:00:12,000\r\n12\r\n"
+)
+
+
+def test_subtitles_are_read_as_they_are_shown(tmp_path):
+    file = tmp_path / "a.srt"
+    file.write_text(SRT, encoding="utf-8", newline="")
+    cues = srt.read(file)
+    assert cues == [(1.5, 3.0, "Hi guys, I'm going"), (2.0, 4.25, "to show you 3"), (3610.0, 3612.0, "12")]
+    assert srt.shown_at(cues, [0.0, 1.4]) == []
+    assert srt.shown_at(cues, [1.5, 2.5, 2.9]) == ["Hi guys, I'm going", "to show you 3"]
+    assert srt.shown_at(cues, [3.0, 3611.0]) == ["to show you 3", "12"]
+    file.write_text("nonsense")
+    with pytest.raises(BenchmarkError, match="holds no subtitles"):
+        srt.read(file)
 
 
 def test_questions_of_ones_own_with_and_without_options(tmp_path):

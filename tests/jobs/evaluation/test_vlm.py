@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs import evaluate, toy
@@ -252,18 +254,75 @@ def test_figures_of_open_questions_and_intervals_by_video():
     ]
     rows = [
         {"said": "The cat."},
-        {"said": "three"},
+        {"said": " two "},
         {"said": "C", "chosen": 2},
         {"said": "?", "chosen": None},
     ]
     found = {row["name"]: row for row in questions.figures(items, rows)}
-    assert found["accuracy"]["value"] == 0.5
+    assert found["accuracy"]["value"] == 0.5  # of those with options
+    assert found["exact match, open"]["value"] == 0.5
+    assert found["normalised accuracy, open"]["value"] == 1.0
     assert found["what"]["value"] == pytest.approx(2 / 3)
-    assert found["how"]["value"] == 0
+    assert found["how"]["value"] == 1
     assert found["no option chosen"]["value"] == 1
     from models.measures.wilson import wilson
 
-    assert (found["accuracy"]["low"], found["accuracy"]["high"]) == wilson(0.5, 2)  # two videos
+    assert (found["what"]["low"], found["what"]["high"]) == wilson(2 / 3, 2)  # two videos
+    assert [row["name"] for row in questions.figures(items[:2], rows[:2])][:2] == [
+        "exact match, open",
+        "normalised accuracy, open",
+    ]
+
+
+def test_subtitles_at_the_frames_that_are_looked_at_stand_before_the_question(model, world, tmp_path, capsys):
+    folder = tmp_path / "mme"
+    (folder / "subtitle").mkdir(parents=True)
+    row = {"duration": "short", "domain": "d", "task_type": "t", "question": "Which?", "answer": "B"}
+    rows = []
+    for name, scene in zip(("a", "b"), sorted((world / "scenes").iterdir()), strict=False):
+        shutil.copy(scene, folder / f"{name}.mp4")
+        rows.append(row | {"videoID": name, "question_id": f"{name}-1", "options": ["A. x.", "B. y."]})
+    pq.write_table(pa.Table.from_pylist(rows), folder / "test-00000-of-00001.parquet")
+    args = ["vlm", str(model), "questions", "--against", str(folder), "--format", "video-mme", "--subtitles"]
+    assert evaluate.main([*args, "--out", str(tmp_path / "none")]) == 2
+    assert f"--subtitles: {folder} has no .srt file named as one of its videos" in capsys.readouterr().err
+    speaker = load_speaker(model)
+    clips = {name: speaker.frames(str(folder / f"{name}.mp4")) for name in ("a", "b")}
+    first, _, last = clips["a"].seconds
+    cue = "1\n00:00:{:06.3f} --> 00:00:{:06.3f}\n{}\n\n"
+    told = cue.format(first, first + 0.001, "one") + cue.format(first + 0.01, first + 0.02, "unseen")
+    (folder / "subtitle/a.srt").write_text(told + cue.format(last, last + 1, "three"))
+    out = tmp_path / "out"
+    more = ("--format", "video-mme", "--subtitles", "--by", "likelihood")
+    result = run(model, "questions", folder, out, *more)
+    assert result["protocol"]["subtitles"] is True
+    assert result["notes"] == ["Asked without subtitles, as there are none: 1 videos."]
+    asked = {
+        "a": "This video's subtitles are listed below:\none\nthree\nWhich?",
+        "b": "Which?",
+    }
+    for row in lines(out)[1:]:
+        name = row["id"][0]
+        talk = [{"role": "user", "content": questions.lettered(asked[name], ["x.", "y."])}]
+        known = speaker.log_likelihood(talk, [clips[name]], ["A", "B"])
+        assert row["log_p"] == pytest.approx([p for p, _ in known], abs=1e-5)
+    assert (
+        "subtitles"
+        not in run(model, "questions", folder, tmp_path / "plain", "--format", "video-mme")["protocol"]
+    )
+
+
+def test_open_nextqa_says_what_is_measured_in_place_of_wups(model, world, tmp_path):
+    folder = tmp_path / "nextqa"
+    folder.mkdir()
+    shutil.copy(min((world / "scenes").iterdir()), folder / "7.mp4")
+    (folder / "val.csv").write_text(
+        "video,frame_count,width,height,question,answer,qid,type\n7,9,32,32,what moves,a ball,0,TC\n"
+    )
+    result = run(model, "questions", folder, tmp_path / "out", "--format", "next-qa")
+    assert {"exact match, open", "normalised accuracy, open"} <= {row["name"] for row in result["numbers"]}
+    (note,) = result["notes"]
+    assert note.startswith("No WUPS, NExT-QA's own measure of open answers")
 
 
 def test_equal_texts_are_each_others_right_answers():

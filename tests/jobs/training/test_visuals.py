@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.training.vlm.visuals import Visuals
+from jobs.training.vlm.squares import Squares
 from models.language.budget import Sampling
 from models.language.pixels import Pixels
+from pipeline.io.store import Store
 from pipeline.shards.pixels import BrokenSample
 from pipeline.split import shown
 from tests.fixtures import videos
@@ -18,7 +19,7 @@ PIXELS = Pixels(32, (0.5,) * 3, (0.5,) * 3)
 
 @pytest.fixture
 def visuals():
-    return Visuals(PIXELS, Sampling(4), {n: n for n in range(1, 5)}, 1, as_images=False)
+    return Squares(PIXELS, Sampling(4), {n: n for n in range(1, 5)}, 1, as_images=False)
 
 
 @pytest.mark.parametrize(
@@ -51,3 +52,24 @@ def test_a_picture_that_would_fill_the_memory_is_a_broken_sample(visuals, tmp_pa
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(BrokenSample):
         visuals.image(str(tmp_path / "bomb.png"))
+
+
+@pytest.mark.parametrize(
+    ("maker", "options"), [(cfr, {}), (rotated, {"degrees": 90})], ids=["plain", "turned"]
+)
+def test_a_video_on_an_object_store_looks_as_the_file_does(
+    visuals, object_store, monkeypatch, maker, options
+):
+    for name, value in object_store.environment().items():
+        monkeypatch.setenv(name, value)
+    far, file = object_store.bucket(), made(maker, **options)
+    Store(far).write_bytes("a.mp4", file.read_bytes())
+    here, there = visuals.clip(str(file)), visuals.clip(f"{far}/a.mp4")
+    assert torch.equal(there.frames, here.frames)
+    assert there.seconds == here.seconds
+
+
+def test_times_and_frames_are_of_the_video_and_not_of_its_cover(visuals):
+    found = visuals.clip(str(made(videos.cover_then_video)))
+    assert len(found.seconds) == 4
+    assert len({x.numpy().tobytes() for x in found.frames}) == 4

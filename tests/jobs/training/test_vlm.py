@@ -352,7 +352,7 @@ def test_captions_are_compared_with_the_chosen_ones():
 
 def test_the_table_says_what_clips_cost(run):
     task, loader = made(run)
-    assert budget_table(task.model, task.visuals.sampling, 512) in loader.table()
+    assert budget_table(task.model, task.visuals, 512) in loader.table()
     assert "8 (2 fr.)" in loader.table()
 
 

@@ -14,7 +14,6 @@ from models.hub import MissingModel
 from models.language import exported, loss
 from models.language.by_document import DOCUMENTS, attend, stand_in
 from models.language.llava import ONEVISION, PRESETS, Llava, Placeholders, build, check
-from models.language.positions import turn_by_three
 from models.language.towers import OpenClipTower, tower
 from tests.fixtures.tiny_vlm import _qwen_tokenizer, llava_onevision, qwen2_5_vl
 
@@ -421,17 +420,6 @@ def test_trained_in_two_stages_saved_and_served_by_the_mills_captioner(
     assert " ".join(tokenizer.decode(said, skip_special_tokens=True).split()) == answer.text
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert processor.tokenizer.convert_tokens_to_ids("<video>") == model.placeholders.video
-
-
-def test_a_model_of_three_positions_is_not_exported_nor_asked_by_transformers_generate(
-    made, tokenizer, tmp_path
-):
-    model = made()
-    turn_by_three(model.language)
-    with pytest.raises(ValueError, match="one position a token"):
-        exported.save(model, tmp_path, tokenizer)
-    with pytest.raises(ValueError, match="one position a token"):
-        model.generate(torch.zeros(1, 3, dtype=torch.long))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """What is read of a video that is handed in: the frames that ffmpeg's own player shows, at the times it shows them."""
 
+from contextlib import nullcontext
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
+from pipeline.split import shown, sought
 from pipeline.split.opening import DecodeError
 from pipeline.split.shown import read
 from tests.fixtures import videos
@@ -91,3 +94,86 @@ def test_frames_are_found_by_their_numbers_in_the_videos_own_size(degrees):
 def test_what_is_no_video_is_one_sentence(tmp_path):
     with pytest.raises(DecodeError):
         read(str(made(videos.text)), lambda _: (16, 16))
+
+
+# ---------------------------------------------------------------- frames by number, from the nearest keyframe
+
+
+X264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p")
+OPEN_GOP = "open-gop=1:keyint=12:min-keyint=12:bframes=3:scenecut=0"
+X265 = ("-c:v", "libx265", "-x265-params", f"{OPEN_GOP}:log-level=0")
+ENCODED = {
+    "bframes.mp4": (*X264, "-g", "12", "-bf", "3"),
+    "open.mp4": (*X264, "-x264-params", OPEN_GOP),
+    "open.mkv": (*X264, "-x264-params", OPEN_GOP),
+    "cra.mp4": X265,
+    "cra.mkv": X265,
+    "every.mp4": (*X264, "-g", "1"),
+    "pairs.mp4": (*X264, "-g", "2", "-bf", "1"),
+    "fragments.mp4": (*X264, "-g", "12", "-bf", "3", "-movflags", "frag_keyframe+empty_moov"),
+    "a.webm": ("-c:v", "libvpx-vp9", "-g", "12", "-deadline", "realtime", "-cpu-used", "8"),
+    "hidden.webm": ("-c:v", "libvpx", "-g", "12", "-auto-alt-ref", "1", "-lag-in-frames", "8"),
+    "a.ts": (*X264, "-g", "12", "-bf", "3"),
+    "packed.avi": ("-c:v", "mpeg4", "-g", "12", "-bf", "2"),
+    "fields.mp4": ("-vf", "tinterlace=4", *X264, "-flags", "+ildct+ilme", "-g", "12"),
+}
+ELSEWHERE = {"hidden.webm", "a.ts", "packed.avi", "fields.mp4", "edit-list.mp4"}  # read from the beginning
+PARTS = [[0], [30], [5, 13, 35], [11, 12, 23, 24, 99], [36, 37]]
+
+
+def encoded(path: Path, name: str) -> Path:
+    made_of = "testsrc2=size=96x64:rate=25:duration=" + ("2.4" if name == "fields.mp4" else "1.6")
+    ffmpeg("-f", "lavfi", "-i", made_of, *ENCODED[name], str(path))
+    return path
+
+
+def of_name(name: str, folder: Path) -> Path:
+    if name in ENCODED:
+        return made(encoded, suffix=Path(name).suffix, name=name)
+    if name == "edit-list.mp4":  # begins in the midst of a group: its first frames are decoded and not shown
+        ffmpeg("-ss", "0.2", "-i", str(of_name("bframes.mp4", folder)), "-c", "copy", str(folder / name))
+        return folder / name
+    return made(getattr(videos, name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *ENCODED,
+        *(
+            "edit-list.mp4",
+            "vfr",
+            "rotated",
+            "delayed_start",
+            "no_duration",
+            "size_change",
+            "cover_then_video",
+        ),
+        *("clock_reset", "truncated", "corrupt", "one_frame", "ten_bit", "non_square"),
+    ],
+)
+def test_sought_frames_are_those_of_decoding_it_all(name, tmp_path):
+    path = str(of_name(name, tmp_path))
+    for numbers in PARTS:
+        whole = shown._from_the_beginning(path, None, numbers=numbers)
+        assert np.array_equal(read(path, None, numbers=numbers).pictures, whole.pictures)
+        if name in ENCODED or name in ELSEWHERE:
+            with pytest.raises(sought.Unsure) if name in ELSEWHERE else nullcontext():
+                shown._sought(path, None, numbers)
+
+
+def test_what_lies_before_the_nearest_keyframe_is_not_decoded(tmp_path):
+    path = of_name("bframes.mp4", tmp_path)
+    damaged = tmp_path / "damaged.mp4"
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets = [(p.pos, p.size, p.pts) for p in container.demux(container.streams.video[0]) if p.size]
+    first, second, *_ = sorted(pts for *_, pts in packets)
+    step = second - first
+    for pos, size, pts in packets:
+        if 8 * step <= pts - first < 24 * step:  # the first frame tells how it all is shown
+            data[pos + 5 : pos + size] = bytes(size - 5)
+    damaged.write_bytes(data)
+    assert np.array_equal(
+        read(str(damaged), None, numbers=[25, 37]).pictures, read(str(path), None, numbers=[25, 37]).pictures
+    )
