@@ -6,25 +6,19 @@ own_size.py   each at its own size (Qwen-VL)
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from jobs.training.data.media import Media, as_shown, at_hand
 from models.language import times
 from models.language.budget import Sampling, table
 from models.language.chat import MARKS, Message, Seen
-from pipeline.faults import StoreError
-from pipeline.io.store import Store
-from pipeline.shards.pixels import BrokenSample, clock, numbered, picture
-from pipeline.split import shown
-from pipeline.split.opening import DecodeError
+from pipeline.shards.pixels import clock, numbered, picture
 
-Media = bytes | str  # an mp4 or a picture, or where it lies
 # how the frames of a batch are divided: 0 an image, n a clip of n; with height and width where these are their own
 Counts = Any
 
@@ -180,39 +174,6 @@ class Visuals:
             at = max((m.end() for m in MARKS.finditer(first["content"])), default=0)
             first["content"] = f"{first['content'][:at]}{before}\n{first['content'][at:]}"
         return said
-
-
-def at_hand(media: Media) -> Media:
-    """Bytes of a clip, or a file of this machine. Raises BrokenSample."""
-    if isinstance(media, bytes):
-        return media
-    if "://" not in media:
-        return here(media)
-    folder, _, name = media.rpartition("/")
-    try:
-        return Store(folder).read_bytes(name)
-    except (StoreError, OSError) as e:
-        raise BrokenSample(f"{media}: {e}") from e
-
-
-def as_shown(media: Media, numbers: Sequence[int]) -> np.ndarray:
-    """Frames of a file that somebody hands in, or of its bytes, uint8 [T, H, W, 3]. Raises BrokenSample."""
-    if isinstance(media, bytes):
-        with tempfile.NamedTemporaryFile(suffix=".video") as file:
-            file.write(media)
-            file.flush()
-            return as_shown(file.name, numbers)
-    try:
-        return shown.read(media, None, numbers=numbers).pictures
-    except DecodeError as e:
-        raise BrokenSample(f"{media}: {e}") from e
-
-
-def here(media: str) -> str:
-    """The same name, of a file of this machine made sure of; addresses are not looked at. Raises BrokenSample."""
-    if "://" not in media and not Path(media).is_file():
-        raise BrokenSample(f"{media} is not there")
-    return media
 
 
 def budget_table(model: Any, visuals: Visuals, context: int) -> str:

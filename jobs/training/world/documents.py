@@ -20,6 +20,7 @@ from torch import Tensor
 from jobs.training.data.loader import readers_of
 from jobs.training.data.sequences import Item
 from jobs.training.task import Batch
+from jobs.training.world.conversations import Looks, laid_out, together
 from jobs.training.world.recipe import KINDS, Documents, Words, WorldRecipe
 from models.language import needle
 from models.language import tokenizer as tokenizers
@@ -94,15 +95,17 @@ def sources_of(recipe: WorldRecipe, data: str) -> Mixed:
 
 @dataclass
 class LaidOut:
-    """Sample → item: `tokens`, `vision`, `learnt` [length], and `pixels`, uint8 [T, 3, H, W] or None.
+    """Sample → item: `tokens`, `vision`, `learnt` [length], and `pixels`, uint8 [F, 3, H, W] or None, of `clips`.
 
-    Where codes will be there is 0. It is handed to processes that read.
+    Where codes will be there is 0; `clips` are the frames of each picture and video. It is handed to processes that
+    read.
 
     Args:
         tokenizer: its files; None: bytes.
         room: tokens of a document at most; straw: sentences that needles are hidden in.
         stride: frames that a frame of codes stands for, after the first.
         codes, frame: see `Layout`.
+        looks: at the pictures of conversations; None: without codes there are none.
     """
 
     wanted: Documents
@@ -112,6 +115,7 @@ class LaidOut:
     stride: int
     room: int
     seed: int
+    looks: Looks | None = None
     straw: Sequence[str] = ()
     _held: dict[str, Layout] = field(default_factory=dict, repr=False)
 
@@ -127,23 +131,29 @@ class LaidOut:
     def __call__(self, sample: Sample) -> Item:
         kind = sample["kind"]
         rng = np.random.default_rng([self.seed, KINDS.index(kind), sample["number"]])
-        pixels = None
+        pixels: list[np.ndarray] = []
         if kind == "needle":
             parts = self._needle(rng)
+        elif kind == "text" and "messages" in sample:
+            parts, pixels = laid_out(sample, self.looks, self.frame, self.stride)
         elif kind == "text":
-            parts = self._text(sample)
+            parts = [Part(sample["caption"])]
         else:
-            pixels = sample["video"].transpose(1, 0, 2, 3)  # T 3 H W
+            frames = sample["video"].transpose(1, 0, 2, 3)  # T 3 H W
             if kind in ("text_to_image", "image_to_text"):
-                pixels = pixels[(at := int(rng.integers(len(pixels)))) : at + 1]
-            parts = self._seen(sample["caption"], pixels, kind, rng)
+                frames = frames[(at := int(rng.integers(len(frames)))) : at + 1]
+            parts, pixels = self._seen(sample["caption"], frames, kind, rng), [frames]
         laid = self.layout.lay_out(parts)
         if laid.length > self.room:
             raise ValueError(
                 f"{sample['key']} makes a document of {laid.length} tokens, more than the {self.room} of the context: "
                 "raise data.tokens (and context), or give it fewer frames"
             )
-        return {"length": laid.length, "pixels": pixels, **{k: x.numpy() for k, x in laid._asdict().items()}}
+        return {
+            "length": laid.length,
+            **together(pixels),
+            **{k: x.numpy() for k, x in laid._asdict().items()},
+        }
 
     def _seen(self, caption: str, pixels: np.ndarray, kind: str, rng: np.random.Generator) -> list[Part]:
         codes = torch.zeros(1 + (len(pixels) - 1) // self.stride, self.frame, dtype=torch.long)
@@ -151,9 +161,6 @@ class LaidOut:
             return [Part(codes, "vision" in self.wanted.prompts), Part(caption)]
         before = [Part(caption, "text" in self.wanted.prompts)] if rng.random() >= self.wanted.dropped else []
         return [*before, Part(codes)]
-
-    def _text(self, sample: Sample) -> list[Part]:
-        return conversation(sample["messages"]) if "messages" in sample else [Part(sample["caption"])]
 
     def _needle(self, rng: np.random.Generator) -> list[Part]:
         def sentence() -> str:
@@ -185,18 +192,6 @@ def tokenizer_of(words: Words, captions: Callable[[], list[str]]) -> dict[str, s
     return tokenizers.files(made)
 
 
-def conversation(messages: Sequence[dict[str, str]]) -> list[Part]:
-    """As Large World Model writes one; what the assistant says is learnt."""
-    marks = {"system": "", "user": "USER: ", "assistant": "ASSISTANT: "}
-    found = []
-    for i, message in enumerate(messages):
-        space = " " if i else ""
-        mine = message["role"] == "assistant"
-        found.append(Part(f"{space}{marks[message['role']]}", learnt=False))
-        found.append(Part(message["content"], learnt=mine))
-    return found
-
-
 # ---------------------------------------------------------------- how they are packed
 
 
@@ -223,7 +218,7 @@ class Collate:
         batch: Batch = {"tokens": laid.tokens, "vision": laid.vision}
         batch["slots"] = (laid.vision & (laid.tokens < self.codes)).nonzero()[:, 0]
         seen = [torch.from_numpy(item["pixels"]) for item in items if item["pixels"] is not None]
-        batch["clips"] = [len(x) for x in seen]
+        batch["clips"] = [n for item in items for n in item["clips"]]
         if seen:
             batch["pixels"] = torch.cat(seen)
         for kind, here in (("text", ~laid.vision), ("vision", laid.vision)):

@@ -42,7 +42,7 @@ class Documents(Section):
     video_to_text: float = Field(0.5, ge=0, description="clip, then caption")
     text_to_image: float = Field(0.0, ge=0, description="caption, then one frame of the clip")
     image_to_text: float = Field(0.0, ge=0, description="one frame of the clip, then caption")
-    text: float = Field(0.0, ge=0, description="text alone: conversations of `chat`, or captions")
+    text: float = Field(0.0, ge=0, description="conversations of `chat`, or captions alone")
     needle: float = Field(
         0.0,
         ge=0,
@@ -51,7 +51,8 @@ class Documents(Section):
     numbers: int = Field(1, ge=1, le=12, description="hidden in a document of needles, at most")
     chat: str | None = Field(
         None,
-        description="of text alone: a .jsonl file with conversations, or a folder of them",
+        description="a .jsonl file with conversations, or a folder of them; with a VQ autoencoder they may hold "
+        "pictures and videos, the user's and the assistant's",
         json_schema_extra=PATH,
     )
     dropped: float = Field(

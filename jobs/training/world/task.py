@@ -23,6 +23,7 @@ from jobs.training.data.sequences import SequenceLoader
 from jobs.training.distributed import World as Ranks
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.task import Batch, Draws, Evaluation, Losses, Phase, Start, Step, Summed, Task, Told
+from jobs.training.world.conversations import Looks
 from jobs.training.world.documents import LANES, PLACEMENT, Collate, LaidOut, sources_of
 from jobs.training.world.recipe import WorldRecipe
 from jobs.training.world.system import WorldSystem, build_world
@@ -64,6 +65,7 @@ def build(recipe: TrainRecipe, start: Start) -> tuple[WorldTask, SequenceLoader]
         1 if system.vq is None else system.vq.stride[0],
         recipe.longest,
         recipe.seed,
+        None if system.vq is None else Looks.of(recipe.data),
     )
     if recipe.documents.needle:
         laid.straw = task.straw = [c for c in told(STRAW) if c]

@@ -1,0 +1,119 @@
+"""Conversations of a world model: words, pictures and videos in turn, of which what the assistant says is learnt.
+
+    <s> USER: <vision> … </vision> What is it? ASSISTANT: A ball. USER: Draw one. ASSISTANT: <vision> … </vision> </s>
+
+Pictures and videos stand where <image> and <video> do in the messages, the user's or the assistant's; where no message
+has such a mark, before the first words of the user's. All have the size of the recipe's buckets; a video has as many
+frames as the longest bucket that it fills.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs.training.data.media import as_shown, at_hand
+from jobs.training.recipe_core import Data
+from models.language.chat import MARKS
+from models.language.exported import IMAGE, VIDEO
+from models.language.layout import Part
+from pipeline.shards.mixture import Sample
+from pipeline.shards.pixels import clock, picture
+
+SPEAKERS = {"system": "", "user": "USER: ", "assistant": "ASSISTANT: "}
+
+
+@dataclass(frozen=True)
+class Looks:
+    """How pictures and videos are looked at. size: (height, width). frames: of a video, one of these.
+
+    fps: frames a second; None spreads them over the whole.
+    """
+
+    size: tuple[int, int]
+    frames: tuple[int, ...]
+    fps: float | None
+
+    @classmethod
+    def of(cls, data: Data) -> Looks:
+        bucket = data.buckets[0]
+        return cls((bucket.height, bucket.width), tuple(sorted({b.frames for b in data.buckets})), data.fps)
+
+    def image(self, media: str) -> np.ndarray:
+        """Upright, scaled to cover the size and cropped at the centre, uint8 [1, 3, H, W]. Raises BrokenSample."""
+        from PIL import Image, ImageOps
+
+        upright = Image.fromarray(picture(at_hand(media))[0])
+        fitted = ImageOps.fit(upright, self.size[::-1], Image.Resampling.BICUBIC)
+        return np.asarray(fitted).transpose(2, 0, 1)[None]
+
+    def video(self, media: str) -> np.ndarray:
+        """From the middle of it, scaled and cropped likewise, uint8 [T, 3, H, W]. Raises BrokenSample."""
+        found = at_hand(media)
+        when = clock(found)
+        lasts = len(when.seconds) if self.fps is None else round(when.duration * self.fps)
+        count = max((n for n in self.frames if n <= lasts), default=self.frames[0])
+        if self.fps is None:
+            times = [(i + 0.5) * when.duration / count for i in range(count)]
+        else:
+            begin = max(0.0, when.duration - count / self.fps) / 2
+            times = [begin + i / self.fps for i in range(count)]
+        numbers = [max(0, bisect_right(when.seconds, t + 1e-6) - 1) for t in times]
+        return as_shown(found, numbers, lambda _: self.size).transpose(0, 3, 1, 2)
+
+
+def laid_out(
+    sample: Sample, looks: Looks | None, frame: int, stride: int
+) -> tuple[list[Part], list[np.ndarray]]:
+    """A conversation's parts, with places for codes, and the pixels [T, 3, H, W] that these will be made of, in order.
+
+    Args:
+        sample: of `pipeline.shards.chat.ChatReader`.
+        looks: None: there are no codes. frame: codes of a frame. stride: frames that each but the first stands for.
+
+    Raises BrokenSample, and ValueError, one sentence, where marks and pictures do not fit, or there are no codes.
+    """
+    messages, images, video = sample["messages"], sample["images"], sample["video"]
+    if (images or video) and looks is None:
+        raise ValueError(
+            f"{sample['key']} shows pictures, of which nothing makes codes: set vq.path, or leave such lines out"
+        )
+    asked = [mark for m in messages for mark in MARKS.findall(m["content"])]
+    wanted = [IMAGE] * len(images) + [VIDEO] * bool(video)
+    if asked and wanted and sorted(asked) != sorted(wanted):
+        raise ValueError(
+            f"{sample['key']} has {asked.count(IMAGE)} {IMAGE} and {asked.count(VIDEO)} {VIDEO} in its messages, but "
+            f"{len(images)} images and {int(bool(video))} videos: give as many marks, or none"
+        )
+    pixels: list[np.ndarray] = []
+    pictures = iter(images)
+
+    def shown(mark: str, learnt: bool) -> Part:
+        assert looks is not None
+        pixels.append(looks.image(next(pictures)) if mark == IMAGE else looks.video(video))
+        return Part(torch.zeros(1 + (len(pixels[-1]) - 1) // stride, frame, dtype=torch.long), learnt)
+
+    parts: list[Part] = []
+    left = [] if asked else wanted
+    for i, message in enumerate(messages):
+        mine = message["role"] == "assistant"
+        parts.append(Part(f"{' ' if i else ''}{SPEAKERS[message['role']]}", learnt=False))
+        if message["role"] == "user":
+            parts += [shown(mark, False) for mark in left]
+            left = []
+        for j, piece in enumerate(MARKS.split(message["content"])):
+            if j % 2 and wanted:
+                parts.append(shown(piece, mine))
+            elif not j % 2 and piece:
+                parts.append(Part(piece, mine))
+    return parts, pixels
+
+
+def together(pixels: Sequence[np.ndarray]) -> dict[str, Any]:
+    """What an item holds of them: `pixels` uint8 [F, 3, H, W] or None, `clips` the frames of each."""
+    return {"pixels": np.concatenate(pixels) if pixels else None, "clips": [len(x) for x in pixels]}
