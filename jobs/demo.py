@@ -52,13 +52,22 @@ def main(argv: list[str] | None = None) -> int:
         return code
     for number, (model, recipe) in enumerate({"diffusion": "small", "vlm": "small-vlm"}.items(), start=2):
         command = [model, str(run), "--recipe", recipe, "--steps", str(args.steps)]
-        command += ["--out", str(args.out / model), "--set", f"run.sample_every={args.steps}"]
+        command += [
+            "--out",
+            str(args.out / model),
+            "--set",
+            f"run.sample_every={args.steps}",
+            "--set",
+            "run.log_every=1",
+        ]
         print(f"\n{number}. train on the shards: clipmill train {' '.join(command)}")
         if code := train.main(command):
             return code
     print(f"\n{summary(run)}\n")
     print(f"done in {time.monotonic() - start:.0f} s; look at the report: {(run / 'report.html').absolute()}")
-    print(f"and at the captions: clipmill inspect {run}")
+    print(f"at the captions: clipmill inspect {run}")
+    pages = [(args.out / model / "page.html").absolute() for model in ("diffusion", "vlm")]
+    print(f"and at the training: {pages[0]} and {pages[1]}")
     return 0
 
 

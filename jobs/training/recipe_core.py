@@ -86,7 +86,9 @@ class Model(Section):
     PATHS: ClassVar = dict.fromkeys(
         ("spatial", "weights", "tower", "video_tower", "language"), "maybe"
     )  # of what `build` takes: a file or folder
-    kind: str = Field("dit", description="dit, unet3d, video_ldm or sora; vae; vq; llava; world; vivit")
+    kind: str = Field(
+        "dit", description="dit, unet3d, video_ldm or sora; vae; vq; llava, qwen_vl; world; vivit"
+    )
     preset: str | None = Field(None, description="a name in PRESETS of that file")
 
     @model_validator(mode="after")

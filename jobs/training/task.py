@@ -339,9 +339,14 @@ class Draws:
         ]
         return torch.stack(rows)
 
-    def order(self, count: int, stream: int = 2) -> Tensor:
-        """0 … count − 1 in random order, int64 [count]."""
-        return torch.randperm(count, generator=self._generator(0, stream), device=self.device)
+    def order(self, count: int, weights: Tensor | None = None, stream: int = 2) -> Tensor:
+        """0 … count − 1 in random order, int64 [count]; with weights [count], each place goes to one of those left
+        with a chance ∝ its weight (Efraimidis & Spirakis 2006)."""
+        generator = self._generator(0, stream)
+        if weights is None:
+            return torch.randperm(count, generator=generator, device=self.device)
+        waits = torch.empty(count, device=self.device).exponential_(generator=generator)
+        return (waits / weights.clamp(min=1e-30)).argsort()
 
     def _generator(self, sample: int, stream: int) -> torch.Generator:
         words = np.array([self.seed, self.micro, self.part, sample, stream], dtype=np.int64)

@@ -45,6 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "video": {"stride": (4, 8, 8), "width": 96, "multipliers": (1, 2, 4, 4), "depth": 2},
 }
 Update = Literal["ema", "gradient"]
+RARE = 1e-4  # inputs a step that an unused code stands for, so that it can still be chosen
 
 
 class Quantised(NamedTuple):
@@ -80,9 +81,15 @@ class Codebook(nn.Module):
     ‖sg(z) − e‖². In both, vectors that hardly any input is nearest to begin again at an input (Dhariwal et al. 2020,
     sec. 3.1), for which `update` is called. At first all do.
 
+    With a `rate` λ the code of an input is that of the least ‖z − e‖² − λ ln p, p being how often it was used lately
+    (entropy-constrained quantisation, Chou, Lookabaugh & Gray 1989). Where most of a picture is one plain ground, the
+    nearest of K vectors says mostly which noise is on it: hundreds of codes for one thing, which no language model can
+    foretell. A distance is spent on such differences only where it is worth λ a nat.
+
     Args:
         beta: weight of the commitment. decay: of the means, a step.
         dead: a code is that is used less than so much of an even share.
+        rate: λ, in units of the vectors' squared distance; 0: the nearest.
     """
 
     entries: Tensor
@@ -97,16 +104,11 @@ class Codebook(nn.Module):
         beta: float = 0.25,
         decay: float = 0.99,
         dead: float = 0.03,
+        rate: float = 0.0,
     ):
         super().__init__()
-        self.size, self.channels, self.by, self.beta, self.decay, self.dead = (
-            codes,
-            channels,
-            update,
-            beta,
-            decay,
-            dead,
-        )
+        self.size, self.channels, self.by = codes, channels, update
+        self.beta, self.decay, self.dead, self.rate = beta, decay, dead, rate
         entries = torch.randn(codes, channels)
         if update == "gradient":
             self.entries = nn.Parameter(entries)
@@ -132,6 +134,9 @@ class Codebook(nn.Module):
     def nearest(self, z: Tensor, chunk: int = 16_384) -> Tensor:
         """Codes [N…] of z [N…, C]; the distances of `chunk` inputs at a time are in memory."""
         half = self.entries.square().sum(1) / 2
+        if self.rate:
+            mass = self.mass + RARE
+            half = half - self.rate / 2 * (mass / mass.sum()).log()
         with torch.autocast(z.device.type, enabled=False):
             found = [(half - part @ self.entries.T).argmin(1) for part in z.flatten(0, -2).split(chunk)]
         return torch.cat(found).view(z.shape[:-1])
@@ -149,8 +154,9 @@ class Codebook(nn.Module):
         """Move the vectors after a step; → how many began again.
 
         Args:
-            seen: of the whole step. spare: some of its inputs [M, C], in random order, for vectors that begin again.
-                On all ranks both must be the same.
+            seen: of the whole step. spare: some of its inputs [M, C] in random order, for vectors that begin again:
+                where the far ones from their vectors are more likely to be among them (`strays`), vectors go where
+                they are missing. On all ranks both must be the same.
         """
         self.mass.lerp_(seen.counts, 1 - self.decay)
         self.sums.lerp_(seen.sums, 1 - self.decay)
@@ -163,6 +169,12 @@ class Codebook(nn.Module):
         self.mass[again] = even
         self.sums[again] = self.entries[again] * even
         return len(again)
+
+
+def strays(quantised: Quantised) -> Tensor:
+    """How likely each input [N…] is to be drawn as a new vector: ∝ its squared distance to the one it has, as
+    k-means++ draws (Arthur & Vassilvitskii 2007). Drawn evenly, most would fall where most inputs lie already."""
+    return (quantised.inputs - quantised.vectors.detach()).square().sum(-1)
 
 
 class FSQ(nn.Module):
@@ -304,6 +316,7 @@ def build(
     beta: float = 0.25,
     decay: float = 0.99,
     dead: float = 0.03,
+    rate: float = 0.0,
     stride: Sequence[int] = (1, 16, 16),
     width: int = 128,
     multipliers: Sequence[int] = (1, 1, 2, 2, 4),
@@ -314,7 +327,7 @@ def build(
 
     Args:
         text_width: an autoencoder reads no text; must be None.
-        codes, update, beta, decay, dead: of the `Codebook`.
+        codes, update, beta, decay, dead, rate: of the `Codebook`.
         levels: of the channels, for FSQ in place of a codebook; (8, 8, 8, 16) are 8192 codes.
         stride, width, multipliers, depth, dct: see `models.autoencoders.vae`.
     """
@@ -322,5 +335,5 @@ def build(
         raise ValueError("a VQ autoencoder takes no text: leave text_width unset")
     if levels is not None and len(levels) != channels:
         raise ValueError(f"{len(levels)} levels for {channels} channels: give one for each")
-    quantiser = Codebook(codes, channels, update, beta, decay, dead) if levels is None else FSQ(levels)
+    quantiser = Codebook(codes, channels, update, beta, decay, dead, rate) if levels is None else FSQ(levels)
     return VQ(quantiser, stride, width, multipliers, depth, dct)

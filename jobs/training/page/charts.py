@@ -59,6 +59,8 @@ def chart(
     lines = [line for line in lines if len(line.curve.steps)]
     if not lines:
         return None
+    if all(len(line.curve.steps) == 1 for line in lines):
+        return figures(title, lines, about, percent, across)
     scale = Scale.of(lines, percent)
     drawn: list[Child] = []
     for tick in scale.ticks:
@@ -80,6 +82,22 @@ def chart(
     svg = h("svg", drawn, class_="chart", viewBox=box, role="img", aria_label=f"{title} by {across}")
     about = ", ".join(filter(None, [about, "log scale" if scale.log else ""]))
     return div("panel", h("h4", title, h("small", about)), svg, key(lines))
+
+
+def figures(title: str, lines: Sequence[Line], about: str, percent: bool, across: str) -> Markup:
+    """A panel with numbers, of curves that have one point each."""
+    said = []
+    for line in lines:
+        value = float(line.curve.values[0])
+        text = f"{100 * value:.3g}{NBSP}%" if percent else number(value)
+        said.append(h("li", h("b", text), f" {line.label}" if len(lines) > 1 else None))
+    step = f"at {across} {number(float(lines[0].curve.steps[0]))}"
+    return div(
+        "panel",
+        h("h4", title, h("small", about)),
+        h("ul", said, class_="figures"),
+        h("small", step, class_="soft"),
+    )
 
 
 def key(lines: Sequence[Line]) -> Markup | None:

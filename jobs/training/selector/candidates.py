@@ -2,13 +2,15 @@
 
 Everything is in the shards (each key.json keeps all candidates, their scores and the chosen one) and in the votes
 beside them. Clips are decoded and seen by the frozen encoders once, shared by the ranks; what they gave is kept in
-OUT/features, and used again of clips whose bytes are the same, whatever was captioned or voted since.
+OUT/features as it comes, and used again of clips whose bytes are the same, whatever was captioned or voted since.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ from pipeline.shards.pixels import BrokenSample, decode
 from pipeline.shards.reader import ShardReader
 
 NONE = -1  # no caption
+KEEP_S = 15.0  # what was looked at is kept, and told, so often
 
 
 # ---------------------------------------------------------------- what people said
@@ -186,13 +189,25 @@ def gathered(
         before: dict[str, Any] = torch.load(kept, weights_only=True, mmap=True) if kept.is_file() else {}
         if before.get("identity") == identity:
             return ""
-        known: dict[str, np.ndarray] = {}
-        if before.get("look") == look:
-            known = dict(zip(before["media"], before["video"].numpy(), strict=True))
-        mine = range(world.rank, len(reader.keys), world.size)
-        rows = list(_looked_at(reader, mine, said, encoders[0], spec.frames, known, workers))
         out.mkdir(parents=True, exist_ok=True)
-        torch.save(_joined(rows), kept.with_suffix(f".{world.rank}"))
+        own = kept.with_suffix(f".{world.rank}")
+        begun: dict[str, Any] = torch.load(own, weights_only=True) if own.is_file() else {}
+        known: dict[str, np.ndarray] = {}
+        for those in (before, begun):
+            if those.get("look") == look:
+                known |= dict(zip(those["media"], those["video"].numpy(), strict=True))
+        mine = range(world.rank, len(reader.keys), world.size)
+        rows: list[Row] = []
+        since = time.monotonic()
+        for row in _looked_at(reader, mine, said, encoders[0], spec.frames, known, workers):
+            rows.append(row)
+            if time.monotonic() - since > KEEP_S:
+                since = time.monotonic()
+                _save(_joined(rows) | {"look": look}, own)
+                if world.rank == 0:
+                    told_so_far = f"looked at {len(rows):,} of {len(mine):,} clips"
+                    print(f"features of {data}: {told_so_far}", file=sys.stderr, flush=True)
+        _save(_joined(rows) | {"look": look}, own)
         return identity
 
     identity = world.agree(part)
@@ -214,13 +229,19 @@ def gathered(
             "words": words,
             "embedded": torch.from_numpy(encoders[1](words)),
         }
-        torch.save(whole, kept.with_suffix(".partial"))
-        kept.with_suffix(".partial").replace(kept)
+        _save(whole, kept)
         for p in parts:
             p.unlink()
 
     world.agree(join)
     return world.agree(lambda: _read(torch.load(kept, weights_only=True, mmap=True), held))
+
+
+def _save(told: dict[str, Any], path: Path) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(f"{path.name}.partial")
+    torch.save(told, aside)
+    aside.replace(path)
 
 
 def _hash(told: Any) -> str:

@@ -26,7 +26,7 @@ from jobs.training.task import Draws, Loader, Losses, Start, Step, Summed
 from jobs.training.vq.recipe import VQRecipe
 from models.attention import choose_kernel
 from models.autoencoders import vq
-from models.autoencoders.vq import Codebook, Quantised, Seen, health
+from models.autoencoders.vq import Codebook, Quantised, Seen, health, strays
 
 MEMORY = 0.9  # of the counts that the page's figures are of, a step
 
@@ -75,7 +75,7 @@ class VQTask(ReconstructionTask):
         """What a micro-batch's codes stood for, and as many of its inputs as there are codes, in random order."""
         if isinstance(self.vq.quantiser, Codebook):
             inputs = quantised.inputs.flatten(0, -2)
-            some = draws.order(len(inputs))[: self.vq.codes]
+            some = draws.order(len(inputs), strays(quantised).flatten())[: self.vq.codes]
             return self.vq.quantiser.seen(quantised), inputs[some]
         codes = quantised.codes.flatten()
         counts = torch.zeros(self.vq.codes, device=codes.device)

@@ -55,7 +55,7 @@ def compared(names, at, run, out):
     with connect("cpu") as world:
         for name in names:
             recipe = recipe_of(name, at)
-            build = import_module(f"jobs.training.{recipe.trains}").build
+            build = import_module(f"jobs.training.{recipe.trains}.task").build
             whole, _ = build(recipe, Start(run, out, world))
             task, _ = build(recipe, Start(run, out, world, made_on=made_on(recipe.compute, world, False)))
             for phase, plain in zip(task.phases, whole.phases, strict=True):
@@ -93,7 +93,7 @@ def test_networks_have_the_weights_that_they_have_when_every_rank_makes_them_who
 
 
 def with_shapes_alone(recipe, start):
-    task, loader = import_module(f"jobs.training.{recipe.trains}").build(recipe, start)
+    task, loader = import_module(f"jobs.training.{recipe.trains}.task").build(recipe, start)
     assert all(p.is_meta for phase in task.phases for p in phase.module.parameters())
     return task, loader
 

@@ -123,6 +123,34 @@ def test_features_are_made_once_whatever_votes_change(run, tmp_path, monkeypatch
     assert ignored.set.words[ignored.set.which[0, 0]] == right
 
 
+def test_what_was_looked_at_before_a_kill_is_not_looked_at_again(run, tmp_path, monkeypatch, capsys):
+    recipe, world = load("selector", ANY), World(0, 1, torch.device("cpu"))
+    monkeypatch.setattr(candidates, "KEEP_S", 0.0)
+    seen = []
+
+    def stopped(*args, decode=candidates.decode):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(args)
+        return decode(*args)
+
+    monkeypatch.setattr(candidates, "decode", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        build(recipe, Start(str(run), tmp_path, world))
+    assert "looked at 3 of" in capsys.readouterr().err
+    again: list[int] = []
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        candidates, "decode", lambda *args, d=candidates.decode: (again.append(1), d(*args))[1]
+    )
+    task, _ = build(recipe, Start(str(run), tmp_path, world))
+    assert len(again) == len(task.set.keys) - 3 > 0
+    monkeypatch.undo()
+    whole, _ = build(recipe, Start(str(run), tmp_path / "other", world))
+    assert torch.equal(task.set.video, whole.set.video)
+    assert task.set.identity == whole.set.identity
+
+
 def captions(run, clip):
     from pipeline.shards.reader import ShardReader
 

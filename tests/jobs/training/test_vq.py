@@ -125,3 +125,13 @@ def test_what_is_saved_makes_the_same_codes(run):
 def test_what_cannot_be_trained_is_said_in_a_sentence(run, sections, said):
     with pytest.raises(ValueError, match=said):
         training.build(recipe(**sections), start(str(run)))
+
+
+def test_an_order_by_weights_puts_each_first_as_often_as_its_share():
+    weights = torch.tensor([1.0, 3.0, 0.0, 6.0])
+    orders = torch.stack([Draws(0, n, torch.device("cpu")).order(4, weights) for n in range(2000)])
+    first = torch.bincount(orders[:, 0], minlength=4) / 2000
+    # 4 standard deviations of a share of .6 of 2000 are .044
+    torch.testing.assert_close(first, weights / 10, atol=0.044, rtol=0)
+    assert (orders[:, -1] == 2).all()
+    assert (orders.sort(1).values == torch.arange(4)).all()

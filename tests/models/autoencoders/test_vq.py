@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.autoencoders.vq import FSQ, Codebook, build, health, straight_through
+from models.autoencoders.vq import FSQ, Codebook, build, health, straight_through, strays
 
 LEVELS = (4, 5, 2, 3)
 
@@ -48,6 +48,50 @@ def test_each_input_gets_the_nearest_vector():
 
 
 # ---------------------------------------------------------------- codebook
+
+
+def test_with_a_rate_the_code_is_that_of_the_least_distance_and_surprise():
+    book, z = Codebook(40, 3, rate=0.7), drawn(200, 3)
+    uses = torch.rand(40, generator=torch.Generator().manual_seed(1)) ** 4 * 50
+    book.mass.copy_(uses)
+    surprise = -(uses / uses.sum()).log()
+    cost = torch.cdist(z, book.entries).square() + 0.7 * surprise  # brute force
+    assert torch.equal(book.nearest(z), cost.argmin(1))
+    assert not torch.equal(book.nearest(z), torch.cdist(z, book.entries).argmin(1))
+    book.mass.zero_()  # nothing was seen: no code is likelier
+    assert torch.equal(book.nearest(z), torch.cdist(z, book.entries).argmin(1))
+
+
+def test_a_plain_ground_with_noise_takes_few_codes_at_a_rate_and_many_without():
+    generator = torch.Generator().manual_seed(2)
+    things = 4 * torch.randn(24, 4, generator=generator)
+
+    def inputs() -> torch.Tensor:
+        of = torch.randint(24, (300,), generator=generator)
+        of[:250] = 0  # the ground
+        return things[of] + 0.05 * torch.randn(300, 4, generator=generator)
+
+    taken, missed = {}, {}
+    for rate in (0.0, 0.1):
+        book = Codebook(64, 4, decay=0.9, rate=rate)
+        for _ in range(150):
+            z = inputs()
+            quantised = book(z)
+            some = torch.multinomial(strays(quantised) + 1e-12, 64, generator=generator)
+            book.update(book.seen(quantised), z[some])
+        seen = book(inputs())
+        taken[rate] = len(seen.codes[:250].unique())
+        missed[rate] = float((seen.inputs - seen.vectors).square().sum(1).max().sqrt())
+    assert taken[0.0] > 10
+    assert taken[0.1] == 1
+    assert missed[0.1] < 1  # no thing is lost for it: they are 4 and more apart
+
+
+def test_strays_are_drawn_as_new_vectors_in_proportion_to_their_squared_distances():
+    book, z = Codebook(3, 2), drawn(5, 2)
+    quantised = book(z)
+    nearest = torch.cdist(z, book.entries).min(1).values.square()
+    torch.testing.assert_close(strays(quantised), nearest)
 
 
 def trained(book: Codebook, batches, spares: int = 64) -> int:
