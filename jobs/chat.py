@@ -19,9 +19,9 @@ examples
   clipmill chat model/ --image a.png --image b.png --ask "What is new in the second?"
   echo "What moves?" | clipmill chat model/ --video ball.mp4
 
-MODEL is a folder that 'clipmill train vlm' or 'clipmill export' wrote, or a published LLaVA model's. With --ask, or
-where the input is no terminal, answers alone are printed, a line each. To serve many at once, export the model and
-start 'transformers serve' or vLLM on the folder.
+MODEL is a folder that 'clipmill train vlm' or 'clipmill export' wrote, or a published LLaVA or Qwen-VL. With --ask,
+or where the input is no terminal, answers alone are printed, a line each. To serve many at once, export the model
+and start 'transformers serve' or vLLM on the folder.
 """
 
 HELP = """Type a question, or

@@ -10,8 +10,8 @@ from pathlib import Path
 
 EPILOG = """
 MODEL is a folder that 'clipmill train' wrote; of its weights the longest average is taken. FOLDER is what
-transformers loads, without clipmill: a vision-language model (trains: vlm) as LLaVA or LLaVA-OneVision with its
-processor and chat template, adapters folded in; a world model as LLaMA, its visual embedding and head beside it.
+transformers loads, without clipmill: a vision-language model (trains: vlm) as LLaVA, LLaVA-OneVision or Qwen-VL with
+its processor and chat template, adapters folded in; a world model as LLaMA, its visual embedding and head beside it.
 
 examples
   clipmill export model/ --to student/

@@ -301,8 +301,9 @@ def build(
 
     Raises MissingModel or ValueError, one sentence with the fix.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText, logging
 
+    logging.disable_progress_bar()
     check(weights, config)
     if attention == "flex_attention":
         raise ValueError(

@@ -16,14 +16,17 @@ from openai import OpenAI
 from PIL import Image
 
 from jobs.training.vlm.speaker import load_speaker
-from tests.fixtures import tiny_speaker
+from tests.fixtures import tiny_qwen_vl, tiny_speaker
 
 PATIENCE = 60  # seconds
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_speaker.export(tmp_path_factory.mktemp("speaker"))
+@pytest.fixture(scope="module", params=["llava_onevision", "qwen_vl"])
+def model(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("speaker")
+    return (
+        tiny_speaker.export(folder) if request.param == "llava_onevision" else tiny_qwen_vl.checkpoint(folder)
+    )
 
 
 def healthy(port: int) -> bool:

@@ -145,6 +145,17 @@ def test_a_clip_that_breaks_late_teaches_nothing(made):
     assert loss(task, batch)[0] == pytest.approx(loss(task, packed(task, [other]))[0], rel=1e-5)
 
 
+def test_a_broken_clip_is_captioned_as_a_black_one(run, published):
+    wanted = recipe(published, "held_out=0.4", "frames.frames=1")
+    task, _ = build(wanted, start(run))
+
+    def broken(media):
+        raise BrokenSample("broken")
+
+    task.visuals.clip = broken
+    assert task.evaluate(task.model, 1).texts
+
+
 def test_sizes_are_told_without_decoding_as_decoding_gives_them(run, talks):
     reader = ShardReader(f"{run}/shards", decode=False, shuffle=False)
     found = set()

@@ -1,17 +1,20 @@
-"""LLaVA-type models over ranks: one has pictures, the other has none."""
+"""Vision–language models over ranks: one has pictures, the other has none."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from models.language import qwen_files, qwen_vl
 from models.language.llava import Llava, Placeholders, build
 from models.language.loss import Goal
+from models.language.qwen_vl import QwenVL
 
 TOWER = {
     "model_type": "siglip_vision_model",
@@ -51,7 +54,29 @@ def sequence(rank: int) -> tuple[torch.Tensor, list[torch.Tensor], Goal]:
     return tokens, visuals, Goal(at, tokens[at + 1], torch.ones(3))
 
 
-def _rank(rank: int, folder: str) -> None:
+def qwen() -> QwenVL:
+    torch.manual_seed(0)
+    config = qwen_vl.PRESETS["tiny"]["config"]
+    return qwen_vl.build(qwen_files.begun(["words"], 300, config), config=config).train()
+
+
+def qwen_sequence(rank: int) -> tuple[torch.Tensor, list[torch.Tensor], Goal]:
+    """The same, of pictures of several sizes."""
+    g = torch.Generator().manual_seed(rank)
+    tokens = torch.randint(0, 250, (24,), generator=g)
+    visuals = []
+    if rank == 0:
+        visuals = [torch.randn(3, 16, 32, generator=g), torch.randn(3, 3, 32, 32, generator=g)]
+        tokens[2:4], tokens[9:17] = qwen().config.image_token_id, qwen().config.video_token_id
+    at = torch.tensor([19, 20, 21])
+    return tokens, visuals, Goal(at, tokens[at + 1], torch.ones(3))
+
+
+MADE = {"llava": (model, sequence), "qwen_vl": (qwen, qwen_sequence)}
+
+
+def _rank(rank: int, folder: str, kind: str) -> None:
+    model, sequence = MADE[kind]
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)
     try:
@@ -76,8 +101,12 @@ def _rank(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-def test_ddp_and_fsdp_have_the_gradients_of_one_process_though_one_rank_has_no_pictures(tmp_path: Path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("kind", MADE)
+def test_ddp_and_fsdp_have_the_gradients_of_one_process_though_one_rank_has_no_pictures(
+    kind: str, tmp_path: Path
+):
+    model, sequence = MADE[kind]
+    mp.spawn(_rank, (str(tmp_path), kind), nprocs=2)
     alone = model()
     for rank in range(2):
         tokens, visuals, goal = sequence(rank)
