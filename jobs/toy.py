@@ -36,6 +36,7 @@ The same options give the same pictures.
 
 HELD_OUT = "held_out.txt"
 QUESTIONS = "questions"
+COMBINATIONS = 450  # of count, colour, shape, direction and background
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.only_held_out:
         print(f"of {held_out} combinations of attributes that are held out of other worlds, and of no other")
     elif held_out:
-        print(f"{held_out} of 450 combinations of attributes are in none: {args.out / HELD_OUT}")
+        print(f"{held_out} of {COMBINATIONS} combinations of attributes are in none: {args.out / HELD_OUT}")
     if args.questions:
         print(f"conversations and multiple-choice questions about every scene in {args.out / QUESTIONS}")
     print(f"next: clipmill curate {args.out / 'videos'} --recipe toy --out {args.out / 'run'}")
@@ -107,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
 def complaint(args: argparse.Namespace) -> str:
     """What is wrong with the options, in one sentence; '' if nothing."""
     from jobs.videos import taken
+    from pipeline.toy.world import held_out
 
     for name, least in (("videos", 1), ("scenes", 1), ("fps", 1), ("seed", 0)):
         if (value := getattr(args, name)) < least:
@@ -117,6 +119,11 @@ def complaint(args: argparse.Namespace) -> str:
         return f"--pan {args.pan:g}: give a share from 0 to 1"
     if not 0 <= args.hold_out <= 0.5:
         return f"--hold-out {args.hold_out:g}: give a share from 0 to 0.5"
+    if args.hold_out > 0 and not held_out(args.hold_out):
+        return (
+            f"--hold-out {args.hold_out:g}: that is none of the {COMBINATIONS} combinations; give 1/{COMBINATIONS} or "
+            "more, 0.003 say, or 0"
+        )
     if args.only_held_out and not shows_both(args.hold_out):
         return f"--only-held-out: a share of {args.hold_out:g} holds out too few to show; give --hold-out 0.01 or more"
     if taken(args.out):

@@ -63,6 +63,9 @@ def run(args: argparse.Namespace) -> int:
     from jobs.training.recipe import load_training
     from pipeline.recipe import RecipeError
 
+    if "://" not in args.dir and not Path(args.dir).is_dir():
+        what = "is a file" if Path(args.dir).exists() else "is not there"
+        raise RecipeError(f"{args.dir} {what}: give a run with shards, as 'clipmill curate' leaves it")
     steps = [f"run.steps={args.steps}"] if args.steps is not None else []
     recipe = load_training(args.recipe, [*args.set, *steps])
     if recipe.trains != args.model:

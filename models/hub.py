@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.request import Request, urlopen
 
 from huggingface_hub import model_info, try_to_load_from_cache
@@ -51,6 +54,40 @@ def transformers_weights(model: str, revision: str | None = None) -> str:
     if config and not _missing(config.parent):
         return IN_CACHE
     return _on_hub(model, revision)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """transformers neither draws bars nor reports meanwhile."""
+    from transformers import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def whole(load: Callable[..., Any], model: str, *, without: tuple[str, ...] = (), **options: Any) -> Any:
+    """What a class's `from_pretrained` makes of a checkpoint, in silence about weights that it has no use for.
+
+    Args:
+        without: parts that may be missing, as nothing reads them.
+
+    Raises MissingModel where others are missing, which transformers would begin at random.
+    """
+    with silent():
+        made, found = load(model, output_loading_info=True, **options)
+    missing = sorted(key for key in found["missing_keys"] if not set(key.split(".")) & set(without))
+    if missing:
+        raise MissingModel(
+            f"model {model!r} lacks {len(missing)} weights of a {type(made).__name__}, {missing[0]} first: name another"
+        )
+    return made
 
 
 def open_clip_weights(model: str, pretrained: str) -> str:

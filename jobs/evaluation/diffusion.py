@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.evaluation.told import told
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -67,20 +69,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from models.hub import MissingModel
-    from pipeline.faults import StoreError
-    from pipeline.shards.reader import BrokenSample
-
-    try:
-        result = evaluate(args)
-        out = args.out or Path(args.generated) / "eval.json"
-        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except (ValueError, StoreError, MissingModel, BrokenSample, OSError) as e:
-        print(f"clipmill eval: {e}", file=sys.stderr)
-        return 2
-    print(table(result))
-    print(f"written to {out}")
-    return 0
+    return told(lambda: (evaluate(args), args.out or Path(args.generated) / "eval.json"), table)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobs.benchmarks.formats import FORMATS
+from jobs.evaluation.told import told
 
 if TYPE_CHECKING:
     from jobs.benchmarks.items import Found, Item
@@ -123,21 +122,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from models.hub import MissingModel
-    from pipeline.faults import StoreError
-
-    try:
+    def kept() -> tuple[dict[str, Any], Path]:
         check(args)
         result, out = evaluate(args)
-        (out / "eval.json").write_text(
-            json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-    except (ValueError, StoreError, MissingModel, OSError) as e:
-        print(f"clipmill eval: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
-    print(shown(result))
-    print(f"written to {out}")
-    return 0
+        return result, out / "eval.json"
+
+    return told(kept, shown)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from jobs.evaluation.numbers import table
+from jobs.evaluation.told import told
 
 EPILOG = """
 example
@@ -30,23 +31,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from models.hub import MissingModel
-    from pipeline.faults import StoreError
+    return told(lambda: (evaluate(args), args.out or Path(args.model) / "eval.json"), shown)
 
-    try:
-        result = evaluate(args)
-        out = args.out or Path(args.model) / "eval.json"
-        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except (ValueError, StoreError, MissingModel, OSError) as e:
-        print(f"clipmill eval: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+
+def shown(result: dict[str, Any]) -> str:
+    """What a reader of the terminal sees."""
     protocol = ", ".join(f"{name} {value}" for name, value in result["protocol"].items())
-    print(f"{result['model']} against {result['against']}\n{protocol}\n")
-    for row in result["numbers"]:
-        spread = f" ± {row['spread']:.3g}" if "spread" in row else ""
-        print(f"{row['name']:24} {row['value']:9.4g}{spread:10} {row['n']:9,}")
-    print("\n".join(["", *result["notes"], f"written to {out}"]).strip())
-    return 0
+    lines = [f"{result['model']} against {result['against']}", protocol, "", table(result["numbers"])]
+    return "\n".join([*lines, "", *result["notes"]]).rstrip()
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:

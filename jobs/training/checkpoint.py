@@ -194,8 +194,23 @@ def difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, A
         free = any(key == f or (f.endswith(".") and key.startswith(f)) for f in FREE)
         free |= re.sub(r"\.\d+\.", ".", key) in MOVED and a.get(key) is not None and b.get(key) is not None
         if not free and a.get(key) != b.get(key):
-            return key, a.get(key), b.get(key)
+            parts = key.split(".")
+            above = (".".join(parts[:n]) for n in range(1, len(parts)))
+            whole = next(
+                (k for k in above if _at(saved, k) is None or _at(now, k) is None), key
+            )  # a section is missing
+            return whole, _at(saved, whole), _at(now, whole)
     return None
+
+
+def _at(tree: Any, key: str) -> Any:
+    """What stands at a dotted key; None where there is nothing."""
+    for part in key.split("."):
+        if isinstance(tree, list):
+            tree = dict(enumerate(tree)).get(int(part)) if part.isdecimal() else None
+        else:
+            tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def _flat(x: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, Any]]:

@@ -6,7 +6,7 @@ import inspect
 import math
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -202,6 +202,13 @@ class Compute(Section):
         ge=1,
         description="processes that share each sequence, a part each (ring attention); world models only",
     )
+
+
+# Of recipes whose trainers keep clips apart to measure themselves on, each with a default of its own.
+HeldOut = Annotated[
+    float, Field(ge=0, lt=1, description="share of the sources whose clips are not trained on, but measured")
+]
+Measured = Annotated[int, Field(ge=1, description="clips of those, at most, each time")]
 
 
 class Run(Section):

@@ -117,17 +117,19 @@ def parameter_groups(module: nn.Module, o: Optimizer) -> list[dict[str, Any]]:
     """The trained parameters by learning rate and weight decay, as an optimizer takes them.
 
     Only matrices that mix features decay: norms, biases, gates (one axis or none) and embeddings, of which a step
-    sees a few rows, do not. `o.rates` has the rate of parts of the network, by the beginning of their names.
+    sees a few rows, do not. `o.rates` has the rate of parts of the network, by the beginning of their names; that of a
+    part that is frozen waits for a stage that trains it.
 
     Raises ValueError for a part that the network does not have.
     """
     tables = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    every = [name for name, _ in module.named_parameters()]
     for part in o.rates:
-        if not any(_within(name, part) for name in trained):
-            parts = sorted({name.partition(".")[0] for name in trained})
+        if not any(_within(name, part) for name in every):
+            parts = sorted({name.partition(".")[0] for name in every})
             raise ValueError(
-                f"optimizer.rates: nothing that is trained is called {part!r}; the network has {', '.join(parts)}"
+                f"optimizer.rates: nothing is called {part!r}; the network has {', '.join(parts)}"
             )
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in trained.items():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.encoders import vivit_file
-from models.hub import MissingModel, open_clip_weights, transformers_weights
+from models.hub import MissingModel, open_clip_weights, silent, transformers_weights, whole
 from models.language.by_document import apart, register
 from models.language.loss import Goal, Lengths, restarted, rows_of, summed, summed_in_chunks, with_padding
 from models.language.projectors import Projector, QFormer, projector
@@ -308,7 +308,8 @@ def build(
     speaking = _language(language, attention, vocabulary)
     rows = speaking.get_input_embeddings().num_embeddings
     if vocabulary is not None and rows < vocabulary:
-        speaking.resize_token_embeddings(vocabulary, mean_resizing=not on_meta())
+        with silent():  # it tells how new rows begin
+            speaking.resize_token_embeddings(vocabulary, mean_resizing=not on_meta())
     if max(placeholders.image, placeholders.video) >= max(rows, vocabulary or 0):
         raise ValueError(f"placeholders {placeholders}: the language model knows {rows} tokens only")
     dim = speaking.get_input_embeddings().embedding_dim
@@ -362,7 +363,7 @@ def _language(what: str | dict[str, Any], attention: str, vocabulary: int | None
         if on_meta():
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(what), **told)
         transformers_weights(what)
-        return AutoModelForCausalLM.from_pretrained(what, **told)
+        return whole(AutoModelForCausalLM.from_pretrained, what, **told)
     except (OSError, KeyError, ValueError, TypeError, ImportError) as e:
         name = what.get("model_type") if isinstance(what, dict) else what
         first = (str(e).strip() or type(e).__name__).splitlines()[0]

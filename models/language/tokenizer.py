@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from models.hub import MissingModel
+from models.hub import MissingModel, transformers_weights
 from models.language.exported import IMAGE, VIDEO
 
 BEGIN, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -51,6 +51,10 @@ def published(model: str) -> Any:
     """That of a model, by hub id or folder. Raises MissingModel, one sentence with the fix."""
     from transformers import AutoTokenizer
 
+    if model.count("/") == 1 and not Path(model).exists():
+        transformers_weights(
+            model
+        )  # says within seconds that it cannot be had, where transformers tries for a minute
     try:
         return ready(AutoTokenizer.from_pretrained(model))
     except (OSError, ValueError, KeyError, ImportError) as e:

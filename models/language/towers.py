@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from models.encoders import vivit_file
 from models.encoders.vivit import ViViT
-from models.hub import MissingModel, transformers_weights
+from models.hub import MissingModel, transformers_weights, whole
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -321,7 +321,8 @@ def _pretrained(model: str) -> Any:
         if on_meta():
             return AutoModel.from_config(vision, dtype=torch.float32)
         transformers_weights(model)
-        return AutoModel.from_pretrained(model, config=vision, dtype=torch.float32)
+        unread = ("pooler", "head")  # features are hidden states
+        return whole(AutoModel.from_pretrained, model, without=unread, config=vision, dtype=torch.float32)
     except (OSError, KeyError, ValueError) as e:
         first = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise MissingModel(

@@ -146,6 +146,7 @@ def test_more_videos_leave_the_first_as_they_are(tmp_path):
         (["--videos", "0"], "--videos 0: give 1 or more"),
         (["--pan", "2"], "--pan 2: give a share from 0 to 1"),
         (["--hold-out", "0.6"], "--hold-out 0.6: give a share from 0 to 0.5"),
+        (["--hold-out", "0.001"], "--hold-out 0.001: that is none of the 450 combinations"),
         (["--seed", "-1"], "--seed -1: give 0 or more"),
     ],
 )

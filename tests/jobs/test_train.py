@@ -114,6 +114,15 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, says):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_is_not_there_and_a_file_are_told_apart_from_one_without_shards(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for name, says in (("nosuch", "nosuch is not there"), ("file", "file is a file")):
+        assert train.main(command(str(tmp_path / name), tmp_path / "out")) == 2
+        err = capsys.readouterr().err
+        assert says in err
+        assert err.count("\n") == 1
+
+
 def test_a_recipe_of_another_kind_is_refused(tmp_path, capsys):
     arguments = command(str(tmp_path), tmp_path / "out")
     assert train.main(["vae", *arguments[1:]]) == 2

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from jobs.training.recipe_core import TrainRecipe
+from jobs.training.recipe_core import HeldOut, Measured, TrainRecipe
 from pipeline.recipe_schema import Section
 
 UNUSED = ("fps", "buckets", "tokens", "captions", "shuffle", "together", "window", "streams")  # of `data`
@@ -76,10 +76,17 @@ class SelectorRecipe(TrainRecipe):
         description="what people voted in the inspector of the run counts in place of the chosen caption; clips of "
         "which all captions are bad are left out",
     )
-    held_out: float = Field(
-        0.1, gt=0, lt=1, description="share of the sources whose clips are not trained on, but measured"
-    )
-    measured: int = Field(256, ge=2, description="clips of those, at most, each time")
+    held_out: HeldOut = 0.1
+    measured: Measured = 256
+
+    @model_validator(mode="after")
+    def _calibrated(self) -> Self:
+        if self.held_out == 0 or self.measured < 2:
+            raise ValueError(
+                "held_out and measured: a selector is calibrated on clips that it does not learn from: give a share "
+                "above 0, and 2 clips or more"
+            )
+        return self
 
     @model_validator(mode="after")
     def _used(self) -> Self:

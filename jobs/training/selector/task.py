@@ -332,10 +332,12 @@ class Selection(Task):
         saved.write(self.out / FILE)
 
     def _texts(self, own: Tensor) -> list[Told]:
-        """Of some clips the chosen caption, and beside it what the selector would choose."""
-        found = []
-        for row, judged in list(zip(self.measured, own, strict=True))[:SHOWN]:
+        """Of some clips with several candidates the chosen one, and beside it what the selector would choose."""
+        found: list[Told] = []
+        for row, judged in zip(self.measured, own, strict=True):
             which = self.set.which[row]
+            if len(found) == SHOWN or int((which != NONE).sum()) < 2:
+                continue
             best = int(judged.masked_fill(which == NONE, -torch.inf).argmax())
             found.append(Told(self.set.words[int(which[0])], self.set.words[int(which[best])]))
         return found

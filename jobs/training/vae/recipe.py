@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from jobs.training.recipe_core import TrainRecipe
+from jobs.training.recipe_core import HeldOut, Measured, TrainRecipe
 from jobs.training.recipe_reconstruction import Reconstruction
 from pipeline.recipe_schema import PATH
 
@@ -29,7 +29,5 @@ class VAERecipe(TrainRecipe):
 
     trains: Literal["vae"] = "vae"
     vae: VAELoss = VAELoss()
-    held_out: float = Field(
-        0.0, ge=0, lt=1, description="share of the sources whose clips are not trained on, but measured"
-    )
-    measured: int = Field(64, ge=1, description="clips of those, at most, each time")
+    held_out: HeldOut = 0.0
+    measured: Measured = 64

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from jobs.training.recipe_core import TrainRecipe
+from jobs.training.recipe_core import HeldOut, Measured, TrainRecipe
 from pipeline.recipe_schema import Section
 
 
@@ -38,7 +38,5 @@ class ViViTRecipe(TrainRecipe):
 
     trains: Literal["vivit"] = "vivit"
     labels: Labels = Field(description="what it learns to tell")
-    held_out: float = Field(
-        0.1, ge=0, lt=1, description="share of the sources whose clips are not trained on, but measured"
-    )
-    measured: int = Field(256, ge=1, description="clips of those, at most, each time")
+    held_out: HeldOut = 0.1
+    measured: Measured = 256

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from jobs.training.recipe_core import Data, LoRA, Mixed, TrainRecipe
+from jobs.training.recipe_core import Data, HeldOut, LoRA, Measured, Mixed, TrainRecipe
 from models.language.budget import Sampling
 from pipeline.recipe_schema import PATH, Section
 
@@ -140,10 +140,8 @@ class VLMRecipe(TrainRecipe):
     )
     train: Parts = Parts()
     lora: LoRA | None = Field(None, description="the adapters of parts that are trained with `lora`")
-    held_out: float = Field(
-        0.05, ge=0, lt=1, description="share of the sources whose clips are not trained on, but captioned"
-    )
-    measured: int = Field(32, ge=1, description="clips of those, at most, each time")
+    held_out: HeldOut = 0.05
+    measured: Measured = 32
     answer: int = Field(64, ge=1, description="tokens of an answer, at most")
 
     @field_validator("prompts")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from jobs.training.recipe_core import EMA, TrainRecipe
+from jobs.training.recipe_core import EMA, HeldOut, Measured, TrainRecipe
 from jobs.training.recipe_reconstruction import Reconstruction
 
 
@@ -22,9 +22,7 @@ class VQRecipe(TrainRecipe):
 
     trains: Literal["vq"] = "vq"
     vq: VQLoss = VQLoss()
-    held_out: float = Field(
-        0.0, ge=0, lt=1, description="share of the sources whose clips are not trained on, but measured"
-    )
-    measured: int = Field(64, ge=1, description="clips of those, at most, each time")
+    held_out: HeldOut = 0.0
+    measured: Measured = 64
     # An average of encoders would be read with the codebook of the last.
     ema: EMA = Field(EMA(lengths=()), description="averages of the weights; of a VQ autoencoder none")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from jobs.training.paths import as_written
-from jobs.training.recipe_core import Bucket, Run, TrainRecipe
+from jobs.training.recipe_core import Bucket, HeldOut, Measured, Run, TrainRecipe
 from pipeline.recipe_schema import MAYBE_PATH, PATH, Section
 
 
@@ -137,10 +137,8 @@ class WorldRecipe(TrainRecipe):
     stages: tuple[Stage, ...] = Field(
         (), description="one after the other, each in a folder of its own, OUT/stage-1 …; (): one training"
     )
-    held_out: float = Field(
-        0.0, ge=0, lt=1, description="share of the sources whose clips are not trained on, but measured"
-    )
-    measured: int = Field(32, ge=1, description="clips of those, at most, each time")
+    held_out: HeldOut = 0.0
+    measured: Measured = 32
     run: WorldRun = WorldRun()
 
     @property

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from jobs import evaluate, train
+from jobs.evaluation.numbers import table
 from jobs.training.data.pixels import to_unit
 from jobs.training.world.system import load_vq
 from models.measures.quality import psnr
@@ -69,7 +70,15 @@ def test_numbers_are_the_measures_own(trained, capsys):
     assert found["PSNR, dB"]["n"] == len(each) > 1
     assert found["codes in use, share"]["value"] == pytest.approx(len(set(codes)) / 24)
     assert result["protocol"]["size"] == "16×16"
-    assert "PSNR, dB" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"PSNR, dB {found['PSNR, dB']['value']:.4g} ± {np.std(each, ddof=1):.3g}" in " ".join(
+        printed.split()
+    )
+    assert printed.splitlines()[-1] == f"written to {model / 'eval.json'}"
+
+
+def test_nothing_that_was_measured_is_said_in_place_of_an_empty_table():
+    assert table([]) == "Nothing was found that could be measured."
 
 
 def test_what_is_no_vq_model_is_one_sentence(trained, tmp_path, capsys):

@@ -211,6 +211,11 @@ def test_how_long_and_on_how_much_hardware_may_differ():
     b = recipe(run={"steps": 9}, data={"workers": 0}, compute={"parallel": "fsdp"})
     assert difference(a, b.model_dump(mode="json")) is None
     assert difference(a, recipe(data={"tokens": 7}).model_dump(mode="json")) == ("data.tokens", 8192, 7)
+    adapters = {"rank": 4, "alpha": 8.0}
+    for one, other in (({"lora": adapters}, {"lora": None}), ({"lora": None}, {"lora": adapters})):
+        assert difference(a | one, a | other) == ("lora", one["lora"], other["lora"])
+    assert difference(a | {"lora": adapters}, a) == ("lora", adapters, None)
+    assert difference(a | {"lora": adapters}, a | {"lora": adapters | {"rank": 2}}) == ("lora.rank", 4, 2)
 
 
 def test_another_model_is_refused_by_the_weight_that_differs(tmp_path):

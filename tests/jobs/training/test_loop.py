@@ -323,10 +323,11 @@ def test_matrices_decay_and_parts_have_rates_of_their_own():
         (3.0, 0.0): {"a.bias"},
         (1.0, 0.1): {"ab.weight"},
     }
-    with pytest.raises(
-        ValueError, match="nothing that is trained is called 'b'; the network has a, ab, n, table"
-    ):
+    with pytest.raises(ValueError, match="nothing is called 'b'; the network has a, ab, n, table"):
         parameter_groups(net, Optimizer(rates={"b": 1.0}))
+    net["a"].requires_grad_(False)  # a stage that leaves alone a part that the recipe has a rate for
+    rates = [g["lr"] for g in parameter_groups(net, Optimizer(lr=1.0, rates={"a": 2.0}))]
+    assert set(rates) == {1.0}
 
 
 def test_a_loss_that_is_not_finite_names_its_clip_alone(tmp_path):

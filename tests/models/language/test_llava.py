@@ -475,3 +475,23 @@ def test_presets_name_what_build_takes(made):
     tiny = build(Placeholders(300, 301), vocabulary=302, **PRESETS["tiny"])
     assert tiny.tokens(1, 64, 64) == 16
     assert len(list(tiny.blocks())) == 4
+
+
+def test_published_parts_load_in_silence_and_one_that_lacks_weights_is_refused(tmp_path, capfd):
+    """Of a model of pictures and texts the text's weights go unread; those that a part reads itself are all there."""
+    from safetensors.torch import load_file, save_file
+
+    from tests.fixtures.shrunken import speaking
+
+    at = speaking(tmp_path)
+    capfd.readouterr()
+    build(Placeholders(8, 9), tower=at["siglip"], language=at["qwen2"], vocabulary=1000)
+    assert capfd.readouterr().err == ""
+    for part, name in (("siglip", "vision_model.encoder"), ("qwen2", "model.layers.0")):
+        file = tmp_path / part / "model.safetensors"
+        weights = load_file(file)
+        lost = next(key for key in weights if key.startswith(name))
+        save_file({k: v for k, v in weights.items() if k != lost}, file, {"format": "pt"})
+        with pytest.raises(MissingModel, match=f"{part}' lacks 1 weights of a .*first: name another"):
+            build(Placeholders(8, 9), tower=at["siglip"], language=at["qwen2"])
+        save_file(weights, file, {"format": "pt"})

@@ -398,6 +398,24 @@ def test_of_a_folder_its_model_counts_and_not_what_lies_beside_it(tmp_path):
         assert weights.contents(section) != before
 
 
+def test_of_large_files_blocks_are_compared_that_no_part_which_is_trained_fits_between(tmp_path, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    section = YesJudge(kind="p_yes", model=str(file))
+    file.write_bytes(bytes(100_000))
+
+    def noticed(at: int, size: int) -> bool:
+        before = weights.contents(section)
+        with file.open("r+b") as f:
+            f.seek(at)
+            f.write(b"x" * size)
+        return weights.contents(section) != before
+
+    assert noticed(70_001, 1)  # a small one is read whole
+    monkeypatch.setattr(weights, "BLOCK", 100)
+    monkeypatch.setattr(weights, "BLOCKS", 100)
+    assert all(noticed(at, 1000) for at in (0, 5_050, 63_333, 98_990))
+
+
 def test_a_server_that_is_not_there_leaves_no_layer_in_the_way(world, capsys):
     out = world.folder / "one"
     served = "captions=[{kind: served, name: new, model: m, url: 'http://127.0.0.1:9/v1'}]"
