@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from models.hub import MissingModel
+from models.hub import MissingModel, transformers_weights
 from models.language.exported import CHAT
 from models.language.pixels import OwnSize
 from models.language.tokenizer import files, trained
@@ -29,6 +29,7 @@ def published(weights: str) -> Any:
     """The processor of a model, by hub id or folder. Raises MissingModel, one sentence with the fix."""
     from transformers import AutoProcessor
 
+    transformers_weights(weights)  # within seconds, where transformers would try for a minute
     try:
         processor = AutoProcessor.from_pretrained(weights)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as e:

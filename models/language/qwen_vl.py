@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.hub import MissingModel, transformers_weights
+from models.hub import MissingModel, silent, transformers_weights, whole
 from models.language.by_document import apart, register
 from models.language.loss import Goal, Lengths, restarted, rows_of, summed_in_chunks, with_padding
 from models.language.pixels import OwnSize
@@ -341,9 +341,8 @@ def build(
 
     Raises MissingModel or ValueError, one sentence with the fix.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, logging
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
-    logging.disable_progress_bar()
     check(weights, config)
     if attention == "flex_attention":
         raise ValueError(
@@ -366,7 +365,9 @@ def build(
             made = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(str(weights)), **told)
         else:
             transformers_weights(str(weights))
-            made = AutoModelForImageTextToText.from_pretrained(str(weights), **told)
+            made = whole(AutoModelForImageTextToText.from_pretrained, str(weights), **told)
+    except MissingModel:
+        raise
     except (OSError, KeyError, ValueError, TypeError, ImportError, RuntimeError) as e:
         first = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise MissingModel(
@@ -401,12 +402,13 @@ def check(weights: str | None, config: dict[str, Any] | None) -> None:
 def save(model: QwenVL, folder: Any, processor: Any) -> None:
     """Weights, configuration and processor in the published layout, as `transformers` loads them."""
     with torch.device("meta"):
-        whole: Any = type(model.published)(model.config)
+        written: Any = type(model.published)(model.config)
     weights = published_weights(model)
-    whole.load_state_dict({name: weights[name] for name in whole.state_dict()}, assign=True)
-    whole.tie_weights()
-    whole.generation_config = model.published.generation_config
-    whole.save_pretrained(folder)
+    written.load_state_dict({name: weights[name] for name in written.state_dict()}, assign=True)
+    written.tie_weights()
+    written.generation_config = model.published.generation_config
+    with silent():
+        written.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 

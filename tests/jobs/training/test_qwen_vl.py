@@ -315,7 +315,7 @@ def test_it_is_talked_to_and_evaluated(trained, run, talks, tmp_path, capsys):
         (["frames.static=3"], "sees all tokens of a clip"),
         (["model={kind: qwen_vl}"], "give weights"),
         (["model={kind: qwen_vl, config: {model_type: llava}}"], "none of qwen2_vl, qwen2_5_vl, qwen3_vl"),
-        (["model={kind: qwen_vl, weights: /nowhere}"], "processor of '/nowhere'"),
+        (["model={kind: qwen_vl, weights: /nowhere}"], "'/nowhere': no such folder"),
         (["compute.attention=flex"], "no such kernel"),
         (["data.tokens=30"], "raise data.tokens"),
     ],

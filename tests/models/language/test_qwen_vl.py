@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from models.hub import MissingModel
@@ -336,8 +337,16 @@ def test_what_is_none_of_its_kind_is_said_in_a_sentence(folder, tmp_path):
     other = str(tiny_vlm_families.glm4v(tmp_path / "glm"))
     with pytest.raises(MissingModel, match="a glm4v is no model of Qwen-VL's kind that trains"):
         qwen_vl.build(qwen_files.published(other), weights=other)
-    with pytest.raises(MissingModel, match="processor of"):
+    with pytest.raises(MissingModel, match="no such folder"):
         qwen_files.published(str(tmp_path / "nothing"))
+    bare = tmp_path / "bare"
+    AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(bare)
+    with pytest.raises(MissingModel, match="processor of"):
+        qwen_files.published(str(bare))
+    cut = {n: x for n, x in load_file(bare / "model.safetensors").items() if "layers.1" not in n}
+    save_file(cut, bare / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MissingModel, match=r"lacks \d+ weights"):
+        qwen_vl.build(processor, weights=str(bare))
     model = made(folder)
     with pytest.raises(ValueError, match="placeholders"):
         model(given(folder, [PICTURE])["input_ids"])
