@@ -67,11 +67,14 @@ class Sampling:
         return f"{self.frames} frames" if self.fps is None else f"{self.fps:g} fps ≤ {self.frames}"
 
 
-def fitted(height: int, width: int, step: int, least: int, most: int) -> tuple[int, int]:
+def fitted(
+    height: int, width: int, step: int, least: int, most: int, frames: int = 1, counted: int | None = None
+) -> tuple[int, int]:
     """Sides nearest to those of a picture that are multiples of `step`, with `least` to `most` pixels (Qwen2-VL).
 
     Args:
         step: pixels of a side behind one token: of a patch, times what the projector joins.
+        frames: which have so many pixels together. counted: of them, to see whether they do (Qwen3-VL); none: all.
 
     Raises ValueError for a picture more than 200 times as long as wide, or bounds that leave no token.
     """
@@ -80,11 +83,12 @@ def fitted(height: int, width: int, step: int, least: int, most: int) -> tuple[i
     if not step * step <= most or least > most:
         raise ValueError(f"{least} to {most} pixels: give room for at least one token of {step}×{step}")
     h, w = (round(side / step) * step for side in (height, width))
-    if h * w > most:
-        by = math.sqrt(height * width / most)
+    pixels, whole = h * w * (counted or frames), height * width * frames
+    if pixels > most:
+        by = math.sqrt(whole / most)
         h, w = (max(step, math.floor(side / by / step) * step) for side in (height, width))
-    elif h * w < least:
-        by = math.sqrt(least / (height * width))
+    elif pixels < least:
+        by = math.sqrt(least / whole)
         h, w = (math.ceil(side * by / step) * step for side in (height, width))
     return h, w
 

@@ -27,14 +27,16 @@ class Seen:
 
     places: tokens of each mark that stands for it: one, or one a frame where a clip is shown as several images.
     video: whether its mark is <video>.
+    told: what is said before each of its marks, where the template writes one for all of them.
     """
 
     places: tuple[int, ...]
     video: bool = False
+    told: tuple[str, ...] = ()
 
     @property
     def marks(self) -> list[dict[str, str]]:
-        return [{"type": "video" if self.video else "image"}] * len(self.places)
+        return [{"type": "video" if self.video else "image"}] * (1 if self.told else len(self.places))
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,18 @@ class Chat:
     """Args:
     tokenizer: see `models.language.tokenizer`. template: jinja, as `apply_chat_template` takes it.
     marks: the tokens that the template writes for a picture and for a video.
+    around: what stands around each mark of a clip of which something is `told`.
     """
 
-    def __init__(self, tokenizer: Any, template: str = CHAT, marks: tuple[str, str] = (IMAGE, VIDEO)):
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str = CHAT,
+        marks: tuple[str, str] = (IMAGE, VIDEO),
+        around: tuple[str, str] = ("", ""),
+    ):
         self.tokenizer, self.template = tokenizer, template
+        self.video, self.around = marks[1], around
         self.marks = [tokenizer.convert_tokens_to_ids(name) for name in marks]
         self.end: str = tokenizer.eos_token
         started = tokenizer("a").input_ids[:1]
@@ -62,7 +72,7 @@ class Chat:
 
     def asked(self, messages: Sequence[Message], seen: Sequence[Seen] = ()) -> list[int]:
         """Tokens up to where the assistant answers."""
-        return self._expanded(self._ids(self._text(self._placed(messages, seen), True), True), seen)
+        return self._expanded(self._ids(self._text(self._placed(messages, seen), True, seen), True), seen)
 
     def answered(self, text: str) -> list[int]:
         """Tokens of an answer and of its end."""
@@ -78,7 +88,7 @@ class Chat:
         for i, message in enumerate(placed):
             if message["role"] != "assistant":
                 continue
-            asked, whole = self._text(placed[:i], True), self._text(placed[: i + 1], False)
+            asked, whole = self._text(placed[:i], True, seen), self._text(placed[: i + 1], False, seen)
             if not asked.startswith(done) or not whole.startswith(asked):
                 raise ValueError(
                     "the template of conversations does not write message after message: use another"
@@ -140,11 +150,24 @@ class Chat:
             raise ValueError("a conversation with pictures has no message of the user's to show them in")
         return placed
 
-    def _text(self, messages: Sequence[Message], ask: bool) -> str:
+    def _text(self, messages: Sequence[Message], ask: bool, seen: Sequence[Seen]) -> str:
         text: str = self.tokenizer.apply_chat_template(
-            list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=ask
+            list(messages),
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=ask,
+            enable_thinking=False,
         )
-        return text
+        if not any(picture.told for picture in seen):
+            return text
+        clips = iter([picture for picture in seen if picture.video])
+        before, *pieces = text.split(self.video)
+        parts, mark = [before], self.video.join(self.around)
+        for piece in pieces:
+            clip = next(clips, Seen(()))
+            parts += [said + mark for said in clip.told] or [self.video]
+            parts.append(piece)
+        return "".join(parts)
 
     def _ids(self, text: str, first: bool = False) -> list[int]:
         found: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids

@@ -54,6 +54,8 @@ class OwnSize:
     context: tokens of a sequence of which all frames of a video together take SPENT at most, however many they are;
     none: no such bound.
     per_second: places of a sequence's time that a second is (M-RoPE of Qwen2.5-VL); none: a pair of frames is one.
+    whole: `video` bounds all frames of a clip together, and a frame has at most `context` tokens (Qwen3-VL).
+    spoken: of when its frames are a clip tells in words before each pair of them, which stand by themselves (Qwen3-VL).
     """
 
     image: tuple[int, int]
@@ -65,15 +67,32 @@ class OwnSize:
     pair: int = 2
     context: int | None = None
     per_second: float | None = None
+    whole: bool = False
+    spoken: bool = False
 
     def sides(self, frames: int, height: int, width: int) -> tuple[int, int]:
         """What a picture (0 frames) or the frames of a clip are resized to. Raises ValueError for a mere line."""
         least, most = self.video if frames else self.image
         step = self.patch * self.merge
+        if frames and self.whole:
+            return self._together(max(frames, self.pair), height, width)
         if frames and self.context is not None:
             whole = int(self.context * step * step * SPENT) * self.pair
             most = max(min(most, whole // frames), int(least * 1.05))
         return fitted(height, width, step, least, most)
+
+    def _together(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """Sides of frames whose pixels are bounded all together, as Qwen3-VL's processor has them."""
+        (least, most), step = self.video, self.patch * self.merge
+        if self.context is not None:
+            share = max(min(self.context * step * step, most // frames), int(least * 1.05))
+            most = share * frames
+        if min(height, width) < step:
+            by = max(step / height, step / width)
+            height, width = int(height * by), int(width * by)
+        # of an odd number of frames fewer are counted than are seen
+        of = round(frames / self.pair) * self.pair
+        return fitted(height, width, step, least, most, frames=frames, counted=of)
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(t, h, w) of the tokens of a picture or clip of such sides."""
@@ -85,10 +104,20 @@ class OwnSize:
         whole = max(round(duration * CLOCK_HZ), round(seconds[-1] * CLOCK_HZ) + 1)
         return self.pair / (len(seconds) / whole * CLOCK_HZ)
 
-    def placed(self, start: int, frames: int, sides: tuple[int, int], lasts: float = 1.0) -> Grid:
-        """Where its tokens stand, the first of them at `start` of a sequence. lasts: see `times`."""
+    def grids(self, frames: int, sides: Sequence[int], lasts: float = 1.0) -> list[Grid]:
+        """Its tokens where they stand by themselves; where these begin is not known. lasts: see `times`."""
         step = 1.0 if self.per_second is None or not frames else self.per_second * lasts
-        return Grid(start, *self.grid(frames, *sides), step)
+        t, h, w = self.grid(frames, sides[0], sides[1])
+        return [Grid(0, 1, h, w)] * t if self.spoken and frames else [Grid(0, t, h, w, step)]
+
+    def told(self, seconds: Sequence[float]) -> list[str]:
+        """What is said before each pair of a clip's frames; nothing of others than `spoken`."""
+        if not self.spoken:
+            return []
+        at = [round(s * CLOCK_HZ) / CLOCK_HZ for s in seconds]
+        at += at[-1:] * (-len(at) % self.pair)
+        pairs = range(0, len(at), self.pair)
+        return [f"<{(at[i] + at[i + self.pair - 1]) / 2:.1f} seconds>" for i in pairs]
 
     def resized(self, frames: np.ndarray | Tensor, sides: tuple[int, int]) -> Tensor:
         """uint8 [T, H, W, 3] → uint8 [T, 3, *sides]."""

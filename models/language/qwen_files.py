@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from models.hub import MissingModel
+from models.hub import MissingModel, transformers_weights
 from models.language.exported import CHAT
 from models.language.pixels import OwnSize
 from models.language.tokenizer import files, trained
 
-KINDS = ("qwen2_vl", "qwen2_5_vl")  # model types of transformers
+KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # model types of transformers
 OPENING, CLOSING = "<|vision_start|>", "<|vision_end|>"
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 TEMPLATE = CHAT.replace("<video>\n", OPENING + VIDEO + CLOSING).replace(
@@ -29,16 +29,17 @@ def published(weights: str) -> Any:
     """The processor of a model, by hub id or folder. Raises MissingModel, one sentence with the fix."""
     from transformers import AutoProcessor
 
+    transformers_weights(weights)  # within seconds, where transformers would try for a minute
     try:
         processor = AutoProcessor.from_pretrained(weights)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as e:
         first = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise MissingModel(
-            f"processor of {weights!r} cannot be loaded ({first}): name a Qwen2-VL or Qwen2.5-VL with its processor"
+            f"processor of {weights!r} cannot be loaded ({first}): name a Qwen-VL with its processor"
         ) from e
     if not hasattr(processor, "video_processor") or not getattr(processor, "chat_template", None):
         raise MissingModel(
-            f"{weights!r} has no processor of pictures, videos and conversations: name a Qwen2-VL or Qwen2.5-VL"
+            f"{weights!r} has no processor of pictures, videos and conversations: name a Qwen-VL"
         )
     return processor
 
@@ -60,17 +61,16 @@ def begun(texts: Iterable[str], size: int, config: Mapping[str, Any]) -> Any:
     sizes = {name: vision[name] for name in names if name in vision}
     if "spatial_merge_size" in vision:
         sizes["merge_size"] = vision["spatial_merge_size"]
-    cls = (
-        transformers.Qwen2VLProcessor
-        if config.get("model_type") == "qwen2_vl"
-        else transformers.Qwen2_5_VLProcessor
-    )
-    return cls(
-        transformers.Qwen2VLImageProcessor(**sizes),
-        tokenizer,
-        transformers.Qwen2VLVideoProcessor(**sizes),
-        chat_template=TEMPLATE,
-    )
+    of: dict[str, tuple[Any, Any]] = {
+        "qwen2_vl": (transformers.Qwen2VLProcessor, transformers.Qwen2VLVideoProcessor),
+        "qwen2_5_vl": (transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor),
+        "qwen3_vl": (transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor),
+    }
+    whole, video = of[str(config["model_type"])]
+    clips = video(**sizes)
+    scaled = {"image_mean": clips.image_mean, "image_std": clips.image_std}
+    pictures = transformers.Qwen2VLImageProcessor(**{"patch_size": clips.patch_size} | sizes, **scaled)
+    return whole(pictures, tokenizer, clips, chat_template=TEMPLATE)
 
 
 def kept(processor: Any) -> dict[str, str]:
@@ -91,17 +91,29 @@ def of_files(texts: Mapping[str, str]) -> Any:
 def bounded(processor: Any, least: int | None = None, most: int | None = None) -> Any:
     """The same, with so many pixels of a picture and of a frame; and a bound for all frames of a video together.
 
-    That bound is of the reference preprocessing; transformers leaves it out unless it is told.
+    That bound is of the reference preprocessing; transformers leaves it out unless it is told. Where the bounds of a
+    video are of all its frames (Qwen3-VL), a frame has at most so many tokens instead.
     """
-    for part in (processor.image_processor, processor.video_processor):
+    pictures, clips = processor.image_processor, processor.video_processor
+    whole = _whole(clips)
+    if whole and most:
+        clips.max_video_tokens = max(1, most // (clips.patch_size * clips.merge_size) ** 2)
+    if whole and least:
+        clips.size = dict(clips.size) | {"shortest_edge": least}
+    for part in [pictures] if whole else [pictures, clips]:
         size = dict(part.size)
         size["shortest_edge"] = least or size["shortest_edge"]
         size["longest_edge"] = most or size["longest_edge"]
         size["shortest_edge"] = min(size["shortest_edge"], size["longest_edge"])
         part.size = {name: size[name] for name in ("shortest_edge", "longest_edge")}
-    if getattr(processor.video_processor, "cap_pixels_per_frame", None) is None:
-        processor.video_processor.cap_pixels_per_frame = True
+    if getattr(clips, "cap_pixels_per_frame", None) is None:
+        clips.cap_pixels_per_frame = True
     return processor
+
+
+def _whole(video_processor: Any) -> bool:
+    """Whether its bounds are of all frames of a video together."""
+    return type(video_processor).__name__.startswith("Qwen3")
 
 
 def looks(processor: Any, config: Any) -> OwnSize:
@@ -128,6 +140,8 @@ def looks(processor: Any, config: Any) -> OwnSize:
         *wanted,
         context=int(getattr(video, "max_video_tokens", CONTEXT)) if capped else None,
         per_second=getattr(vision, "tokens_per_second", None),
+        whole=_whole(video),
+        spoken=config.model_type == "qwen3_vl",
     )
 
 
@@ -145,6 +159,8 @@ def filled(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
             "rope_theta": 1e6,
             "mrope_section": [pairs - 2 * side, side, side],
         }
+        if config.get("model_type") == "qwen3_vl":
+            text["rope_parameters"]["mrope_interleaved"] = True
     marks = {"image_token_id": IMAGE, "video_token_id": VIDEO}
     marks |= {"vision_start_token_id": OPENING, "vision_end_token_id": CLOSING}
     ids = {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in marks.items()}

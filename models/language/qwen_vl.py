@@ -1,4 +1,4 @@
-"""A published Qwen2-VL or Qwen2.5-VL of `transformers`, or one of its form begun from nothing, as a model that trains.
+"""A published Qwen2-VL, Qwen2.5-VL or Qwen3-VL of `transformers`, or one begun from nothing, as a model that trains.
 
 Wang et al. 2024 (Qwen2-VL), Bai et al. 2025 (Qwen2.5-VL): pictures at their own size (dynamic resolution), frames
 merged in pairs, and three positions a token (M-RoPE): of time, row and column.
@@ -7,7 +7,8 @@ The published class is kept whole, and so are its weights' values, layout and `g
 names that any vision–language model here has:
 
     tower       model.visual, without its merger
-    projector   model.visual.merger, which makes a token of 2×2 patches
+    projector   model.visual.merger, which makes a token of 2×2 patches; and Qwen3-VL's of deeper features, which are
+                added to the hidden states of the first layers (DeepStack)
     language    model.language_model and lm_head
 
 B: sequences; L: tokens of one; V: vocabulary.
@@ -16,12 +17,12 @@ B: sequences; L: tokens of one; V: vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.hub import MissingModel, transformers_weights
+from models.hub import MissingModel, silent, transformers_weights, whole
 from models.language.by_document import apart, register
 from models.language.loss import Goal, Lengths, restarted, rows_of, summed_in_chunks, with_padding
 from models.language.pixels import OwnSize
@@ -60,7 +61,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "2-2B": {"weights": "Qwen/Qwen2-VL-2B-Instruct"},
     "2.5-3B": {"weights": "Qwen/Qwen2.5-VL-3B-Instruct"},
     "2.5-7B": {"weights": "Qwen/Qwen2.5-VL-7B-Instruct"},
+    "3-4B": {"weights": "Qwen/Qwen3-VL-4B-Instruct"},
 }
+
+
+MERGERS = ("merger", "deepstack_merger_list")
 
 
 class Reading(nn.Module):
@@ -71,9 +76,27 @@ class Reading(nn.Module):
         self.model, self.lm_head = model, lm_head
 
 
+class Seen(NamedTuple):
+    """Visual tokens [n, D] of all pictures, and what deeper layers add to them, [n, D] each."""
+
+    tokens: Tensor
+    deep: list[Tensor]
+
+    def none(self) -> Seen:
+        return Seen(self.tokens[:0], [x[:0] for x in self.deep])
+
+
+class Merging(nn.Module):
+    """What makes tokens of patches, where it is several modules of a tower."""
+
+    def __init__(self, merger: nn.Module, deepstack_merger_list: nn.Module):
+        super().__init__()
+        self.merger, self.deepstack_merger_list = merger, deepstack_merger_list
+
+
 class QwenVL(Seeing):
     """Args:
-    published: Qwen2VLForConditionalGeneration or Qwen2_5_VLForConditionalGeneration, whose modules it shares.
+    published: a Qwen…VLForConditionalGeneration of KINDS, whose modules it shares.
     looks: how pictures become its pixels.
     """
 
@@ -83,12 +106,12 @@ class QwenVL(Seeing):
         super().__init__()
         self.looks = looks
         visual = published.model.visual
-        merger = visual.merger
         # A part is registered once, here, by its name in recipes; the published model finds it as a plain attribute.
-        del visual._modules["merger"]
-        object.__setattr__(visual, "merger", merger)
+        joins = {n: visual._modules.pop(n) for n in MERGERS if n in visual._modules}
+        for name, module in joins.items():
+            object.__setattr__(visual, name, module)
         object.__setattr__(self, "published", published)
-        self.tower, self.projector = visual, merger
+        self.tower, self.projector = visual, joins["merger"] if len(joins) == 1 else Merging(**joins)
         self.language = Reading(published.model.language_model, published.lm_head)
         for module in self.modules():  # made on the meta device, it has of a checkpoint what no one computes
             module._non_persistent_buffers_set.clear()
@@ -119,14 +142,23 @@ class QwenVL(Seeing):
             return self.generate(rows, visuals, **answer)
         told = self.positions(rows, visuals, lengths) if positions is None else positions
         each = with_padding([[rows.shape[1]]] * len(rows) if lengths is None else lengths, rows.shape[1])
-        hidden = self._hidden(self.embed(rows, visuals), told.view(3, *rows.shape), each, lengths)
+        x, seen = self.embed(rows, visuals)
+        hidden = self._hidden(x, told.view(3, *rows.shape), each, lengths, self._there(rows), seen.deep)
         if goal is not None:
             return summed_in_chunks(self.language.lm_head, hidden, goal)
         logits: Tensor = self.language.lm_head(hidden if keep is None else hidden[:, keep])
         return logits if tokens.ndim > 1 else logits[0]
 
-    def _hidden(self, x: Tensor, positions: Tensor, each: list[list[int]], lengths: Lengths | None) -> Tensor:
-        """Last hidden states [B, L, D] of embeddings; each: documents of rows, with padding."""
+    def _hidden(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        each: list[list[int]],
+        lengths: Lengths | None,
+        there: Tensor,
+        deep: list[Tensor],
+    ) -> Tensor:
+        """Last hidden states [B, L, D] of embeddings; each: documents of rows, with padding; there: visual tokens."""
         reads = self.language.model
         # flash attention tells documents by positions of text that begin anew, which go before the three
         flash = reads.config._attn_implementation.startswith("flash")
@@ -134,36 +166,38 @@ class QwenVL(Seeing):
             positions = torch.cat([restarted(each, x.device)[None], positions])
         single = lengths is None or all(len(row) <= 1 for row in rows_of(lengths))
         given = apart(reads.config, reads.dtype, each, x.device, placed=not flash, single=single)
+        if deep:
+            given |= {"visual_pos_masks": there, "deepstack_visual_embeds": deep}
         found: Tensor = reads(
             inputs_embeds=x, position_ids=positions, use_cache=False, **given
         ).last_hidden_state
         return found
 
-    def embed(self, tokens: Tensor, visuals: Sequence[Tensor] = ()) -> Tensor:
-        """tokens [B, L] → what goes into the language model, [B, L, dim]."""
+    def embed(self, tokens: Tensor, visuals: Sequence[Tensor] = ()) -> tuple[Tensor, Seen]:
+        """tokens [B, L] → what goes into the language model, [B, L, dim], and what is seen."""
         x = self.language.model.embed_tokens(tokens)
-        parts = self.see(visuals)
-        if not visuals and self.training and torch.is_grad_enabled():
+        if visuals:
+            seen = self.see(visuals)
+        elif self.training and torch.is_grad_enabled():
             # each part takes part in each step, as DDP and FSDP expect, of which some ranks have no pictures
             side = self.looks.patch * self.looks.merge
-            blank = self.see([x.new_zeros(3, side, side, dtype=torch.float32)])
-            parts = [blank[0][:0]]
-        return put(x, self._there(tokens), torch.cat(parts) if parts else x[0, :0])
+            seen = self.see([x.new_zeros(3, side, side, dtype=torch.float32)]).none()
+        else:
+            seen = Seen(x[0, :0], [])
+        return put(x, self._there(tokens), seen.tokens), seen
 
-    def see(self, visuals: Sequence[Tensor]) -> list[Tensor]:
-        """Images [3, H, W] and videos [T, 3, H, W], scaled and of sides that `looks` gives → tokens [n, dim] each."""
-        if not visuals:
-            return []
+    def see(self, visuals: Sequence[Tensor]) -> Seen:
+        """Images [3, H, W] and videos [T, 3, H, W], scaled and of sides that `looks` gives, one after the other."""
         from transformers.vision_utils import get_vision_position_ids
 
         patches = torch.cat([self.looks.patches(v) for v in visuals])
-        grids = self._grids(visuals)  # stays on the host, where it is read number by number
-        places = get_vision_position_ids(grids, self.looks.merge).to(patches.device)
-        more = {"position_ids": places}
-        if self.tower.config._attn_implementation.startswith("flash"):
+        grids = self._grids(visuals)  # on the host, where it is read number by number
+        flash = self.tower.config._attn_implementation.startswith("flash")
+        if flash or hasattr(self.tower, "pos_embed"):
             grids = grids.to(patches.device)
-        seen = self.tower(patches.to(self.tower.dtype), grid_thw=grids, **more).pooler_output
-        return list(seen.split((grids.prod(-1) // self.looks.merge**2).tolist()))
+        places = get_vision_position_ids(grids, self.looks.merge).to(patches.device)
+        found = self.tower(patches.to(self.tower.dtype), grid_thw=grids, position_ids=places)
+        return Seen(found.pooler_output, list(getattr(found, "deepstack_features", None) or []))
 
     def positions(
         self,
@@ -181,7 +215,11 @@ class QwenVL(Seeing):
         shapes = [(0, *v.shape[1:]) if v.ndim == 3 else (len(v), *v.shape[2:]) for v in visuals]
         lasts = iter(seconds or [1.0] * len(shapes))
         steps = [next(lasts) if n else 1.0 for n, _, _ in shapes]
-        found = [self.looks.placed(0, n, (h, w), step) for (n, h, w), step in zip(shapes, steps, strict=True)]
+        found = [
+            grid
+            for (n, h, w), step in zip(shapes, steps, strict=True)
+            for grid in self.looks.grids(n, (h, w), step)
+        ]
         rows = rows_of(lengths) if lengths is not None else [[tokens.shape[1]]] * len(tokens)
         told = []
         for row, mark in zip(rows, there, strict=True):
@@ -191,7 +229,7 @@ class QwenVL(Seeing):
 
     def tokens(self, frames: int, height: int, width: int) -> int:
         """Visual tokens of a clip, or of an image (1 frame), of any size."""
-        return self.looks.placed(0, frames, self.looks.sides(frames, height, width)).tokens
+        return sum(g.tokens for g in self.looks.grids(frames, self.looks.sides(frames, height, width)))
 
     @torch.no_grad()
     def generate(
@@ -236,14 +274,16 @@ class QwenVL(Seeing):
         seconds: Sequence[float] = (),
     ) -> Tensor:
         """Logits [n, m, V] at each token of answers [n, m] to one prompt [1, L]. Args: seconds: as of `positions`."""
-        before, places = self.embed(asked, visuals), self.positions(asked, visuals, seconds=seconds)
+        (before, seen), places = self.embed(asked, visuals), self.positions(asked, visuals, seconds=seconds)
         said = self.language.model.embed_tokens(answers[:, :-1]).to(before.dtype)
         n, more = said.shape[:2]
         x = torch.cat([before.expand(n, -1, -1), said], 1)
         # a prompt ends in text, after which text counts on
         behind = places[:, :, -1:] + 1 + torch.arange(more, device=x.device)
         told = torch.cat([places, behind], 2).expand(-1, n, -1)
-        hidden = self._hidden(x, told, [[x.shape[1]]] * n, None)
+        there = torch.cat([self._there(asked), torch.zeros_like(behind[0], dtype=torch.bool)], 1)
+        deep = [x.repeat(n, 1) for x in seen.deep]
+        hidden = self._hidden(x, told, [[x.shape[1]]] * n, None, there.expand(n, -1), deep)
         logits: Tensor = self.language.lm_head(hidden[:, asked.shape[1] - 1 :])
         return logits
 
@@ -301,9 +341,8 @@ def build(
 
     Raises MissingModel or ValueError, one sentence with the fix.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, logging
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
-    logging.disable_progress_bar()
     check(weights, config)
     if attention == "flex_attention":
         raise ValueError(
@@ -326,10 +365,14 @@ def build(
             made = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(str(weights)), **told)
         else:
             transformers_weights(str(weights))
-            made = AutoModelForImageTextToText.from_pretrained(str(weights), **told)
+            made = whole(AutoModelForImageTextToText.from_pretrained, str(weights), **told)
+    except MissingModel:
+        raise
     except (OSError, KeyError, ValueError, TypeError, ImportError, RuntimeError) as e:
         first = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise MissingModel(f"model {name!r} cannot be made ({first}): name a Qwen2-VL or Qwen2.5-VL") from e
+        raise MissingModel(
+            f"model {name!r} cannot be made ({first}): name a Qwen2-VL, Qwen2.5-VL or Qwen3-VL"
+        ) from e
     return of(made, bounded(processor, min_pixels, max_pixels))
 
 
@@ -359,20 +402,22 @@ def check(weights: str | None, config: dict[str, Any] | None) -> None:
 def save(model: QwenVL, folder: Any, processor: Any) -> None:
     """Weights, configuration and processor in the published layout, as `transformers` loads them."""
     with torch.device("meta"):
-        whole: Any = type(model.published)(model.config)
+        written: Any = type(model.published)(model.config)
     weights = published_weights(model)
-    whole.load_state_dict({name: weights[name] for name in whole.state_dict()}, assign=True)
-    whole.tie_weights()
-    whole.generation_config = model.published.generation_config
-    whole.save_pretrained(folder)
+    written.load_state_dict({name: weights[name] for name in written.state_dict()}, assign=True)
+    written.tie_weights()
+    written.generation_config = model.published.generation_config
+    with silent():
+        written.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
 def published_weights(model: QwenVL) -> dict[str, Tensor]:
     """By the names that they have in the published class."""
+    several = isinstance(model.projector, Merging)
     names = {
         "tower.": "model.visual.",
-        "projector.": "model.visual.merger.",
+        "projector.": "model.visual." if several else "model.visual.merger.",
         "language.model.": "model.language_model.",
         "language.lm_head.": "lm_head.",
     }

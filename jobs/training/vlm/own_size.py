@@ -66,7 +66,9 @@ class OwnSizes(Visuals):
 
     def seen(self, what: Planned | Visual, kept: Tensor | None = None) -> Seen:
         n = len(what.seconds)
-        return Seen((self.pixels.placed(0, n, self._shape(what)).tokens,), video=n > 0)
+        grids = self.pixels.grids(n, self._shape(what))
+        told = self.pixels.told(what.seconds) if n else []
+        return Seen(tuple(grid.tokens for grid in grids), n > 0, tuple(told))
 
     def _shape(self, what: Planned | Visual) -> tuple[int, int]:
         """Height and width of its frames."""
@@ -99,8 +101,9 @@ class OwnSizes(Visuals):
     ) -> Tensor:
         lasting = [self.pixels.times(v.seconds, v.duration) if v.seconds else 1.0 for v in visuals]
         grids = [
-            self.pixels.placed(0, len(v.seconds), self._shape(v), lasts)
+            grid
             for v, lasts in zip(visuals, lasting, strict=True)
+            for grid in self.pixels.grids(len(v.seconds), self._shape(v), lasts)
         ]
         there = torch.from_numpy(np.isin(tokens, self.marks))
         return packed(lengths, standing(there, grids)[0], len(tokens))

@@ -60,7 +60,9 @@ def chat(kept: Files) -> Chat:
 
 
 def _chat(processor: Any) -> Chat:
-    return Chat(processor.tokenizer, processor.chat_template, (processor.image_token, processor.video_token))
+    marks = (processor.image_token, processor.video_token)
+    around = (qwen_files.OPENING, qwen_files.CLOSING)
+    return Chat(processor.tokenizer, processor.chat_template, marks, around)
 
 
 def visuals(

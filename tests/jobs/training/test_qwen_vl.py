@@ -21,6 +21,7 @@ from jobs.training.vlm.task import Runs, build
 from jobs.training.vlm.visuals import budget_table
 from models.curation.vlm.loading import Wanted
 from models.curation.vlm.model import VLM, Look
+from models.language.budget import Sampling
 from pipeline.io.store import Store
 from pipeline.layers import Layered
 from pipeline.recipe import RecipeError
@@ -48,9 +49,9 @@ def run(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    return str(tiny_qwen_vl.checkpoint(tmp_path_factory.mktemp("published"), "2.5"))
+@pytest.fixture(scope="module", params=["2.5", "3"])
+def published(request, tmp_path_factory):
+    return str(tiny_qwen_vl.checkpoint(tmp_path_factory.mktemp("published"), request.param))
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +227,11 @@ def test_trained_and_exported_say_the_same(trained, run):
         assert ours.caption([a]) == theirs.caption([b])
 
 
-def test_the_mill_and_transformers_see_the_pixels_and_tokens_of_training(trained, run):
+@pytest.mark.parametrize("frames", [1, 3, 4])
+def test_the_mill_and_transformers_see_the_pixels_and_tokens_of_training(trained, run, frames):
     """And give the same answers and logits."""
     ours, mill = load_speaker(trained / "model"), VLM(Wanted(str(trained / "student")), max_new_tokens=4)
+    ours.visuals = ours.visuals.with_sampling(ours.model, Sampling(frames))
     assert mill.input == "video"
     asked = [{"role": "user", "content": "What is it?"}]
     for mp4 in clips(run)[:3]:
@@ -311,8 +314,8 @@ def test_it_is_talked_to_and_evaluated(trained, run, talks, tmp_path, capsys):
     [
         (["frames.static=3"], "sees all tokens of a clip"),
         (["model={kind: qwen_vl}"], "give weights"),
-        (["model={kind: qwen_vl, config: {model_type: llava}}"], "none of qwen2_vl, qwen2_5_vl"),
-        (["model={kind: qwen_vl, weights: /nowhere}"], "processor of '/nowhere'"),
+        (["model={kind: qwen_vl, config: {model_type: llava}}"], "none of qwen2_vl, qwen2_5_vl, qwen3_vl"),
+        (["model={kind: qwen_vl, weights: /nowhere}"], "'/nowhere': no such folder"),
         (["compute.attention=flex"], "no such kernel"),
         (["data.tokens=30"], "raise data.tokens"),
     ],

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from models.hub import MissingModel
@@ -29,7 +30,7 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=["2", "2.5"])
+@pytest.fixture(scope="module", params=["2", "2.5", "3"])
 def folder(request, tmp_path_factory):
     return str(tiny_qwen_vl.checkpoint(tmp_path_factory.mktemp("qwen"), request.param))
 
@@ -124,7 +125,8 @@ def test_positions_are_the_class_s_own_for_any_sequence(folder, theirs):
             lasts += [chance.choice([0.13, 0.5, 1.0, 3.7])] if n else []
             t, rows, columns = model.looks.grid(n, h, w)
             grids[n > 0].append([t, 2 * rows, 2 * columns])
-            tokens += [video if n else image] * (t * rows * columns) + [1] * chance.randint(1, 5)
+            for grid in model.looks.grids(n, (h, w)):
+                tokens += [video if n else image] * grid.tokens + [1] * chance.randint(1, 5)
         tokens = torch.tensor([tokens])
         kinds = (tokens == image).int() + 2 * (tokens == video).int()
         expected, _ = theirs.model.get_rope_index(
@@ -145,18 +147,27 @@ def test_a_picture_costs_what_its_processor_makes_of_its_size(folder):
         height, width, n = chance.randint(5, 150), chance.randint(5, 150), chance.randint(1, 7)
         looks = model.looks
         one = processor.image_processor(torch.zeros(3, height, width, dtype=torch.uint8), return_tensors="pt")
-        assert (
-            looks.placed(0, 0, looks.sides(0, height, width)).tokens == int(one["image_grid_thw"].prod()) // 4
-        )
-        clip = torch.zeros(n, 3, height, width, dtype=torch.uint8)
+        (grid,) = looks.grids(0, looks.sides(0, height, width))
+        assert grid.tokens == int(one["image_grid_thw"].prod()) // 4
+        clip = torch.zeros(
+            max(n, 2), 3, height, width, dtype=torch.uint8
+        )  # Qwen3-VL's refuses a single frame
         several = processor.video_processor(clip, do_sample_frames=False, return_tensors="pt")
         assert model.tokens(n, height, width) == int(several["video_grid_thw"].prod()) // 4
+
+
+def folder_is_of_clips(processor) -> bool:
+    """Whether its bounds are of all frames together."""
+    return type(processor.video_processor).__name__ == "Qwen3VLVideoProcessor"
 
 
 def test_all_frames_of_a_long_video_together_have_a_bound(folder):
     """That of the reference preprocessing, as transformers computes it when told."""
     processor = qwen_files.published(folder)
-    processor.video_processor.max_video_tokens = 40
+    if folder_is_of_clips(processor):
+        processor.video_processor.size = {"shortest_edge": 256, "longest_edge": 20 * 1024}
+    else:
+        processor.video_processor.max_video_tokens = 40
     looks = qwen_vl.build(processor, weights=folder).looks
     clip = torch.zeros(20, 3, 64, 64, dtype=torch.uint8)
     grid = processor.video_processor(clip, do_sample_frames=False, return_tensors="pt")["video_grid_thw"][0]
@@ -166,8 +177,9 @@ def test_all_frames_of_a_long_video_together_have_a_bound(folder):
 
 
 def test_bounds_of_a_recipe_are_those_of_pictures_and_frames(folder):
-    looks = made(folder, min_pixels=256, max_pixels=1024).looks
-    assert looks.image == looks.video == (256, 1024)
+    model = made(folder, min_pixels=256, max_pixels=1024)
+    assert model.looks.image == (256, 1024)
+    assert model.tokens(2, 1000, 1000) == 4  # of 16×16 pixels
     assert made(folder).looks.image == (tiny_qwen_vl.LEAST, tiny_qwen_vl.MOST)
 
 
@@ -283,16 +295,26 @@ def test_files_of_a_processor_give_it_again(folder):
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_one_begun_from_nothing_has_a_tokenizer_of_the_texts_and_the_real_processor(kind):
     config = qwen_vl.PRESETS["tiny"]["config"] | {"model_type": kind}
     if kind == "qwen2_vl":
         config = config | {"vision_config": {"embed_dim": 32, "hidden_size": 64, "depth": 1, "num_heads": 2}}
+    if kind == "qwen3_vl":
+        vision = {
+            "hidden_size": 32,
+            "out_hidden_size": 64,
+            "depth": 2,
+            "num_heads": 2,
+            "deepstack_visual_indexes": [0],
+        }
+        config = config | {"vision_config": vision, "text_config": config["text_config"] | {"head_dim": 16}}
     processor = qwen_files.begun(["a red ball"], 300, config)
     torch.manual_seed(0)
     model = qwen_vl.build(processor, config=config, min_pixels=1024, max_pixels=4096)
     assert model.config.model_type == kind
-    assert type(processor).__name__ == {"qwen2_vl": "Qwen2VLProcessor"}.get(kind, "Qwen2_5_VLProcessor")
+    wanted = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[kind]
+    assert type(processor).__name__ == f"{wanted}Processor"
     ids = processor(
         text=["<|vision_start|><|image_pad|><|vision_end|>a red ball"], images=[PICTURE], return_tensors="pt"
     )
@@ -306,17 +328,25 @@ def test_what_is_none_of_its_kind_is_said_in_a_sentence(folder, tmp_path):
     processor = qwen_files.published(folder)
     with pytest.raises(ValueError, match="give weights"):
         qwen_vl.build(processor)
-    with pytest.raises(ValueError, match="none of qwen2_vl, qwen2_5_vl"):
+    with pytest.raises(ValueError, match="none of qwen2_vl, qwen2_5_vl, qwen3_vl"):
         qwen_vl.build(processor, config={"model_type": "llava"})
     with pytest.raises(MissingModel, match="no option 'hidden_sizes'"):
         qwen_vl.build(processor, config={"model_type": "qwen2_vl", "hidden_sizes": 3})
     with pytest.raises(ValueError, match="attention: flex"):
         made(folder, attention="flex_attention")
-    third = str(tiny_vlm_families.qwen3_vl(tmp_path / "3"))
-    with pytest.raises(MissingModel, match="a qwen3_vl is no model of Qwen-VL's kind that trains"):
-        qwen_vl.build(qwen_files.published(third), weights=third)
-    with pytest.raises(MissingModel, match="processor of"):
+    other = str(tiny_vlm_families.glm4v(tmp_path / "glm"))
+    with pytest.raises(MissingModel, match="a glm4v is no model of Qwen-VL's kind that trains"):
+        qwen_vl.build(qwen_files.published(other), weights=other)
+    with pytest.raises(MissingModel, match="no such folder"):
         qwen_files.published(str(tmp_path / "nothing"))
+    bare = tmp_path / "bare"
+    AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(bare)
+    with pytest.raises(MissingModel, match="processor of"):
+        qwen_files.published(str(bare))
+    cut = {n: x for n, x in load_file(bare / "model.safetensors").items() if "layers.1" not in n}
+    save_file(cut, bare / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MissingModel, match=r"lacks \d+ weights"):
+        qwen_vl.build(processor, weights=str(bare))
     model = made(folder)
     with pytest.raises(ValueError, match="placeholders"):
         model(given(folder, [PICTURE])["input_ids"])

@@ -55,8 +55,13 @@ def sequence(rank: int) -> tuple[torch.Tensor, list[torch.Tensor], Goal]:
 
 
 def qwen() -> QwenVL:
+    """A Qwen3-VL, whose deeper features are to take part, too."""
     torch.manual_seed(0)
-    config = qwen_vl.PRESETS["tiny"]["config"]
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sees = {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 32, "depth": 2, "num_heads": 2}
+    sees |= {"patch_size": 8, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    reads = sizes | {"num_key_value_heads": 1, "head_dim": 16}
+    config = {"model_type": "qwen3_vl", "text_config": reads, "vision_config": sees}
     return qwen_vl.build(qwen_files.begun(["words"], 300, config), config=config).train()
 
 
