@@ -30,6 +30,7 @@ from jobs.training.parallelize import gradient_norm, made_on, parallelize
 from jobs.training.plan import autocast, make_plan
 from jobs.training.recipe_core import Optimizer, TrainRecipe
 from jobs.training.resume import resume_point
+from jobs.training.room import writing
 from jobs.training.signals import Signals
 from jobs.training.task import (
     COUNTS,
@@ -89,7 +90,12 @@ def train(
     build = build or import_module(f"jobs.training.{recipe.trains}.task").build
     monitor = monitor or import_module("jobs.training.page.monitor").Monitor
     out = Path(out)
-    with Signals() as signals, connect(device, recipe.compute.context) as world, checkpoint.lock(out, world):
+    with (
+        writing(out),
+        Signals() as signals,
+        connect(device, recipe.compute.context) as world,
+        checkpoint.lock(out, world),
+    ):
         torch.manual_seed(recipe.seed)
         trainer = Trainer(recipe, data, out, world, build)
         if trainer.step >= recipe.run.steps:
@@ -355,9 +361,7 @@ class Trainer:
             return
         self.saver.wait()
         everyone = [found for found in self.world.gather(mine) if found]
-        first = min(
-            found[:2] for found in everyone
-        )  # a loss says more than the gradient, which all ranks share
+        first = min(found[:2] for found in everyone)  # a loss says more than the gradient, which all share
         keys = [key for *where, own in everyone if tuple(where) == first for key in own]
         what = "the gradient" if first[1] else "the loss"
         kept = checkpoint.checkpoints(self.out)
@@ -406,10 +410,7 @@ class Trainer:
         shapes = {k: "×".join(map(str, v.shape)) for k, v in tensors_of(self.batch).items()}
         tokens = self.task.tokens(self.batch) if self.batch else 0
         fixes = [f"data.tokens {tokens // 2}", f"data.batch {max(len(self.batch.get('key', ())) // 2, 1)}"]
-        if self.recipe.data.batch is None:
-            fixes.pop()
-        else:
-            fixes.pop(0)
+        fixes.pop(-1 if self.recipe.data.batch is None else 0)
         if self.recipe.compute.activation_checkpointing != "full":
             fixes.append("compute.activation_checkpointing full")
         if self.recipe.compute.precision == "fp32":

@@ -46,8 +46,9 @@ def of_stages(stages: Iterable[Stage]) -> dict[str, Contents]:
 
 
 def section_of(stage: Stage) -> Section | None:
-    """Of the recipe, that a stage was made of: of a captioner, a judge, a measure."""
-    return getattr(stage, "section", getattr(stage, "recipe", None))
+    """Of the recipe, that a stage was made of: of a captioner, a judge, a measure. Stages of one's own have none."""
+    found = getattr(stage, "section", getattr(stage, "recipe", None))
+    return found if isinstance(found, Section) else None
 
 
 def check(stages: Iterable[Stage], run: Mapping[str, Contents], clips: Layered, where: str) -> None:

@@ -48,8 +48,12 @@ CAPTIONS = ("Captions", "it says", "chosen", "What it says of held-out clips, be
 def replace(path: Path, data: bytes) -> None:
     """Write a file that is there whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    aside.write_bytes(data)
-    aside.replace(path)
+    try:
+        aside.write_bytes(data)
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def write(root: Path, step: int, told: Sequence[Told]) -> None:

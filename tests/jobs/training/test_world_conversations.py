@@ -176,15 +176,17 @@ def test_packed_conversations_weigh_as_much_as_each_alone(run, vq, talks):
         assert torch.allclose(x, y, atol=1e-6)
 
 
-def talked(run: str, vq: str, talks: str, out: str, steps: int) -> None:
+def talked(run: str, vq: str, talks: str, out: str, steps: int, parallel: str) -> None:
     runs = {"steps": steps, "save_every": 2, "sample_every": 0}
-    train(talking(vq, Path(talks), run=runs), run, Path(out), device="cpu", monitor=Notes)
+    made_of = talking(vq, Path(talks), run=runs, compute={"parallel": parallel})
+    train(made_of, run, Path(out), device="cpu", monitor=Notes)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_it_trains_on_any_number_of_ranks_and_goes_on_bit_for_bit(run, vq, talks, tmp_path, ranks):
+@pytest.mark.parametrize(("ranks", "parallel"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+def test_it_trains_on_any_number_of_ranks_and_goes_on_bit_for_bit(run, vq, talks, tmp_path, ranks, parallel):
     for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
-        assert in_ranks(ranks, talked, run, vq, str(talks), str(tmp_path / out), steps) == [0] * ranks
+        told = (run, vq, str(talks), str(tmp_path / out), steps, parallel)
+        assert in_ranks(ranks, talked, *told) == [0] * ranks
     whole, parts = weights(tmp_path / "whole", 4), weights(tmp_path / "parts", 4)
     assert whole.keys() == parts.keys()
     assert [k for k in whole if not torch.equal(whole[k], parts[k])] == []

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -384,6 +385,7 @@ def test_a_run_does_not_go_on_with_other_weights_than_it_began_with(world, capsy
 def test_of_a_folder_its_model_counts_and_not_what_lies_beside_it(tmp_path):
     section = YesJudge(kind="p_yes", model=str(tmp_path / "student"))
     assert weights.contents(section) == {}  # a hub knows the name
+    assert weights.of_stages([SimpleNamespace(name="own", section="of somebody's own", recipe=3)]) == {}
     for name in ("config.json", "model.safetensors", "eval-captions/answers.jsonl", "page.html"):
         (tmp_path / "student" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "student" / name).write_text("1")
