@@ -151,7 +151,7 @@ def keeps(context: object, op: object, *args: object, **named: object) -> Checkp
 def compile_blocks(blocks: Iterable[nn.Module], uncompiled: list[str]) -> None:
     """Each block's forward as one graph, shared by blocks of the same kind, for sizes that vary once they have.
 
-    Hooks around the block (FSDP's) stay outside of the graph.
+    Hooks around the block (FSDP's) stay outside of the graph. A block whose `one_graph` is False is left as it is.
 
     Args:
         uncompiled: is told, in a sentence, of a kind of block that cannot be one graph or needs more than `GRAPHS` of
@@ -165,6 +165,8 @@ def compile_blocks(blocks: Iterable[nn.Module], uncompiled: list[str]) -> None:
         limits, torch._dynamo.config.recompile_limit = {}, GRAPHS * 64
     options: dict[str, Any] = {"fullgraph": True} | limits
     for block in blocks:
+        if not getattr(block, "one_graph", True):
+            continue
         kind = type(block), tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
         if kind not in kinds:
             compiled = torch.compile(_called, **options)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Tokens = Callable[[int, int, int], int]  # frames, height, width → visual tokens, as `Llava.tokens`
+Tokens = Callable[[int, int, int], int]  # frames, height, width → visual tokens, as `Seeing.tokens`
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def table(
     """What clips cost, for a person: a line for each setting.
 
     Args:
-        tokens: `Llava.tokens`.
+        tokens: `Seeing.tokens` of a model.
         settings: name → frames, height and width.
         seconds: lengths of clips. rate: their frames a second.
         context: tokens of a sequence, of which it is said how many clips of the middle length fit.

@@ -113,6 +113,8 @@ class QwenVL(Seeing):
         object.__setattr__(self, "published", published)
         self.tower, self.projector = visual, joins["merger"] if len(joins) == 1 else Merging(**joins)
         self.language = Reading(published.model.language_model, published.lm_head)
+        for block in visual.blocks:  # they part at each picture, which no compiler knows beforehand
+            block.one_graph = False
         for module in self.modules():  # made on the meta device, it has of a checkpoint what no one computes
             module._non_persistent_buffers_set.clear()
 

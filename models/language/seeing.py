@@ -70,6 +70,10 @@ class Seeing(nn.Module):
         """
         raise NotImplementedError
 
+    def tokens(self, frames: int, height: int, width: int) -> int:
+        """Visual tokens of a clip, or of an image (1 frame), of such a size."""
+        raise NotImplementedError
+
     def generate(self, tokens: Tensor, visuals: Sequence[Tensor] = (), **options: Any) -> Tensor:
         """Answers to prompts [B, L], filled up at the left, int64 [B, new tokens]; options: `there`, bool [B, L], where
         a prompt is, what `forward` takes, what the model takes beside it, and those of transformers' `generate`."""

@@ -59,11 +59,17 @@ def test_a_video_goes_on_and_what_was_given_stays(model, video, tmp_path):
     assert len(frames_of(next((tmp_path / "on").glob("*.mp4")))) == 8
 
 
-def test_a_video_is_told_in_words(model, video, tmp_path, capsys):
-    assert sampled(model, tmp_path / "told", "--task", "caption", "--video", video) == 0
+@pytest.mark.parametrize("task", [("--task", "caption"), ()])
+def test_a_video_is_told_in_words(model, video, tmp_path, capsys, task):
+    assert sampled(model, tmp_path / "told", *task, "--video", video) == 0
     (row,) = json.loads((tmp_path / "told" / "captions.json").read_text())["captions"]
     assert row["text"] in capsys.readouterr().out
     assert not list((tmp_path / "told").glob("*.mp4"))
+
+
+def test_a_folder_without_a_model_is_told_before_what_its_options_would_mean(video, tmp_path, capsys):
+    assert sampled(str(tmp_path / "nowhere"), tmp_path / "no", "--video", video) == 2
+    assert "nowhere holds no model.safetensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

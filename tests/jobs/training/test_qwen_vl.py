@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from jobs import caption, chat, curate, evaluate, export, toy
 from jobs.training import needs
 from jobs.training.loop import train as run_training
+from jobs.training.parallelize import compile_blocks
 from jobs.training.recipe import load_training
 from jobs.training.task import Draws
 from jobs.training.vlm.conversations import Collate, Documents
@@ -122,6 +123,15 @@ def test_packed_documents_weigh_and_teach_as_each_does_alone(made):
     assert {name.partition(".")[0] for name in gradients} == {"tower", "projector", "language"}
     for name, g in gradients.items():
         torch.testing.assert_close(g, sum(own[name] for _, own in alone), rtol=2e-3, atol=2e-5)
+
+
+def test_the_tower_s_blocks_are_not_compiled_as_they_part_at_each_picture(made):
+    task, _ = made
+    blocks = list(task.model.blocks())
+    tower = [b for b in blocks if not getattr(b, "one_graph", True)]
+    assert [id(b) for b in tower] == [id(b) for b in task.model.tower.blocks]
+    compile_blocks(tower, [])
+    assert all("forward" not in vars(b) for b in tower)
 
 
 def test_rows_give_the_loss_of_a_sequence(made):
