@@ -75,6 +75,12 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         world = args.model is not None and is_world(args.model)
+        if args.model is not None and not world and not (Path(args.model) / "model.safetensors").is_file():
+            raise ValueError(
+                f"{args.model} holds no model.safetensors: give a folder that clipmill train wrote"
+            )
+        alone = world and args.video is not None and not args.prompt
+        args.task = args.task or ("caption" if alone else "text")
         check_numbers(args)
         if not world:
             check(args)
@@ -108,7 +114,11 @@ def parser() -> argparse.ArgumentParser:
     add("--n", type=int, default=1, help="videos a prompt (default: 1)")
     add("--out", type=Path, default=Path("samples"), metavar="DIR", help="a new or empty folder (samples/)")
     add("--replace", action="store_true", help="in place of what an earlier sampling wrote there")
-    add("--task", choices=[*TASKS, "caption"], default="text", help="default: text")
+    add(
+        "--task",
+        choices=[*TASKS, "caption"],
+        help="default: text; of a world model with --video alone caption",
+    )
     add("--video", type=Path, metavar="FILE", help="what is given: a video or a picture")
     add("--frames", type=int, metavar="N", help="of the result, or to read of --video; see the tasks")
     add("--context", type=int, metavar="K", help="latent frames that are given at a time (2)")

@@ -190,7 +190,7 @@ def lock(out: Path, world: World) -> Iterator[None]:
 def difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """The first key where two recipes differ, with both values; not of `FREE`, of `MOVED` only whether it is given."""
     a, b = (dict(_flat(x)) for x in (saved, now))
-    for key in sorted(a.keys() | b.keys()):
+    for key in sorted(a.keys() | b.keys(), key=lambda key: (key != "trains", key)):  # what it is, before how
         free = any(key == f or (f.endswith(".") and key.startswith(f)) for f in FREE)
         free |= re.sub(r"\.\d+\.", ".", key) in MOVED and a.get(key) is not None and b.get(key) is not None
         if not free and a.get(key) != b.get(key):

@@ -498,3 +498,8 @@ def test_a_half_written_checkpoint_is_never_found(tmp_path):
     assert list(checkpoints(tmp_path)) == [3]
     checkpoint.clean(tmp_path, 3)
     assert not (tmp_path / "checkpoints" / "step-00000004.partial").exists()
+
+
+def test_a_folder_of_another_trainer_is_told_by_what_it_trains():
+    saved, now = {"answer": 64, "trains": "vlm"}, {"features": {"text": "minilm"}, "trains": "selector"}
+    assert difference(saved, now) == ("trains", "vlm", "selector")
