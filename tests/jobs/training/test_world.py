@@ -265,7 +265,7 @@ def test_goals_of_no_weight_are_left_out():
 
 
 def test_steps_beside_stages_are_refused_as_each_stage_has_its_own():
-    with pytest.raises(RecipeError, match="run.steps and stages: each stage has steps of its own"):
+    with pytest.raises(RecipeError, match=r"run\.steps and stages: each stage has steps of its own"):
         load_training("toy-world", ["run.steps=7"])
     assert load_training("toy-world", ["run.steps=7", "stages=[]"]).run.steps == 7
 
