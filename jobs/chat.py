@@ -1,4 +1,4 @@
-"""clipmill chat: a conversation with a vision–language model about videos and pictures, in the terminal."""
+"""clipmill chat: a conversation with a vision–language or world model about videos and pictures, in the terminal."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jobs.training.vlm.speaker import Speaker
+    from jobs.speaking import Speaking
+    from jobs.training.data.media import Visual
 
 EPILOG = """
 examples
@@ -18,10 +20,16 @@ examples
   clipmill chat model/ --video ball.mp4 --ask "What moves?" --ask "Which way?"
   clipmill chat model/ --image a.png --image b.png --ask "What is new in the second?"
   echo "What moves?" | clipmill chat model/ --video ball.mp4
+  clipmill chat world/ --video ball.mp4 --ask "What moves?" --ask "Show me what comes next."
+  clipmill chat world/ --video ball.mp4 --ask ""
 
-MODEL is a folder that 'clipmill train vlm' or 'clipmill export' wrote, or a published LLaVA or Qwen-VL. With --ask,
-or where the input is no terminal, answers alone are printed, a line each. To serve many at once, export the model
-and start 'transformers serve' or vLLM on the folder.
+MODEL is a folder that 'clipmill train vlm', 'clipmill train world' or 'clipmill export' wrote, or a published LLaVA or
+Qwen-VL. With --ask, or where the input is no terminal, answers alone are printed, a line each. To serve many at once,
+export the model and start 'transformers serve' or vLLM on the folder.
+
+A world model may answer with pictures and videos, too: they are written into --out, and their names stand where they do
+in the answer. One that was trained on no conversations (documents.chat) goes on from what it is shown and told: from a
+clip alone, --ask "" or an empty line, with its caption.
 """
 
 HELP = """Type a question, or
@@ -33,6 +41,8 @@ HELP = """Type a question, or
 
 
 def main(argv: list[str] | None = None) -> int:
+    from jobs.training.paths import add_locate
+
     parser = argparse.ArgumentParser(
         prog="clipmill chat",
         description=__doc__,
@@ -60,6 +70,14 @@ def main(argv: list[str] | None = None) -> int:
         "--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token (default)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="for what a world model shows (default: this folder)",
+    )
+    add_locate(parser)
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU, where there is one)")
     args = parser.parse_args(argv)
 
@@ -68,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.ask:
             answer_all(talk, args.ask)
         elif not sys.stdin.isatty():
-            answer_all(talk, (line for line in sys.stdin if line.strip()))
+            answer_all(talk, filter(talk.asks, map(str.strip, sys.stdin)))
         else:
             converse(talk)
     except (ValueError, OSError) as e:
@@ -81,8 +99,8 @@ def begin(args: argparse.Namespace) -> Talk:
     """Raises ValueError, one sentence with the fix."""
     import torch
 
-    from jobs.evaluation.looking import with_frames
-    from jobs.training.vlm.speaker import load_speaker
+    from jobs.speaking import load
+    from jobs.training.paths import located
 
     for name, least in (("frames", 1), ("most", 1), ("seed", 0), ("temperature", 0)):
         if (given := getattr(args, name)) is not None and given < least:
@@ -93,8 +111,14 @@ def begin(args: argparse.Namespace) -> Talk:
         if not Path(path).is_file():
             raise ValueError(f"{path} is no file: give a video or picture")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    speaker = with_frames(load_speaker(args.model, device), args.frames, args.fps)
-    talk = Talk(speaker, args.most, args.temperature, args.seed)
+    speaker = load(args.model, device, located(args.locate))
+    speaker.look_at(args.frames, args.fps)
+    if not speaker.converses:
+        print(
+            f"{args.model} was trained on no conversations (documents.chat): it goes on from what it is shown and told",
+            file=sys.stderr,
+        )
+    talk = Talk(speaker, args.most, args.temperature, args.seed, args.out)
     for kind, paths in (("video", args.video), ("image", args.image)):
         for path in paths:
             talk.show(kind, path)
@@ -107,12 +131,14 @@ class Talk:
     """A conversation, whose pictures stand where they were shown.
 
     waiting: what is shown with the next question, as (mark, visual). first: what every conversation begins with.
+    out: for what the model shows.
     """
 
-    speaker: Speaker
+    speaker: Speaking
     most: int | None = None
     temperature: float = 0.0
     seed: int = 0
+    out: Path = Path()
     messages: list[dict[str, str]] = field(default_factory=list)
     visuals: list[Any] = field(default_factory=list)
     waiting: list[tuple[str, Any]] = field(default_factory=list)
@@ -133,24 +159,56 @@ class Talk:
             f"{path}: {n} frame{'s' if n > 1 else ''} of {visual.duration:.1f} s" if kind == "video" else path
         )
 
+    def asks(self, line: str) -> bool:
+        """Whether what was typed is a question: an empty one, too, where there is something to go on from."""
+        return bool(line) or (bool(self.waiting) and not self.speaker.converses)
+
     def ask(self, question: str) -> str:
-        """What the model answers. Raises ValueError where it is too much for it; then the question is taken back."""
+        """What the model answers, with the names of files of what it shows. Raises ValueError where it is too much for
+        it; then the question is taken back."""
         from models.language.chat import MARKS
+        from models.language.exported import IMAGE, VIDEO
 
         text = MARKS.sub(" ", question).strip()  # what is typed shows nothing
         marks = "".join(f"{mark}\n" for mark, _ in self.waiting)
         messages = [*self.messages, {"role": "user", "content": marks + text}]
         visuals = [*self.visuals, *(visual for _, visual in self.waiting)]
         turn = sum(m["role"] == "user" for m in messages)
-        (said,) = self.speaker.answer(
-            [messages], [visuals], most=self.most, temperature=self.temperature, seed=self.seed + turn
+        said = self.speaker.reply(
+            messages, visuals, most=self.most, temperature=self.temperature, seed=self.seed + turn
         )
-        self.messages = [*messages, {"role": "assistant", "content": said}]
+        content = printed = ""
+        for part in said:
+            if isinstance(part, str):
+                content += MARKS.sub(" ", part)
+                printed += part
+            else:
+                content += VIDEO if part.seconds else IMAGE
+                printed += f" [{written(self.out, part)}] "
+                visuals.append(part)
+        self.messages = [*messages, {"role": "assistant", "content": content}]
         self.visuals, self.waiting = visuals, []
-        return said
+        return printed if len(said) == 1 and isinstance(said[0], str) else printed.strip()
 
     def anew(self) -> None:
         self.messages, self.visuals, self.waiting = [], [], list(self.first)
+
+
+def written(folder: Path, visual: Visual) -> Path:
+    """The file that it is written into, of the next name that is free."""
+    from PIL import Image
+
+    from jobs.videos import write_mp4
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = visual.frames.permute(0, 2, 3, 1).numpy()
+    kind = ".mp4" if visual.seconds else ".png"
+    path = next(p for i in count(1) if not (p := folder / f"said-{i}{kind}").exists())
+    if visual.seconds:
+        write_mp4(path, pictures, len(pictures) / visual.duration)
+    else:
+        Image.fromarray(pictures[0]).save(path)
+    return path
 
 
 def answer_all(talk: Talk, questions: Iterable[str]) -> None:
@@ -191,7 +249,7 @@ def converse(talk: Talk, lines: Iterable[str] | None = None) -> None:
                 print(talk.show(command[1:], str(Path(rest).expanduser())))
             elif command.startswith("/"):
                 print(f"{command} is no command; /help lists them")
-            elif line:
+            elif talk.asks(line):
                 print(talk.ask(line), flush=True)
         except (ValueError, OSError) as e:
             print(" ".join(str(e).split()))

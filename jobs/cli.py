@@ -23,7 +23,7 @@ JOBS = {
     "encode": "latents and text of a run, once, so that training decodes nothing",
     "sample": "videos from a trained diffusion or world model",
     "eval": "how good a model is: videos it makes, what it says of videos",
-    "chat": "a conversation with a vision–language model about videos and pictures",
+    "chat": "a conversation with a vision–language or world model about videos and pictures",
     "toy": "raw videos of a small world whose truth is known",
     "judge": "whether a model that learned that world draws what the captions say",
     "recipe": "show a recipe whole, explain its options, check a file of your own",

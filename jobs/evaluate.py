@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for name, module, about in (
         ("diffusion", diffusion, "how far a model's videos are from real ones"),
-        ("vlm", vlm, "captions, retrieval, questions and needles of a vision–language model"),
+        ("vlm", vlm, "captions, retrieval, questions and needles of a vision–language or world model"),
         ("vq", vq, "how well a VQ autoencoder gives clips back"),
     ):
         module.add(

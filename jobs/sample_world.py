@@ -41,8 +41,11 @@ def is_world(folder: str) -> bool:
     """Whether it is a folder that `clipmill train world` wrote."""
     from jobs.training.world.system import last_stage
 
-    told = last_stage(Path(folder)) / "model.json"
-    return told.is_file() and json.loads(told.read_text())["recipe"]["trains"] == "world"
+    try:
+        told = json.loads((last_stage(Path(folder)) / "model.json").read_text())
+        return bool(told["recipe"]["trains"] == "world")
+    except (OSError, ValueError, KeyError, TypeError):  # whoever reads it says why it cannot be
+        return False
 
 
 def check(args: argparse.Namespace) -> None:

@@ -13,11 +13,11 @@ from jobs.evaluation.numbers import Number, number, share
 from models.hub import MissingModel
 
 if TYPE_CHECKING:
-    from jobs.training.vlm.speaker import Speaker
+    from jobs.speaking import Speaking
 
 
 def say(
-    speaker: Speaker,
+    speaker: Speaking,
     items: Sequence[Item],
     answers: Answers,
     *,
@@ -93,7 +93,7 @@ def attributes(rows: Sequence[dict[str, Any]]) -> list[Number]:
 
 
 def weigh(
-    speaker: Speaker, items: Sequence[Item], answers: Answers, *, prompt: str, batch: int, tell: Tell
+    speaker: Speaking, items: Sequence[Item], answers: Answers, *, prompt: str, batch: int, tell: Tell
 ) -> None:
     """How probable each caption is: {'id', 'log_p', 'tokens': of each, 'other': log p of another video's caption}.
 

@@ -8,35 +8,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from jobs.benchmarks.items import Item
-from pipeline.shards.pixels import BrokenSample, clock
+from pipeline.shards.pixels import BrokenSample
 
 if TYPE_CHECKING:
-    from jobs.training.vlm.speaker import Speaker
-    from jobs.training.vlm.visuals import Visual
+    from jobs.speaking import Speaking
+    from jobs.training.data.media import Visual
 
 ENDS = 1 << 20  # bytes of a file's begin and end by which its weights are known
 
 T = TypeVar("T")
 
 
-def look(speaker: Speaker, item: Item) -> Visual:
+def look(speaker: Speaking, item: Item) -> Visual:
     """Frames of the video, or of the stretch of it. Raises BrokenSample."""
-    media = str(item.video) if isinstance(item.video, Path) else item.video()
-    if item.span is None:
-        return speaker.frames(media)
-    from jobs.training.vlm.visuals import Planned
+    media = media_of(item)
+    return speaker.frames(media) if item.span is None else speaker.stretch(media, *item.span)
 
-    when, (start, end) = clock(media), item.span
-    # the frame that is shown at the start belongs to it
-    before = max((i for i, t in enumerate(when.seconds) if t <= start), default=0)
-    inside = [i for i, t in enumerate(when.seconds) if t < end and i >= before] or [before]
-    chosen = [inside[n] for n in speaker.sampling.of(len(inside), when.rate)]
-    seconds = tuple(max(0.0, when.seconds[n] - start) for n in chosen)
-    return speaker.visuals.loaded(Planned(media, tuple(chosen), seconds, end - start))
+
+def media_of(item: Item) -> str | bytes:
+    """Its video's name, or the clip itself."""
+    return str(item.video) if isinstance(item.video, Path) else item.video()
 
 
 def seen(
-    speaker: Speaker, items: Sequence[Item], size: int
+    speaker: Speaking, items: Sequence[Item], size: int
 ) -> Iterator[tuple[list[tuple[Item, Visual]], dict[str, str]]]:
     """Batches of so many items with what is looked at, and of those that cannot be: id → why."""
     for at in range(0, len(items), size):
@@ -57,20 +52,6 @@ def drawn(items: Sequence[T], n: int | None, seed: int) -> list[T]:
         return list(items)
     chosen = np.random.default_rng(seed).permutation(len(items))[:n]
     return [items[i] for i in sorted(chosen.tolist())]
-
-
-def with_frames(speaker: Speaker, frames: int | None, fps: float | None) -> Speaker:
-    """The same, which looks at other frames of a video than in its training."""
-    from dataclasses import replace
-
-    if frames is None and fps is None:
-        return speaker
-    old = speaker.visuals
-    sampling = replace(
-        old.sampling, frames=frames or old.sampling.frames, fps=fps or old.sampling.fps, least=1
-    )
-    speaker.visuals = old.with_sampling(speaker.model, sampling)
-    return speaker
 
 
 def weights_of(folder: Path) -> str:

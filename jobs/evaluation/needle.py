@@ -8,23 +8,22 @@ frames however long the video is, so L is how much else there is to look at. Cha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jobs.benchmarks.items import Item
 from jobs.evaluation.answers import Answers
-from jobs.evaluation.looking import Tell
+from jobs.evaluation.looking import Tell, media_of
 from jobs.evaluation.numbers import Number, number, share
 from jobs.evaluation.questions import By
-from models.language.budget import Sampling
 from models.measures.multiple_choice import LETTERS, chosen, lettered
-from pipeline.shards.pixels import BrokenSample, clock
+from pipeline.shards.pixels import BrokenSample
 
 if TYPE_CHECKING:
-    from jobs.training.vlm.speaker import Speaker
-    from jobs.training.vlm.visuals import Visual
+    from jobs.speaking import Speaking
+    from jobs.training.data.media import Visual
 
 QUESTION = "Which of these does the video show?"
 
@@ -74,7 +73,7 @@ def trials(
 
 
 def ask(
-    speaker: Speaker,
+    speaker: Speaking,
     items: Sequence[Item],
     made: Sequence[Trial],
     answers: Answers,
@@ -91,7 +90,7 @@ def ask(
         if trial.id not in left:
             continue
         try:
-            shown = [_joined(speaker, [items[i] for i in trial.clips], frames)]
+            shown = [speaker.end_to_end([media_of(items[i]) for i in trial.clips], frames)]
         except (BrokenSample, OSError) as e:
             answers.add([{"id": trial.id, "broken": " ".join(str(e).split())}])
         else:
@@ -100,7 +99,7 @@ def ask(
 
 
 def _answer(
-    speaker: Speaker, trial: Trial, shown: list[Visual], by: By, prompt: str, most: int
+    speaker: Speaking, trial: Trial, shown: list[Visual], by: By, prompt: str, most: int
 ) -> dict[str, Any]:
     if by == "words":
         known = speaker.log_likelihood([{"role": "user", "content": prompt}], shown, list(trial.options))
@@ -112,31 +111,6 @@ def _answer(
         return {"log_p": [p for p, _ in known], "chosen": int(np.argmax([p for p, _ in known]))}
     (said,) = speaker.answer([asked], [shown], most=most)
     return {"said": said, "chosen": chosen(said, trial.options)}
-
-
-def _joined(speaker: Speaker, clips: Sequence[Item], frames: int) -> Visual:
-    """Clips end to end, of each so many frames, at the times they have there, all of the first one's size.
-
-    Raises BrokenSample.
-    """
-    import torch
-
-    from jobs.training.vlm.visuals import Planned, Visual
-
-    pictures: list[torch.Tensor] = []
-    seconds: list[float] = []
-    before, sides = 0.0, None
-    for item in clips:
-        media = str(item.video) if not callable(item.video) else item.video()
-        when = clock(media)
-        numbers = Sampling(frames).of(len(when.seconds), when.rate)
-        times = tuple(before + when.seconds[n] for n in numbers)
-        plan = Planned(media, tuple(numbers), times, when.duration, sides=sides)
-        sides = speaker.visuals.measured(plan).sides
-        pictures.append(speaker.visuals.loaded(replace(plan, sides=sides)).frames)
-        seconds += times
-        before += when.duration
-    return Visual(torch.cat(pictures), tuple(seconds), before)
 
 
 def figures(made: Sequence[Trial], rows: Sequence[dict[str, Any]], of: int, options: int) -> list[Number]:

@@ -31,15 +31,15 @@ from models.measures.captions.rouge_l import rouge_l
 from models.measures.multiple_choice import LETTERS, chosen, lettered, plain
 
 if TYPE_CHECKING:
-    from jobs.training.vlm.speaker import Speaker
-    from jobs.training.vlm.visuals import Visual
+    from jobs.speaking import Speaking
+    from jobs.training.data.media import Visual
 
 SUBTITLES = "This video's subtitles are listed below:"  # Video-MME's words
 By = Literal["letter", "likelihood", "words"]
 
 
 def ask(
-    speaker: Speaker,
+    speaker: Speaking,
     items: Sequence[Item],
     answers: Answers,
     *,
@@ -80,7 +80,7 @@ _cues = lru_cache(maxsize=8)(read)  # questions of one video follow each other
 
 
 def _answered(
-    speaker: Speaker, asked: Sequence[tuple[Item, list[Visual]]], by: By, most: int
+    speaker: Speaking, asked: Sequence[tuple[Item, list[Visual]]], by: By, most: int
 ) -> list[dict[str, Any]]:
     rows = []
     told = [(item, shown) for item, shown in asked if not item.options or by == "letter"]

@@ -23,13 +23,13 @@ from jobs.evaluation.numbers import Number, number, share
 from models.measures.retrieval import places
 
 if TYPE_CHECKING:
-    from jobs.training.vlm.speaker import Speaker
+    from jobs.speaking import Speaking
 
 PRIOR = ""  # id of the row that has log p of each text without a video
 KS = (1, 5, 10)
 
 
-def weigh(speaker: Speaker, items: Sequence[Item], answers: Answers, *, prompt: str, tell: Tell) -> None:
+def weigh(speaker: Speaking, items: Sequence[Item], answers: Answers, *, prompt: str, tell: Tell) -> None:
     """log p of every text for each video: {'id', 'log_p': [texts]}."""
     texts = [item.captions[0] for item in items]
     unlike = list(dict.fromkeys(texts))

@@ -1,4 +1,4 @@
-"""clipmill eval vlm: what a vision–language model says of videos, against what people or the run say."""
+"""clipmill eval vlm: what a vision–language or world model says of videos, against what people or the run say."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jobs.evaluation.answers import Answers
     from jobs.evaluation.needle import Trial
     from jobs.evaluation.numbers import Number
-    from jobs.training.vlm.speaker import Speaker
+    from jobs.speaking import Speaking
 
 AskedT = TypeVar("AskedT", bound="Item | Trial")
 
@@ -29,9 +29,11 @@ examples
   clipmill eval vlm captioner/ questions --against NExT-QA/ --format next-qa --by likelihood
   clipmill eval vlm captioner/ questions --against toy/questions --format questions --blind
   clipmill eval vlm captioner/ needle --against run/ --lengths 4,16,64
+  clipmill eval vlm world/ captions --against run/
+  clipmill eval vlm world/ needle --against run/ --by words
 
-MODEL is a folder that 'clipmill train vlm' or 'clipmill export' wrote. --against is a run of 'clipmill curate', or a
-folder with a benchmark's own files and videos, as it is published:
+MODEL is a folder that 'clipmill train vlm', 'clipmill train world' or 'clipmill export' wrote. --against is a run of
+'clipmill curate', or a folder with a benchmark's own files and videos, as it is published:
 
 {formats}
 
@@ -45,6 +47,10 @@ what is measured
                 punctuation and articles, normalised accuracy (no WUPS). --blind shows no video: what can be guessed.
                 --subtitles tells those at the frames that are shown, as Video-MME asks
   needle        one clip among many in a long video, and which of --options captions is one of its
+
+A world model that was trained on conversations (documents.chat) is asked in their layout, USER: … ASSISTANT: …; any
+other writes its caption after a clip without a prompt, and has captions, probability and needle --by words; eval.json
+says which. Its pixels become codes of its VQ autoencoder: --locate says where that is, if it was moved.
 
 OUT has answers.jsonl, a line an item, written as it is said: the same command goes on where it was stopped. What
 decides the numbers (frames, prompt, decoding, weights) is in eval.json; compare numbers of one protocol only.
@@ -70,9 +76,9 @@ PLENTY = 1000  # videos from which retrieval by likelihood needs --n
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The options of `clipmill eval vlm`."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="folder of a trained or exported vision–language model"
-    )
+    from jobs.training.paths import add_locate
+
+    parser.add_argument("model", metavar="MODEL", help="folder of a trained or exported model")
     parser.add_argument("what", choices=WHAT, metavar="WHAT", help=f"{', '.join(WHAT)}: see below")
     parser.add_argument(
         "--against", required=True, metavar="DIR", help="a run, its shards, or a benchmark's folder"
@@ -118,6 +124,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, metavar="N", help="items at a time (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU, where there is one)")
+    add_locate(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="(MODEL/eval-WHAT-NAME)")
 
 
@@ -138,7 +145,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.model} is a selector, which is measured by retrieval alone")
     if not Path(args.model).is_dir() and file_of(args.model) is None:
         raise ValueError(
-            f"{args.model} is no folder: give what 'clipmill train vlm' or 'clipmill export' wrote"
+            f"{args.model} is no folder: give what 'clipmill train vlm', 'clipmill train world' or 'clipmill export' "
+            "wrote"
         )
     useful(args)
     for name, value in DEFAULTS.items():
@@ -192,8 +200,10 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     import torch
 
     from jobs.evaluation.by_selector import file_of
-    from jobs.evaluation.looking import drawn, named, weights_of, with_frames
-    from jobs.training.vlm.speaker import load_speaker
+    from jobs.evaluation.looking import drawn, named, weights_of
+    from jobs.speaking import load
+    from jobs.training.paths import located
+    from jobs.training.world.system import last_stage
 
     found, split = items_of(args)
     items = drawn(found.items, args.n, args.seed)
@@ -205,15 +215,18 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
             f"retrieval by likelihood of {len(items):,} videos takes {len(items) ** 2:,} likelihoods: give --n"
         )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    speaker = with_frames(load_speaker(args.model, device), args.frames, args.fps)
+    speaker = load(args.model, device, located(args.locate))
+    by = args.by or "letter"
+    if why := speaker.refuses(args.what, by):
+        raise ValueError(f"{args.model}: {why}")
+    speaker.look_at(args.frames, args.fps)
     prompt = args.prompt or speaker.prompts[0]
     most = args.most or speaker.most
-    by = args.by or "letter"
     protocol: dict[str, Any] = {"what": args.what, "format": args.format or "run", "split": split}
     protocol |= {
         "items": named(items),
-        "weights": weights_of(Path(args.model)),
-        "frames": str(speaker.sampling),
+        "weights": weights_of(last_stage(Path(args.model))),
+        **speaker.protocol(),
     }
     if args.what == "questions":
         protocol |= {"by": by, "blind": bool(args.blind)} | ({"subtitles": True} if args.subtitles else {})
@@ -298,7 +311,7 @@ def items_of(args: argparse.Namespace) -> tuple[Found, str]:
 
 def measured(
     args: argparse.Namespace,
-    speaker: Speaker,
+    speaker: Speaking,
     items: Sequence[Item],
     protocol: dict[str, Any],
     prompt: str,
@@ -316,8 +329,9 @@ def measured(
     if args.what == "needle":
         of = lengths(args.lengths)
         made = needle.trials(items, of, args.depths, args.trials, args.options, args.seed)
-        frames = max(1, (args.frames or speaker.sampling.frames))
-        widened(speaker, frames * max(of))
+        frames = args.frames or speaker.most_frames
+        if (every := frames * max(of)) > speaker.most_frames:
+            speaker.look_at(every, None)
     answers = Answers(out, protocol)
     tell = teller(args.what)
     if args.what == "captions":
@@ -355,14 +369,6 @@ def measured(
         return questions.figures(*sound(items, answers, notes)), out
     needle.ask(speaker, items, made, answers, by=by, frames=frames, prompt=prompt, most=most, tell=tell)
     return needle.figures(*sound(made, answers, notes), len(made), args.options), out
-
-
-def widened(speaker: Speaker, frames: int) -> None:
-    """Let it look at so many frames at once."""
-    from jobs.evaluation.looking import with_frames
-
-    if frames > speaker.sampling.frames:
-        with_frames(speaker, frames, None)
 
 
 def sound(

@@ -189,17 +189,21 @@ def go_on(
     layout: Layout,
     parts: Parts,
     most: int,
+    frames: int,
     seed: int,
     *,
     text: Sampling = TEXT,
     vision: Sampling = VIDEO,
 ) -> list[str | Tensor]:
-    """Texts and codes [N, frame] that the model puts after a prompt, up to </s> or `most` tokens.
+    """Texts and codes [N, frame] that the model puts after a prompt, up to </s>, `most` tokens of text or <vision> when
+    there were `frames` of codes.
 
     Where it writes <vision>, frames follow; after each, it chooses between <eof> and <eov>. There is no guidance.
     """
     generators = _generators([seed], 1, model)
-    session = Session(model, [layout.lay_out(parts, end=False)], most)
+    longest = most + frames * (layout.frame + 1 + len(layout.closing))
+    session = Session(model, [layout.lay_out(parts, end=False)], longest)
+    written = 0  # tokens that it chose of its text
     tokens: list[int] = []
     visual: list[bool] = []
 
@@ -209,22 +213,23 @@ def go_on(
         session.add(torch.tensor([token], device=session.device), seen)
 
     opening, closing = layout.opening, layout.closing
-    while len(tokens) < most:
+    while written < most:
         token = int(draw(session.text[:, : layout.words], text, generators))
         if token == layout.end:
             break
         add(token)
+        written += 1
         if tuple(tokens[-len(opening) :]) != opening or any(visual[-len(opening) :]):
             continue
-        room = (most - len(tokens) - len(closing)) // (layout.frame + 1)  # in whole frames
-        if not room:
+        if not frames:
             del tokens[-len(opening) :], visual[-len(opening) :]
             break
-        for left in reversed(range(room)):
+        while frames:
+            frames -= 1
             for _ in range(layout.frame):
                 add(int(draw(session.vision[:, : layout.codes], vision, generators)), True)
             marks = session.vision[:, layout.eof : layout.eov + 1]
-            add(layout.eof + int(draw(marks, vision, generators)) if left else layout.eov, True)
+            add(layout.eof + int(draw(marks, vision, generators)) if frames else layout.eov, True)
             if tokens[-1] == layout.eov:
                 break
         for token in closing:

@@ -277,6 +277,16 @@ class Cache:
     def length(self) -> int:
         return self.layers[0].length
 
+    def copies(self, rows: int) -> Cache:
+        """Another, of so many rows that go on from the one that is here."""
+        found = []
+        for held in self.layers:
+            copy = Held(held.capacity)
+            copy.length = held.length
+            copy.keys, copy.values = (x.repeat(rows, 1, 1, 1) for x in (held.keys, held.values))
+            found.append(copy)
+        return Cache(found)
+
     def keep(self, rows: slice) -> None:
         """Only these rows of the batch go on."""
         for held in self.layers:

@@ -51,7 +51,7 @@ class Source(Protocol):
 class Mixture:
     """Args:
         shares: of each source, above 0, together 1 (as near as 0.33 three times is).
-        names: of the sources, for messages.
+        names: of the sources, for people.
         together: samples that a source gives in a row, all of which then count as one above: of sources that are read
             in streams (`pipeline.shards.order.Sequential`) as many as there are, so that the n-th sample of the
             mixture is of the stream n mod `together` of its source.
@@ -61,8 +61,8 @@ class Mixture:
 
     def __init__(self, shares: Sequence[float], names: Sequence[str] = (), together: int = 1):
         self.together = together
-        names = names or [f"source {i + 1}" for i in range(len(shares))]
-        for name, share in zip(names, shares, strict=True):
+        self.names = list(names or [f"source {i + 1}" for i in range(len(shares))])
+        for name, share in zip(self.names, shares, strict=True):
             if not 1 / PARTS <= share <= 1:
                 raise ValueError(f"{name}: a share lies between {1 / PARTS} and 1, not at {share:g}")
         if not shares or abs(sum(shares) - 1) > NEAR_ONE + 1e-9:

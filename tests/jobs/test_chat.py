@@ -113,6 +113,8 @@ def _args(model: Path, clip: Path, **more):
         "frames": None,
         "fps": None,
         "most": None,
+        "locate": [],
+        "out": Path(),
     }
     return argparse.Namespace(**given | {"temperature": 0.0, "seed": 0, "device": "cpu"} | more)
 
@@ -125,6 +127,7 @@ def _args(model: Path, clip: Path, **more):
         (["--temperature", "-1"], "--temperature -1: give 0 or more"),
         (["--video", __file__], "is no video that can be read"),
         (["--image", __file__], "is no image that can be read"),
+        (["--locate", "vq.path=."], "is no world model, which alone has parts elsewhere: leave it out"),
     ],
 )
 def test_bad_arguments_are_one_sentence_and_exit_2(model, capsys, arguments, said):

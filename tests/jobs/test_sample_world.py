@@ -3,6 +3,7 @@
 # ruff: noqa: F811 (fixtures are imported by their names)
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -70,6 +71,16 @@ def test_a_video_is_told_in_words(model, video, tmp_path, capsys, task):
 def test_a_folder_without_a_model_is_told_before_what_its_options_would_mean(video, tmp_path, capsys):
     assert sampled(str(tmp_path / "nowhere"), tmp_path / "no", "--video", video) == 2
     assert "nowhere holds no model.safetensors" in capsys.readouterr().err
+
+
+def test_a_codebook_that_was_moved_is_asked_for_as_it_is_given(model, vq, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(model, moved)
+    told = moved / "model.json"
+    told.write_text(told.read_text().replace(str(vq), "/nowhere/vq"))
+    assert sampled(str(moved), tmp_path / "no", "--prompt", "waves") == 2
+    assert "is not at /nowhere/vq: bring it back, or say where it is, --locate" in capsys.readouterr().err
+    assert sampled(str(moved), tmp_path / "yes", "--prompt", "waves", "--locate", f"vq.path={vq}") == 0
 
 
 @pytest.mark.parametrize(

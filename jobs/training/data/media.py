@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from pipeline.faults import StoreError
 from pipeline.io.store import Store
@@ -15,6 +17,21 @@ from pipeline.split import shown
 from pipeline.split.opening import DecodeError
 
 Media = bytes | str  # a video or a picture, or where it lies
+
+
+@dataclass(frozen=True)
+class Visual:
+    """A picture or clip as it is looked at.
+
+    frames: uint8 [T, 3, H, W]. seconds: of each, () of a picture. text: what is written about it.
+    codes: int64 [N, codes of a frame], of a model that made it of codes.
+    """
+
+    frames: Tensor
+    seconds: tuple[float, ...] = ()
+    duration: float = 0.0
+    text: str = ""
+    codes: Tensor | None = None
 
 
 def at_hand(media: Media) -> Media:

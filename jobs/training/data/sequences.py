@@ -132,10 +132,12 @@ class SequenceLoader(Numbered):
 
 def table_of(source: Source) -> str:
     """What is in a source or mixture, for a person."""
-    sources = source.sources if isinstance(source, Mixed) else [source]
-    shares = source.mixture.shares if isinstance(source, Mixed) else [1.0]
-    each = zip(sources, shares, strict=True)
-    return "\n".join(f"source       {share:.1%} of the samples: {s.samples:,} an epoch" for s, share in each)
+    if not isinstance(source, Mixed):
+        return f"source       {source.samples:,} samples an epoch"
+    each = zip(source.sources, source.mixture.shares, source.mixture.names, strict=True)
+    return "\n".join(
+        f"source       {share:.1%} of the samples: {name}, {s.samples:,} an epoch" for s, share, name in each
+    )
 
 
 def processed(source: Source, process: Processor, number: int) -> tuple[Item, list[str]]:

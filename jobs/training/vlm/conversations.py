@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.training.data.media import here
+from jobs.training.data.media import Visual, here
 from jobs.training.data.sequences import Item
 from jobs.training.task import Batch
 from jobs.training.vlm.recipe import Written
-from jobs.training.vlm.visuals import Counts, Planned, Visual, Visuals
+from jobs.training.vlm.visuals import Counts, Planned, Visuals
 from models.language.chat import MARKS, Chat
 from models.language.exported import VIDEO
 from models.language.loss import Goal, documents, shifted, token_weights

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.training.data.media import as_shown, at_hand
-from jobs.training.vlm.visuals import Counts, Planned, Visual, Visuals
+from jobs.training.data.media import Visual, as_shown, at_hand
+from jobs.training.vlm.visuals import Counts, Planned, Visuals
 from models.language.budget import Sampling
 from models.language.chat import Seen
 from models.language.pixels import OwnSize

@@ -1,7 +1,7 @@
 """A vision–language model that answers: from a training's folder, or one that `clipmill export` wrote.
 
     speaker = load_speaker("model/", "cpu")
-    clip = speaker.clip("ball.mp4")
+    clip = speaker.frames("ball.mp4")
     speaker.answer([[{"role": "user", "content": "What moves?"}]], [[clip]])     # ['a ball']
 
 Frames, pixels, marks and prompts are made as in training.
@@ -19,20 +19,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jobs.training.data.media import Media, Visual
 from jobs.training.exported import Trained
-from jobs.training.vlm.visuals import Media, Visual, Visuals
+from jobs.training.vlm.visuals import Planned, Visuals
 from models.hub import MissingModel
 from models.language.budget import Sampling
 from models.language.chat import Chat, Message
 from models.language.seeing import Seeing
 from pipeline.faults import one_line
+from pipeline.shards.pixels import clock
 
 SETTINGS = "clipmill.json"  # beside an exported model: which frames it is shown, what it is asked
 TOGETHER = 8  # answers at a time
 
 
 class Speaker:
-    """Args:
+    """A `jobs.speaking.Speaking`.
+
+    Args:
     model: a `Seeing`, on its device, in eval mode; as it is wrapped, where it is sharded (then `together` is set: all
         ranks answer at once, each its own).
     prompts: how captions were asked for, the first being the one to use. most: tokens of an answer.
@@ -51,6 +55,27 @@ class Speaker:
         self.model, self.chat, self.visuals = model, chat, visuals
         self.prompts, self.most, self.together = list(prompts), most, together
         self.device = device or next(model.parameters()).device
+
+    @property
+    def converses(self) -> bool:
+        return True
+
+    @property
+    def most_frames(self) -> int:
+        return self.sampling.frames
+
+    def protocol(self) -> dict[str, Any]:
+        return {"frames": str(self.sampling)}
+
+    def refuses(self, what: str, by: str) -> str:
+        return ""
+
+    def look_at(self, frames: int | None, fps: float | None) -> None:
+        """Of a video, other frames than in its training."""
+        old = self.sampling
+        if frames is not None or fps is not None:
+            new = replace(old, frames=frames or old.frames, fps=fps or old.fps, least=1)
+            self.visuals = self.visuals.with_sampling(self.model, new)
 
     @property
     def sampling(self) -> Sampling:
@@ -77,6 +102,35 @@ class Speaker:
             return replace(self.visuals.clip(video), text=text)
         return replace(self.visuals.decoded(video, seconds, duration), text=text)
 
+    def stretch(self, video: Media, start: float, end: float) -> Visual:
+        """Of a video from one time to another, in seconds. Raises BrokenSample."""
+        when = clock(video)
+        # the frame that is shown at the start belongs to it
+        before = max((i for i, t in enumerate(when.seconds) if t <= start), default=0)
+        inside = [i for i, t in enumerate(when.seconds) if t < end and i >= before] or [before]
+        chosen = [inside[n] for n in self.sampling.of(len(inside), when.rate)]
+        seconds = tuple(max(0.0, when.seconds[n] - start) for n in chosen)
+        return self.visuals.loaded(Planned(video, tuple(chosen), seconds, end - start))
+
+    def end_to_end(self, clips: Sequence[Media], frames: int) -> Visual:
+        """Clips as one, of each so many frames, at the times they have there, all of the first one's size.
+
+        Raises BrokenSample.
+        """
+        pictures: list[Tensor] = []
+        seconds: list[float] = []
+        before, sides = 0.0, None
+        for media in clips:
+            when = clock(media)
+            numbers = Sampling(frames).of(len(when.seconds), when.rate)
+            times = tuple(before + when.seconds[n] for n in numbers)
+            plan = Planned(media, tuple(numbers), times, when.duration, sides=sides)
+            sides = self.visuals.measured(plan).sides
+            pictures.append(self.visuals.loaded(replace(plan, sides=sides)).frames)
+            seconds += times
+            before += when.duration
+        return Visual(torch.cat(pictures), tuple(seconds), before)
+
     def image(self, picture: Media) -> Visual:
         """Of a picture's name or bytes. Raises BrokenSample."""
         return self.visuals.image(picture)
@@ -101,6 +155,18 @@ class Speaker:
             chosen = slice(at, at + TOGETHER)
             found += self._answers(conversations[chosen], visuals[chosen], most, temperature, seed + at)
         return found
+
+    def reply(
+        self,
+        conversation: Sequence[Message],
+        visuals: Sequence[Visual],
+        *,
+        most: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[str | Visual]:
+        """The same, of one."""
+        return [*self.answer([conversation], [visuals], most=most, temperature=temperature, seed=seed)]
 
     def caption(self, visuals: Sequence[Visual], prompt: str | None = None) -> list[str]:
         """Captions of clips."""

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.training.vlm.visuals import Counts, Planned, Visual, Visuals
+from jobs.training.data.media import Visual
+from jobs.training.vlm.visuals import Counts, Planned, Visuals
 from models.language.budget import Sampling, moving
 from models.language.chat import Seen
 from models.language.exported import kind_of

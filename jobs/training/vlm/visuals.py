@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from jobs.training.data.media import Media, as_shown, at_hand
+from jobs.training.data.media import Media, Visual, as_shown, at_hand
 from models.language import times
 from models.language.budget import Sampling, table
 from models.language.chat import MARKS, Message, Seen
@@ -42,16 +42,6 @@ class Planned:
     @property
     def frames(self) -> int:
         return len(self.numbers) or 1
-
-
-@dataclass(frozen=True)
-class Visual:
-    """A picture or clip as it is looked at. frames: uint8 [T, 3, H, W]. seconds: of each, () of a picture."""
-
-    frames: Tensor
-    seconds: tuple[float, ...] = ()
-    duration: float = 0.0
-    text: str = ""  # what is written about it
 
 
 class Visuals:

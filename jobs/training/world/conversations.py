@@ -11,20 +11,20 @@ teach to stop at words of the user's, and an empty answer to give none.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from jobs.training.data.media import as_shown, at_hand
+from jobs.training.data.media import Media, as_shown, at_hand
 from jobs.training.recipe_core import Data
-from models.language.chat import MARKS
+from models.language.chat import MARKS, Message
 from models.language.exported import IMAGE, VIDEO
 from models.language.layout import Part
 from pipeline.shards.mixture import Sample
-from pipeline.shards.pixels import BrokenSample, clock, picture
+from pipeline.shards.pixels import BrokenSample, Clock, clock, decode, picture
 
 SPEAKERS = {"system": "", "user": "USER: ", "assistant": "ASSISTANT: "}
 
@@ -45,7 +45,7 @@ class Looks:
         bucket = data.buckets[0]
         return cls((bucket.height, bucket.width), tuple(sorted({b.frames for b in data.buckets})), data.fps)
 
-    def image(self, media: str) -> np.ndarray:
+    def image(self, media: Media) -> np.ndarray:
         """Upright, scaled to cover the size and cropped at the centre, uint8 [1, 3, H, W]. Raises BrokenSample."""
         from PIL import Image, ImageOps
 
@@ -53,19 +53,35 @@ class Looks:
         fitted = ImageOps.fit(upright, self.size[::-1], Image.Resampling.BICUBIC)
         return np.asarray(fitted).transpose(2, 0, 1)[None]
 
-    def video(self, media: str) -> np.ndarray:
-        """From the middle of it, scaled and cropped likewise, uint8 [T, 3, H, W]. Raises BrokenSample."""
+    def video(self, media: Media, span: tuple[float, float] | None = None) -> np.ndarray:
+        """From the middle of it, scaled and cropped likewise, uint8 [T, 3, H, W]. Raises BrokenSample.
+
+        Args:
+            span: of the video, in seconds, which is looked at as if it were all.
+        """
         found = at_hand(media)
         when = clock(found)
-        lasts = len(when.seconds) if self.fps is None else round(when.duration * self.fps)
-        count = max((n for n in self.frames if n <= lasts), default=self.frames[0])
-        if self.fps is None:
-            times = [(i + 0.5) * when.duration / count for i in range(count)]
-        else:
-            begin = max(0.0, when.duration - count / self.fps) / 2
-            times = [begin + i / self.fps for i in range(count)]
+        start, end = span or (0.0, when.duration)
+        times = [start + t for t in self.times(when, (start, end))]
         numbers = [max(0, bisect_right(when.seconds, t + 1e-6) - 1) for t in times]
         return as_shown(found, numbers, lambda _: self.size).transpose(0, 3, 1, 2)
+
+    def clip(self, media: bytes) -> np.ndarray:
+        """Of a clip of shards, the same frames as training has of those that it holds out. Raises BrokenSample."""
+        count = len(self.times(clock(media)))
+        return decode(media, count, self.fps, self.size, at=0.5).transpose(0, 3, 1, 2)
+
+    def times(self, when: Clock, span: tuple[float, float] | None = None) -> list[float]:
+        """Of the frames that are looked at of a video, or of a stretch of it, in seconds from its begin."""
+        start, end = span or (0.0, when.duration)
+        length = max(0.0, min(end, when.duration) - start)
+        inside = sum(start <= t < end for t in when.seconds)
+        lasts = inside if self.fps is None else round(length * self.fps)
+        count = max((n for n in self.frames if n <= lasts), default=self.frames[0])
+        if self.fps is None:
+            return [(i + 0.5) * length / count for i in range(count)]
+        begin = max(0.0, length - count / self.fps) / 2
+        return [begin + i / self.fps for i in range(count)]
 
 
 def laid_out(
@@ -95,30 +111,49 @@ def laid_out(
     pixels: list[np.ndarray] = []
     pictures = iter(images)
 
-    def shown(mark: str, learnt: bool) -> Part:
+    def shown(mark: str) -> torch.Tensor:
         assert looks is not None
         pixels.append(looks.image(next(pictures)) if mark == IMAGE else looks.video(video))
-        return Part(torch.zeros(1 + (len(pixels[-1]) - 1) // stride, frame, dtype=torch.long), learnt)
+        return torch.zeros(1 + (len(pixels[-1]) - 1) // stride, frame, dtype=torch.long)
 
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and _says(m["content"], wanted)]
     if not answers:
         raise BrokenSample(f"{sample['key']}: nothing is answered")
+    said = messages[: answers[-1] + 1]
+    if asked:
+        wanted = wanted if any(MARKS.search(m["content"]) for m in said) else []
+    elif wanted and all(m["role"] != "user" for m in said):
+        raise BrokenSample(f"{sample['key']}: its pictures would be shown after the last answer")
+    return in_turn(said, wanted, shown), pixels
+
+
+def in_turn(
+    messages: Sequence[Message],
+    wanted: Sequence[str],
+    shown: Callable[[str], torch.Tensor],
+    named: bool = True,
+) -> list[Part]:
+    """Who speaks, words and codes, one after the other.
+
+    Args:
+        wanted: the marks of what is shown. shown: codes [N, frame] of the next of it, by its mark.
+        named: False: nobody is named, and nothing stands between the messages.
+    """
     parts: list[Part] = []
-    left = [] if asked else wanted
-    for i, message in enumerate(messages[: answers[-1] + 1]):
+    left = [] if any(MARKS.search(m["content"]) for m in messages) else wanted
+    for i, message in enumerate(messages):
         mine = message["role"] == "assistant"
-        parts.append(Part(f"{' ' if i else ''}{SPEAKERS[message['role']]}", learnt=False))
+        if named:
+            parts.append(Part(f"{' ' if i else ''}{SPEAKERS[message['role']]}", learnt=False))
         if message["role"] == "user":
-            parts += [shown(mark, False) for mark in left]
+            parts += [Part(shown(mark), learnt=False) for mark in left]
             left = []
         for j, piece in enumerate(MARKS.split(message["content"])):
             if j % 2 and wanted:
-                parts.append(shown(piece, mine))
+                parts.append(Part(shown(piece), mine))
             elif not j % 2 and piece:
                 parts.append(Part(piece, mine))
-    if left:
-        raise BrokenSample(f"{sample['key']}: its pictures would be shown after the last answer")
-    return parts, pixels
+    return parts
 
 
 def _says(content: str, wanted: Sequence[str]) -> bool:

@@ -251,6 +251,11 @@ def load_world(
     if trained.state.get("trains") != "world":
         raise ValueError(f"{folder} holds no world model: give one that 'clipmill train world' wrote")
     recipe = WorldRecipe.model_validate(trained.recipe)
+    if recipe.vq.path and not (Path(recipe.vq.path) / "model.safetensors").is_file():
+        raise ValueError(
+            f"the VQ autoencoder of {folder} is not at {recipe.vq.path}: bring it back, or say where it is, "
+            "--locate vq.path=FOLDER"
+        )
     found = build_world(recipe, device_of(device), state=trained.state)
     trained.load_into(found.model, "world")
     found.model.eval().requires_grad_(False)

@@ -147,8 +147,8 @@ def test_waste_is_told_of_what_was_handed_out(talks):
     assert one.waste == pytest.approx(1 - held / (150 * TOKENS))
     assert one.waste < 0.1
     assert one.table().splitlines() == [
-        "source       80.0% of the samples: 97 an epoch",
-        "source       20.0% of the samples: 23 an epoch",
+        "source       80.0% of the samples: source 1, 97 an epoch",
+        "source       20.0% of the samples: source 2, 23 an epoch",
     ]
 
 

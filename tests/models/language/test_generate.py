@@ -181,14 +181,19 @@ def test_it_says_itself_when_it_shows_something_and_when_a_video_ends(trained, k
     """After 'both', and after 'both' and a picture."""
     whole = DOCUMENTS[4]
     prompt = [Part(x, learnt=False) for x in whole[: known + 1]]
-    found = go_on(trained, LAYOUT, prompt, 200, 0, vision=GREEDY)
+    found = go_on(trained, LAYOUT, prompt, 200, 20, 0, vision=GREEDY)
     assert len(found) == len(whole) - known - 1
     for a, b in zip(found, whole[known + 1 :], strict=True):
         assert a == b if isinstance(b, str) else torch.equal(a, b)
 
 
 def test_a_video_that_has_no_room_ends_earlier(trained):
-    most = len(LAYOUT.opening) + 5 + len(LAYOUT.closing)
-    found = go_on(trained, LAYOUT, ["red"], most, 0, vision=GREEDY)
+    found = go_on(trained, LAYOUT, ["red"], 200, 1, 0, vision=GREEDY)
     assert torch.equal(found[0], DOCUMENTS[0][1][:1])
-    assert go_on(trained, LAYOUT, ["red"], most - 1, 0, vision=GREEDY) == []
+    assert go_on(trained, LAYOUT, ["red"], 200, 0, 0, vision=GREEDY) == []
+
+
+def test_of_text_alone_it_says_as_much_as_is_written(trained):
+    prompt = [DOCUMENTS[2][0]]
+    for most in (1, 2, 3, 200):
+        assert go_on(trained, LAYOUT, prompt, most, 2, 0) == write(trained, LAYOUT, [prompt], most, [0])
