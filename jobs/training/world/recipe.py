@@ -154,6 +154,10 @@ class WorldRecipe(TrainRecipe):
 
     @model_validator(mode="after")
     def _fits(self) -> WorldRecipe:
+        if self.stages and self.run.steps != Run.model_fields["steps"].default:
+            raise ValueError(
+                "run.steps and stages: each stage has steps of its own: set those, or stages=[] for one training"
+            )
         if self.longest > self.data.tokens:
             raise ValueError(f"context {self.context}: data.tokens hold {self.data.tokens}: raise them")
         if len({(b.height, b.width) for b in self.data.buckets}) > 1:

@@ -169,9 +169,8 @@ def test_stages_follow_one_another_and_go_on_where_they_were_stopped(run, tmp_pa
         {"context": 128, "steps": 2, "theta": 1e4},
         {"context": 512, "steps": 3, "theta": 1e6, "lr": 1e-4},
     ]
-    made = recipe(
-        None, documents={"needle": 1, "text": 1, "text_to_video": 0, "video_to_text": 0}, stages=stages
-    )
+    documents = {"needle": 1, "text": 1, "text_to_video": 0, "video_to_text": 0}
+    made = recipe(None, documents=documents, stages=stages, run={"save_every": 2, "sample_every": 0})
     outcome, last = train_all(made, run, tmp_path, device="cpu", monitor=Notes)
     assert (outcome.step, last) == (3, tmp_path / "stage-2")
     first, second = load_world(str(tmp_path / "stage-1"), 0), load_world(str(tmp_path), 0)
@@ -265,12 +264,19 @@ def test_goals_of_no_weight_are_left_out():
     assert goal.at.tolist() == [1, 3]
 
 
+def test_steps_beside_stages_are_refused_as_each_stage_has_its_own():
+    with pytest.raises(RecipeError, match=r"run\.steps and stages: each stage has steps of its own"):
+        load_training("toy-world", ["run.steps=7"])
+    assert load_training("toy-world", ["run.steps=7", "stages=[]"]).run.steps == 7
+
+
 @pytest.mark.parametrize(("name", "maker"), [("toy-world", "toy-vq"), ("world", "vq")])
 @pytest.mark.parametrize(("asked", "told"), [([], "vq"), (["vq.path=mine/"], "mine")])
 def test_a_vq_that_is_not_there_is_named_as_it_was_with_the_command_that_makes_it(
     tmp_path, monkeypatch, capsys, name, maker, asked, told
 ):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
     makes = f"clipmill train vq RUN --recipe {maker} --out {told}"
     sets = [x for item in asked for x in ("--set", item)]
     assert (
