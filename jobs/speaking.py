@@ -53,6 +53,10 @@ class Speaking(Protocol):
     def image(self, picture: Media) -> Visual:
         """Of a picture. Raises likewise."""
 
+    def beyond(self, frames: int) -> str:
+        """That a video of so many is longer than any document that it was trained on; '' where it is not, or not
+        known."""
+
     # ------------------------------------------------------------ what it is asked
 
     def answer(

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ from jobs.benchmarks.items import BenchmarkError
 _TIMES = re.compile(
     r"^\s*(\d+):(\d\d):(\d\d)[,.](\d{1,3})\s*-->\s*(\d+):(\d\d):(\d\d)[,.](\d{1,3}).*$", re.MULTILINE
 )
-_TAG = re.compile(r"<[^>]*>|\{\\[^}]*\}")
+_TAG = re.compile(r"</?[A-Za-z][^<>]*>|\{\\[^}]*\}")
 _NUMBER = re.compile(r"\n\s*\d+\s*\Z")  # of the cue that follows
 
 
@@ -30,18 +31,21 @@ class Cue(NamedTuple):
 def read(path: Path) -> list[Cue]:
     """In the file's order. Raises BenchmarkError where it is none."""
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\r\n", "\n")
+        data = path.read_bytes()
     except OSError as e:
         raise BenchmarkError(f"{path} cannot be read ({e}): fetch it again") from e
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = "\n".join(data.decode("utf-16" if wide else "utf-8-sig", errors="replace").splitlines())
     marks = list(_TIMES.finditer(text))
     if not marks and text.strip():
         raise BenchmarkError(
             f"{path} holds no subtitles (no line '00:00:01,500 --> 00:00:03,000'): fetch it again"
         )
+    numbered = bool(marks) and text[: marks[0].start()].strip().isdecimal()
     found = []
     for i, mark in enumerate(marks):
         said = text[mark.end() : marks[i + 1].start() if i + 1 < len(marks) else len(text)]
-        if i + 1 < len(marks):
+        if numbered and i + 1 < len(marks):
             said = _NUMBER.sub("", said.rstrip())
         h, m, s, ms, h2, m2, s2, ms2 = mark.groups()
         start, end = _seconds(h, m, s, ms), _seconds(h2, m2, s2, ms2)

@@ -332,6 +332,7 @@ def measured(
         frames = args.frames or speaker.most_frames
         if (every := frames * max(of)) > speaker.most_frames:
             speaker.look_at(every, None)
+        notes += filter(None, [speaker.beyond(every)])
     answers = Answers(out, protocol)
     tell = teller(args.what)
     if args.what == "captions":
@@ -393,6 +394,6 @@ def shown(result: dict[str, Any]) -> str:
     """What a reader of the terminal sees."""
     from jobs.evaluation.numbers import table
 
-    protocol = ", ".join(f"{name} {value}" for name, value in result["protocol"].items())
+    protocol = ", ".join(f"{k} {'none' if v == '' else v}" for k, v in result["protocol"].items())
     lines = [f"{result['model']} against {result['against']}", protocol, "", table(result["numbers"])]
     return "\n".join([*lines, "", *result["notes"]]).rstrip()

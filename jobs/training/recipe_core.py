@@ -99,13 +99,14 @@ class Model(Section):
             raise ValueError(f"there is no models/*/{self.kind}.py with a build function") from e
         if self.preset is not None and self.preset not in module.PRESETS:
             raise ValueError(f"preset {self.preset!r} of {self.kind} is none of {', '.join(module.PRESETS)}")
-        _, *taken = (name for name in inspect.signature(module.build).parameters if name != "text_width")
+        built = inspect.signature(module.build).parameters
+        _, *taken = (name for name in built if name != "text_width")
         types = get_type_hints(module.build.__init__ if inspect.isclass(module.build) else module.build)
         given = self.__pydantic_extra__ or {}
         for name, value in given.items():
             if name not in taken:
                 raise ValueError(f"{self.kind} takes no {name!r}; it takes {', '.join(taken)}")
-            given[name] = _option(name, value, types[name])
+            given[name] = _option(name, value, types[name], built[name].default == 0)
         return self
 
     def options(self) -> dict[str, Any]:
@@ -118,15 +119,15 @@ LEVELS = ("attention", "time")  # options that name levels of a U-Net, the first
 COUNTED = ("layer",)  # options that may count from the end
 
 
-def _option(name: str, value: Any, annotation: Any) -> Any:
-    """A network's option as its `build` wants it. Raises ValueError."""
+def _option(name: str, value: Any, annotation: Any, off: bool) -> Any:
+    """A network's option as its `build` wants it. Args: off: it may be 0. Raises ValueError."""
     try:
         found = TypeAdapter(annotation).validate_python(value)
     except ValidationError as e:
         raise ValueError(f"{name} is {value!r}: {e.errors()[0]['msg'].lower()}") from e
     for x in found if isinstance(found, list | tuple) else [found]:
         number = isinstance(x, int | float) and not isinstance(x, bool)
-        if number and not (0 < x < math.inf or (x == 0 and name in LEVELS) or name in COUNTED):
+        if number and not (0 < x < math.inf or (x == 0 and (off or name in LEVELS)) or name in COUNTED):
             raise ValueError(f"{name} is {value!r}: give numbers above 0")
     return found
 

@@ -107,6 +107,9 @@ class Codebook(nn.Module):
         rate: float = 0.0,
     ):
         super().__init__()
+        for name, share in (("decay", decay), ("dead", dead)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name} {share:g}: give a share of 1, less than all of it")
         self.size, self.channels, self.by = codes, channels, update
         self.beta, self.decay, self.dead, self.rate = beta, decay, dead, rate
         entries = torch.randn(codes, channels)
@@ -335,5 +338,7 @@ def build(
         raise ValueError("a VQ autoencoder takes no text: leave text_width unset")
     if levels is not None and len(levels) != channels:
         raise ValueError(f"{len(levels)} levels for {channels} channels: give one for each")
+    if levels is not None and rate:
+        raise ValueError(f"rate {rate:g} with levels: these have no codebook: leave one of them out")
     quantiser = Codebook(codes, channels, update, beta, decay, dead, rate) if levels is None else FSQ(levels)
     return VQ(quantiser, stride, width, multipliers, depth, dct)

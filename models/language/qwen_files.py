@@ -92,19 +92,32 @@ def bounded(processor: Any, least: int | None = None, most: int | None = None) -
     """The same, with so many pixels of a picture and of a frame; and a bound for all frames of a video together.
 
     That bound is of the reference preprocessing; transformers leaves it out unless it is told. Where the bounds of a
-    video are of all its frames (Qwen3-VL), a frame has at most so many tokens instead.
+    video are of all its frames (Qwen3-VL), a frame has at most so many tokens instead. Of its own bounds the one gives
+    way that is beyond one that is told.
+
+    Raises ValueError for bounds that leave nothing between them, or no token.
     """
     pictures, clips = processor.image_processor, processor.video_processor
-    whole = _whole(clips)
+    whole, side = _whole(clips), pictures.patch_size * pictures.merge_size
+    if most and most < side * side:
+        raise ValueError(
+            f"model: max_pixels {most} is less than a token of {side}×{side}: give {side * side} or more"
+        )
+    if least and most and least > most:
+        raise ValueError(
+            f"model: min_pixels {least} is more than max_pixels {most}: give less, or leave it out"
+        )
     if whole and most:
         clips.max_video_tokens = max(1, most // (clips.patch_size * clips.merge_size) ** 2)
     if whole and least:
-        clips.size = dict(clips.size) | {"shortest_edge": least}
+        clips.size = {"shortest_edge": least, "longest_edge": max(clips.size["longest_edge"], least)}
     for part in [pictures] if whole else [pictures, clips]:
         size = dict(part.size)
         size["shortest_edge"] = least or size["shortest_edge"]
         size["longest_edge"] = most or size["longest_edge"]
-        size["shortest_edge"] = min(size["shortest_edge"], size["longest_edge"])
+        if least:
+            size["longest_edge"] = max(size.values())
+        size["shortest_edge"] = min(size.values())
         part.size = {name: size[name] for name in ("shortest_edge", "longest_edge")}
     if getattr(clips, "cap_pixels_per_frame", None) is None:
         clips.cap_pixels_per_frame = True

@@ -6,8 +6,8 @@ A line is one sample:
      "video": "clips/ball.mp4"}
 
 Roles are system (first, if at all), user and assistant, who speaks at least once. `images` (a list) and `video` name
-files, relative to the folder of the JSONL file, or addresses. Other fields are handed on as `meta`. Empty lines are
-passed over.
+files, relative to the folder of the JSONL file, or addresses. Other fields are handed on as `meta`, but for `image` and
+`videos`, as others call these, which would be passed over in silence. Empty lines are passed over.
 
 Files are read once when they are opened, line by line: every line is looked at, then only where it lies is kept (16
 bytes a line). A line is read again when its turn comes, so memory does not grow with the text.
@@ -174,6 +174,9 @@ def _wrong(told: Any) -> str:
             return f"message {i + 1} has no content, a text"
         if SURROGATE.search(content):
             return f"message {i + 1} has half of a character, a lone surrogate"
+    for name, instead in (("image", '"images", a list'), ("videos", '"video", one a conversation')):
+        if told.get(name):
+            return f'it has "{name}", which nothing looks at: give {instead}'
     if all(message["role"] != "assistant" for message in messages):
         return "no message is the assistant's, so there is nothing to learn"
     images, video = told.get("images"), told.get("video")

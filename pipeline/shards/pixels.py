@@ -164,7 +164,9 @@ def size_of_picture(image: bytes | str) -> tuple[int, int]:
 
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            lies = opened.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            lies = (
+                opened.getexif().get(ExifTags.Base.Orientation, 1) > 4 and opened.format != "TIFF"
+            )  # told upright
             return opened.size if lies else (opened.height, opened.width)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise BrokenSample(str(e)) from e

@@ -15,6 +15,7 @@ import json
 import re
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -54,18 +55,24 @@ def parse(line: bytes) -> dict[str, Any] | None:
 
 
 class Run:
-    """What a run has left in OUT so far."""
+    """What a run has left in OUT so far; what of it cannot be read is not on the page, and training goes on."""
 
     def __init__(self, out: Path, recipe: dict[str, Any]):
         self.out, self.recipe = out, recipe
         file = out / "metrics.jsonl"
         lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-        self.rows = [row for line in lines if (row := parse(line)) is not None]
-        self.plan = (out / "plan.txt").read_text(encoding="utf-8") if (out / "plan.txt").exists() else ""
-        folders = sorted((out / "samples").glob("step-*/samples.json"))
-        found = {int(f.parent.name.removeprefix("step-")): f.parent for f in folders}
+        parsed = (row for line in lines if (row := parse(line)) is not None)
+        self.rows = [row for row in parsed if is_number(row.get("time"))]
+        plan = out / "plan.txt"
+        self.plan = plan.read_text(encoding="utf-8", errors="replace") if plan.exists() else ""
         last = self.rows[-1]["step"] if self.rows else -1
-        self.samples = {step: f for step, f in found.items() if step <= last}  # not those before a resume
+        self.samples: dict[int, Samples] = {}
+        for file in sorted((out / "samples").glob("step-*/samples.json")):
+            step = said.step_of(file.parent)
+            if (
+                step is not None and step <= last and (found := Samples.read(file))
+            ):  # not those before a resume
+                self.samples[step] = found
         self.said = said.read(out / "texts", last)
 
     def names(self) -> list[str]:
@@ -73,12 +80,35 @@ class Run:
         return [n for n in dict.fromkeys(itertools.chain(*self.rows)) if n not in ("step", "time")]
 
     def curve(self, name: str) -> Curve:
-        found = [(r["step"], r[name]) for r in self.rows if r.get(name) is not None]
+        found = [(r["step"], r[name]) for r in self.rows if is_number(r.get(name))]
         steps, values = zip(*found, strict=True) if found else ((), ())
         return Curve(np.array(steps, float), np.array(values, float))
 
     def last(self, name: str) -> float | None:
-        return next((r[name] for r in reversed(self.rows) if r.get(name) is not None), None)
+        return next((r[name] for r in reversed(self.rows) if is_number(r.get(name))), None)
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Of a step. sheet: a picture of all. videos: name → mp4."""
+
+    sheet: Path
+    videos: list[tuple[str, Path]]
+
+    @classmethod
+    def read(cls, listed: Path) -> Samples | None:
+        """None where something of it cannot be read."""
+        try:
+            told = json.loads(listed.read_text(encoding="utf-8"))
+            videos = [(str(t["name"]), listed.parent / Path(t["file"]).name) for t in told]
+            sheet = listed.parent / "sheet.png"
+            return cls(sheet, videos) if all(f.is_file() for f in (sheet, *(f for _, f in videos))) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
 
 # ---------------------------------------------------------------- sections
@@ -255,17 +285,17 @@ def samples(run: Run) -> Markup | None:
     if not run.samples:
         return None
     newest = max(run.samples)
-    listed = json.loads((run.samples[newest] / "samples.json").read_text(encoding="utf-8"))
+    videos = run.samples[newest].videos
     cards, left = [], VIDEO_BYTES
-    for sample in listed:
-        data = (run.samples[newest] / Path(sample["file"]).name).read_bytes()
+    for name, file in videos:
+        data = file.read_bytes()
         left -= len(data)
         if left < 0:
             break
         source = "data:video/mp4;base64," + base64.b64encode(data).decode()
         video = h("video", src=source, controls="", loop="", muted="", playsinline="", preload="auto")
-        cards.append(h("figure", video, h("figcaption", sample["name"], class_="words")))
-    rest = len(listed) - len(cards)
+        cards.append(h("figure", video, h("figcaption", name, class_="words")))
+    rest = len(videos) - len(cards)
     more = f"{rest} more are in samples/step-{newest:08d}." if rest else None
     return join(
         h("h3", f"Step {newest:,}"),
@@ -283,7 +313,7 @@ def history(run: Run) -> Markup:
     figures: list[Markup] = []
     left = SHEET_BYTES
     for step in reversed(chosen):  # the newest first, where room is short
-        data = jpeg(run.samples[step] / "sheet.png")
+        data = jpeg(run.samples[step].sheet)
         left -= len(data)
         if left < 0:
             break

@@ -79,13 +79,27 @@ def strip(video: np.ndarray) -> bytes:
     return data.getvalue()
 
 
+def step_of(path: Path) -> int | None:
+    """Of step-00000500 and step-00000500.json; None of other names."""
+    found = re.fullmatch(r"step-(\d+)", path.stem)
+    return int(found[1]) if found else None
+
+
 def read(root: Path, last: int) -> dict[int, list[dict[str, Any]]]:
-    """Step → what was said then, up to a step: what is beyond was before a resume."""
+    """Step → what was said then, up to a step: what is beyond was before a resume. What cannot be read is left out."""
     found: dict[int, list[dict[str, Any]]] = {}
     for file in sorted(root.glob("step-*.json")):
-        step = int(file.stem.removeprefix("step-"))
-        told = json.loads(file.read_text(encoding="utf-8")) if step <= last else None
-        if isinstance(told, list):  # an earlier version's were texts by caption
+        step = step_of(file)
+        if step is None or step > last:
+            continue
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        # an earlier version's were texts by caption
+        if isinstance(told, list) and all(
+            isinstance(row, dict) and {"wanted", "said"} <= row.keys() for row in told
+        ):
             found[step] = told
     return found
 

@@ -70,6 +70,9 @@ class Speaker:
     def refuses(self, what: str, by: str) -> str:
         return ""
 
+    def beyond(self, frames: int) -> str:
+        return ""
+
     def look_at(self, frames: int | None, fps: float | None) -> None:
         """Of a video, other frames than in its training."""
         old = self.sampling

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 from jobs.training.data.held_out import held_out, trained_on
 from jobs.training.data.loader import sources_of
 from jobs.training.data.sequences import SequenceLoader
+from jobs.training.data.talks import talks_of
 from jobs.training.distributed import World
 from jobs.training.recipe_core import TrainRecipe
 from jobs.training.task import Batch, Draws, Evaluation, Loader, Losses, Phase, Start, Summed, Task, Told
@@ -43,7 +43,6 @@ from pipeline.shards.reader import BrokenSample, ShardReader
 
 TEXTS = 100_000  # captions that a tokenizer is trained on, at most
 SHOWN = 8  # captions on the page
-LOOKED_AT = 100  # conversations whose pictures are made sure of before training
 
 
 def build(recipe: TrainRecipe, start: Start) -> tuple[Talking, Loader]:
@@ -133,21 +132,6 @@ class Runs:
                 rows_of = range(0, talk.samples, step)
                 found += [m["content"] for row in rows_of for m in talk.read(row)["messages"]]
         return found
-
-
-def talks_of(path: str, seed: int) -> ChatReader:
-    """Raises StoreError, too, where of the first conversations with pictures none has one that is there."""
-    reader = ChatReader(path, seed)
-    named: list[str] = []
-    for row in range(min(reader.samples, LOOKED_AT)):
-        sample = reader.read(row)
-        named += [*sample["images"], *filter(None, [sample["video"]])]
-    if named and not any("://" in name or Path(name).is_file() for name in named):
-        raise StoreError(
-            f"none of the first {len(named):,} pictures and videos is there ({named[0]}): names are relative to the "
-            "folder of the .jsonl file"
-        )
-    return reader
 
 
 def is_talk(folder: str) -> bool:

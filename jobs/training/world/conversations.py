@@ -4,7 +4,8 @@
 
 Pictures and videos stand where <image> and <video> do in the messages, the user's or the assistant's; where no message
 has such a mark, before the first words of the user's. All have the size of the recipe's buckets; a video has as many
-frames as the longest bucket that it fills.
+frames as the longest bucket that it fills. A conversation ends with its last answer: what is said after that would
+teach to stop at words of the user's, and an empty answer to give none.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from models.language.chat import MARKS, Message
 from models.language.exported import IMAGE, VIDEO
 from models.language.layout import Part
 from pipeline.shards.mixture import Sample
-from pipeline.shards.pixels import Clock, clock, decode, picture
+from pipeline.shards.pixels import BrokenSample, Clock, clock, decode, picture
 
 SPEAKERS = {"system": "", "user": "USER: ", "assistant": "ASSISTANT: "}
 
@@ -92,7 +93,8 @@ def laid_out(
         sample: of `pipeline.shards.chat.ChatReader`.
         looks: None: there are no codes. frame: codes of a frame. stride: frames that each but the first stands for.
 
-    Raises BrokenSample, and ValueError, one sentence, where marks and pictures do not fit, or there are no codes.
+    Raises BrokenSample, also where nothing is answered, and ValueError, one sentence, where marks and pictures do not
+    fit, or there are no codes.
     """
     messages, images, video = sample["messages"], sample["images"], sample["video"]
     if (images or video) and looks is None:
@@ -114,7 +116,15 @@ def laid_out(
         pixels.append(looks.image(next(pictures)) if mark == IMAGE else looks.video(video))
         return torch.zeros(1 + (len(pixels[-1]) - 1) // stride, frame, dtype=torch.long)
 
-    return in_turn(messages, wanted, shown), pixels
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and _says(m["content"], wanted)]
+    if not answers:
+        raise BrokenSample(f"{sample['key']}: nothing is answered")
+    said = messages[: answers[-1] + 1]
+    if asked:
+        wanted = wanted if any(MARKS.search(m["content"]) for m in said) else []
+    elif wanted and all(m["role"] != "user" for m in said):
+        raise BrokenSample(f"{sample['key']}: its pictures would be shown after the last answer")
+    return in_turn(said, wanted, shown), pixels
 
 
 def in_turn(
@@ -144,6 +154,11 @@ def in_turn(
             elif not j % 2 and piece:
                 parts.append(Part(piece, mine))
     return parts
+
+
+def _says(content: str, wanted: Sequence[str]) -> bool:
+    """Whether there are words, or pictures."""
+    return bool(MARKS.sub("", content).strip() or (wanted and MARKS.search(content)))
 
 
 def together(pixels: Sequence[np.ndarray]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from jobs.training.data.loader import readers_of
 from jobs.training.data.sequences import Item
+from jobs.training.data.talks import talks_of
 from jobs.training.task import Batch
 from jobs.training.world.conversations import Looks, laid_out, together
 from jobs.training.world.recipe import KINDS, Documents, Words, WorldRecipe
@@ -27,7 +28,7 @@ from models.language import tokenizer as tokenizers
 from models.language.layout import CLOSING, OPENING, Laid, Layout, Part
 from models.language.loss import documents, shifted, token_weights
 from models.ring_attention import Placement, split
-from pipeline.shards.chat import ChatReader
+from pipeline.faults import StoreError
 from pipeline.shards.mixture import Mixed, Mixture, Sample, Source
 
 PLACEMENT: Placement = "zigzag"
@@ -78,7 +79,10 @@ def sources_of(recipe: WorldRecipe, data: str) -> Mixed:
         if kind == "needle":
             alone = Numbers()
         elif kind == "text" and recipe.documents.chat:
-            alone = ChatReader(recipe.documents.chat, own.seed)
+            try:
+                alone = talks_of(recipe.documents.chat, own.seed)
+            except StoreError as e:
+                raise StoreError(f"documents.chat: {e}") from e
         if alone:
             found.append(Of(alone, kind))
             shares.append(share)

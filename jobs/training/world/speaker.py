@@ -123,6 +123,13 @@ class WorldSpeaker:
         lacking = (1 - sum(map(len, pixels))) % self._vq.stride[0]
         return self._seen(np.concatenate([*pixels, *[pixels[-1][-1:]] * lacking]), seconds, before)
 
+    def beyond(self, frames: int) -> str:
+        cost = self.system.layout.cost(-(-(frames - 1) // self._vq.stride[0]) + 1)
+        most = self.system.recipe.longest
+        if cost <= most:
+            return ""
+        return f"Videos of {frames:,} frames are {cost:,} tokens: longer than the {most:,} it was trained on."
+
     def image(self, picture: Media) -> Visual:
         return self._seen(self._looks.image(picture))
 

@@ -290,6 +290,16 @@ def test_subtitles_are_read_as_they_are_shown(tmp_path):
     assert srt.shown_at(cues, [0.0, 1.4]) == []
     assert srt.shown_at(cues, [1.5, 2.5, 2.9]) == ["Hi guys, I'm going", "to show you 3"]
     assert srt.shown_at(cues, [3.0, 3611.0]) == ["to show you 3", "12"]
+    line = "00:00:01,000 --> 00:00:02,000"
+    written = {
+        f"1\n{line}\n<i>3 < 5</i> and 7 > 6{{\\an8}}\n": ["3 < 5 and 7 > 6"],  # no tag
+        f"{line}\nIt is\n1984\n\n{line}\nnow\n": ["It is 1984", "now"],  # nothing is numbered
+        f"1\r{line}\rhé\r\r2\r{line}\r\r": ["hé"],
+    }
+    for text, said in written.items():
+        for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+            file.write_bytes(text.encode(encoding))
+            assert [cue.text for cue in srt.read(file)] == said
     file.write_text("nonsense")
     with pytest.raises(BenchmarkError, match="holds no subtitles"):
         srt.read(file)

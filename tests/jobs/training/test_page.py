@@ -6,6 +6,7 @@ import html
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -185,6 +186,27 @@ def test_a_run_that_has_not_begun_says_so(tmp_path: Path):
     page.write(tmp_path, RECIPE)
     assert "No step was logged yet." in read(tmp_path).text
     assert "toy: step 0 of 400" in read(tmp_path).text
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("texts/step-00000030.json", '[{"wanted": "Two'),
+        ("texts/step-00000030.json", '[{"text": "of another version"}]'),
+        ("texts/step-last.json", "[]"),
+        ("samples/step-00000030/samples.json", '[{"name": "x", "file": "gone.mp4"}]'),
+        ("samples/step-00000030/samples.json", "[{"),
+        ("plan.txt", b"\xff\xfe"),
+        ("metrics.jsonl", b'{"step": 20, "time": 2.0, "loss": "low"}\n{"step": 40, "loss": 1.0}\n'),
+    ],
+)
+def test_what_cannot_be_read_is_left_out_and_training_goes_on(captioner: Path, tmp_path: Path, file, text):
+    out = shutil.copytree(captioner, tmp_path / "run")
+    (out / file).parent.mkdir(parents=True, exist_ok=True)
+    (out / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    page.write(out, RECIPE | {"trains": "vlm"})
+    assert "Captions" in read(out).text
+    assert 'id="samples"' not in (out / "page.html").read_text()
 
 
 def test_one_row_nan_and_names_of_any_kind_are_drawn(tmp_path: Path):

@@ -1,5 +1,7 @@
 """Qwen-VL through the trainer: clips at their own size in packed sequences, exported, served and asked as trained."""
 
+import io
+import itertools
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -7,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from jobs import caption, chat, curate, evaluate, export, toy
@@ -26,7 +28,7 @@ from models.language.budget import Sampling
 from pipeline.io.store import Store
 from pipeline.layers import Layered
 from pipeline.recipe import RecipeError
-from pipeline.shards.pixels import numbered, size_of_clip, size_of_picture
+from pipeline.shards.pixels import numbered, picture, size_of_clip, size_of_picture
 from pipeline.shards.reader import BrokenSample, ShardReader
 from tests.fixtures import tiny_qwen_vl
 from tests.fixtures.run_folder import make_sharded_run
@@ -177,6 +179,14 @@ def test_sizes_are_told_without_decoding_as_decoding_gives_them(run, talks):
     assert len(found) > 1
     assert size_of_picture(str(talks / "b.png")) == (90, 30)
     assert size_of_picture(str(talks / "c.png")) == (80, 30)  # turned
+    shapes = []
+    for turned, kind in itertools.product(range(1, 9), ("JPEG", "PNG", "WEBP", "TIFF")):
+        exif, file = Image.Exif(), io.BytesIO()
+        exif[ExifTags.Base.Orientation] = turned
+        Image.new("RGB", (40, 20)).save(file, kind, exif=exif)
+        shapes.append(size_of_picture(file.getvalue()))
+        assert shapes[-1] == picture(file.getvalue()).shape[1:3], (turned, kind)
+    assert set(shapes) == {(20, 40), (40, 20)}
     for broken in (b"no mp4", b""):
         with pytest.raises(BrokenSample):
             size_of_clip(broken)
@@ -327,6 +337,8 @@ def test_it_is_talked_to_and_evaluated(trained, run, talks, tmp_path, capsys):
         (["model={kind: qwen_vl, config: {model_type: llava}}"], "none of qwen2_vl, qwen2_5_vl, qwen3_vl"),
         (["model={kind: qwen_vl, weights: /nowhere}"], "'/nowhere': no such folder"),
         (["compute.attention=flex"], "no such kernel"),
+        (["model.max_pixels=255"], "max_pixels 255 is less than a token of 16×16: give 256 or more"),
+        (["model.min_pixels=1024", "model.max_pixels=512"], "min_pixels 1024 is more than max_pixels 512"),
         (["data.tokens=30"], "raise data.tokens"),
     ],
 )

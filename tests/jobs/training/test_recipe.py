@@ -104,6 +104,11 @@ def test_a_wrong_value_is_refused_when_the_recipe_is_read(change, says):
     assert "\n" not in str(told.value)
 
 
+def test_what_is_off_unless_asked_for_can_be_turned_off_again():
+    assert load_training("toy-vq").model.options()["rate"] > 0
+    assert load_training("toy-vq", ["model.rate=0"]).model.options()["rate"] == 0
+
+
 @pytest.mark.parametrize("name", ["vae", "vivit"])
 @pytest.mark.parametrize(
     "change", ["run.frechet=8", "run.sampler=ddim", "run.guidance=2", "compute.context=2"]

@@ -13,8 +13,9 @@ from jobs.training.loop import train
 from jobs.training.recipe import load_training
 from jobs.training.task import Draws
 from jobs.training.world import task as training
-from jobs.training.world.conversations import Looks
+from jobs.training.world.conversations import Looks, laid_out
 from jobs.training.world.system import load_vq
+from pipeline.faults import StoreError
 from pipeline.shards.pixels import BrokenSample, clock
 from pipeline.split import shown
 from tests.fixtures import videos
@@ -226,7 +227,11 @@ def test_a_picture_is_cropped_at_its_centre(tmp_path):
             False,
             "shows pictures, of which nothing makes codes: set vq.path",
         ),
-        ({"images": ["gone.png"], "marks": 1}, True, "gone.png is not there"),
+        (
+            {"images": ["gone.png"], "marks": 1},
+            True,
+            "documents.chat: none of the first 1 pictures and videos is",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_with_the_line(run, vq, talks, tmp_path, talk, with_vq, said):
@@ -234,12 +239,40 @@ def test_what_does_not_fit_is_said_with_the_line(run, vq, talks, tmp_path, talk,
     user = {"role": "user", "content": "<image>" * talk["marks"] + "?"}
     line = {"messages": [user, {"role": "assistant", "content": "x"}], "images": talk["images"]}
     (tmp_path / "talks.jsonl").write_text(json.dumps(line) + "\n")
-    _, loader = training.build(talking(vq if with_vq else None, tmp_path), start(run))
-    with pytest.raises((ValueError, BrokenSample)) as e:
+    with pytest.raises((ValueError, StoreError)) as e:
+        _, loader = training.build(talking(vq if with_vq else None, tmp_path), start(run))
         loader.process(loader.source.nth(0))
     assert said in str(e.value)
-    if "gone" not in said:
+    if "first" not in said:
         assert "talks.jsonl:1" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "learnt"),
+    [
+        (
+            ["user: Hi", "assistant: Hello.", "user: Bye"],
+            ["Hello."],
+        ),  # </s> after the answer, not after the user's
+        (["user: Hi", "assistant: Hello.", "user: And?", "assistant:  "], ["Hello."]),
+        (["user: Hi", "assistant: ", "user: And?", "assistant: Well."], ["Well."]),
+        (["user: Hi", "assistant:  "], None),
+        (["assistant: Hello.", "user: See"], None),  # with a picture, which nothing comes after
+    ],
+)
+def test_a_conversation_ends_with_its_last_answer_and_without_one_teaches_nothing(tmp_path, said, learnt):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    messages = [dict(zip(("role", "content"), line.split(": ", 1), strict=True)) for line in said]
+    sample = {"key": "k", "messages": messages, "images": [str(tmp_path / "a.png")], "video": None}
+    looks = Looks(SIZE, (2,), None)
+    if learnt is None:
+        with pytest.raises(BrokenSample, match="k: "):
+            laid_out(sample, looks, FRAME, 1)
+        return
+    parts, pixels = laid_out(sample, looks, FRAME, 1)
+    assert [p.content for p in parts if p.learnt and p.content.strip()] == learnt
+    assert parts[-1].learnt
+    assert len(pixels) == 1
 
 
 def test_an_upright_video_is_seen_upright(talks, tmp_path):

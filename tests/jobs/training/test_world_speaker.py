@@ -296,6 +296,18 @@ def test_a_needle_is_found_by_words_and_by_letters_of_those_that_converse(talker
         assert len(rows(out)) == 2
 
 
+def test_videos_longer_than_its_documents_are_noted(captioner, run, tmp_path):
+    speaker = load(captioner, "cpu")
+    frames = next(n for n in range(1, 999) if speaker.system.layout.cost(n) > 256)
+    assert speaker.beyond(frames - 1) == ""
+    assert speaker.beyond(frames).endswith("longer than the 256 it was trained on.")
+    few = ["--lengths", "1,2", "--depths", "1", "--trials", "1", "--options", "2", "--by", "words"]
+    short = evaluated(captioner, "needle", run, tmp_path / "short", *few)
+    long = evaluated(captioner, "needle", run, tmp_path / "long", *few, "--frames", str(frames))
+    assert [n for n in short["notes"] if "longer than" in n] == []
+    assert [n for n in long["notes"] if "longer than" in n] == [speaker.beyond(2 * frames)]
+
+
 # ---------------------------------------------------------------- what cannot be
 
 

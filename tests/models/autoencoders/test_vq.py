@@ -270,6 +270,9 @@ def test_it_learns_squares_of_eight_colours(options):
         ({"levels": (3, 3, 3, 1)}, "two or more"),
         ({"multipliers": (1, 2)}, "as many multipliers"),
         ({"text_width": 8}, "takes no text"),
+        ({"decay": 2.0}, "decay 2: give a share"),
+        ({"dead": 1.0}, "dead 1: give a share"),
+        ({"levels": (3, 3, 3, 3), "rate": 0.1}, "rate 0.1 with levels"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, told):

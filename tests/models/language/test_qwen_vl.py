@@ -181,6 +181,10 @@ def test_bounds_of_a_recipe_are_those_of_pictures_and_frames(folder):
     assert model.looks.image == (256, 1024)
     assert model.tokens(2, 1000, 1000) == 4  # of 16×16 pixels
     assert made(folder).looks.image == (tiny_qwen_vl.LEAST, tiny_qwen_vl.MOST)
+    more = made(folder, min_pixels=100 * tiny_qwen_vl.MOST)  # its own greatest number gives way
+    assert more.looks.image == (100 * tiny_qwen_vl.MOST, 100 * tiny_qwen_vl.MOST)
+    assert more.looks.video[0] == 100 * tiny_qwen_vl.MOST
+    assert more.tokens(2, 16, 16) * 16 * 16 >= 50 * tiny_qwen_vl.MOST
 
 
 @torch.no_grad()

@@ -106,6 +106,14 @@ def test_other_words_are_another_identity(talks):
         (said("x", "y", images="z.jpg"), '"images" is no list'),
         (said("x", "y", video=["z.mp4"]), '"video" is no path'),
         (said("x", "y", video=""), '"video" is no path'),
+        (
+            said("<image> x", "y", image="z.jpg"),
+            'it has "image", which nothing looks at: give "images", a list',
+        ),
+        (
+            said("<video> x", "y", videos=["z.mp4"]),
+            'it has "videos", which nothing looks at: give "video", one',
+        ),
         (said("x", "y", images=[""]), '"images" is no list'),
         (
             {"messages": [*said("x", "y")["messages"], {"role": "system", "content": "z"}]},
