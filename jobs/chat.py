@@ -110,6 +110,8 @@ def begin(args: argparse.Namespace) -> Talk:
     for path in [*args.video, *args.image]:
         if not Path(path).is_file():
             raise ValueError(f"{path} is no file: give a video or picture")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: give a folder")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     speaker = load(args.model, device, located(args.locate))
     speaker.look_at(args.frames, args.fps)

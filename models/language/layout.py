@@ -69,7 +69,8 @@ class Layout:
             raise ValueError("the tokenizer has no token for the begin or the end of a text: choose another")
 
         def encode(text: str) -> list[int]:
-            return list(tokenizer.encode(text, add_special_tokens=False))
+            # a </s> that somebody wrote is words, and ends nothing
+            return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
         return cls(encode, tokenizer.decode, begin, end, len(tokenizer), codes, frame)
 

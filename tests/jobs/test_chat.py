@@ -127,6 +127,7 @@ def _args(model: Path, clip: Path, **more):
         (["--temperature", "-1"], "--temperature -1: give 0 or more"),
         (["--video", __file__], "is no video that can be read"),
         (["--image", __file__], "is no image that can be read"),
+        (["--out", __file__], "test_chat.py is a file: give a folder"),
         (["--locate", "vq.path=."], "is no world model, which alone has parts elsewhere: leave it out"),
     ],
 )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models.language import tokenizer as tokenizers
 from models.language.layout import Layout, Part
 
 
@@ -58,6 +59,17 @@ def test_a_frame_costs_257_tokens():
     layout = word_layout()
     for n in (1, 3):
         assert layout.lay_out([video(n)]).length == layout.cost(n) + 2 == 257 * n + 8
+
+
+def test_a_mark_that_somebody_wrote_is_words_and_ends_nothing():
+    tokenizer = tokenizers.trained(["a red circle moves <vision> </vision>"] * 50, 320)
+    tokenizer.bos_token = tokenizers.BEGIN
+    layout = Layout.of(tokenizers.of_files(tokenizers.files(tokenizer)), 8, 4)
+    text = f"a {tokenizers.END} red {tokenizers.BEGIN}circle"
+    laid = layout.lay_out([text])
+    marks = [t for t in laid.tokens.tolist() if t in (layout.begin, layout.end)]
+    assert marks == [layout.begin, layout.end]
+    assert layout.read(laid.tokens, laid.vision) == [text]
 
 
 @pytest.mark.parametrize(
