@@ -141,7 +141,10 @@ def table_of(source: Source) -> str:
 
 
 def processed(source: Source, process: Processor, number: int) -> tuple[Item, list[str]]:
-    """A sample as the processor makes it, and the keys of broken ones that it stands for. Raises BrokenSample."""
+    """A sample as the processor makes it, and the keys of broken ones that it stands for.
+
+    Raises BrokenSample with its key alone, from the one that says why.
+    """
     sample = source.nth(number)
     try:
         return {"key": sample["key"], **process(sample)}, sample["skipped"]
@@ -182,13 +185,14 @@ class _Lane:
         """The next sequence. Raises StoreError after PATIENCE broken samples, ValueError for a too long one."""
         skipped: list[str] = []
         broken = 0
+        why: BaseException | None = None  # the last one is broken
         while broken < PATIENCE:
             sample, self.taken = self.number + self.taken * self.loader.lanes, self.taken + 1
             try:
                 item, before = processed(self.loader.source, self.loader.process, sample)
             except BrokenSample as e:
                 skipped.append(str(e))
-                broken += 1
+                broken, why = broken + 1, e.__cause__
                 continue
             broken = 0
             skipped += before
@@ -196,7 +200,7 @@ class _Lane:
             self.items[sample] = item
             if closed := self.packer.add(sample, item["length"]):
                 return self._batch([self.items.pop(n) for n in closed], skipped)
-        raise StoreError(f"{PATIENCE} samples in a row are broken, the last: {skipped[-1]}")
+        raise StoreError(f"{PATIENCE} samples in a row are broken, the last: {skipped[-1]} ({why})")
 
     def _again(self, number: int) -> Item:
         """A sample that a saved state has in an open sequence."""

@@ -51,20 +51,22 @@ class RowLoader(Numbered):
         """Raises StoreError where none of its samples is sound, ValueError for a too long one."""
         items: list[Item] = []
         skipped: list[str] = []
+        why: BaseException | None = None  # the last one is broken
         for at in range(number * self.size, (number + 1) * self.size):
             try:
                 items.append(self._item(at, skipped))
             except BrokenSample as e:
                 skipped.append(str(e))
+                why = e.__cause__
         after = (number + 1) * self.size
         while not items and len(skipped) < PATIENCE:
             try:
                 items.append(self._item(after, skipped))
             except BrokenSample as e:
                 skipped.append(str(e))
-                after += 1
+                after, why = after + 1, e.__cause__
         if not items:
-            raise StoreError(f"{PATIENCE} samples in a row are broken, the last: {skipped[-1]}")
+            raise StoreError(f"{PATIENCE} samples in a row are broken, the last: {skipped[-1]} ({why})")
         lengths = [[i["length"]] for i in items]
         made = self.collate(items, max(n for (n,) in lengths))
         told = {
