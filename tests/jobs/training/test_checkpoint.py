@@ -172,9 +172,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_sentence(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(FileSystemWriter, "write_data", full)
-    with pytest.raises(
-        CheckpointError, match=r"could not be written \(.*No space left on device\); the one before"
-    ):
+    with pytest.raises(ValueError, match="cannot be written, no space is left: make some; the same command"):
         run(wanted(), tmp_path)
 
 

@@ -8,6 +8,7 @@ import math
 import threading
 from collections import Counter
 from itertools import pairwise
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def stage(server, store=None, **values):
 
 def clips(n=3, name="a.mp4"):
     return video(
-        [noise(hash(name) % 1000 + i) for i in range(4 * n)],
+        [noise(crc32(name.encode()) + i) for i in range(4 * n)],
         [(4 * i, 4 * i + 4) for i in range(n)],
         name=name,
     )
