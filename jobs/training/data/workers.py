@@ -18,6 +18,8 @@ Prepare = Callable[
 def prepared(prepare: Prepare, workers: int, pin: bool = False) -> Iterator[Any]:
     """The micro-batches of all workers in their order, without end. What is raised in a worker is raised here.
 
+    Raises RuntimeError, 'DataLoader worker …', as torch does, where one was ended from outside.
+
     Args:
         workers: processes; 0 prepares in this one.
         pin: page-locked memory, from which copies to a GPU need no waiting.
@@ -29,7 +31,14 @@ def prepared(prepare: Prepare, workers: int, pin: bool = False) -> Iterator[Any]
     batches: Any = iter(loader)
     mine = set(multiprocessing.active_children()) - others
     try:
-        for batch in batches:
+        while True:
+            try:
+                batch = next(batches, None)
+            except (OSError, EOFError, multiprocessing.ProcessError) as e:
+                # of memory that a worker still has to hand over; what fails in its own work comes as a batch
+                raise RuntimeError(f"DataLoader worker ended while it handed over a batch ({e})") from e
+            if batch is None:
+                return
             if isinstance(batch, Exception):
                 raise batch
             yield batch

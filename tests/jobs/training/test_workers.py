@@ -6,6 +6,7 @@ import os
 import signal
 
 import pytest
+from torch.utils.data import dataloader
 
 from jobs.training.data.workers import prepared
 
@@ -35,3 +36,13 @@ def test_one_that_was_killed_takes_the_others_with_it():
     for process in children:
         process.join(10)
     assert not any(process.is_alive() for process in children)
+
+
+def test_one_that_ends_while_it_hands_over_a_batch_is_told_like_one_that_ends_before(monkeypatch):
+    def reset(*args, **options):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter, "_try_get_data", reset)
+    with pytest.raises(RuntimeError, match="DataLoader worker ended while it handed over a batch"):
+        next(prepared(numbers, 2))
+    assert not multiprocessing.active_children()
