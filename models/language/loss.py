@@ -100,6 +100,20 @@ def summed(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return (each * weights.flatten()).sum()
 
 
+def side_by_side(rows: Sequence[Sequence[int]]) -> Tensor:
+    """int64 [n, m] of rows of tokens, filled up behind with 0."""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for row, each in zip(ids, rows, strict=True):
+        row[: len(each)] = torch.tensor(each)
+    return ids
+
+
+def log_likelihoods(logits: Tensor, ids: Tensor, rows: Sequence[Sequence[int]]) -> list[tuple[float, int]]:
+    """(Σ log p of its tokens, how many these are) of each row, by logits [n, m, V]; ids [n, m]: `side_by_side`."""
+    each = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0].cpu()
+    return [(float(each[i, : len(row)].sum()), len(row)) for i, row in enumerate(rows)]
+
+
 class Goal(NamedTuple):
     """The targets of one kind that count, of a batch [B, L] laid out flat: n of its B·L places."""
 

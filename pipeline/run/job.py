@@ -235,6 +235,7 @@ def _same_weights(store: Store, run: dict[str, Any], recipe: Recipe) -> None:
     if not clips.files:
         run["contents"] = weights.of_stages(stages)
         _write_run(store, run)
+        return
     weights.check(stages, run.get("contents", {}), clips, store.uri)
 
 

@@ -25,6 +25,7 @@ from jobs.training.vlm.visuals import Planned, Visuals
 from models.hub import MissingModel
 from models.language.budget import Sampling
 from models.language.chat import Chat, Message
+from models.language.loss import log_likelihoods, side_by_side
 from models.language.seeing import Seeing
 from pipeline.faults import one_line
 from pipeline.shards.pixels import clock
@@ -225,14 +226,9 @@ class Speaker:
         found: list[tuple[float, int]] = []
         for at in range(0, len(answers), TOGETHER):
             rows = [self.chat.answered(text) for text in answers[at : at + TOGETHER]]
-            longest = max(map(len, rows))
-            ids = torch.zeros(len(rows), longest, dtype=torch.long)
-            for row, each in zip(ids, rows, strict=True):
-                row[: len(each)] = torch.tensor(each)
-            ids = ids.to(self.device)
-            logits = model.following(tokens, ids, self._tensors(visuals), **told).float()
-            each_token = logits.log_softmax(-1).gather(2, ids[..., None])[..., 0].cpu()
-            found += [(float(each_token[i, : len(r)].sum()), len(r)) for i, r in enumerate(rows)]
+            ids = side_by_side(rows).to(self.device)
+            logits = model.following(tokens, ids, self._tensors(visuals), **told)
+            found += log_likelihoods(logits, ids, rows)
         return found
 
     def _asked(self, conversation: Sequence[Message], visuals: Sequence[Visual]) -> list[int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,14 @@ from pipeline.shards.mixture import Sample
 from pipeline.shards.pixels import BrokenSample, Clock, clock, decode, picture
 
 SPEAKERS = {"system": "", "user": "USER: ", "assistant": "ASSISTANT: "}
+
+
+class Looked(NamedTuple):
+    """What is looked at of a video: frames uint8 [T, 3, H, W], when they are and how long it lasts, in seconds."""
+
+    pixels: np.ndarray
+    seconds: list[float]
+    duration: float
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,9 @@ class Looks:
         fitted = ImageOps.fit(upright, self.size[::-1], Image.Resampling.BICUBIC)
         return np.asarray(fitted).transpose(2, 0, 1)[None]
 
-    def video(self, media: Media, span: tuple[float, float] | None = None) -> np.ndarray:
-        """From the middle of it, scaled and cropped likewise, uint8 [T, 3, H, W]. Raises BrokenSample.
+    def video(self, media: Media, span: tuple[float, float] | None = None) -> Looked:
+        """From the middle of it, scaled and cropped likewise; of bytes, a clip of shards, the frames that training has
+        of those that it holds out. Raises BrokenSample.
 
         Args:
             span: of the video, in seconds, which is looked at as if it were all.
@@ -62,18 +71,16 @@ class Looks:
         found = at_hand(media)
         when = clock(found)
         start, end = span or (0.0, when.duration)
-        times = [start + t for t in self.times(when, (start, end))]
-        numbers = [max(0, bisect_right(when.seconds, t + 1e-6) - 1) for t in times]
-        return as_shown(found, numbers, lambda _: self.size).transpose(0, 3, 1, 2)
+        times = self.times(when, start, end)
+        if isinstance(media, bytes) and span is None:
+            pixels = decode(media, len(times), self.fps, self.size, at=0.5)
+        else:
+            numbers = [max(0, bisect_right(when.seconds, start + t + 1e-6) - 1) for t in times]
+            pixels = as_shown(found, numbers, lambda _: self.size)
+        return Looked(pixels.transpose(0, 3, 1, 2), times, end - start)
 
-    def clip(self, media: bytes) -> np.ndarray:
-        """Of a clip of shards, the same frames as training has of those that it holds out. Raises BrokenSample."""
-        count = len(self.times(clock(media)))
-        return decode(media, count, self.fps, self.size, at=0.5).transpose(0, 3, 1, 2)
-
-    def times(self, when: Clock, span: tuple[float, float] | None = None) -> list[float]:
-        """Of the frames that are looked at of a video, or of a stretch of it, in seconds from its begin."""
-        start, end = span or (0.0, when.duration)
+    def times(self, when: Clock, start: float, end: float) -> list[float]:
+        """Of the frames that are looked at of a stretch of a video, in seconds from its begin."""
         length = max(0.0, min(end, when.duration) - start)
         inside = sum(start <= t < end for t in when.seconds)
         lasts = inside if self.fps is None else round(length * self.fps)
@@ -113,7 +120,7 @@ def laid_out(
 
     def shown(mark: str) -> torch.Tensor:
         assert looks is not None
-        pixels.append(looks.image(next(pictures)) if mark == IMAGE else looks.video(video))
+        pixels.append(looks.image(next(pictures)) if mark == IMAGE else looks.video(video).pixels)
         return torch.zeros(1 + (len(pixels[-1]) - 1) // stride, frame, dtype=torch.long)
 
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and _says(m["content"], wanted)]

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.training.data.media import Media, Visual, at_hand
+from jobs.training.data.media import Media, Visual
 from jobs.training.world.conversations import SPEAKERS, Looks, in_turn
 from jobs.training.world.system import LONGEST, WorldSystem, load_world
 from models.hub import MissingModel
@@ -30,7 +30,7 @@ from models.language.chat import MARKS, Message
 from models.language.exported import IMAGE, VIDEO
 from models.language.generate import Sampling, go_on
 from models.language.layout import Part
-from pipeline.shards.pixels import clock
+from models.language.loss import log_likelihoods, side_by_side
 
 TOGETHER = 8  # answers at a time
 FPS = 8.0  # of videos that it shows, where its recipe has none
@@ -101,13 +101,10 @@ class WorldSpeaker:
 
     def frames(self, video: Media) -> Visual:
         """Of a file as conversations of training show it, of a clip of shards as documents of clips do."""
-        when = clock(at_hand(video))
-        pixels = self._looks.clip(video) if isinstance(video, bytes) else self._looks.video(video)
-        return self._seen(pixels, self._looks.times(when), when.duration)
+        return self._seen(*self._looks.video(video))
 
     def stretch(self, video: Media, start: float, end: float) -> Visual:
-        times = self._looks.times(clock(at_hand(video)), (start, end))
-        return self._seen(self._looks.video(video, (start, end)), times, end - start)
+        return self._seen(*self._looks.video(video, (start, end)))
 
     def end_to_end(self, clips: Sequence[Media], frames: int) -> Visual:
         """The last frame is there more than once where codes stand for several and it takes that to fill them."""
@@ -116,10 +113,10 @@ class WorldSpeaker:
         seconds: list[float] = []
         before = 0.0
         for media in clips:
-            when = clock(media)
-            pixels.append(looks.clip(media) if isinstance(media, bytes) else looks.video(media))
-            seconds += [before + t for t in looks.times(when)]
-            before += when.duration
+            seen = looks.video(media)
+            pixels.append(seen.pixels)
+            seconds += [before + t for t in seen.seconds]
+            before += seen.duration
         lacking = (1 - sum(map(len, pixels))) % self._vq.stride[0]
         return self._seen(np.concatenate([*pixels, *[pixels[-1][-1:]] * lacking]), seconds, before)
 
@@ -233,16 +230,12 @@ class WorldSpeaker:
         found: list[tuple[float, int]] = []
         for at in range(0, len(rows), TOGETHER):
             some = rows[at : at + TOGETHER]
-            ids = torch.full((len(some), max(map(len, some))), layout.end)
-            for row, each in zip(ids, some, strict=True):
-                row[: len(each)] = torch.tensor(each)
-            ids = ids.to(device)
+            ids = side_by_side(some).to(device)
             logits = said.text.expand(len(some), -1, -1)
             if ids.shape[1] > 1:
                 later = model(ids[:, :-1], cache=cache.copies(len(some))).text
                 logits = torch.cat([logits, later], dim=1)
-            each_token = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0].cpu()
-            found += [(float(each_token[i, : len(r)].sum()), len(r)) for i, r in enumerate(some)]
+            found += log_likelihoods(logits, ids, some)
         return found
 
 

@@ -116,7 +116,7 @@ def test_words_pictures_and_videos_stand_in_turn_and_what_the_assistant_says_is_
     task, loader = training.build(talking(vq, talks), start(run))
     looks = Looks(SIZE, (2, 3), 4)
     a, b = (coded(vq, looks.image(str(talks / name))) for name in ("a.png", "b.png"))
-    ball = coded(vq, looks.video(str(talks / "clips/ball.mp4")))
+    ball = coded(vq, looks.video(str(talks / "clips/ball.mp4")).pixels)
     assert len(ball) == 3
     golden = {  # (text or codes, learnt)
         1: [
@@ -197,12 +197,12 @@ def test_a_video_is_seen_from_its_middle_at_the_recipes_rate_as_the_mill_shows_i
     path = str(talks / "clips/ball.mp4")
     every = shown.read(path, lambda _: SIZE).pictures
     when = clock(path)
-    found = Looks(SIZE, (2, 3), 4).video(path)
+    found = Looks(SIZE, (2, 3), 4).video(path).pixels
     begin = (when.duration - 3 / 4) / 2
     numbers = [max(i for i, t in enumerate(when.seconds) if t <= begin + k / 4 + 1e-6) for k in range(3)]
     assert np.array_equal(found, every[numbers].transpose(0, 3, 1, 2))
-    assert len(Looks(SIZE, (2, 300), 4).video(path)) == 2  # it does not fill the longest
-    spread = Looks(SIZE, (2, 3), None).video(path)
+    assert len(Looks(SIZE, (2, 300), 4).video(path).pixels) == 2  # it does not fill the longest
+    spread = Looks(SIZE, (2, 3), None).video(path).pixels
     thirds = [int((k + 0.5) * len(every) / 3) for k in range(3)]
     assert np.array_equal(spread, every[thirds].transpose(0, 3, 1, 2))
 
@@ -278,5 +278,5 @@ def test_a_conversation_ends_with_its_last_answer_and_without_one_teaches_nothin
 def test_an_upright_video_is_seen_upright(talks, tmp_path):
     turned = made(videos.rotated, degrees=90)
     every = shown.read(str(turned), lambda _: SIZE).pictures
-    found = Looks(SIZE, (2,), 25).video(str(turned))
+    found = Looks(SIZE, (2,), 25).video(str(turned)).pixels
     assert any(np.array_equal(found[0], x.transpose(2, 0, 1)) for x in every)

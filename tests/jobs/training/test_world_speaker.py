@@ -238,7 +238,14 @@ def test_a_script_asks_and_gets_lines(talker, captioner, talks, capsys, tmp_path
     assert chat.main([talker, *asked, "--ask", "What moves?"]) == 0
     out, err = capsys.readouterr()
     speaker = load(talker, "cpu")
-    assert out == speaker.answer([[user("<video>\nWhat moves?")]], [[speaker.frames(ball)]])[0] + "\n"
+    said = speaker.reply([user("<video>\nWhat moves?")], [speaker.frames(ball)])
+    if all(
+        isinstance(part, str) for part in said
+    ):  # so little trained, it may show something: by its file's name
+        assert out == speaker.answer([[user("<video>\nWhat moves?")]], [[speaker.frames(ball)]])[0] + "\n"
+    else:
+        printed = "".join(part if isinstance(part, str) else f" [{tmp_path}/said-1.png] " for part in said)
+        assert out == printed.strip() + "\n"
     assert err == ""
     assert chat.main([captioner, *asked, "--most", "5", "--ask", ""]) == 0
     assert "was trained on no conversations" in capsys.readouterr().err
